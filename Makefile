@@ -1,0 +1,59 @@
+# The targets need no preparation: each makes the virtual environment it runs in, and refreshes it when its requirements change.
+#   make demo       SFT, GDSD, evaluation and export of the tiny model, into runs/demo
+#   make test       the fast tests              make test PYTEST_ARGS=tests/test_metrics.py   a part of them
+#   make test-slow  the tests that need PyTorch and PEFT, or minutes
+#   make lint       ruff
+#   make venv-tpu   the environment for TPU hosts (.venv-tpu);  make venv-gpu  the one for NVIDIA GPUs (.venv-gpu)
+#   make clean      removes environments and caches, never runs/
+# PYTHON=... chooses the interpreter; the default is the first of the names below that is new enough.
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
+PYTEST_ARGS ?=
+
+.PHONY: demo test test-slow lint clean venv venv-tpu venv-gpu
+
+demo: .venv/.installed
+	.venv/bin/python -m gdsd_jax.demo --workdir runs/demo
+
+test: .venv/.installed
+	.venv/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: .venv-slow/.installed
+	.venv-slow/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+
+venv: .venv/.installed
+venv-tpu: .venv-tpu/.installed
+venv-gpu: .venv-gpu/.installed
+
+clean:
+	rm -rf .venv .venv-slow .venv-tpu .venv-gpu .jax_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: requirements.txt
+	$(call install,.venv,requirements.txt)
+
+.venv-slow/.installed: requirements.txt requirements-torch.txt
+	$(call install,.venv-slow,requirements-torch.txt)
+
+.venv-tpu/.installed: requirements.txt requirements-tpu.txt
+	$(call install,.venv-tpu,requirements-tpu.txt)
+
+.venv-gpu/.installed: requirements.txt requirements-gpu.txt
+	$(call install,.venv-gpu,requirements-gpu.txt)
+
+# The stamp is written last, so that an interrupted installation starts again; an environment of an older Python is made anew.
+define install
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed and none was found: name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not a program on this machine" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(NEW_ENOUGH)' || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$("$(PYTHON)" -V 2>&1): name a newer one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(1)/bin/python -c '$(NEW_ENOUGH)' 2>/dev/null || "$(PYTHON)" -m venv --clear $(1)
+	$(1)/bin/python -m pip install -r $(2)
+	@touch $@
+endef
