@@ -1,0 +1,68 @@
+"""Low-rank adapters as data: a policy is the frozen base plus one of these, or nothing.
+
+`y = x W + (alpha / rank) * dropout(x) A B`, with `A ~ U(-1/sqrt(in), 1/sqrt(in))` and `B = 0` (arXiv 2106.09685), so a
+fresh adapter changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.denoiser.config import DenoiserConfig
+from gdsd_jax.errors import UserError
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@flax.struct.dataclass
+class LoRA:
+    """Adapter weights and what is needed to apply them.
+
+    Attributes:
+      weights: `{"layers": {target: {"a": [N, in, r], "b": [N, r, out]}}}`, float32, N layers stacked in front.
+      rank, alpha, targets, dropout: static; targets in our names (`TARGETS`). Dropout acts only when `denoise` is
+        given a `dropout_key`.
+    """
+
+    weights: Any
+    rank: int = flax.struct.field(pytree_node=False)
+    alpha: float = flax.struct.field(pytree_node=False)
+    targets: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+
+
+def target_shapes(config: DenoiserConfig) -> dict[str, tuple[int, int]]:
+    """`(in, out)` of the seven matrices of a block."""
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+
+
+def init_lora(
+    config: DenoiserConfig, key: jax.Array, *, rank: int, alpha: float, targets: Sequence[str], dropout: float = 0.0
+) -> LoRA:
+    """A fresh adapter that leaves the base unchanged.
+
+    Raises:
+      UserError: a rank below 1, a dropout outside [0, 1), an unknown or repeated target.
+    """
+    if rank < 1:
+        raise UserError(f"adapter rank {rank} must be at least 1: change config.lora.rank")
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"adapter dropout {dropout} must lie in [0, 1): change config.lora.dropout")
+    unknown = [t for t in targets if t not in TARGETS]
+    if unknown or not targets or len(set(targets)) != len(targets):
+        raise UserError(f"adapter targets {tuple(targets)} must be distinct names out of {TARGETS}")
+    shapes = target_shapes(config)
+    weights = {}
+    for target, subkey in zip(targets, jax.random.split(key, len(targets)), strict=True):
+        fan_in, fan_out = shapes[target]
+        bound = fan_in**-0.5
+        a = jax.random.uniform(subkey, (config.num_layers, fan_in, rank), jnp.float32, -bound, bound)
+        weights[target] = {"a": a, "b": jnp.zeros((config.num_layers, rank, fan_out), jnp.float32)}
+    return LoRA({"layers": weights}, rank=rank, alpha=float(alpha), targets=tuple(targets), dropout=float(dropout))
