@@ -1,0 +1,15 @@
+"""Hugging Face directories on one side, parameters and token ids on the other."""
+
+from gdsd_jax.hub.load import fingerprint, load_adapter, load_checkpoint
+from gdsd_jax.hub.save import export_adapter, export_checkpoint
+from gdsd_jax.hub.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Tokenizer",
+    "export_adapter",
+    "export_checkpoint",
+    "fingerprint",
+    "load_adapter",
+    "load_checkpoint",
+    "load_tokenizer",
+]

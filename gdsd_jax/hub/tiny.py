@@ -1,0 +1,121 @@
+"""A complete small checkpoint made here: random weights, `config.json`, a tokenizer of characters, a chat template.
+
+With it every command runs without a network, and training from nothing has somewhere to start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gdsd_jax.denoiser import DenoiserConfig, init_base
+from gdsd_jax.hub import names
+from gdsd_jax.hub.save import export_checkpoint
+
+SPECIAL = {
+    "pad_token": "<|pad|>",
+    "bos_token": "<|bos|>",
+    "eos_token": "<|eos|>",
+    "unk_token": "<|unk|>",
+    "mask_token": "<|mask|>",
+}
+TURNS = ("<|eot|>", "<|system|>", "<|user|>", "<|assistant|>")
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
+
+# One token before each turn; only an answered turn is closed, so a prompt costs two tokens more than its content.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|eot|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> Any:
+    """One id per printable ASCII character and newline, per answer tag and per special token; the rest is unknown."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL.values(), *TURNS, *TAGS, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (*SPECIAL.values(), *TURNS)])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        additional_special_tokens=list(TURNS),
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **SPECIAL,
+    )
+
+
+def build(
+    directory: str | os.PathLike,
+    *,
+    family: str = "llada",
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    num_kv_heads: int | None = None,
+    intermediate_size: int = 384,
+    max_length: int = 1024,
+    seed: int = 0,
+) -> None:
+    """Writes a small random checkpoint in the layout of a model family, float32.
+
+    The embedding has a multiple of 64 rows (128), more than the tokenizer has ids.
+
+    Args:
+      directory: where to; must be absent or empty.
+      family: "llada" or "dream".
+      num_kv_heads: None for as many as `num_heads`.
+      seed: of the weights.
+
+    Raises:
+      UserError: sizes that do not divide, an unknown family, a directory that is not empty.
+    """
+    tokenizer = make_tokenizer()
+    config = DenoiserConfig(
+        family=family,
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads or num_heads,
+        intermediate_size=intermediate_size,
+        max_length=max_length,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-5,
+        qkv_bias=family == "dream",
+        tied_head=False,
+        next_token_logits=family == "dream",
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    hf = names.hf_config(config)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder)
+        (source / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        (source / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        tokenizer.save_pretrained(str(source))
+        (source / "README.md").write_text(_CARD.format(model=hf["model_type"], seed=seed))
+        base = jax.jit(init_base, static_argnums=0)(config, jax.random.key(seed))
+        export_checkpoint(directory, config, base, source=source)
+
+
+_CARD = """# A tiny masked denoiser
+
+Random weights (seed {seed}) in the layout of a {model} checkpoint, with a tokenizer of single characters; made by \
+`gdsd_jax.hub.tiny.build` to try things out. It knows nothing until it is trained.
+"""

@@ -1,0 +1,163 @@
+"""Text <-> token ids with a checkpoint's own tokenizer and chat template, and prompts in a few fixed lengths."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdsd_jax.errors import UserError
+from gdsd_jax.hub.load import checked_directory, read_json
+
+# Tokenizer classes that exist only as Python files beside a checkpoint, and the class of transformers that computes the
+# same from the same files; so no code of a checkpoint is ever run.
+_EQUIVALENT = {"DreamTokenizer": "Qwen2Tokenizer"}
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer with the ids that masked diffusion needs.
+
+    Attributes:
+      mask_token_id, eos_token_id, pad_token_id: the tokenizer's own, or `config.json`'s where it names none.
+      vocab_size: number of ids that the tokenizer knows; the embedding may have more rows.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Any, config: Mapping[str, Any]):
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self.vocab_size: int = len(tokenizer)
+        self.mask_token_id = self._special("mask_token_id", config)
+        self.eos_token_id = self._special("eos_token_id", config)
+        self.pad_token_id = self._special("pad_token_id", config)
+        named = config.get("mask_token_id", self.mask_token_id)
+        if named != self.mask_token_id:
+            raise UserError(
+                f"{directory}: mask_token_id is {named} in config.json but {self.mask_token_id} in the tokenizer: "
+                "make tokenizer_config.json and config.json agree"
+            )
+
+    def _special(self, name: str, config: Mapping[str, Any]) -> int:
+        value = getattr(self._tokenizer, name)
+        if value is None:
+            value = config.get(name)
+        known = isinstance(value, int) and value >= 0 and self._tokenizer.convert_ids_to_tokens(value) is not None
+        if not known:
+            token = name.removesuffix("_id")
+            raise UserError(
+                f"{self._directory}: the tokenizer has no {token} and no token of id {value!r}: "
+                f"set {token} in tokenizer_config.json, or {name} in config.json"
+            )
+        return value
+
+    def render(self, messages: Sequence[Mapping[str, str]], assistant_prefix: str = "") -> str:
+        """The text of a chat prompt up to where the assistant's answer starts, then `assistant_prefix`.
+
+        Args:
+          messages: `{"role": ..., "content": ...}` each.
+
+        Raises:
+          UserError: the checkpoint has no chat template, or the template refuses the messages.
+        """
+        import jinja2
+
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                f"{self._directory} has no chat template: add chat_template.jinja, "
+                "or chat_template in tokenizer_config.json"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template of {self._directory} refuses the messages: {error}") from None
+        return text + assistant_prefix
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; special tokens written in the text are read, none are added."""
+        if not len(texts):
+            return []
+        return self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def prompts(self, texts: Sequence[str], *, buckets: Sequence[int], overlong: str) -> tuple[np.ndarray, np.ndarray]:
+        """Left-padded prompts in the smallest bucket that holds them all, so that few shapes are ever compiled.
+
+        Args:
+          buckets: the lengths to choose from.
+          overlong: what becomes of a prompt longer than the largest: "error", or "keep_last" to keep its end.
+
+        Returns:
+          tokens `[B, P]` int32, and their mask `[B, P]` bool, True on real tokens.
+
+        Raises:
+          UserError: a prompt is too long under "error"; no buckets; an unknown `overlong`.
+        """
+        if overlong not in ("error", "keep_last"):
+            raise UserError(f"overlong {overlong!r} is neither 'error' nor 'keep_last': change config.overlong")
+        if not buckets or min(buckets) < 1:
+            raise UserError(f"prompt buckets {tuple(buckets)} are not positive lengths: change config.prompt_buckets")
+        ids = self.encode(texts)
+        largest = max(buckets)
+        longest = max(map(len, ids), default=0)
+        if longest > largest and overlong == "error":
+            row = next(row for row, one in enumerate(ids) if len(one) > largest)
+            raise UserError(
+                f"prompt {row} has {len(ids[row])} tokens and the largest bucket {largest}: "
+                "add a larger one to config.prompt_buckets"
+            )
+        length = min(bucket for bucket in buckets if bucket >= min(longest, largest))
+        tokens = np.full((len(ids), length), self.pad_token_id, np.int32)
+        mask = np.zeros((len(ids), length), bool)
+        for row, one in enumerate(ids):
+            kept = one[-length:]
+            if kept:
+                tokens[row, -len(kept) :] = kept
+                mask[row, -len(kept) :] = True
+        return tokens, mask
+
+    def decode(self, tokens: np.ndarray | Sequence[Sequence[int]]) -> list[str]:
+        """Text of each row of `[B, L]` completion ids, cut at its first EOS, without special tokens."""
+        return [self._text(self._before_eos(row), skip=True) for row in np.asarray(tokens).tolist()]
+
+    def decode_one(self, ids: np.ndarray | Sequence[int], special: bool = True) -> str:
+        """Text of one sequence for display, nothing cut; special tokens are shown if `special`."""
+        return self._text(np.asarray(ids).tolist(), skip=not special)
+
+    def _before_eos(self, ids: list[int]) -> list[int]:
+        return ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids
+
+    def _text(self, ids: list[int], skip: bool) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+
+def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a checkpoint directory, from its files alone: no network, no code of the checkpoint.
+
+    Raises:
+      UserError: no such directory, no tokenizer files in it, no mask, EOS or pad token, or ids that disagree.
+    """
+    import transformers
+
+    directory = checked_directory(directory)
+    config = read_json(directory / "config.json")
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise UserError(f"{directory} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
+    file = directory / "tokenizer_config.json"
+    declared = read_json(file).get("tokenizer_class") if file.is_file() else None
+    try:
+        if declared in _EQUIVALENT:
+            tokenizer = getattr(transformers, _EQUIVALENT[declared]).from_pretrained(directory, local_files_only=True)
+        else:
+            # A neutral configuration, because the checkpoint's own would ask whether to run the checkpoint's code.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                directory,
+                config=transformers.PretrainedConfig(),
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[:1]
+        raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None
+    return Tokenizer(directory, tokenizer, config)

@@ -1,0 +1,54 @@
+"""Settings for every test. They stand before the first import of JAX and of the package; imports below are late."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In the environment, not in jax.config: the commands that tests start as processes of their own inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+# Compiled programs are kept between runs; the first run, without them, must meet the time limit too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+# No test may reach a network: whatever transformers does not find on disk is an error at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes and types of every annotated function of the package are checked at each call; an int passes for a float.
+install_import_hook("gdsd_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+# The first example compiles: no deadline. Derandomized, so that a change fails or passes alike everywhere.
+hypothesis.settings.register_profile("gdsd_jax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("gdsd_jax")
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of recorded reference data.
+
+    The sharded twin of `llada_tiny` is cut here along its recorded index, which saves storing the same weights twice.
+    """
+    directory = tmp_path_factory.mktemp("golden")
+    recorded = ROOT / "tests" / "golden"
+    for entry in recorded.iterdir():
+        if entry.name != "llada_tiny_sharded":
+            (directory / entry.name).symlink_to(entry)
+    sharded = directory / "llada_tiny_sharded"
+    shutil.copytree(recorded / sharded.name, sharded)
+    tensors = load_file(recorded / "llada_tiny" / "model.safetensors")
+    shards: dict[str, dict] = {}
+    for name, file in json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"].items():
+        shards.setdefault(file, {})[name] = tensors[name]
+    for file, part in shards.items():
+        save_file(part, sharded / file, metadata={"format": "pt"})
+    return directory
