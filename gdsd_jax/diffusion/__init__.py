@@ -1,0 +1,5 @@
+"""Diffusion over text: the forward process, the iterative-unmasking sampler and the scorer."""
+
+from gdsd_jax.diffusion.sampler import Rollout, SamplerConfig, sample
+
+__all__ = ["Rollout", "SamplerConfig", "sample"]

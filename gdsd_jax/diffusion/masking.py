@@ -1,0 +1,79 @@
+"""The forward process: which completion tokens of a clean sequence are hidden from the denoiser.
+
+Every function draws or derives `masked`, True where a token is replaced by the mask token. B rows, L completion tokens,
+T = P + L tokens. The prompt is clean unless a function says otherwise.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def stratified_counts(k: Int[Array, ""] | int, rows: int, length: int) -> Int[Array, " rows"]:
+    """Masked tokens per row, spread evenly over all counts `0..L` from the offset `k` (GDSD, ESPO).
+
+    `x_i = round(linspace(k, k + (b-1)(L+1)/b, b))_i mod (L+1)`, rounding half to even in float32.
+    """
+    offsets = jnp.arange(rows, dtype=jnp.float32) * jnp.float32((length + 1) / rows)
+    return jnp.round(jnp.float32(k) + offsets).astype(jnp.int32) % (length + 1)
+
+
+def at_random(key: Array, counts: Int[Array, " B"], length: int) -> Bool[Array, "B L"]:
+    """Masks `counts` positions of each row, drawn without replacement."""
+    return _lowest(jax.random.uniform(key, (counts.shape[0], length)), counts)
+
+
+def in_rollout_order(
+    key: Array, counts: Int[Array, " B"], confidence: Float[Array, "B L"] | None, block_length: int, length: int
+) -> Bool[Array, "B L"]:
+    """Masks what a left-to-right block sampler would not have committed yet (GDSD, latest revision).
+
+    The last `x // block` blocks are masked whole, and in the block before them `x mod block` positions: the ones that
+    were committed with the least confidence, or random ones where `confidence` is None.
+    """
+    noise = jax.random.uniform(key, (counts.shape[0], length)) if confidence is None else confidence
+    blocks = length // block_length
+    whole, partial = counts // block_length, counts % block_length
+    block = jnp.arange(length) // block_length
+    suffix = block[None, :] >= (blocks - whole)[:, None]
+    current = block[None, :] == (blocks - whole - 1)[:, None]
+    return suffix | (current & _lowest(jnp.where(current, noise, jnp.inf), partial))
+
+
+def stratified(
+    key: Array, rows: int, length: int, *, stratum: int, confidence=None, block_length: int | None = None
+) -> Bool[Array, "B L"]:
+    """One stratified draw over each run of `stratum` rows: together they cover all mask ratios evenly.
+
+    Positions are uniform, or in rollout order when `block_length` is given (by `confidence`, or random without it).
+    """
+    offset_key, position_key = jax.random.split(key)
+    k = jax.random.randint(offset_key, (rows // stratum,), 0, length + 1)
+    counts = jax.vmap(lambda k: stratified_counts(k, stratum, length))(k).reshape(rows)
+    if block_length is None:
+        return at_random(position_key, counts, length)
+    return in_rollout_order(position_key, counts, confidence, block_length, length)
+
+
+def bernoulli(key: Array, ratio: Float[Array, "B 1"] | float, rows: int, length: int) -> Bool[Array, "B L"]:
+    """Masks each position independently with probability `ratio`."""
+    return jax.random.uniform(key, (rows, length)) < ratio
+
+
+def behind_prompt(masked: Bool[Array, "*V B L"], prompt_length: int) -> Bool[Array, "*V B T"]:
+    """Puts a clean prompt of `prompt_length` tokens before masks of the completion."""
+    return jnp.pad(masked, [(0, 0)] * (masked.ndim - 1) + [(prompt_length, 0)])
+
+
+def complement(masked: Bool[Array, "*V B T"], prompt_length: int) -> Bool[Array, "*V B T"]:
+    """The coupled view: masked where the completion was clean. The prompt stays clean."""
+    return ~masked & (jnp.arange(masked.shape[-1]) >= prompt_length)
+
+
+def _lowest(values: Array, counts: Array) -> Array:
+    """True on the `counts[b]` lowest values of row `b`; ties go to the lower index."""
+    order = jnp.argsort(values, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1, stable=True)
+    return rank < counts[:, None]
