@@ -1,0 +1,41 @@
+"""Tasks: data, prompt, reward and metric together, by name."""
+
+import importlib
+from typing import Any
+
+from gdsd_jax.errors import UserError
+from gdsd_jax.tasks import countdown, sudoku
+from gdsd_jax.tasks.task import Task, configure
+
+TASKS: dict[str, Task] = {task.name: task for task in (sudoku.TASK, countdown.TASK)}
+
+__all__ = ["TASKS", "Task", "resolve"]
+
+
+def resolve(name: str, *, evaluation: bool = False, **settings: Any) -> Task:
+    """A known task by name, or a user's own as "package.module:NAME", with settings applied.
+
+    Args:
+      evaluation: start from the task's evaluation prompt instead of its training prompt.
+      settings: template, system, assistant_prefix, answer_template, examples, shots, weights; None leaves the default.
+
+    Raises UserError where there is no such task, module or setting.
+    """
+    return configure(_find(name), evaluation=evaluation, **settings)
+
+
+def _find(name: str) -> Task:
+    if name in TASKS:
+        return TASKS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(
+            f"unknown task {name!r}; one of: {', '.join(TASKS)}, or a task of your own as package.module:NAME"
+        )
+    try:
+        task = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot load task {name!r}: {error}") from error
+    if not isinstance(task, Task):
+        raise UserError(f"{name} is a {type(task).__name__}, not a gdsd_jax.tasks.Task")
+    return task

@@ -1,0 +1,291 @@
+r"""Countdown: reach a target from three numbers, each used exactly once, with + - * / and parentheses.
+
+Problems are generated, split by a hash of (sorted numbers, target), or read from a local JSONL file in either public
+form: `{"input": "3,5,7", "output": "22"}` or `{"nums": [3, 5, 7], "target": 22}`. A file is used as it is,
+without regard to the split.
+
+An answer is untrusted text. It is read by a small parser and computed in exact fractions; nothing is ever evaluated as
+code, and what the parser does not know, or finds too long, is an unusable answer and not an error.
+"""
+
+import hashlib
+import operator
+import random
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gdsd_jax.errors import UserError
+from gdsd_jax.tasks.format import last_answer, last_boxed
+from gdsd_jax.tasks.prompting import ANSWER_FORMAT
+from gdsd_jax.tasks.task import Row, Task, read_jsonl
+
+NUMBERS = 3
+LARGEST = 100
+DEFAULT_COUNTS = {"train": 4096, "validation": 256, "test": 256}
+# Longer answers are unusable; it bounds every integer of the computation to as many digits.
+MAX_EXPRESSION = 1000
+# As in the GDSD reward, which computes in floating point. With three integers up to 100 no wrong answer comes so near.
+TOLERANCE = Fraction(1, 100_000)
+
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
+# Python's numbers: an integer does not start with 0, a decimal may lack either side of its point.
+_TOKEN = re.compile(
+    r"(?P<number>(?:0+|[1-9][0-9]*)(?![0-9.])|[0-9]+\.[0-9]*|\.[0-9]+)|(?P<symbol>[-+*/()])|[ \t\f]+|(?P<line>[\r\n]+)"
+)
+
+
+class _Term(NamedTuple):
+    value: Fraction
+    text: str
+    precedence: int
+
+
+def compute(expression: str) -> Fraction | None:
+    """The exact value of an arithmetic expression, or None where it is none.
+
+    Numbers, signs, + - * / and parentheses, with Python's precedence; a line break only inside parentheses. Neither
+    `**` nor `//`. Two stacks instead of recursion, so that no nesting is too deep; None for a division by zero and
+    beyond `MAX_EXPRESSION` characters.
+    """
+    expression = expression.strip()
+    if len(expression) > MAX_EXPRESSION:
+        return None
+    values: list[Fraction] = []
+    pending: list[str] = []
+    position, expects_operand = 0, True
+    try:
+        while position < len(expression):
+            token = _TOKEN.match(expression, position)
+            if token is None or (token["line"] and "(" not in pending):
+                return None
+            position = token.end()
+            symbol = token["symbol"]
+            if token["number"]:
+                if not expects_operand:
+                    return None
+                values.append(Fraction(token["number"]))
+                expects_operand = False
+            elif symbol is None:
+                continue
+            elif symbol == "(" and expects_operand:
+                pending.append("(")
+            elif symbol == ")" and not expects_operand and "(" in pending:
+                _reduce(values, pending, 1)
+                pending.pop()
+            elif symbol in "+-" and expects_operand:
+                pending += ["negate"] if symbol == "-" else []
+            elif symbol in "+-*/" and not expects_operand:
+                _reduce(values, pending, _PRECEDENCE[symbol])
+                pending.append(symbol)
+                expects_operand = True
+            else:
+                return None
+        _reduce(values, pending, 1)
+    except ZeroDivisionError:
+        return None
+    return None if expects_operand or pending else values[0]
+
+
+def _reduce(values: list[Fraction], pending: list[str], precedence: int) -> None:
+    """Applies the pending operations that bind at least this tightly."""
+    while pending and _PRECEDENCE[pending[-1]] >= precedence:
+        symbol = pending.pop()
+        right = values.pop()
+        values.append(-right if symbol == "negate" else _OPERATIONS[symbol](values.pop(), right))
+
+
+def solves(expression: str, row: Row) -> bool:
+    """Whether the expression uses exactly the row's numbers and reaches its target.
+
+    The numbers used are all runs of digits, so that `3.` is a 3 and `5.0` is a 5 and a 0.
+    """
+    if len(expression.strip()) > MAX_EXPRESSION:
+        return False
+    if sorted(map(int, re.findall("[0-9]+", expression))) != sorted(row["numbers"]):
+        return False
+    value = compute(expression)
+    return value is not None and abs(value - Fraction(row["target"])) < TOLERANCE
+
+
+def score(completion: str, row: Row) -> dict[str, float]:
+    """The training reward, from the last `<answer>`: 1 right, 0.1 wrong or unusable, 0 no answer."""
+    answer = last_answer(completion)
+    return {"equation": 0.0 if answer is None else 1.0 if solves(answer, row) else 0.1}
+
+
+def measure(completion: str, row: Row) -> dict[str, float]:
+    r"""The papers' metric: 1 right, else 0; more lenient about form than the reward.
+
+    Reads the last `\boxed{}`, else the last `<answer>`, else the whole text; takes LaTeX operators; where a number
+    follows an equals sign, only what stands before it counts.
+    """
+    answer = last_boxed(completion)
+    if answer is None:
+        answer = last_answer(completion)
+    if answer is None:
+        answer = completion
+    for latex, symbol in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/")):
+        answer = answer.replace(latex, symbol)
+    # The look-behind and the possessive quantifier keep the search linear.
+    equation = re.search(r"(?<![-0-9+*/() ])([-0-9+*/() ]++)=[0-9. ]", answer)
+    return {"accuracy": float(solves(equation[1] if equation else answer, row))}
+
+
+def _combine(left: _Term, symbol: str, right: _Term) -> _Term | None:
+    """`left symbol right` with the parentheses it needs; None for a division by zero."""
+    if symbol == "/" and right.value == 0:
+        return None
+    precedence = _PRECEDENCE[symbol]
+    first = f"({left.text})" if left.precedence < precedence else left.text
+    bare = right.precedence > precedence or (right.precedence == precedence and symbol in "+*")
+    second = right.text if bare else f"({right.text})"
+    return _Term(_OPERATIONS[symbol](left.value, right.value), first + symbol + second, precedence)
+
+
+def _terms(numbers: list[int]) -> list[_Term]:
+    return [_Term(Fraction(number), str(number), 4) for number in numbers]
+
+
+def solve(numbers: list[int], target: int) -> str | None:
+    """An expression that reaches the target with each number once, or None where there is none; exhaustive."""
+
+    def search(terms: list[_Term]) -> str | None:
+        if len(terms) == 1:
+            return terms[0].text if terms[0].value == target else None
+        for i, left in enumerate(terms):
+            for j, right in enumerate(terms):
+                rest = [term for k, term in enumerate(terms) if k not in (i, j)]
+                for symbol in _OPERATIONS if i != j else ():
+                    term = _combine(left, symbol, right)
+                    found = search([*rest, term]) if term else None
+                    if found:
+                        return found
+        return None
+
+    return search(_terms(numbers))
+
+
+def split_of(numbers: list[int], target: int) -> str:
+    """The split a problem belongs to, by a hash of (sorted numbers, target): 80 % train, 10 % each other."""
+    problem = f"countdown:{sorted(numbers)}:{target}"
+    bucket = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:8]) % 10
+    return ("test", "validation")[bucket] if bucket < 2 else "train"
+
+
+def generate(split: str, count: int | None = None, seed: int = 0) -> list[Row]:
+    """Solvable problems: three numbers from 1 to 100 and a target from 1 to 100, with a solution (`expression`).
+
+    More rows of one split and seed continue fewer. Validation and test problems do not depend on the seed.
+
+    Args:
+      count: 4096 training, 256 validation and 256 test problems where None.
+    """
+    count = DEFAULT_COUNTS[split] if count is None else count
+    draw = random.Random(f"countdown:{split}:{seed if split == 'train' else 0}")
+    rows: list[Row] = []
+    while len(rows) < count:
+        numbers = [draw.randint(1, LARGEST) for _ in range(NUMBERS)]
+        terms = _terms(draw.sample(numbers, NUMBERS))
+        while len(terms) > 1:
+            pair = [terms.pop(), terms.pop()]
+            term = _combine(pair[0], draw.choice("+-*/"), pair[1])
+            if term is None:
+                break
+            terms.insert(draw.randint(0, len(terms)), term)
+        if len(terms) != 1 or terms[0].value.denominator != 1 or not 1 <= terms[0].value <= LARGEST:
+            continue
+        target = int(terms[0].value)
+        if split_of(numbers, target) == split:
+            rows.append({"numbers": numbers, "target": target, "expression": terms[0].text})
+    return rows
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a JSONL file in either public form; of the `nums` form, rows with another number of numbers are left out.
+
+    Raises UserError, naming the line, where a row has neither form or its values are not integers, and where no row has
+    three numbers.
+    """
+    rows = []
+    for place, record in read_jsonl(path):
+        if "nums" in record and "target" in record:
+            if not isinstance(record["nums"], list):
+                raise UserError(f"{place}: nums must be a list of integers")
+            row = _row(place, record["nums"], record["target"])
+        elif "input" in record and "output" in record:
+            row = _row(place, str(record["input"]).split(","), record["output"])
+            if len(row["numbers"]) != NUMBERS:
+                raise UserError(f"{place}: {NUMBERS} numbers are needed, found {len(row['numbers'])}")
+        else:
+            raise UserError(f"{place}: a row needs input and output, or nums and target")
+        if len(row["numbers"]) == NUMBERS:
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has no row with {NUMBERS} numbers")
+    return rows
+
+
+def _row(place: str, numbers: list[Any], target: Any) -> Row:
+    try:
+        # Through str: int() alone would cut 7.5 to 7.
+        return {"numbers": [int(str(number)) for number in numbers], "target": int(str(target))}
+    except ValueError:
+        raise UserError(
+            f"{place}: numbers and target must be integers, got {numbers!r:.80} and {target!r:.40}"
+        ) from None
+
+
+def reference(row: Row) -> Row:
+    """The row with its `expression`, found by search where it has none; UserError where nothing reaches the target."""
+    expression = row.get("expression") or solve(row["numbers"], row["target"])
+    if expression is None:
+        raise UserError(
+            f"no expression makes {row['target']} of {row['numbers']}: leave this row out of supervised training"
+        )
+    return {**row, "expression": expression}
+
+
+_QUESTION = """Write an arithmetic expression that equals the target.
+Use only the given numbers, each of them exactly once, with the operations + - * / and parentheses.
+Put only the finished expression between the answer tags.
+"""
+
+_EXAMPLE = """Do not write an equals sign there.
+
+For instance, for the numbers [3, 5, 7] and the target 22 a correct reply is
+<reasoning>
+3*5 is 15, and 15 needs 7 more to be 22.
+</reasoning>
+<answer>
+3*5+7
+</answer>
+"""
+
+_PROBLEM = """
+Numbers: {numbers}
+Target: {target}"""
+
+TASK = Task(
+    name="countdown",
+    source=generate,
+    read=read,
+    score=score,
+    measure=measure,
+    weights={"equation": 1.0},
+    metrics_named=("accuracy",),
+    template=f"{ANSWER_FORMAT}\n\n{_QUESTION}{_PROBLEM}",
+    answer_template="<answer>{expression}</answer>",
+    reference=reference,
+    examples=(
+        {"numbers": [3, 5, 7], "target": 22, "expression": "3*5+7"},
+        {"numbers": [10, 4, 60], "target": 24, "expression": "60*4/10"},
+        {"numbers": [8, 25, 2], "target": 34, "expression": "2*(25-8)"},
+    ),
+    evaluation={
+        "template": f"{ANSWER_FORMAT}\n\n{_QUESTION}{_EXAMPLE}{_PROBLEM}",
+        "assistant_prefix": "<reasoning>\n",
+    },
+)
