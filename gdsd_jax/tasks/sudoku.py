@@ -12,6 +12,7 @@ its answers: report it separately. 124 of its puzzles have further solutions, wh
 import csv
 import hashlib
 import itertools
+import random
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -197,6 +198,15 @@ Row 3 is 0130; column 1 has a 2 already, so it begins with 4: 4132. Row 2 is 300
 _PUZZLE = """
 Puzzle: {puzzle}"""
 
+def careless(row: Row, rate: float, generator: random.Random) -> Row:
+    """The row with a 1 written into `rate` of the empty cells, whatever belongs there."""
+    solution = [
+        "1" if cell == "0" and generator.random() < rate else digit
+        for cell, digit in zip(row["puzzle"], row["solution"], strict=True)
+    ]
+    return {**row, "solution": "".join(solution)}
+
+
 TASK = Task(
     name="sudoku",
     source=generate,
@@ -207,6 +217,7 @@ TASK = Task(
     metrics_named=("cells", "puzzles"),
     template=f"{ANSWER_FORMAT}\n\n{_QUESTION}{_PUZZLE}",
     answer_template="<answer>{solution}</answer>",
+    careless=careless,
     examples=(
         {"puzzle": "0040000134102034", "solution": "1243432134122134"},
         {"puzzle": "4120320000302001", "solution": "4123321414322341"},

@@ -44,6 +44,8 @@ class Task:
       assistant_prefix: how the assistant's turn opens, given to the model as part of the prompt.
       answer_template: the reference completion for supervised training, with {fields} of `reference(row)`.
       reference: row -> the fields that `answer_template` may name.
+      careless: (row, rate, generator) -> the row as a demonstrator writes it who gets `rate` of it wrong in the task's
+        typical way; None where a task has none. Supervised training on it leaves reinforcement learning its work.
       examples: rows shown as solved earlier turns; the first `shots` of them are used.
       evaluation: prompt settings that differ when somebody's checkpoint is evaluated.
       threads: completions scored at once; above 1 only where scoring waits for other processes.
@@ -61,6 +63,7 @@ class Task:
     assistant_prefix: str = ""
     answer_template: str = "<answer>{answer}</answer>"
     reference: Callable[[Row], Row] = dict
+    careless: Callable[[Row, float, random.Random], Row] | None = None
     examples: tuple[Row, ...] = ()
     shots: int = 0
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
