@@ -1,4 +1,4 @@
-"""GDSD and TLC against numbers of the original PyTorch code: scores, losses and every named gradient.
+"""Every method that was recorded, against numbers of the original PyTorch code: scores, losses, every named gradient.
 
 Tolerances are those of the recording: scores 5e-4 absolute, losses 1e-4 relative, gradients 1e-4 of the global norm.
 """
@@ -6,6 +6,7 @@ Tolerances are those of the recording: scores 5e-4 absolute, losses 1e-4 relativ
 import functools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,22 @@ import pytest
 
 from gdsd_jax import hub
 from gdsd_jax.diffusion import masking
-from gdsd_jax.diffusion.scoring import read_views
+from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.hub import names
-from gdsd_jax.methods import Batch, Method, Scores, build, common, loss_on_views
+from gdsd_jax.methods import Batch, Scores, build, common, loss_on_views
 
 ROOT = Path(__file__).parent / "golden" / "rl"
 FAMILIES = ("llada", "dream")
+WHOLE_COMPLETION = ("d1", "wd1", "spg")  # recorded with prompts and completions of their own
+
+# Half the compile time, and programs this small run as fast.
+QUICK = {"xla_backend_optimization_level": 0}
+# Not d1's `metric_clip_ratio`: its code counts the tokens on which the clip would loosen the bound, not those it holds.
+LOGGED = {"metric_clip_ratio_region_mean": "clipped", "metric_kl": "kl"}
 
 
-def method_of(case: dict) -> tuple[str, dict] | None:
-    """Our method and settings for a recorded case, None where the case is of another method."""
+def method_of(case: dict) -> tuple[str, dict]:
+    """Our method and settings for a recorded case."""
     clip = {"eps_low": case["epsilon_low"], "eps_high": case["epsilon_high"]} if "epsilon_low" in case else {}
     if case["algo"] == "gdsd":
         return "gdsd", {**clip, "psi": case["psi"], "beta": case["beta"], "weighting": "plain"}
@@ -32,84 +39,131 @@ def method_of(case: dict) -> tuple[str, dict] | None:
         return "gdsd", {**clip, "psi": case["psi"], "beta": case["beta"], "weighting": "elbo"}
     if case["algo"] == "gdsd_tlc_new":
         return "gdsd_tlc", {**clip, "psi": case["psi"], "beta": case["beta"], "top_k": case["topk"]}
-    return None
+    if case["algo"] == "espo":
+        return "espo", {**clip, "beta": case["beta"]}
+    if case["algo"] == "d1":
+        return "diffu_grpo", {"eps_low": case["epsilon"], "eps_high": case["epsilon"], "beta": case["beta"]}
+    if case["algo"] == "wd1":
+        return "wd1", {"positive_only": case["name"] == "wd1_pos_only"}
+    settings = {"negative": case["logp_estimation"], "eubo_beta": case["eubo_beta"], "mix_weight": case["mix_weight"]}
+    return "spg", settings
 
 
-CASES = [
-    (family, name)
+CASES = {
+    (family, name): {**case, "name": name}
     for family in FAMILIES
     for name, case in json.loads((ROOT / family / "cases.json").read_text())["cases"].items()
-    if method_of(case)
-]
+}
+
+
+class Recorded(NamedTuple):
+    """One case: what goes in, what was fed as old and reference scores, and what must come out."""
+
+    inputs: dict
+    masked: np.ndarray
+    old: np.ndarray | None
+    ref: np.ndarray | None
+    scores: np.ndarray
+    numbers: dict
 
 
 @functools.cache
-def inputs(family: str) -> tuple:
-    config, base = hub.load_checkpoint(ROOT.parent / f"{family}_tiny")
-    recorded = dict(np.load(ROOT / family / "inputs.npz"))
-    masked = recorded["perturbed_seq"] == config.mask_token_id
-    return config, base, recorded, masked
+def model(family: str) -> tuple:
+    return hub.load_checkpoint(ROOT.parent / f"{family}_tiny")
 
 
 @functools.cache
-def scorer(family: str, method: Method) -> tuple:
-    """Scores on given masks, and their pull-back to the base: compiled once for all cases with these reads."""
-    config, _, recorded, _ = inputs(family)
-    rows = batch_of(recorded)
-
-    def scores(base, masked):
-        views = method.views(masked, rows)
-        return method.score(read_views(config, base, None, rows.tokens, views, method.reads), views)
-
-    def pull_back(base, masked, cotangent):
-        return jax.vjp(lambda base: scores(base, masked), base)[1](cotangent)[0]
-
-    return jax.jit(scores), jax.jit(pull_back)
-
-
-def batch_of(recorded: dict) -> Batch:
-    tokens = np.concatenate([recorded["prompt_ids"], recorded["completion_ids"]], axis=1)
-    ones = jnp.ones(recorded["completion_ids"].shape)
-    return Batch(jnp.asarray(tokens), None, ones, advantages=jnp.asarray(recorded["advantages"]), group_size=len(tokens))
+def arrays(file: Path) -> dict:
+    return dict(np.load(file))
 
 
 @functools.cache
-def scoring_method(name: str, weighting: str | None, top_k: int | None) -> Method:
-    """A method value shared by all cases with the same reads and weights, so that its scorer is shared too."""
-    settings = {"beta": 1.0}
-    settings |= {} if weighting is None else {"weighting": weighting}
-    settings |= {} if name == "gdsd" else {"top_k": top_k}
-    return build(name, **settings)
+def recorded(family: str, name: str) -> Recorded:
+    case, mask_id = CASES[family, name], model(family)[0].mask_token_id
+    numbers = arrays(ROOT / family / f"loss_{name}.npz")
+    old, ref = numbers.get("old_logps"), numbers.get("ref_logps")
+    if case["algo"] in WHOLE_COMPLETION:
+        inputs = arrays(ROOT / family / "inputs_d1_wd1_spg.npz")
+        if case["algo"] == "spg":
+            noisy, scores = numbers["noisy_batch"].swapaxes(0, 1), numbers["per_seq_logps"]
+        else:
+            noisy, scores = numbers["perturbed_seq"][None], numbers["per_token_logps"]
+            inputs = {key: value for key, value in inputs.items() if key != "prompt_mask"}
+        return Recorded(inputs, noisy == mask_id, old, ref, scores, numbers)
+    inputs, iteration = arrays(ROOT / family / "inputs.npz"), case["iteration"]
+    estimates = {key: value[iteration] for key, value in arrays(ROOT / family / "estimates.npz").items()}
+    estimate = case["estimate"]
+    if case.get("centering") == "bar_detached_center":
+        # Recorded on the centred scale; the plain score differs from it by the (detached) centre, so does its old.
+        estimate = "tlc_checkout"
+        old = None if old is None else old + estimates["tlc_checkout"] - estimates["tlc_bar"]
+    return Recorded(inputs, inputs["perturbed_seq"][iteration] == mask_id, old, ref, estimates[estimate], numbers)
+
+
+def batch_of(inputs: dict) -> Batch:
+    tokens = np.concatenate([inputs["prompt_ids"], inputs["completion_ids"]], axis=1)
+    prompt_mask = jnp.asarray(inputs["prompt_mask"], bool) if "prompt_mask" in inputs else None
+    completion_mask = jnp.asarray(inputs.get("completion_mask", np.ones(inputs["completion_ids"].shape)), jnp.float32)
+    advantages = jnp.asarray(inputs["advantages"])
+    return Batch(jnp.asarray(tokens), prompt_mask, completion_mask, advantages=advantages, group_size=len(tokens))
+
+
+def seen(views: Views, batch: Batch) -> tuple[Views, Batch]:
+    """Views whose passes each stand alone, filled up to three: one program reads them all."""
+    missing = 3 - len(views.sources)
+    if any(len(source) > 1 for source in views.sources):
+        return views, batch
+    masked, weights = (jnp.concatenate([x, *[x[:1]] * missing]) for x in (views.masked, views.weights))
+    everything = jnp.ones((batch.tokens.shape[0], batch.prompt_length), bool)
+    attended = everything if batch.prompt_mask is None else batch.prompt_mask
+    return Views(masked, weights, ((0,), (1,), (2,))), batch.replace(prompt_mask=attended)
+
+
+@functools.cache
+def reader(family: str, reads: tuple) -> tuple:
+    """Reads of given views, in order, and their pull-back to the base: compiled once for all cases of these passes."""
+    config, _ = model(family)
+
+    def read(base, views, batch):
+        values = read_views(config, base, None, batch.tokens, views, reads, prompt_mask=batch.prompt_mask)
+        return [values[name] for name in reads]
+
+    def pull_back(base, views, batch, cotangent):
+        return jax.vjp(lambda base: read(base, views, batch), base)[1](cotangent)[0]
+
+    return jax.jit(read, compiler_options=QUICK), jax.jit(pull_back, compiler_options=QUICK)
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_scores_losses_and_gradients(family, name):
-    case = json.loads((ROOT / family / "cases.json").read_text())["cases"][name]
+    case, given = CASES[family, name], recorded(family, name)
+    config, base = model(family)
     method_name, settings = method_of(case)
-    config, base, recorded, masked = inputs(family)
-    masked = jnp.asarray(masked[case["iteration"]])
-    numbers = dict(np.load(ROOT / family / f"loss_{name}.npz"))
-    given = {short: jnp.asarray(numbers[long]) for short, long in (("old", "old_logps"), ("ref", "ref_logps")) if long in numbers}
-    estimates = dict(np.load(ROOT / family / "estimates.npz"))
-    plain, centred = (estimates[k][case["iteration"]] for k in ("tlc_checkout", "tlc_bar"))
-    if case.get("centering") == "bar_detached_center" and "old" in given:
-        # Recorded on the centred scale; the plain score differs from it by the (detached) centre, so does its old.
-        given["old"] = given["old"] + plain - centred
+    method, batch = build(method_name, **settings), batch_of(given.inputs)
+    views = method.views(jnp.asarray(given.masked), batch)
+    # Plain and centred scores are read by the same program.
+    top_k = tuple(r for r in method.reads if isinstance(r, tuple))
+    reads = ("log_prob", *top_k) if top_k else ("log_prob", "centred")
+    read, pull_back = reader(family, reads)
+    old, ref = (None if x is None else Scores(jnp.asarray(x), jnp.asarray(x)) for x in (given.old, given.ref))
+    constants = method.prepare(batch, old, ref)
 
-    shared = scoring_method(method_name, settings.get("weighting"), settings.get("top_k"))
-    forward, pull_back = scorer(family, shared)
-    new = forward(base, masked)
-    method = build(method_name, **settings)
-    old, ref = (Scores(given[k], given[k]) if k in given else None for k in ("old", "ref"))
-    constants = method.prepare(batch_of(recorded), old, ref)
-    loss, cotangent = jax.value_and_grad(lambda scores: jnp.sum(method.objective(scores, constants)[0]))(new)
-    gradient = pull_back(base, masked, cotangent)
-    scores = new.guided
+    def loss_of(values):
+        values = (value[: len(views.sources)] for value in values)
+        new = method.score(dict(zip(reads, values, strict=True)), views)
+        loss, metrics = method.objective(new, constants)
+        return jnp.sum(loss), (new.guided, metrics)
 
-    estimate = case["estimate"] if case.get("centering") != "bar_detached_center" else "tlc_checkout"
-    expected = estimates[estimate][case["iteration"]]
-    np.testing.assert_allclose(scores, expected, atol=5e-4)
+    passes = seen(views, batch)
+    values = read(base, *passes)
+    (loss, (scores, metrics)), cotangent = jax.value_and_grad(loss_of, has_aux=True)(values)
+    gradient = pull_back(base, *passes, cotangent)
+
+    np.testing.assert_allclose(scores, given.scores, atol=5e-4)
     np.testing.assert_allclose(loss, case["loss"], rtol=1e-4, atol=1e-5)
+    for theirs, ours in LOGGED.items():
+        if theirs in given.numbers:
+            np.testing.assert_allclose(jnp.mean(metrics[ours]), given.numbers[theirs], rtol=1e-4, atol=1e-5)
 
     if family == "dream":
         # The reference never updates the embedding row of its padding id.
@@ -125,6 +179,7 @@ def test_scores_losses_and_gradients(family, name):
 
     for name_, norm in case["per_parameter_grad_norm"].items():
         np.testing.assert_allclose(np.linalg.norm(stored(name_)), norm, atol=tolerance, err_msg=name_)
+    numbers = given.numbers
     named = [key for key in numbers if key.startswith("grad:")]
     for key in named:
         tensor = stored(key.removeprefix("grad:").removesuffix("[:8]"))
@@ -137,12 +192,11 @@ def test_scores_losses_and_gradients(family, name):
         np.testing.assert_allclose(rows, numbers[key], atol=tolerance)
 
 
-@pytest.mark.parametrize(("family", "name"), [("llada", "gdsd_mixed_kl"), ("dream", "tlc_bar_top8_mixed_kl")])
+@pytest.mark.parametrize(("family", "name"), [("dream", "tlc_bar_top8_mixed_kl"), ("llada", "spg_mix")])
 def test_the_public_entry_composes_the_same_pieces(family, name):
-    case = json.loads((ROOT / family / "cases.json").read_text())["cases"][name]
+    case, given = CASES[family, name], recorded(family, name)
     method, settings = method_of(case)
-    config, base, recorded, masked = inputs(family)
-    numbers = dict(np.load(ROOT / family / f"loss_{name}.npz"))
+    config, base = model(family)
 
     def loss(base):
         return loss_on_views(
@@ -150,19 +204,20 @@ def test_the_public_entry_composes_the_same_pieces(family, name):
             config,
             base,
             None,
-            prompts=jnp.asarray(recorded["prompt_ids"]),
-            completions=jnp.asarray(recorded["completion_ids"]),
-            masked=jnp.asarray(masked[case["iteration"]]),
-            advantages=jnp.asarray(recorded["advantages"]),
-            old=jnp.asarray(numbers["old_logps"]),
-            ref=jnp.asarray(numbers["ref_logps"]),
+            prompts=jnp.asarray(given.inputs["prompt_ids"]),
+            completions=jnp.asarray(given.inputs["completion_ids"]),
+            masked=jnp.asarray(given.masked),
+            advantages=jnp.asarray(given.inputs["advantages"]),
+            old=given.old,
+            ref=given.ref,
+            prompt_mask=given.inputs.get("prompt_mask"),
+            completion_mask=given.inputs.get("completion_mask"),
             **settings,
         )
 
-    (value, scores), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(base)
+    (value, scores), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(base)
     np.testing.assert_allclose(value, case["loss"], rtol=1e-4)
-    expected = dict(np.load(ROOT / family / "estimates.npz"))[case["estimate"]][case["iteration"]]
-    np.testing.assert_allclose(scores, expected, atol=5e-4)
+    np.testing.assert_allclose(scores, given.scores, atol=5e-4)
     del gradient["embedding"]
     squares = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(squares**0.5, case["global_grad_norm_without_embedding"], rtol=1e-4)

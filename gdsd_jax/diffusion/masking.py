@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gdsd_jax.errors import UserError
+
 
 def stratified_counts(k: Int[Array, ""] | int, rows: int, length: int) -> Int[Array, " rows"]:
     """Masked tokens per row, spread evenly over all counts `0..L` from the offset `k` (GDSD, ESPO).
@@ -32,7 +34,12 @@ def in_rollout_order(
 
     The last `x // block` blocks are masked whole, and in the block before them `x mod block` positions: the ones that
     were committed with the least confidence, or random ones where `confidence` is None.
+
+    Raises:
+      UserError: a block length that does not divide the completion.
     """
+    if length % block_length:
+        raise UserError(f"the method's block_length {block_length} does not divide the completion length {length}")
     noise = jax.random.uniform(key, (counts.shape[0], length)) if confidence is None else confidence
     blocks = length // block_length
     whole, partial = counts // block_length, counts % block_length

@@ -80,7 +80,13 @@ def read_views(
 
 
 def read_tokens(
-    config: DenoiserConfig, base: Any, hidden: Float[Array, "*N D"], targets: Int[Array, "*N"], reads: tuple, *, chunk: int
+    config: DenoiserConfig,
+    base: Any,
+    hidden: Float[Array, "*N D"],
+    targets: Int[Array, "*N"],
+    reads: tuple,
+    *,
+    chunk: int,
 ) -> dict:
     """What the head says of `targets` at `hidden`, as `{read: [*N] float32}`.
 
@@ -92,8 +98,9 @@ def read_tokens(
     precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
     top_k = next((r[1] for r in reads if isinstance(r, tuple)), None)
     if top_k is not None and top_k >= config.vocab_size:
-        full = read_tokens(config, base, hidden, targets, tuple("centred" if isinstance(r, tuple) else r for r in reads), chunk=chunk)
-        return {r: full["centred" if isinstance(r, tuple) else r] for r in reads}
+        plain = {read: "centred" if isinstance(read, tuple) else read for read in reads}
+        values = read_tokens(config, base, hidden, targets, tuple(plain.values()), chunk=chunk)
+        return {read: values[name] for read, name in plain.items()}
 
     def dot(rows: Array) -> Array:
         return jnp.einsum("...d,...d->...", hidden, rows, precision=precision, preferred_element_type=jnp.float32)

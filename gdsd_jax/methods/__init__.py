@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, read_views
 from gdsd_jax.errors import UserError
-from gdsd_jax.methods import gdsd
+from gdsd_jax.methods import coupled_grpo, dmpo, espo, gdsd, grpo, spg, teacher, tracerl, unigrpo, wd1
 from gdsd_jax.methods.common import Batch, Method, Scores
+from gdsd_jax.methods.contract import check
 
 
 class Recipe(NamedTuple):
@@ -33,7 +34,15 @@ class Recipe(NamedTuple):
 METHODS: dict[str, Recipe] = {
     "gdsd": Recipe(gdsd.Guidance, gdsd.make),
     "gdsd_tlc": Recipe(gdsd.Centred, gdsd.make),
-    "gdsd_teacher": Recipe(gdsd.Teacher, gdsd.make_teacher),
+    "gdsd_teacher": Recipe(teacher.Teacher, teacher.make),
+    "espo": Recipe(espo.Settings, espo.make),
+    "spg": Recipe(spg.Settings, spg.make),
+    "diffu_grpo": Recipe(grpo.Settings, grpo.make),
+    "wd1": Recipe(wd1.Settings, wd1.make),
+    "coupled_grpo": Recipe(coupled_grpo.Settings, coupled_grpo.make),
+    "unigrpo": Recipe(unigrpo.Settings, unigrpo.make),
+    "dmpo": Recipe(dmpo.Settings, dmpo.make),
+    "tracerl": Recipe(tracerl.Settings, tracerl.make),
 }
 
 
@@ -54,7 +63,8 @@ def build(name: str, **settings: Any) -> Method:
     elif name in METHODS:
         recipe = METHODS[name]
     else:
-        raise UserError(f"unknown method {name!r}: config.method is one of {', '.join(METHODS)}, or package.module:NAME")
+        names = ", ".join(METHODS)
+        raise UserError(f"unknown method {name!r}: config.method is one of {names}, or package.module:NAME")
     known = {field.name for field in dataclasses.fields(recipe.settings)}
     unknown = sorted(set(settings) - known)
     if unknown:
@@ -70,7 +80,7 @@ def loss_on_views(
     *,
     prompts: ArrayLike,
     completions: ArrayLike,
-    masked: ArrayLike,
+    masked: ArrayLike | None,
     advantages: ArrayLike | None = None,
     old: ArrayLike | None = None,
     ref: ArrayLike | None = None,
@@ -86,12 +96,15 @@ def loss_on_views(
 
     Args:
       prompts, completions: `[B, P]` and `[B, L]` ids.
-      masked: `[M, B, P+L]` bool, the views' masks; complements are the method's own business.
+      masked: `[M, B, P+L]` bool, the views' masks; complements, and the fully masked view of `coupled_grpo`, are the
+        method's own business. None for `tracerl`, whose masks follow from `commit_step` (which wins where both stand).
       advantages: `[B]`; None: the method's own from `rewards` (`[B]`) in groups of `group_size` (None: one group).
-      old, ref: scores of the old and the reference policy in the method's own shape (`[B, M]` for `gdsd` and
-        `gdsd_tlc`). old=None: the stop-gradient of the current ones; ref=None: no KL.
+      old, ref: scores of the old and the reference policy in the method's own shape: `[B, M]` for `gdsd` and
+        `gdsd_tlc`, `[B]` for `espo`, `spg` and `dmpo`, `[B, L]` for methods of tokens. old=None: the stop-gradient of
+        the current ones; ref=None: no KL.
       prompt_mask: True on real prompt tokens; None: everything is attended to, pads too.
       completion_mask: `[B, L]`, 1 through the first EOS; None: all ones.
+      commit_step: `[B, L]`, the denoising step that committed each token.
       chunk: vocabulary entries whose logits exist at one time.
       **settings: fields of the method's settings class.
 
@@ -111,13 +124,17 @@ def loss_on_views(
         group_size=group_size or rows,
     )
     views = method.views(array(masked, bool), batch)
-    reads = read_views(config, base, lora, batch.tokens, views, method.reads, prompt_mask=batch.prompt_mask, chunk=chunk)
+    reads = read_views(
+        config, base, lora, batch.tokens, views, method.reads, prompt_mask=batch.prompt_mask, chunk=chunk
+    )
     new = method.score(reads, views)
     old_scores = None if old is None else Scores(array(old), array(old))
+    if old is None and method.old == "always":
+        old_scores = jax.lax.stop_gradient(new)
     ref_scores = None if ref is None else Scores(array(ref), array(ref))
     constants = jax.lax.stop_gradient(method.prepare(batch, old_scores, ref_scores))
     loss, _ = method.objective(new, constants)
     return jnp.sum(loss), new.guided
 
 
-__all__ = ["METHODS", "Batch", "Method", "Recipe", "Scores", "build", "loss_on_views"]
+__all__ = ["METHODS", "Batch", "Method", "Recipe", "Scores", "build", "check", "loss_on_views"]

@@ -6,38 +6,29 @@ The optimum of `max E[psi A] - KL(pi || pi_old) - beta KL(pi || pi_ref)` induces
     delta = clip(S_theta - S_old, log(1 - eps_low), log(1 + eps_high))
     loss  = sum_{i,m} (delta_{im} / L - psi A_i)^2 / B  +  beta sum_{i,m} 1/2 (P_theta - P_ref)_{im}^2 / (B M L)
 
-over rows i and views m, as the authors' public code runs it. `S` sums what each completion token scores in the view of a
-coupled pair that masks it: `gdsd` takes log-probabilities, `gdsd_tlc` the logit minus the mean logit of the vocabulary
-(or of the k largest), in which the normaliser drops out. `P` is always the normalised log-probability. Advantages are
-leave-one-out.
-
-`gdsd_teacher` is the closed form itself: one squared error against the blended teacher, without a clip,
-
-    loss = mean_{i,m} (x_theta - (1 - beta) x_old - beta x_ref - psi A_i)^2
-
-with `x` the centred logit of each token (averaged over tokens), or the centred score per token of the sequence.
+over rows i and views m, as the authors' public code runs it. `S` sums what each completion token scores in the view of
+a coupled pair that masks it: `gdsd` takes log-probabilities, `gdsd_tlc` the logit minus the mean logit of the
+vocabulary (or of the k largest), in which the normaliser drops out. `P` is always the normalised log-probability.
+Advantages are leave-one-out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
-from gdsd_jax.errors import UserError
 from gdsd_jax.methods import common
 from gdsd_jax.methods.common import Batch, Method, Scores
-
-MASKINGS = ("stratified", "rollout_order", "rollout_order_random")
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Settings of all three.
+    """Settings of `gdsd`.
 
     Attributes:
       psi: guidance scale per token; the paper's sequence-level 10 is 10 / L here.
@@ -63,14 +54,10 @@ class Guidance:
     scale_advantages: bool = False
 
     def __post_init__(self):
-        if self.weighting not in ("plain", "elbo"):
-            raise UserError(f"weighting {self.weighting!r} is not 'plain' or 'elbo': change the method's settings")
-        if self.masking not in MASKINGS:
-            raise UserError(f"masking {self.masking!r} is not one of {MASKINGS}: change the method's settings")
-        if self.views < 1:
-            raise UserError(f"views {self.views} must be at least 1: change the method's settings")
-        if self.eps_low < 0 or self.eps_high < 0 or self.beta < 0:
-            raise UserError("eps_low, eps_high and beta must not be negative: change the method's settings")
+        common.require(self.weighting in ("plain", "elbo"), f"weighting {self.weighting!r} is not 'plain' or 'elbo'")
+        common.require(self.masking in common.MASKINGS, f"masking {self.masking!r} is not one of {common.MASKINGS}")
+        common.require(self.views >= 1, f"views {self.views} must be at least 1")
+        common.require_clip(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,42 +68,9 @@ class Centred(Guidance):
     top_k: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher(Centred):
-    """`gdsd_teacher`: `level` "token" or "sequence"; no trust region."""
-
-    weighting: str = "plain"
-    level: str = "token"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.level not in ("token", "sequence"):
-            raise UserError(f"level {self.level!r} is not 'token' or 'sequence': change the method's settings")
-
-
-def draw_masks(settings: Guidance) -> Any:
-    """`(key, batch) -> masked [M, B, T]`: for each view one stratified draw over every group."""
-
-    def masks(key: jax.Array, batch: Batch) -> jax.Array:
-        block, confidence = None, None
-        if settings.masking != "stratified":
-            block = settings.block_length or batch.completion_length
-            confidence = batch.confidence if settings.masking == "rollout_order" else None
-
-        def draw(key: jax.Array) -> jax.Array:
-            rows, length = batch.completion_mask.shape
-            return masking.stratified(
-                key, rows, length, stratum=batch.group_size, confidence=confidence, block_length=block
-            )
-
-        return masking.behind_prompt(jax.vmap(draw)(jax.random.split(key, settings.views)), batch.prompt_length)
-
-    return masks
-
-
 def make(settings: Guidance) -> Method:
     """`gdsd` from `Guidance`, `gdsd_tlc` from `Centred`."""
-    guided = _centred(settings) if isinstance(settings, Centred) else "log_prob"
+    guided = centred_read(settings) if isinstance(settings, Centred) else "log_prob"
 
     def views(masked: jax.Array, batch: Batch) -> Views:
         return common.coupled_views(masked, batch, weighted=settings.weighting == "elbo")
@@ -128,7 +82,7 @@ def make(settings: Guidance) -> Method:
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
         rows, length = batch.completion_mask.shape
         return {
-            "advantage": _advantages(batch, settings),
+            "advantage": group_advantages(batch, settings),
             "old": None if old is None else old.guided,
             "ref": ref.normalised if ref is not None and settings.beta else None,
             "length": jnp.full(rows, length, jnp.float32),
@@ -150,50 +104,15 @@ def make(settings: Guidance) -> Method:
         return loss, metrics
 
     reads = (guided,) if settings.beta == 0 or guided == "log_prob" else (guided, "log_prob")
-    return Method(reads, draw_masks(settings), views, score, prepare, objective, needs_reference=settings.beta > 0)
+    masks = common.stratified_masks(settings.views, settings.masking, settings.block_length)
+    return Method(reads, masks, views, score, prepare, objective, needs_reference=settings.beta > 0)
 
 
-def make_teacher(settings: Teacher) -> Method:
-    """`gdsd_teacher`, the closed form."""
-    guided = _centred(settings)
-
-    def views(masked: jax.Array, batch: Batch) -> Views:
-        return common.coupled_views(masked, batch, weighted=settings.weighting == "elbo")
-
-    def score(reads: dict, views: Views) -> Scores:
-        if settings.level == "sequence":
-            x = common.weighted_sum(reads[guided], views)[..., None] / views.weights.shape[-1]
-        else:
-            x = jnp.swapaxes(2.0 * views.weights * reads[guided], 0, 1)
-        return Scores(x, x)
-
-    def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
-        rows = batch.completion_mask.shape[0]
-        return {
-            "advantage": _advantages(batch, settings),
-            "old": None if old is None else old.guided,
-            "ref": None if ref is None else ref.normalised,
-            "rows": jnp.full(rows, rows, jnp.float32),
-        }
-
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
-        x = new.guided
-        old = common.old_or_new(constants["old"], x)
-        ref = old if constants["ref"] is None else constants["ref"]
-        blended = (1 - settings.beta) * old + settings.beta * ref
-        error = x - blended - settings.psi * constants["advantage"][:, None, None]
-        metrics = {"score_spread": common.spread(jnp.mean(x, axis=2)), "kl": jnp.mean(0.5 * (x - ref) ** 2, axis=(1, 2))}
-        metrics["log_ratio"] = jnp.mean(jnp.abs(x - old), axis=(1, 2))
-        return jnp.mean(error**2, axis=(1, 2)) / constants["rows"], metrics
-
-    return Method((guided,), draw_masks(settings), views, score, prepare, objective, needs_reference=settings.beta > 0)
-
-
-def _centred(settings: Centred) -> Any:
+def centred_read(settings: Centred) -> Any:
+    """The name of the centred read, see `gdsd_jax.diffusion.scoring.read_tokens`."""
     return "centred" if settings.top_k is None else ("centred_top_k", settings.top_k)
 
 
-def _advantages(batch: Batch, settings: Guidance) -> jax.Array:
-    if batch.advantages is not None:
-        return batch.advantages
-    return common.leave_one_out(batch.rewards, batch.group_size, scale=settings.scale_advantages)
+def group_advantages(batch: Batch, settings: Guidance) -> jax.Array:
+    """Leave-one-out advantages, where none were given."""
+    return common.advantages(batch, functools.partial(common.leave_one_out, scale=settings.scale_advantages))

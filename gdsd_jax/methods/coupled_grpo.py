@@ -1,0 +1,52 @@
+"""coupled-GRPO (DiffuCoder, arXiv 2506.20639): token-level PPO on a full view and a complementary pair of views.
+
+    l_ik = 1/2 ( l_full + (l_masked / t  or  l_complement / (1 - t)) ),   by the view of the pair that masks k
+    loss = sum_{i,k} c_ik [ -min(r_ik A_i, clip(r_ik) A_i) + beta k3_ik ] / max(sum c, 1),   r = exp(l_theta - l_old)
+
+over rows i and completion tokens k, `c` the completion mask. The full view masks the whole completion; the pair are
+Bernoulli masks of one ratio `t ~ U(0.2, 0.8)` for the batch, and their complement. `t` is measured on the masks, as the
+share of the batch's completion tokens that they cover. Advantages are leave-one-out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.scoring import Views
+from gdsd_jax.methods import common
+from gdsd_jax.methods.common import Batch, Method
+from gdsd_jax.methods.grpo import PPO, token_ppo
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(PPO):
+    """`coupled_grpo`: the mask ratio of an inner update is uniform in `[low, high]`."""
+
+    beta: float = 0.01
+    low: float = 0.2
+    high: float = 0.8
+
+
+def make(settings: Settings) -> Method:
+    def masks(key: jax.Array, batch: Batch) -> jax.Array:
+        ratio_key, key = jax.random.split(key)
+        rows, length = batch.completion_mask.shape
+        ratio = jax.random.uniform(ratio_key, minval=settings.low, maxval=settings.high)
+        masked = masking.bernoulli(key, jnp.full((rows, 1), ratio), rows, length)
+        return masking.behind_prompt(masked[None], batch.prompt_length)
+
+    def views(masked: jax.Array, batch: Batch) -> Views:
+        completion = masked[:, :, batch.prompt_length :]
+        ratio = jnp.mean(completion, axis=(1, 2), keepdims=True, dtype=jnp.float32)
+        share = jnp.where(completion, ratio, 1 - ratio)  # above 0 wherever a token has it
+        pairs = common.coupled(masked, batch, 0.5 / share / masked.shape[0])
+        full = masking.behind_prompt(jnp.ones_like(completion[:1]), batch.prompt_length)
+        sources = (*pairs.sources, (pairs.masked.shape[0],))
+        weights = jnp.concatenate([pairs.weights, jnp.full_like(pairs.weights[:1], 0.5)])
+        return Views(jnp.concatenate([pairs.masked, full]), weights, sources)
+
+    return token_ppo(settings, masks, views, common.leave_one_out)

@@ -1,0 +1,89 @@
+"""diffu-GRPO (d1, arXiv 2504.12216), and the token-level PPO that coupled-GRPO and UniGRPO share with it.
+
+    loss = sum_{i,k} w_ik [ -min(r_ik A_i, clip(r_ik) A_i) + beta KL_ik ],    r = exp(l_theta - l_old)
+
+over rows i and completion tokens k, with `clip` to `[1 - eps_low, 1 + eps_high]` and the k3 estimate
+`exp(-d) + d - 1`, `d = l_theta - l_ref`, for the KL. diffu-GRPO reads `l_ik` in one view that masks the whole
+completion, and prompt tokens with probability 0.15. `w = c / sum c` over the batch, `c` the completion mask;
+`A = r - group mean`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.diffusion.scoring import Views
+from gdsd_jax.methods import common
+from gdsd_jax.methods.common import Batch, Method, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO:
+    """Trust region of each token's ratio, and weight and estimator (a name of `common.KL`) of the KL."""
+
+    eps_low: float = 0.5
+    eps_high: float = 0.5
+    beta: float = 0.04
+    kl: str = "k3"
+
+    def __post_init__(self):
+        common.require_clip(self)
+        common.require(self.kl in common.KL, f"kl {self.kl!r} is not one of {', '.join(common.KL)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(PPO):
+    """`diffu_grpo`."""
+
+    prompt_mask_rate: float = 0.15
+
+
+def make(settings: Settings) -> Method:
+    def views(masked: jax.Array, batch: Batch) -> Views:
+        ones = jnp.ones((masked.shape[0], *batch.completion_mask.shape), jnp.float32)
+        return common.own_views(masked, batch, ones / masked.shape[0])
+
+    return token_ppo(settings, common.whole_completion(settings.prompt_mask_rate), views, common.centred)
+
+
+def token_ppo(settings: PPO, masks: Callable, views: Callable, own: Callable, *, masked_only: bool = False) -> Method:
+    """The objective above on given masks and views.
+
+    `own` computes the advantages. A token's `l` is the weighted sum of its reads. With `masked_only` the completion
+    mask gives way to the tokens that some view weighs, averaged in each row first: `w = masked / count in the row / B`.
+    """
+
+    def score(reads: dict, views: Views) -> Scores:
+        l = jnp.sum(views.weights * reads["log_prob"], axis=0)  # noqa: E741
+        read = jnp.any(views.weights > 0, axis=0)
+        return Scores(l, l, {"share": read / jnp.maximum(jnp.sum(read, axis=1, keepdims=True), 1)})
+
+    def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
+        rows = batch.tokens.shape[0]
+        c = batch.completion_mask
+        return {
+            "advantage": common.advantages(batch, own),
+            "old": None if old is None else old.guided,
+            "ref": ref.normalised if ref is not None and settings.beta else None,
+            "weights": jnp.full_like(c, 1 / rows) if masked_only else common.mean_weights(c),
+            "rows": common.per_row(rows, rows),
+        }
+
+    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+        log_ratio = new.guided - common.old_or_new(constants["old"], new.guided)
+        advantage = constants["advantage"][:, None]
+        w = constants["weights"] * new.extra["share"] if masked_only else constants["weights"]
+        loss, clipped = common.ppo(log_ratio, advantage, settings.eps_low, settings.eps_high)
+        metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
+        if constants["ref"] is not None:
+            metrics["kl"] = common.KL[settings.kl](new.normalised, constants["ref"])
+            loss = loss + settings.beta * metrics["kl"]
+        # Metrics are averaged over rows later: times B, they come out as the weighted means over tokens.
+        weighted_means = {name: jnp.sum(w * x, axis=1) * constants["rows"] for name, x in metrics.items()}
+        return jnp.sum(w * loss, axis=1), weighted_means
+
+    return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=settings.beta > 0)

@@ -1,0 +1,118 @@
+"""SPG, sandwiched policy gradient (arXiv 2510.09541).
+
+    ELBO = mean_v mean_{k in v} l_k,        EUBO = 1/b mean_k log mean_v (p_k^b [k in v] / share_v)
+    L~   = ELBO where A > 0, else  omega EUBO + (1 - omega) ELBO
+    loss = - sum_i A_i L~_i n_i / sum_i n_i
+
+over rows i and views v. "k in v": token k is masked in v and lies within the completion's `n` tokens, through the
+first EOS; `share_v` is the part of the `n` that v masks, and EUBO averages over the tokens that some view masks. The
+log-likelihood of good completions is raised by a lower bound, that of bad ones lowered by an upper one; `negative`
+chooses the estimate where `A <= 0`: "mix" as above, "eubo", "elbo", "zero". `A = r - group mean`; no ratio, no KL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.scoring import Views
+from gdsd_jax.methods import common
+from gdsd_jax.methods.common import Batch, Method, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`spg`.
+
+    Attributes:
+      negative: "mix", "eubo", "elbo" or "zero".
+      eubo_beta: b; 1.0 for Sudoku, 2.0 for Countdown with "eubo".
+      mix_weight: omega.
+      num_t: views per row; each draws its current block among those that the completion occupies.
+      block_length: the blocks of the sampler.
+      prompt_mask_rate: probability that a token before the current block is masked, in prompt and completion.
+    """
+
+    negative: str = "mix"
+    eubo_beta: float = 1.5
+    mix_weight: float = 0.5
+    num_t: int = 2
+    block_length: int = 32
+    prompt_mask_rate: float = 0.15
+
+    def __post_init__(self):
+        kinds = ("mix", "eubo", "elbo", "zero")
+        common.require(self.negative in kinds, f"negative {self.negative!r} is not one of {', '.join(kinds)}")
+        common.require(self.eubo_beta > 0, f"eubo_beta {self.eubo_beta} must be positive")
+        common.require(min(self.num_t, self.block_length) >= 1, "num_t and block_length must be at least 1")
+
+
+@flax.struct.dataclass
+class SignedViews(Views):
+    """Views, and `[1, B]` whether the row's advantage is positive: which bound its likelihood takes."""
+
+    positive: Any = None
+
+
+def semi_autoregressive(key: jax.Array, batch: Batch, settings: Settings) -> jax.Array:
+    """`[B, T]`: a random count of the current block masked, a little before it, all behind it and behind the EOS."""
+    block_key, count_key, order_key, before_key = jax.random.split(key, 4)
+    rows, length = batch.completion_mask.shape
+    n = jnp.maximum(jnp.sum(batch.completion_mask, axis=1, keepdims=True).astype(jnp.int32), 1)
+    block = jax.random.randint(block_key, (rows, 1), 0, -(-n // settings.block_length))
+    start = block * settings.block_length
+    end = jnp.minimum(start + settings.block_length, n)
+    count = jax.random.randint(count_key, (rows, 1), 1, end - start + 1)
+    position = jnp.arange(length)
+    current = (position >= start) & (position < end)
+    noise = jnp.where(current, jax.random.uniform(order_key, (rows, length)), jnp.inf)
+    chosen = current & (jnp.argsort(jnp.argsort(noise, axis=1), axis=1) < count)
+    before = masking.bernoulli(before_key, settings.prompt_mask_rate, *batch.tokens.shape)
+    before &= jnp.arange(batch.tokens.shape[1]) < batch.prompt_length + start
+    return before | masking.behind_prompt(chosen | (position >= end), batch.prompt_length)
+
+
+def make(settings: Settings) -> Method:
+    def masks(key: jax.Array, batch: Batch) -> jax.Array:
+        return jax.vmap(lambda key: semi_autoregressive(key, batch, settings))(jax.random.split(key, settings.num_t))
+
+    def views(masked: jax.Array, batch: Batch) -> SignedViews:
+        """Weights are `[k in v] / share_v`: each view's add up to n, or to 0 where it masks nothing that counts."""
+        within = masked[:, :, batch.prompt_length :] * batch.completion_mask
+        count = jnp.sum(within, axis=2, keepdims=True)
+        weights = within * jnp.sum(batch.completion_mask, axis=1)[:, None] / jnp.maximum(count, 1)
+        own = common.own_views(masked, batch, weights)
+        return SignedViews(own.masked, own.weights, own.sources, (common.advantages(batch, common.centred) > 0)[None])
+
+    def score(reads: dict, views: SignedViews) -> Scores:
+        w, l, b = views.weights, reads["log_prob"], settings.eubo_beta  # noqa: E741
+        n = jnp.sum(w, axis=2)
+        seen = jnp.maximum(jnp.sum(n > 0, axis=0), 1)
+        per_view = jnp.sum(w * l, axis=2) / jnp.maximum(n, 1)
+        lower = jnp.sum(per_view, axis=0) / seen
+
+        masked = jnp.any(w > 0, axis=0)
+        # In the log domain, since p^b of an unlikely token is 0 in float32; empty sums are kept out of its gradient.
+        log_terms = jnp.where(w > 0, b * l + jnp.log(jnp.where(w > 0, w, 1)), -jnp.inf)
+        log_mean = jax.nn.logsumexp(jnp.where(masked, log_terms, 0.0), axis=0) - jnp.log(seen)[:, None]
+        upper = jnp.sum(jnp.where(masked, log_mean, 0.0), axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1) / b
+
+        omega = {"mix": settings.mix_weight, "eubo": 1.0, "elbo": 0.0, "zero": 0.0}[settings.negative]
+        negative = 0.0 if settings.negative == "zero" else omega * upper + (1 - omega) * lower
+        estimate = jnp.where(views.positive[0], lower, negative)
+        return Scores(estimate, lower, {"gap": upper - lower, "spread": common.spread(per_view.T)})
+
+    def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
+        n = jnp.sum(batch.completion_mask, axis=1)
+        return {"weight": common.advantages(batch, common.centred) * n / jnp.maximum(jnp.sum(n), 1)}
+
+    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+        metrics = {"eubo_elbo_gap": new.extra["gap"], "score_spread": new.extra["spread"], "log_prob": new.normalised}
+        return -constants["weight"] * new.guided, metrics
+
+    return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=False, old="unused")

@@ -1,0 +1,72 @@
+"""The closed form of Guided Denoiser Self-Distillation (arXiv 2605.29398): one squared error against its teacher.
+
+The optimum of `max E[psi A] - KL(pi || pi_old) - beta KL(pi || pi_ref)` induces the teacher denoiser
+`p* ~ p_old^(1-beta) p_ref^beta exp(psi A)`. With centred logits, in which the partition function drops out,
+
+    loss = mean_{i,m} (x_theta - (1 - beta) x_old - beta x_ref - psi A_i)^2
+
+over rows i and views m, without a clip; `x` is the centred logit of each token (the error averaged over tokens), or the
+centred score of the sequence per token. Advantages are leave-one-out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.diffusion.scoring import Views
+from gdsd_jax.methods import common
+from gdsd_jax.methods.common import Batch, Method, Scores
+from gdsd_jax.methods.gdsd import Centred, centred_read, group_advantages
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher(Centred):
+    """`gdsd_teacher`: `level` "token" or "sequence"; no trust region."""
+
+    weighting: str = "plain"
+    level: str = "token"
+
+    def __post_init__(self):
+        super().__post_init__()
+        common.require(self.level in ("token", "sequence"), f"level {self.level!r} is not 'token' or 'sequence'")
+
+
+def make(settings: Teacher) -> Method:
+    """`gdsd_teacher`."""
+    guided = centred_read(settings)
+
+    def views(masked: jax.Array, batch: Batch) -> Views:
+        return common.coupled_views(masked, batch, weighted=settings.weighting == "elbo")
+
+    def score(reads: dict, views: Views) -> Scores:
+        if settings.level == "sequence":
+            x = common.weighted_sum(reads[guided], views)[..., None] / views.weights.shape[-1]
+        else:
+            x = jnp.swapaxes(2.0 * views.weights * reads[guided], 0, 1)
+        return Scores(x, x)
+
+    def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
+        rows = batch.completion_mask.shape[0]
+        return {
+            "advantage": group_advantages(batch, settings),
+            "old": None if old is None else old.guided,
+            "ref": None if ref is None else ref.normalised,
+            "rows": jnp.full(rows, rows, jnp.float32),
+        }
+
+    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+        x = new.guided
+        old = common.old_or_new(constants["old"], x)
+        ref = old if constants["ref"] is None else constants["ref"]
+        blended = (1 - settings.beta) * old + settings.beta * ref
+        error = x - blended - settings.psi * constants["advantage"][:, None, None]
+        metrics = {"score_spread": common.spread(jnp.mean(x, axis=2))}
+        metrics["kl"] = jnp.mean(common.k2(x, ref), axis=(1, 2))
+        metrics["log_ratio"] = jnp.mean(jnp.abs(x - old), axis=(1, 2))
+        return jnp.mean(error**2, axis=(1, 2)) / constants["rows"], metrics
+
+    masks = common.stratified_masks(settings.views, settings.masking, settings.block_length)
+    return Method((guided,), masks, views, score, prepare, objective, needs_reference=settings.beta > 0)

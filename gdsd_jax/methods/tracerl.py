@@ -1,0 +1,98 @@
+"""TraceRL, reinforcement along the sampler's own trajectory (arXiv 2509.06949), without the value model.
+
+    loss = -1/B sum_{i,g} mean_{k in g} min(r_ik A_i, clip(r_ik) A_i)  +  beta/B sum_{i,k} k3(l_theta - l_old)_ik
+
+over rows i and groups g of completion tokens k, `r = exp(l_theta - l_old)`. A row's distinct commit steps are sorted
+and every `shrink` of them merged into one group. The view of group g masks what was committed in it or later, and
+`l_ik` is read in the view of k's own group: each token is predicted from what the sampler had before it. `A` is the
+z-score among a prompt's completions. The KL is to the old policy; there is no reference.
+
+The number of views is static, `ceil(L / shrink)`: a row with fewer groups leaves the rest of them empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.scoring import Views
+from gdsd_jax.methods import common
+from gdsd_jax.methods.common import Batch, Method, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`tracerl`: trust region of each token's ratio, weight of the KL, commit steps per group."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    beta: float = 0.01
+    shrink: int = 8
+
+    def __post_init__(self):
+        common.require_clip(self)
+        common.require(self.shrink >= 1, f"shrink {self.shrink} must be at least 1")
+
+
+def trajectory_groups(commit_step: jax.Array, shrink: int) -> jax.Array:
+    """`[B, L]` int32: for each token its group, counted from 0 in the order of the distinct commit steps of its row."""
+    order = jnp.argsort(commit_step, axis=1, stable=True)
+    steps = jnp.take_along_axis(commit_step, order, axis=1)
+    is_next = jnp.pad(steps[:, 1:] != steps[:, :-1], [(0, 0), (1, 0)])
+    rank = jnp.take_along_axis(jnp.cumsum(is_next, axis=1), jnp.argsort(order, axis=1), axis=1)
+    return rank // shrink
+
+
+def make(settings: Settings) -> Method:
+    def trajectory(batch: Batch) -> jax.Array:
+        """One mask per group, the last group first."""
+        group = trajectory_groups(batch.commit_step, settings.shrink)
+        views = -(-batch.completion_length // settings.shrink)
+        index = jnp.arange(views)[::-1, None, None]
+        return masking.behind_prompt(group[None] >= index, batch.prompt_length)
+
+    def masks(key: jax.Array, batch: Batch) -> jax.Array:
+        common.require(batch.commit_step is not None, "tracerl replays commit steps and the rollout holds none")
+        return trajectory(batch)
+
+    def views(masked: jax.Array | None, batch: Batch) -> Views:
+        """Masks follow from the commit steps; only without them are given ones used: nested, the smallest first."""
+        given = batch.commit_step is None
+        common.require(not given or masked is not None, "tracerl needs commit_step, or nested masks")
+        masked = masked if given else trajectory(batch)
+        # Nested masks number the groups: a token of group g is masked in the views of groups 0 to g.
+        count = jnp.sum(masked[:, :, batch.prompt_length :], axis=0)
+        members = jnp.sum(count[:, :, None] == count[:, None, :], axis=2)
+        weights = jnp.where(count > 0, 1 / members, 0.0).astype(jnp.float32)
+        # The first view that masks a token, from the last group backwards, is that of its own group.
+        return Views(masked, weights[None], (tuple(range(masked.shape[0])),))
+
+    def score(reads: dict, views: Views) -> Scores:
+        log_prob = reads["log_prob"][0]
+        return Scores(log_prob, log_prob, {"share": views.weights[0]})
+
+    def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
+        rows = batch.tokens.shape[0]
+        return {
+            "advantage": common.advantages(batch, common.standardised),
+            "old": None if old is None else old.guided,
+            "rows": common.per_row(rows, rows),
+        }
+
+    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+        share, rows = new.extra["share"], constants["rows"]
+        old = common.old_or_new(constants["old"], new.guided)
+        log_ratio, advantage = new.guided - old, constants["advantage"][:, None]
+        policy, clipped = common.ppo(log_ratio, advantage, settings.eps_low, settings.eps_high)
+        kl = jnp.where(share > 0, common.k3(new.guided, old), 0.0)
+        loss = jnp.sum(share * policy + settings.beta * kl, axis=1) / rows
+        groups = jnp.maximum(jnp.sum(share, axis=1), 1)
+        metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
+        metrics["kl_old"] = kl
+        means = {name: jnp.sum(share * x, axis=1) / groups for name, x in metrics.items()}
+        return loss, {**means, "trajectory_groups": groups}
+
+    return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=False)
