@@ -1,0 +1,269 @@
+"""Settings of a run: `ml_collections` on the command line, frozen once into dataclasses, typed from there on.
+
+A config file (`configs/*.py`) returns a locked `ConfigDict` with exactly the fields of `TrainConfig`; `freeze` turns it
+into one and refuses a field that is missing, unknown or of another type. Nothing below the commands sees a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """How the denoiser computes; what it is comes from the checkpoint. See `gdsd_jax.denoiser.DenoiserConfig`."""
+
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    layer_unroll: int = 1
+    vocab_chunk: int = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Adapter. `rank` 0 trains all parameters instead."""
+
+    rank: int = 128
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    dropout: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. `schedule` after the warm-up is "constant", "linear" or "cosine" (both to zero at the last update)."""
+
+    learning_rate: float = 3e-6
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.01
+    clip_norm: float = 0.2
+    warmup_updates: int = 1
+    schedule: str = "constant"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is trained on. Paths are local files; None: the task's generated or downloaded rows.
+
+    `settings` overrides fields of the task (`template`, `system`, `assistant_prefix`, `weights`, ...).
+    """
+
+    name: str = "sudoku"
+    train_path: str | None = None
+    eval_path: str | None = None
+    train_rows: int | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation while training: temperature 0, the rollout's strategy and lengths, `steps` of its own, no threshold or
+    factor. `every` 0: only at the end."""
+
+    every: int = 0
+    split: str = "validation"
+    count: int | None = None
+    steps: int | None = None
+    batch_rows: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """The supervised start: masked-diffusion cross-entropy, weighted 1/t, all parameters trained.
+
+    Its seed is its own, so that runs of several seeds can share one start. `careless` is the share of each
+    demonstration that is wrong, in the way that the task says (`Task.careless`).
+    """
+
+    seed: int = 0
+    careless: float = 0.0
+    steps: int = 1000
+    batch_rows: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-3, clip_norm=1.0, warmup_updates=50, schedule="cosine"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    """The embedded model. With a `family` ("llada" or "dream"), a `config.checkpoint` that does not exist yet is made:
+    random weights in that family's format, then `gdsd_jax.sft`. Empty: the checkpoint must be there."""
+
+    family: str = ""
+    hidden_size: int = 64
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    intermediate_size: int = 192
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run. Rows per iteration are `prompts_per_iteration * group_size`; each of the `inner_updates` covers all.
+
+    Attributes:
+      checkpoint: Hugging Face directory of the base model.
+      method, settings: name of the method (or `package.module:NAME`), and settings by method name.
+      microbatch_rows: rows per gradient accumulation step.
+      prompt_buckets: lengths that prompts are left-padded to.
+      overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
+      save_every: iterations between checkpoints; `keep` of them are kept.
+    """
+
+    checkpoint: str
+    task: TaskConfig
+    model: ModelConfig
+    lora: LoRAConfig
+    optimizer: OptimizerConfig
+    sampler: SamplerConfig
+    evaluation: EvalConfig
+    sft: SFTConfig
+    tiny: TinyConfig
+    method: str = "gdsd"
+    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seed: int = 42
+    iterations: int = 1000
+    prompts_per_iteration: int = 20
+    group_size: int = 16
+    inner_updates: int = 8
+    microbatch_rows: int = 16
+    prompt_buckets: tuple[int, ...] = (400,)
+    overlong_prompts: str = "keep_last"
+    save_every: int = 100
+    keep: int = 2
+    completions_logged: int = 8
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self):
+        rows = self.prompts_per_iteration * self.group_size
+        if self.group_size < 2:
+            raise UserError(f"config.group_size {self.group_size}: an advantage compares completions, set at least 2")
+        if rows % self.microbatch_rows:
+            raise UserError(
+                f"config.microbatch_rows {self.microbatch_rows} does not divide the {rows} rows of an iteration "
+                f"(prompts_per_iteration {self.prompts_per_iteration} x group_size {self.group_size})"
+            )
+        for name in ("iterations", "prompts_per_iteration", "inner_updates", "microbatch_rows", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.{name} {getattr(self, name)} must be at least 1")
+        if self.overlong_prompts not in ("error", "keep_last"):
+            raise UserError(f"config.overlong_prompts {self.overlong_prompts!r} is neither 'error' nor 'keep_last'")
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        return dict(self.settings.get(self.method, {}))
+
+
+def default(checkpoint: str = "") -> ConfigDict:
+    """A locked ConfigDict with every field of `TrainConfig` at its default, to be edited by a config file."""
+    lengths = {"completion_length": 256, "steps": 256, "block_length": 32}
+    config = TrainConfig(
+        checkpoint=checkpoint,
+        task=TaskConfig(),
+        model=ModelConfig(),
+        lora=LoRAConfig(),
+        optimizer=OptimizerConfig(),
+        sampler=SamplerConfig(**lengths, strategy="low_confidence", temperature=1.0),
+        evaluation=EvalConfig(),
+        sft=SFTConfig(),
+        tiny=TinyConfig(),
+    )
+    result = ConfigDict(dataclasses.asdict(config), type_safe=False)
+    _type_optionals(result, TrainConfig)
+    return result.lock()
+
+
+def _type_optionals(config: ConfigDict, kind: type) -> None:
+    """Gives fields that are None their type, without which ml_collections takes no override for them."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            _type_optionals(config[name], hint)
+        elif types.NoneType in typing.get_args(hint) and config[name] is None:
+            config[name] = placeholder(next(o for o in typing.get_args(hint) if o is not types.NoneType))
+
+
+def freeze(kind: type, values: Mapping[str, Any] | ConfigDict, where: str = "config") -> Any:
+    """Builds the dataclass `kind` from a ConfigDict or mapping, nested dataclasses included.
+
+    Raises:
+      UserError: a key that is unknown or missing, or a value of another type; the message names it in full.
+    """
+    values = dict(values.items())
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(f"unknown setting {where}.{unknown[0]}: {where} knows {', '.join(fields)}")
+    missing = [n for n, f in fields.items() if n not in values and _required(f)]
+    if missing:
+        raise UserError(f"{where}.{missing[0]} is missing")
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def greedy_sampler(config: TrainConfig, length: int | None = None, steps: int | None = None) -> SamplerConfig:
+    """The run's sampler at temperature 0 and on its schedule, for another length or number of steps where given.
+
+    A sampler without blocks stays without; a threshold or factor is for rollouts and left out.
+    """
+    sampler = config.sampler
+    length = length or sampler.completion_length
+    trained = config.evaluation.steps or sampler.steps
+    whole = sampler.block_length == sampler.completion_length
+    return dataclasses.replace(
+        sampler,
+        temperature=0.0,
+        threshold=None,
+        factor=None,
+        completion_length=length,
+        block_length=length if whole else sampler.block_length,
+        steps=steps or max(1, trained * length // sampler.completion_length),
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A frozen config as plain JSON-able values."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return freeze(hint, value, where)
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin in (tuple, Sequence) and isinstance(value, (tuple, list)):
+            return tuple(value)
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if origin is Mapping and isinstance(value, Mapping):
+            return value
+        if origin in (int, bool, str) and type(value) is origin:
+            return value
+        if option is types.NoneType and value is None:
+            return None
+    name = hint if options != (hint,) else getattr(hint, "__name__", hint)
+    raise UserError(f"{where} is {value!r}, not of type {name}")

@@ -1,0 +1,186 @@
+"""Supervised start: masked-diffusion cross-entropy on a task's reference completions, all parameters trained.
+
+    python -m gdsd_jax.sft --config configs/tiny_sudoku.py --workdir runs/sft [--config.sft.steps=500 ...]
+
+Per row `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`; each completion token is masked with probability `t`; the loss is
+the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens (LLaDA, arXiv 2502.09992,
+Eq. 5). The tail after EOS is trained on too: the model must learn to end. Writes `WORKDIR/merged`, a Hugging Face
+directory to start reinforcement learning from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdsd_jax import commands, hub
+from gdsd_jax.config import SFTConfig, TrainConfig, to_dict
+from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.scoring import Views, read_views
+from gdsd_jax.errors import UserError
+from gdsd_jax.hub import tiny
+from gdsd_jax.hub.tokenizer import Tokenizer
+from gdsd_jax.tasks import Task
+from gdsd_jax.training.checkpoint import check_disk
+from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
+from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch, put
+from gdsd_jax.training.state import TrainState, init_state, make_optimizer
+
+MIN_RATIO = 1e-3
+
+
+def encode_answers(tokenizer: Tokenizer, texts: list[str], length: int, eos_token_id: int) -> np.ndarray:
+    """Reference completions as `[B, L]` int32, ended and filled up by EOS.
+
+    Raises:
+      UserError: one that does not fit.
+    """
+    out = np.full((len(texts), length), eos_token_id, np.int32)
+    for row, ids in zip(out, tokenizer.encode(texts), strict=True):
+        if len(ids) >= length:
+            raise UserError(
+                f"a reference completion of {len(ids)} tokens and its EOS exceed "
+                f"config.sampler.completion_length {length}"
+            )
+        row[: len(ids)] = ids
+    return out
+
+
+def sft_loss(
+    config: DenoiserConfig,
+    params: Any,
+    tokens: jax.Array,
+    prompt_mask: jax.Array,
+    key: jax.Array,
+    length: int,
+    chunk: int,
+) -> jax.Array:
+    """Masked-diffusion cross-entropy per completion token of `tokens` `[B, P+L]`; the mask ratios are spread evenly."""
+    rows, total = tokens.shape
+    ratio_key, mask_key = jax.random.split(key)
+    # One offset and an even spread over the rows: uniform for each row, and far less noisy for the batch.
+    u = (jax.random.uniform(ratio_key) + jnp.arange(rows) / rows) % 1.0
+    t = ((1 - MIN_RATIO) * u + MIN_RATIO)[:, None]
+    masked = masking.bernoulli(mask_key, t, rows, length)
+    views = Views(masking.behind_prompt(masked, total - length)[None], (masked / t)[None], ((0,),))
+    reads = read_views(config, params, None, tokens, views, ("log_prob",), prompt_mask=prompt_mask, chunk=chunk)
+    return -jnp.sum(views.weights * reads["log_prob"]) / (rows * length)
+
+
+def make_sft_update(
+    config: DenoiserConfig, optimizer: optax.GradientTransformation, length: int, chunk: int
+) -> Any:
+    """Compiles `update(state, tokens, prompt_mask) -> (state, metrics)`; the state is donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, tokens: jax.Array, prompt_mask: jax.Array) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(state.key, state.updates)
+        loss, gradient = jax.value_and_grad(
+            lambda params: sft_loss(config, params, tokens, prompt_mask, key, length, chunk)
+        )(state.params)
+        changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        state = state.replace(params=params, opt_state=opt_state, updates=state.updates + 1)
+        return state, {"loss": loss, "grad/norm": optax.tree.norm(gradient)}
+
+    return update
+
+
+def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
+    """Trains the base of `config.checkpoint` and exports it to `workdir / "merged"`; returns that directory.
+
+    Raises:
+      UserError: the directory is taken, the disk is full, or whatever a bad checkpoint, task or config raises.
+    """
+    merged = workdir / "merged"
+    commands.refuse_existing(merged)
+    setup = commands.load(config)
+    stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
+    check_disk(workdir, stored, "the trained checkpoint")
+    length, chunk = config.sampler.completion_length, config.model.vocab_chunk
+    rows = setup.task.rows("train", path=config.task.train_path, count=config.task.train_rows, seed=config.sft.seed)
+    prompts: Prompts = encode_prompts(
+        setup.task, setup.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
+    )
+    texts = [setup.task.answer(row) for row in demonstrations(setup.task, rows, config.sft)]
+    answers = encode_answers(setup.tokenizer, texts, length, setup.model.eos_token_id)
+    tokens = np.concatenate([prompts.tokens, answers], axis=1)
+    order = grain.MapDataset.range(len(rows)).seed(config.sft.seed).shuffle().repeat()
+
+    batch_rows = config.sft.batch_rows
+    optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
+    state = init_state(setup.base, optimizer, config.sft.seed)
+    update = make_sft_update(setup.model, optimizer, length, chunk)
+    writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, resume_step=-1)
+    with writer, Progress(config.sft.steps, label="sft") as progress:
+        start = time.perf_counter()
+        for step in range(config.sft.steps):
+            chosen = np.asarray([order[step * batch_rows + i] for i in range(batch_rows)])
+            state, metrics = update(state, *put((tokens[chosen], prompts.mask[chosen])))
+            if (step + 1) % log_every == 0 or step + 1 == config.sft.steps:
+                values = {name: float(value) for name, value in fetch(metrics).items()}
+                writer.write(step + 1, values | {"time/total": time.perf_counter() - start})
+                progress.update(step + 1, loss=values["loss"])
+    plot_curves(workdir)
+    dtypes = jax.tree.map(lambda x: x.dtype, setup.base)
+    trained = jax.tree.map(lambda x, dtype: x.astype(dtype), state.params, dtypes)
+    facts = {"method": "masked-diffusion SFT", "task": config.task.name} | to_dict(config.sft)
+    hub.export_checkpoint(merged, setup.model, trained, source=config.checkpoint, training=facts)
+    return merged
+
+
+def demonstrations(task: Task, rows: list[dict], config: SFTConfig) -> list[dict]:
+    """The rows as they are imitated: with `config.careless`, as a careless demonstrator writes them.
+
+    Raises:
+      UserError: the share is not in [0, 1], or the task does not say how one is careless there.
+    """
+    if not 0.0 <= config.careless <= 1.0:
+        raise UserError(f"config.sft.careless {config.careless} must lie in [0, 1]")
+    if not config.careless:
+        return rows
+    if task.careless is None:
+        raise UserError(f"task {task.name} has no careless demonstrations: set config.sft.careless to 0")
+    generator = random.Random(config.seed)
+    return [task.careless(row, config.careless, generator) for row in rows]
+
+
+def embedded_start(config: TrainConfig) -> None:
+    """Makes the checkpoint of a config that embeds a tiny model, where it is not there yet; does nothing otherwise.
+
+    Raises:
+      UserError: the checkpoint is not called "merged", which is what `run` writes.
+    """
+    checkpoint = Path(config.checkpoint)
+    if not config.tiny.family or checkpoint.exists():
+        return
+    if checkpoint.name != "merged":
+        raise UserError(f"config.checkpoint {checkpoint} of an embedded model must be a directory named merged")
+    init = checkpoint.parent / "init"
+    if not init.exists():
+        tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
+    run(dataclasses.replace(config, checkpoint=str(init)), checkpoint.parent)
+
+
+def main(config: TrainConfig, workdir: Path) -> None:
+    if config.tiny.family and not Path(config.checkpoint).exists():
+        config = dataclasses.replace(config, checkpoint=str(workdir / "merged"))
+        embedded_start(config)
+    else:
+        run(config, workdir)
+    print(f"wrote {workdir / 'merged'}")
+
+
+if __name__ == "__main__":
+    commands.launch(main)

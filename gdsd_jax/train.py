@@ -1,0 +1,189 @@
+"""Reinforcement learning of a masked denoiser. Start reading here: this file is the walk, top to bottom.
+
+    python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/demo [--config.method=gdsd_tlc ...]
+
+Each iteration: prompts -> completions -> rewards -> `inner_updates` of the policy. The rooms: `tasks` for prompts and
+rewards, `diffusion.sample` for completions, `methods` for the objective, `training.update` for the gradient. A run can
+be killed at any time; started again with the same workdir it goes on from its last checkpoint, and repeats what an
+uninterrupted run would have done, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from gdsd_jax import commands
+from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.denoiser import init_lora
+from gdsd_jax.methods import build, check
+from gdsd_jax.sft import embedded_start
+from gdsd_jax.training.checkpoint import Checkpoints
+from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
+from gdsd_jax.training.rollout import (
+    Evaluation,
+    Prompts,
+    encode_prompts,
+    evaluate_policy,
+    fetch,
+    length_metrics,
+    reward_metrics,
+    roll_out,
+)
+from gdsd_jax.training.state import TrainState, init_state, make_optimizer, policy
+from gdsd_jax.training.update import ROLLOUT_STREAM, make_inner_update, stream_key
+from gdsd_jax.training.warnings import precursors
+
+
+def fresh_state(config: TrainConfig, setup: commands.Setup) -> tuple:
+    """The state before the first update, with its optimizer and learning-rate schedule."""
+    optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
+    params = setup.base
+    if config.lora.rank:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        params = init_lora(setup.model, key, **dataclasses.asdict(config.lora))
+    return init_state(params, optimizer, config.seed), optimizer, schedule
+
+
+def train(config: TrainConfig, workdir: Path) -> TrainState:
+    """Runs (or resumes) the whole training and returns the final state."""
+
+    # ------------------------------------------------------------------------------------------ set-up
+    embedded_start(config)
+    setup = commands.load(config)
+    model, base, tokenizer, task = setup
+    method = build(config.method, **config.method_settings)
+    check(
+        method, name=config.method, prompt_length=max(config.prompt_buckets),
+        completion_length=config.sampler.completion_length, group_size=config.group_size,
+    )  # fmt: skip
+    state, optimizer, schedule = fresh_state(config, setup)
+    update = make_inner_update(
+        model, method, optimizer, schedule,
+        microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
+    )  # fmt: skip
+    rollout_key = jax.jit(lambda state: stream_key(state.key, ROLLOUT_STREAM, state.iteration))
+    finish = jax.jit(lambda state: state.replace(iteration=state.iteration + 1))
+    snapshot = jax.jit(lambda params: jax.tree.map(lambda x: x + 0, params))
+    lengths = jax.jit(length_metrics)
+
+    encode = lambda rows: encode_prompts(  # noqa: E731
+        task, tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
+    )
+    rows = task.rows("train", path=config.task.train_path, count=config.task.train_rows, seed=config.seed)
+    prompts = encode(rows)
+    order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
+    held_out = encode(task.rows(config.evaluation.split, path=config.task.eval_path, count=config.evaluation.count))
+    greedy = greedy_sampler(config)
+    eval_key = jax.random.key(config.seed)
+
+    checkpoints = Checkpoints(workdir, config, state)
+    first, position = checkpoints.latest, 0
+    if first is not None:
+        state, position = checkpoints.restore()
+    state = jax.device_put(state)
+    first = first or 0
+
+    def evaluate(state: TrainState) -> Evaluation:
+        return evaluate_policy(
+            model, *policy(base, state.params), held_out, greedy, task, tokenizer,
+            batch_rows=config.evaluation.batch_rows, key=eval_key,
+        )  # fmt: skip
+
+    # Without a checkpoint the files start anew, with one they are cut back to it.
+    writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, resume_step=first or -1)
+    progress = Progress(config.iterations, start=first, label=config.method)
+    warned: set[str] = set()
+    with writer, checkpoints, progress, StopSignal() as stop, jax.transfer_guard("disallow"):
+        for iteration in range(first + 1, config.iterations + 1):
+            start = time.perf_counter()
+
+            # ---------------------------------------------------------------- prompts, rollout, reward
+            chosen = [order[position + i] for i in range(config.prompts_per_iteration)]
+            position += config.prompts_per_iteration
+            asked = Prompts(prompts.tokens[chosen], prompts.mask[chosen], [rows[i] for i in chosen])
+            rewarded = roll_out(
+                model, *policy(base, state.params), asked, rollout_key(state), config.sampler, task, tokenizer,
+                group_size=config.group_size,
+            )  # fmt: skip
+
+            # ---------------------------------------------------------------------------------- update
+            update_start = time.perf_counter()
+            old_params = snapshot(state.params) if config.inner_updates > 1 and method.old != "unused" else None
+            reports = []
+            for inner in range(config.inner_updates):
+                state, report = update(state, base, old_params if inner else None, rewarded.batch)
+                reports.append(report)
+            state = finish(state)
+            reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
+
+            # --------------------------------------------------------------------------------- metrics
+            now = time.perf_counter()
+            metrics = reward_metrics(rewarded) | {k: float(v) for k, v in lengths_now.items()}
+            metrics |= {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
+            seconds = rewarded.seconds | {"update": now - update_start, "iteration": now - start}
+            metrics |= {f"time/{name}": value for name, value in seconds.items()}
+            metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
+            if iteration == config.iterations or (config.evaluation.every and iteration % config.evaluation.every == 0):
+                metrics |= {f"eval/{name}": value for name, value in evaluate(state).means.items()}
+            writer.write(iteration, metrics)
+            writer.completions(iteration, completion_records(rewarded, config.completions_logged))
+            shown = {name.split("/")[1]: metrics[name] for name in metrics if name.startswith("eval/")}
+            progress.update(iteration, reward=metrics["reward/mean"], **shown)
+            for line in precursors(metrics):
+                kind = line.split()[0]
+                if kind not in warned:
+                    warned.add(kind)
+                    progress.note(f"iteration {iteration}: {line}")
+            if not np.isfinite([metrics[name] for name in ("loss", "grad/norm", "update/norm")]).all():
+                raise commands.diverged(workdir, iteration, rewarded, checkpoints.latest)
+
+            # ------------------------------------------------------------------------------ checkpoint
+            done = iteration == config.iterations or stop.requested
+            if done or iteration % config.save_every == 0:
+                checkpoints.save(iteration, state, position)
+            if done:
+                break
+    plot_curves(workdir)
+    return state
+
+
+def completion_records(rewarded, limit: int) -> list[dict]:
+    """The first completions with their rewards, and every completion on which a reward failed."""
+    failed = np.any([np.isnan(value) for value in rewarded.components.values()], axis=0)
+    return [
+        {"completion": text, "reward": float(rewarded.rewards[i])}
+        | {name: float(value[i]) for name, value in rewarded.components.items()}
+        for i, text in enumerate(rewarded.texts)
+        if i < limit or failed[i]
+    ]
+
+
+class StopSignal:
+    """While open, turns SIGTERM and SIGINT into a request to save and leave after the running iteration."""
+
+    def __enter__(self) -> StopSignal:
+        self.requested = False
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+
+
+def main(config: TrainConfig, workdir: Path) -> None:
+    train(config, workdir)
+
+
+if __name__ == "__main__":
+    commands.launch(main)

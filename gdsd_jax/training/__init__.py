@@ -1,0 +1,1 @@
+"""What the commands share: state, rollouts, updates, checkpoints and metrics."""

@@ -1,0 +1,135 @@
+"""Checkpoints of a run: what is trained, the optimizer, the counters, the key and the data position, through Orbax.
+
+The frozen base is not saved again; where it came from and its fingerprint are, and another base is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from gdsd_jax import hub
+from gdsd_jax.config import TrainConfig, to_dict
+from gdsd_jax.errors import UserError
+from gdsd_jax.training.state import TrainState
+
+# Settings that may differ between the run that saved and the run that resumes.
+FREE_TO_CHANGE = ("iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation")
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Raises:
+      UserError: the workdir belongs to another config or base, or the disk has no room for `keep + 1` checkpoints.
+    """
+
+    def __init__(self, workdir: Path, config: TrainConfig, state: TrainState):
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_raw(state)))
+        saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
+        check_disk(workdir, size * max(config.keep + 1 - saved, 1), "its checkpoints")
+        self._record(workdir, config)
+        self._template = _raw(state)
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+    def _record(self, workdir: Path, config: TrainConfig) -> None:
+        """Writes `run.json` for a new run, compares with it for an old one."""
+        record = {"config": to_dict(config), "base": hub.fingerprint(config.checkpoint)}
+        path = workdir / "run.json"
+        if not path.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            return
+        saved = json.loads(path.read_text())
+        changed = [k for k in _differences(saved["config"], record["config"]) if k.split(".")[0] not in FREE_TO_CHANGE]
+        if changed:
+            raise UserError(f"{workdir} belongs to a run with another config.{changed[0]}: choose another --workdir")
+        if saved["base"] != record["base"]:
+            raise UserError(f"{workdir} belongs to another base than {config.checkpoint}: choose another --workdir")
+
+    @property
+    def latest(self) -> int | None:
+        """Iteration of the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, iteration: int, state: TrainState, position: int) -> None:
+        """Starts saving in the background; `position` is the index of the next prompt in the global order."""
+        if iteration != self.latest:
+            data = ocp.args.JsonSave({"position": position})
+            # Orbax copies to the host in ways that a transfer guard takes for accidents.
+            with jax.transfer_guard_device_to_host("allow"):
+                arrays = ocp.args.StandardSave(_raw(state))
+                self._manager.save(iteration, args=ocp.args.Composite(state=arrays, data=data))
+
+    def restore(self) -> tuple[TrainState, int]:
+        """The newest state and data position."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._template)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(self.latest, args=args)
+        state = restored["state"]
+        return state.replace(key=jax.random.wrap_key_data(state.key)), restored["data"]["position"]
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(workdir: Path, template: Any) -> tuple[Any, int]:
+    """The trained parameters of the newest checkpoint of `workdir`, and its iteration. Nothing else of it is read.
+
+    Args:
+      template: the parameters, or their shapes and dtypes.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    directory = (workdir / "checkpoints").absolute()
+    if not directory.is_dir():
+        raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        iteration = manager.latest_step()
+        if iteration is None:
+            raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        state = ocp.args.PyTreeRestore({"params": target}, {"params": restore_args}, partial_restore=True)
+        restored = manager.restore(iteration, args=ocp.args.Composite(state=state))
+        return restored["state"]["params"], iteration
+
+
+def check_disk(directory: Path, needed: int, purpose: str) -> None:
+    """Raises UserError if the disk of `directory` has less than `needed` bytes."""
+    while not directory.exists():
+        directory = directory.absolute().parent
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory} has {free / 1e9:.2f} GB free and needs {needed / 1e9:.2f} GB for {purpose}: "
+            "free some or change --workdir"
+        )
+
+
+def _raw(state: TrainState) -> TrainState:
+    """The state with its key as plain integers, which every checkpoint format can hold."""
+    return state.replace(key=jax.random.key_data(state.key))
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    return [] if a == b else [path]

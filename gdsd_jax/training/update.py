@@ -1,0 +1,145 @@
+"""One inner update: draw views, score old policy and reference, accumulate the gradient over micro-batches.
+
+All of it is one compiled program. Old, reference and new policy see the same views in micro-batches of the same shape,
+because a log-ratio of 4e-4 nats summed over a completion drowns in the rounding of any other arrangement.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.diffusion.scoring import Views, read_views
+from gdsd_jax.methods import Batch, Method, Scores
+from gdsd_jax.training.state import TrainState, policy
+
+# Folded into the run's key with the count of updates or iterations, so that every draw has a stream of its own.
+ROLLOUT_STREAM, MASK_STREAM, DROPOUT_STREAM = range(3)
+
+
+def stream_key(key: jax.Array, stream: int, count: jax.Array) -> jax.Array:
+    """The key of one draw of a run."""
+    return jax.random.fold_in(jax.random.fold_in(key, stream), count)
+
+
+def take_rows(tree: Any, start: jax.Array, rows: int, axis: int = 0) -> Any:
+    """`rows` rows of every array of a pytree, from `start` on."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis), tree)
+
+
+def make_inner_update(
+    config: DenoiserConfig,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    microbatch_rows: int,
+    vocab_chunk: int,
+) -> Callable[[TrainState, Any, Any, Batch], tuple[TrainState, dict]]:
+    """Compiles `update(state, base, old_params, batch) -> (state, metrics)`.
+
+    `old_params` None says that the policy has not moved since the rollout: old is then the stop-gradient of new, and no
+    forward is spent on it (unless the method couples rows through the old policy). The state is donated.
+    """
+
+    def score(
+        base: Any,
+        params: Any,
+        batch: Batch,
+        views: Views,
+        start: jax.Array,
+        dropout_key: jax.Array | None,
+        extra: tuple,
+    ) -> tuple[Scores, dict]:
+        """Scores of one micro-batch, and its reads; `params` None is the reference: the base alone."""
+        rows = take_rows(batch, start, microbatch_rows)
+        seen = take_rows(views, start, microbatch_rows, axis=1)
+        weights, lora = (base, None) if params is None else policy(base, params)
+        reads = read_views(
+            config,
+            weights,
+            lora,
+            rows.tokens,
+            seen,
+            method.reads + extra,
+            prompt_mask=rows.prompt_mask,
+            dropout_key=dropout_key,
+            chunk=vocab_chunk,
+        )
+        return method.score(reads, seen), reads
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, base: Any, old_params: Any, batch: Batch) -> tuple[TrainState, dict]:
+        rows = batch.tokens.shape[0]
+        steps = rows // microbatch_rows
+        starts = jnp.arange(steps) * microbatch_rows
+        with jax.named_scope("views"):
+            masked = method.masks(stream_key(state.key, MASK_STREAM, state.updates), batch)
+            views = method.views(masked, batch)
+
+        def score_all(params: Any) -> Scores:
+            scores = jax.lax.map(lambda start: score(base, params, batch, views, start, None, ())[0], starts)
+            return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), scores)
+
+        with jax.named_scope("old_and_reference"):
+            if method.old == "always":
+                old = score_all(state.params if old_params is None else old_params)
+            else:
+                old = score_all(old_params) if method.old == "ratio" and old_params is not None else None
+            ref = score_all(None) if method.needs_reference else None
+        constants = method.prepare(batch, old, ref)
+
+        def loss_of(params: Any, start: jax.Array) -> tuple[jax.Array, dict]:
+            key = jax.random.fold_in(stream_key(state.key, DROPOUT_STREAM, state.updates), start)
+            new, reads = score(base, params, batch, views, start, key, ("entropy",))
+            loss, metrics = method.objective(new, take_rows(constants, start, microbatch_rows))
+            entropy = jnp.mean(jax.lax.stop_gradient(reads["entropy"]), axis=0)
+            seen = take_rows(batch.completion_mask, start, microbatch_rows)
+            metrics = {name: jnp.sum(value) / rows for name, value in metrics.items()}
+            metrics["entropy"] = jnp.sum(entropy * seen) / jnp.sum(batch.completion_mask)
+            return jnp.sum(loss), metrics
+
+        def accumulate(carry: tuple, start: jax.Array) -> tuple[tuple, tuple]:
+            gradient, square = carry
+            (loss, metrics), piece = jax.value_and_grad(loss_of, has_aux=True)(state.params, start)
+            square = square + optax.tree.norm(piece) ** 2
+            return (jax.tree.map(jnp.add, gradient, piece), square), (loss, metrics)
+
+        with jax.named_scope("gradient"):
+            start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+            (gradient, square), (losses, metrics) = jax.lax.scan(accumulate, start, starts)
+        with jax.named_scope("optimizer"):
+            changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, changes)
+        norm = optax.tree.norm(gradient)
+        report = {f"policy/{name}": jnp.sum(value) for name, value in metrics.items()}
+        report |= {"loss": jnp.sum(losses), "grad/norm": norm, "lr": jnp.asarray(schedule(state.updates))}
+        report["update/norm"] = optax.tree.norm(changes)
+        if steps > 1:
+            report["grad/signal_to_noise"] = signal_to_noise(norm, square, steps)
+        state = state.replace(params=params, opt_state=opt_state, updates=state.updates + 1)
+        return state, report
+
+    return update
+
+
+def signal_to_noise(norm: jax.Array, square_sum: jax.Array, pieces: int) -> jax.Array:
+    """Squared norm of the expected gradient over the variance of its estimate, from micro-batch gradients.
+
+    The squared norm of a mean of noise is its variance, so that much is taken off: pure noise gives 0 on average.
+
+    Args:
+      norm: norm of the sum of the pieces.
+      square_sum: sum of the pieces' squared norms.
+      pieces: number of micro-batches.
+    """
+    mean_square = (norm / pieces) ** 2
+    variance = (square_sum / pieces - mean_square) * pieces / (pieces - 1)
+    noise = variance / pieces
+    return jnp.maximum(mean_square - noise, 0.0) / jnp.maximum(noise, jnp.finfo(jnp.float32).tiny)
