@@ -1,5 +1,6 @@
 # The targets need no preparation: each makes the virtual environment it runs in, and refreshes it when its requirements change.
 #   make demo       SFT, GDSD, evaluation and export of the tiny model, into runs/demo
+#   make compare    six methods with three seeds each on the tiny model, table and figure into runs/compare
 #   make test       the fast tests              make test PYTEST_ARGS=tests/test_metrics.py   a part of them
 #   make test-slow  the tests that need PyTorch and PEFT, or minutes
 #   make lint       ruff
@@ -14,13 +15,16 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-slow lint clean venv venv-tpu venv-gpu
+.PHONY: demo compare test test-slow lint clean venv venv-tpu venv-gpu
 
 demo: .venv/.installed
-	.venv/bin/python -m gdsd_jax.demo --workdir runs/demo
+	.venv/bin/python -m gdsd_jax.demo --config configs/tiny_sudoku.py --workdir runs/demo
+
+compare: .venv/.installed
+	.venv/bin/python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,gdsd_tlc,espo,diffu_grpo,wd1,spg --seeds 3
 
 test: .venv/.installed
-	.venv/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: .venv-slow/.installed
 	.venv-slow/bin/python -m pytest -m slow $(PYTEST_ARGS)

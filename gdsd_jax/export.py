@@ -1,0 +1,101 @@
+"""Writes what a run has trained as Hugging Face directories: merged weights, a PEFT adapter, or both.
+
+    python -m gdsd_jax.export --config configs/tiny_sudoku.py --workdir runs/demo --output runs/demo/export
+
+`--format both`, the default, writes `OUTPUT/merged` and `OUTPUT/adapter`; `merged` or `adapter` write OUTPUT itself.
+With `--adapter DIR` (and `--checkpoint DIR`) instead of a run, `--format merged` merges that adapter into its base.
+Merged weights have the dtypes of the source.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gdsd_jax import commands, hub
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.errors import UserError
+from gdsd_jax.training.metrics import METRICS, read_metrics
+
+FORMATS = ("merged", "adapter", "both")
+
+
+def run(
+    config: TrainConfig,
+    workdir: Path | None,
+    output: Path,
+    *,
+    format: str = "both",
+    checkpoint: str | None = None,
+    adapter: str | None = None,
+) -> dict[str, Path]:
+    """Exports one policy; returns the directories written, by "merged" and "adapter".
+
+    Args:
+      workdir, checkpoint, adapter: see `commands.load_policy`.
+      output: must not hold what is about to be written.
+      format: one of `FORMATS`.
+
+    Raises:
+      UserError: an unknown format; no adapter to export; something stands where the output would; no disk space.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
+    paths = {kind: output / kind for kind in ("merged", "adapter")} if format == "both" else {format: output}
+    for path in paths.values():
+        commands.refuse_existing(path, "--output")
+    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter)
+    if policy.lora is None and "adapter" in paths:
+        raise UserError("there is no adapter to export, all parameters were trained: use --format merged")
+    training = None if policy.iteration is None else training_facts(workdir, policy.iteration)
+    if "merged" in paths:
+        base = jax.tree.map(lambda x, dtype: x.astype(dtype), policy.base, policy.stored)
+        hub.export_checkpoint(
+            paths["merged"], policy.model, base, lora=policy.lora, source=policy.source, training=training
+        )
+    if "adapter" in paths:
+        hub.export_adapter(paths["adapter"], policy.model, policy.lora, source=policy.source, training=training)
+    return paths
+
+
+def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:
+    """What the model card says of a run: method and settings as they were, and the last metrics up to `iteration`."""
+    config = commands.read_record(workdir)["config"]
+    settings = config["settings"].get(config["method"], {})
+    facts = {
+        "task": config["task"]["name"],
+        "method": config["method"],
+        "method settings": ", ".join(f"{name}={value}" for name, value in settings.items()) or "defaults",
+        "iterations": iteration,
+        "completions per iteration": f"{config['prompts_per_iteration']} prompts x {config['group_size']}",
+        "inner updates per iteration": config["inner_updates"],
+        "learning rate": f"{config['optimizer']['learning_rate']:g}, {config['optimizer']['schedule']}",
+        "seed": config["seed"],
+    }
+    if (workdir / METRICS).is_file():
+        last: dict[str, float] = {}
+        for entry in read_metrics(workdir):
+            if entry["step"] <= iteration:
+                last |= entry
+        for name, value in last.items():
+            if (name == "reward/mean" or name.startswith("eval/")) and value is not None:
+                facts[f"last {name}"] = f"{value:.4f}"
+    return facts
+
+
+def main(config: TrainConfig, workdir: Path | None, *, output: str | None, format: str, **flags: Any) -> None:
+    if output is None:
+        raise UserError("give --output DIRECTORY, where the export goes")
+    for kind, path in run(config, workdir, Path(output), format=format, **flags).items():
+        print(f"wrote {path} ({kind})")
+
+
+OPTIONS = commands.POLICY_OPTIONS | {
+    "output": commands.Option(str, None, "Directory to write."),
+    "format": commands.Option(str, "both", "merged, adapter or both."),
+}
+
+if __name__ == "__main__":
+    commands.launch(main, OPTIONS, needs_workdir=False)

@@ -1,0 +1,190 @@
+"""Completions to look at: of a prompt, or of rows of the task with their rewards.
+
+    python -m gdsd_jax.generate --config configs/tiny_sudoku.py --workdir runs/demo --rows 3
+    python -m gdsd_jax.generate --config ... --checkpoint DIR --prompt "..." --watch
+
+`--prompt` is the user's turn as it is; the task's system turn and assistant prefix go with it. `--watch` shows each
+text appear out of its masks: the sampler runs once, as one compiled program, and its steps are replayed from the record
+of when each token was committed. Where the output is no terminal, a few frames are printed as lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import rich.console
+import rich.live
+from rich.text import Text
+
+from gdsd_jax import commands
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.diffusion import Rollout, SamplerConfig, sample
+from gdsd_jax.diffusion.sampler import replay
+from gdsd_jax.errors import UserError
+from gdsd_jax.tasks import Task
+from gdsd_jax.training.rollout import encode_prompts, fetch, put
+
+MASK, END = "░", "·"
+PLAIN_FRAMES = 5
+LONGEST_PAUSE = 0.25  # seconds between two frames
+
+
+class Generated(NamedTuple):
+    """Completions with what is needed to replay them.
+
+    rollout: on the host.
+    rows: of the task, or none for a prompt of the user's.
+    rewards: `[B]`, components and metrics by name; none without rows.
+    """
+
+    prompts: list[str]
+    texts: list[str]
+    rollout: Rollout
+    rows: list[dict]
+    rewards: dict[str, np.ndarray]
+
+
+def run(
+    config: TrainConfig,
+    policy: commands.Policy,
+    *,
+    prompt: str | None = None,
+    rows: int | None = None,
+    temperature: float = 0.0,
+    seed: int | None = None,
+) -> Generated:
+    """Samples one completion of `prompt`, or of each of the first `rows` test rows.
+
+    Raises:
+      UserError: both or neither are given, or they do not fit the model.
+    """
+    if (prompt is None) == (rows is None):
+        raise UserError("give either --prompt TEXT or --rows N")
+    task, tokenizer = policy.task, policy.tokenizer
+    fit = {"buckets": config.prompt_buckets, "overlong": config.overlong_prompts}
+    if prompt is None:
+        chosen = task.rows("test", path=config.task.eval_path, count=rows)
+        tokens, mask, _ = encode_prompts(task, tokenizer, chosen, **fit)
+        shown = [task.messages(row)[-1]["content"] for row in chosen]
+    else:
+        chosen, shown = [], [prompt]
+        text = tokenizer.render(prompt_messages(task, prompt), task.assistant_prefix)
+        tokens, mask = tokenizer.prompts([text], **fit)
+    sampler = dataclasses.replace(config.sampler, temperature=temperature)
+    key = jax.random.key(config.seed if seed is None else seed)
+    rollout = fetch(sample(policy.model, policy.base, policy.lora, *put((tokens, mask)), key, sampler))
+    texts = tokenizer.decode(rollout.tokens[:, tokens.shape[1] :])
+    rewards = {"reward": task.reward(texts, chosen), **task.metrics(texts, chosen)} if chosen else {}
+    return Generated(shown, texts, rollout, chosen, rewards)
+
+
+def prompt_messages(task: Task, prompt: str) -> list[dict]:
+    """The chat of a user's own prompt, under the task's system turn."""
+    system = [{"role": "system", "content": task.system}] if task.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def frames(policy: commands.Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -> list[tuple[int, Text]]:
+    """`(steps taken, text)` before the first step and after each that wrote something in this row."""
+    single = Rollout(*(np.asarray(value)[row : row + 1] for value in rollout))
+    length = single.commit_step.shape[1]
+    steps = [-1, *np.unique(single.commit_step[single.commit_step < sampler.step_limit]).tolist()]
+    pictures = []
+    before = np.full(length, policy.model.mask_token_id)
+    for step in steps:
+        # The last frame is the result itself, with what `stop_at_eos` filled in.
+        until = sampler.step_limit if step == steps[-1] else step
+        after = np.asarray(replay(single, policy.model, until))[0, -length:]
+        pictures.append((step + 1, _picture(policy, before, after)))
+        before = after
+    return pictures
+
+
+def _picture(policy: commands.Policy, before: np.ndarray, after: np.ndarray) -> Text:
+    """The completion `[L]` with masks as dim blocks and what has just been committed highlighted."""
+    text = Text()
+    mask, end = policy.model.mask_token_id, policy.model.eos_token_id
+    kinds = [
+        "mask" if new == mask else "end" if new == end else "new" if old != new else "old"
+        for old, new in zip(before.tolist(), after.tolist(), strict=True)
+    ]
+    for kind, group in itertools.groupby(range(len(kinds)), kinds.__getitem__):
+        ids = after[list(group)]
+        if kind in ("mask", "end"):
+            text.append((MASK if kind == "mask" else END) * len(ids), "dim")
+        else:
+            text.append(policy.tokenizer.decode_one(ids, special=False), "bold green" if kind == "new" else "")
+    return text
+
+
+def show(
+    console: rich.console.Console,
+    policy: commands.Policy,
+    sampler: SamplerConfig,
+    generated: Generated,
+    *,
+    watch: bool = False,
+    seconds: float = 5.0,
+) -> None:
+    """Prints prompt, completion and rewards; with `watch` each completion takes about `seconds` to appear."""
+    for row, (prompt, text) in enumerate(zip(generated.prompts, generated.texts, strict=True)):
+        console.rule(style="dim")
+        console.print(Text(prompt, "cyan"))
+        if watch:
+            _watch(console, frames(policy, sampler, generated.rollout, row), seconds)
+        if not (watch and console.is_terminal):
+            console.print(Text(text))
+        if generated.rewards:
+            values = (f"{name} {value[row]:.3f}" for name, value in generated.rewards.items())
+            console.print(Text("  ".join(values), "dim"))
+
+
+def _watch(console: rich.console.Console, pictures: list[tuple[int, Text]], seconds: float) -> None:
+    if not console.is_terminal:
+        some = np.unique(np.linspace(0, len(pictures) - 1, PLAIN_FRAMES).round().astype(int))
+        for taken, picture in (pictures[i] for i in some):
+            line = picture.plain.replace("\n", "⏎")
+            console.print(Text(f"step {taken:>4}  {line}"), soft_wrap=True)
+        return
+    with rich.live.Live(console=console, auto_refresh=False) as live:
+        for _, picture in pictures:
+            live.update(picture, refresh=True)
+            time.sleep(min(seconds / len(pictures), LONGEST_PAUSE))
+
+
+def main(
+    config: TrainConfig,
+    workdir: Path | None,
+    *,
+    checkpoint: str | None,
+    adapter: str | None,
+    watch: bool,
+    seconds: float,
+    prompt: str | None,
+    rows: int | None,
+    **flags: Any,
+) -> None:
+    if prompt is None and rows is None:
+        rows = 1
+    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter)
+    generated = run(config, policy, prompt=prompt, rows=rows, **flags)
+    show(rich.console.Console(), policy, config.sampler, generated, watch=watch, seconds=seconds)
+
+
+OPTIONS = commands.POLICY_OPTIONS | {
+    "prompt": commands.Option(str, None, "The user's turn."),
+    "rows": commands.Option(int, None, "Instead, this many test rows of the task."),
+    "temperature": commands.Option(float, 0.0, "Of the sampler; 0 takes the most probable token."),
+    "seed": commands.Option(int, None, "Of the sampler, instead of the config's."),
+    "watch": commands.Option(bool, False, "Show the text appear out of its masks."),
+    "seconds": commands.Option(float, 5.0, "How long --watch takes for one completion."),
+}
+
+if __name__ == "__main__":
+    commands.launch(main, OPTIONS, needs_workdir=False)
