@@ -1,0 +1,21 @@
+"""GDSD on Countdown, LLaDA-8B-Instruct.
+
+    python -m gdsd_jax.train --config configs/llada_8b_countdown.py --workdir runs/llada_8b_countdown
+
+`--config.checkpoint` names the model's Hugging Face directory, default `checkpoints/LLaDA-8B-Instruct`.
+Hardware: the authors used 8 devices for these 20 x 16 completions per rollout; not yet run here.
+Published (arXiv 2605.29398, best over settings): 84.0 %.
+"""
+
+from gdsd_jax import config as settings
+
+
+def get_config():
+    config = settings.default(checkpoint="checkpoints/LLaDA-8B-Instruct")
+    with config.unlocked():
+        config.task.name = "countdown"
+        config.method = "gdsd"
+        config.settings.gdsd = {"psi": 1.0, "beta": 3e-3, "views": 2}
+        config.prompts_per_iteration, config.group_size, config.inner_updates = 20, 16, 8
+        config.optimizer.update(learning_rate=1e-5, warmup_updates=8)
+    return config

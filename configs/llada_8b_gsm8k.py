@@ -1,0 +1,21 @@
+"""GDSD on GSM8K, LLaDA-8B-Instruct.
+
+    python -m gdsd_jax.train --config configs/llada_8b_gsm8k.py --workdir runs/llada_8b_gsm8k
+
+`--config.checkpoint` names the model's Hugging Face directory, default `checkpoints/LLaDA-8B-Instruct`.
+Hardware: the authors used 8 devices for these 20 x 16 completions per rollout; not yet run here.
+Published (arXiv 2605.29398, best over settings): 86.4 % on the test split.
+"""
+
+from gdsd_jax import config as settings
+
+
+def get_config():
+    config = settings.default(checkpoint="checkpoints/LLaDA-8B-Instruct")
+    with config.unlocked():
+        config.task.name = "gsm8k"
+        config.method = "gdsd"
+        config.settings.gdsd = {"psi": 10.0, "beta": 1e-3, "views": 2}
+        config.prompts_per_iteration, config.group_size, config.inner_updates = 20, 16, 8
+        config.optimizer.update(learning_rate=3e-6, warmup_updates=8)
+    return config
