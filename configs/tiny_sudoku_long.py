@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.checkpoint = "runs/start_long/merged"
         config.task.train_rows = 32768
-        config.sft.steps = 6000
-        config.sft.optimizer.schedule = "cosine"
-        config.iterations = 150
+        config.sft.update(steps=6000, careless=0.25)
+        config.iterations = 80
     return config
