@@ -200,9 +200,9 @@ def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any
     """What one run came to; None while it is open or not evaluated.
 
     Of the final metric, the best one on the way (`config.evaluation`'s split), the median seconds per iteration, the
-    KL to the reference where the method reports it. A diverged run has no policy left: its final metric is 0. A run
-    has collapsed where it diverged, or where the final metric lies below the start by more than two standard errors
-    of the difference.
+    KL to the reference (`gdsd_jax.training.rollout.reference_kl`). A diverged run has no policy left: its final metric
+    is 0. A run has collapsed where it diverged, or where the final metric lies below the start by more than two
+    standard errors of the difference.
     """
     state = state_of(run, directory)
     diverged = state == "diverged"
@@ -212,7 +212,6 @@ def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any
     entries = read_metrics(directory)
     final = {"mean": 0.0, "error": 0.0} if diverged else result[metric]
     curve = _values(entries, f"eval/{metric}")
-    kl = _values(entries, "policy/kl")
     margin = 2 * math.hypot(start["error"], final["error"])
     return {
         "seed": run.seed,
@@ -222,7 +221,7 @@ def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any
         "final_error": final["error"],
         "best": max(curve, default=None),
         "seconds_per_iteration": float(np.median(_values(entries, "time/iteration"))),
-        "kl": kl[-1] if kl else None,
+        "kl": None if diverged else result.get("kl", {}).get("mean"),
         "diverged": diverged,
         "collapsed": diverged or final["mean"] < start["mean"] - margin,
     }

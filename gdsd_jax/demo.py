@@ -19,6 +19,7 @@ import rich.console
 from gdsd_jax import commands, evaluate, export, train
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.sft import embedded_start
+from gdsd_jax.tasks import TASKS
 
 SAMPLES = 16
 
@@ -63,8 +64,8 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
 
 def accuracy(config: TrainConfig, output: Path, **policy: str | Path) -> dict[str, float]:
     """Means of the task's metrics on the test split, greedy."""
-    summary = evaluate.run(config, output=output, **policy)
-    return {name: value["mean"] for name, value in summary["results"][0]["metrics"].items()}
+    metrics = evaluate.run(config, output=output, **policy)["results"][0]["metrics"]
+    return {name: metrics[name]["mean"] for name in TASKS[config.task.name].metrics_named}
 
 
 def percent(metrics: dict[str, float]) -> str:
