@@ -1,4 +1,4 @@
-"""Methods compared on the embedded model: 4x4 Sudoku on two CPU cores, thirty iterations a run.
+"""Methods compared on the embedded model: 4x4 Sudoku on two CPU cores, forty iterations a run.
 
     python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,espo --seeds 3
 

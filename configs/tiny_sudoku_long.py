@@ -20,6 +20,9 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.checkpoint = "runs/start_long/merged"
         config.task.train_rows = 32768
-        config.sft.update(steps=6000, careless=0.25)
-        config.iterations = 80
+        config.sft.update(steps=6000, until=0.0)
+        config.sft.optimizer.schedule = "cosine"
+        # So close to the optimum the noise of larger steps undoes what they learn.
+        config.optimizer.learning_rate = 2.5e-4
+        config.iterations = 60
     return config

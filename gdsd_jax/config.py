@@ -83,11 +83,15 @@ class SFTConfig:
     """The supervised start: masked-diffusion cross-entropy, weighted 1/t, all parameters trained.
 
     Its seed is its own, so that runs of several seeds can share one start. `careless` is the share of each
-    demonstration that is wrong, in the way that the task says (`Task.careless`).
+    demonstration that is wrong, in the way that the task says (`Task.careless`). With `until` above 0 it stops early,
+    once the task's last metric reaches that on `config.evaluation.count` validation rows, looked at every
+    `check_every` steps: how fast a small model learns hangs on rounding, where it is left should not.
     """
 
     seed: int = 0
     careless: float = 0.0
+    until: float = 0.0
+    check_every: int = 50
     steps: int = 1000
     batch_rows: int = 64
     optimizer: OptimizerConfig = OptimizerConfig(

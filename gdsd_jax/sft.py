@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from gdsd_jax import commands, hub
-from gdsd_jax.config import SFTConfig, TrainConfig, to_dict
+from gdsd_jax.config import SFTConfig, TrainConfig, greedy_sampler, to_dict
 from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views, read_views
@@ -34,7 +34,7 @@ from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.tasks import Task
 from gdsd_jax.training.checkpoint import check_disk
 from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
-from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch, put
+from gdsd_jax.training.rollout import Prompts, encode_prompts, evaluate_policy, fetch, put
 from gdsd_jax.training.state import TrainState, init_state, make_optimizer
 
 MIN_RATIO = 1e-3
@@ -122,6 +122,20 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
     state = init_state(setup.base, optimizer, config.sft.seed)
     update = make_sft_update(setup.model, optimizer, length, chunk)
+    held_out = encode_prompts(
+        setup.task, setup.tokenizer, setup.task.rows("validation", count=config.evaluation.count),
+        buckets=config.prompt_buckets, overlong=config.overlong_prompts,
+    )  # fmt: skip
+    greedy, key = greedy_sampler(config), jax.random.key(config.sft.seed)
+
+    def accuracy(params: Any) -> float:
+        """The task's last metric on the validation rows."""
+        found = evaluate_policy(
+            setup.model, params, None, held_out, greedy, setup.task, setup.tokenizer,
+            batch_rows=config.evaluation.batch_rows, key=key,
+        )  # fmt: skip
+        return found.means[setup.task.metrics_named[-1]]
+
     writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, resume_step=-1)
     with writer, Progress(config.sft.steps, label="sft") as progress:
         start = time.perf_counter()
@@ -132,6 +146,12 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
                 values = {name: float(value) for name, value in fetch(metrics).items()}
                 writer.write(step + 1, values | {"time/total": time.perf_counter() - start})
                 progress.update(step + 1, loss=values["loss"])
+            if config.sft.until and (step + 1) % config.sft.check_every == 0:
+                reached = accuracy(state.params)
+                writer.write(step + 1, {f"eval/{setup.task.metrics_named[-1]}": reached})
+                if reached >= config.sft.until:
+                    progress.note(f"step {step + 1}: {reached:.1%} on the validation rows is enough")
+                    break
     plot_curves(workdir)
     dtypes = jax.tree.map(lambda x: x.dtype, setup.base)
     trained = jax.tree.map(lambda x, dtype: x.astype(dtype), state.params, dtypes)
