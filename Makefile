@@ -57,7 +57,7 @@ define install
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed and none was found: name one with make PYTHON=/path/to/python3" >&2; exit 1; }
 	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not a program on this machine" >&2; exit 1; }
 	@"$(PYTHON)" -c '$(NEW_ENOUGH)' || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$("$(PYTHON)" -V 2>&1): name a newer one with make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(1)/bin/python -c '$(NEW_ENOUGH)' 2>/dev/null || "$(PYTHON)" -m venv --clear $(1)
+	@$(1)/bin/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null || "$(PYTHON)" -m venv --clear $(1)
 	$(1)/bin/python -m pip install -r $(2)
 	@touch $@
 endef

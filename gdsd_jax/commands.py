@@ -80,6 +80,10 @@ def load(config: TrainConfig, *, evaluation_prompt: bool = False) -> Setup:
     task = tasks.resolve(config.task.name, evaluation=evaluation_prompt, **config.task.settings)
     tokenizer = hub.load_tokenizer(config.checkpoint)
     model, base = hub.load_checkpoint(config.checkpoint)
+    if config.eos_token_id is not None:
+        tokenizer.eos_token_id = config.eos_token_id
+    # One EOS everywhere: what ends the text that is rewarded ends the completion that is scored.
+    model = dataclasses.replace(model, eos_token_id=tokenizer.eos_token_id)
     return Setup(with_compute(model, config.model), base, tokenizer, task)
 
 

@@ -7,6 +7,7 @@ into one and refuses a field that is missing, unknown or of another type. Nothin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -101,8 +102,11 @@ class SFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TinyConfig:
-    """The embedded model. With a `family` ("llada" or "dream"), a `config.checkpoint` that does not exist yet is made:
-    random weights in that family's format, then `gdsd_jax.sft`. Empty: the checkpoint must be there."""
+    """The embedded model.
+
+    With a `family` (a key of `gdsd_jax.hub.names.FAMILIES`), a `config.checkpoint` that does not exist yet is made:
+    random weights in that family's format, then `gdsd_jax.sft`. Empty: the checkpoint must be there.
+    """
 
     family: str = ""
     hidden_size: int = 64
@@ -120,6 +124,7 @@ class TrainConfig:
       checkpoint: Hugging Face directory of the base model.
       method, settings: name of the method (or `package.module:NAME`), and settings by method name.
       microbatch_rows: rows per gradient accumulation step.
+      eos_token_id: what ends a completion; None: the tokenizer's EOS.
       prompt_buckets: lengths that prompts are left-padded to.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
       save_every: iterations between checkpoints; `keep` of them are kept.
@@ -142,6 +147,7 @@ class TrainConfig:
     group_size: int = 16
     inner_updates: int = 8
     microbatch_rows: int = 16
+    eos_token_id: int | None = None
     prompt_buckets: tuple[int, ...] = (400,)
     overlong_prompts: str = "keep_last"
     save_every: int = 100
@@ -151,6 +157,11 @@ class TrainConfig:
     wandb: bool = False
 
     def __post_init__(self):
+        names = "iterations prompts_per_iteration inner_updates microbatch_rows save_every keep evaluation.batch_rows"
+        for name in f"{names} model.vocab_chunk model.layer_unroll sft.steps sft.batch_rows sft.check_every".split():
+            value = functools.reduce(getattr, name.split("."), self)
+            if value < 1:
+                raise UserError(f"config.{name} {value} must be at least 1")
         rows = self.prompts_per_iteration * self.group_size
         if self.group_size < 2:
             raise UserError(f"config.group_size {self.group_size}: an advantage compares completions, set at least 2")
@@ -159,9 +170,6 @@ class TrainConfig:
                 f"config.microbatch_rows {self.microbatch_rows} does not divide the {rows} rows of an iteration "
                 f"(prompts_per_iteration {self.prompts_per_iteration} x group_size {self.group_size})"
             )
-        for name in ("iterations", "prompts_per_iteration", "inner_updates", "microbatch_rows", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"config.{name} {getattr(self, name)} must be at least 1")
         if self.overlong_prompts not in ("error", "keep_last"):
             raise UserError(f"config.overlong_prompts {self.overlong_prompts!r} is neither 'error' nor 'keep_last'")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -30,15 +31,19 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
     console = rich.console.Console()
     config = dataclasses.replace(config, checkpoint=str(workdir / "start" / "merged"))
     exports = workdir / "export"
-    if not exports.exists():
+    if not Path(config.checkpoint).exists():
         console.rule("1  supervised start")
         embedded_start(config)
     before = accuracy(config, workdir / "before", checkpoint=config.checkpoint)
     console.print(f"before: {percent(before)}")
 
-    if not exports.exists():
+    if not all((exports / name).is_dir() for name in ("merged", "adapter")):
         console.rule(f"2  {config.method} on adapters")
-        train.train(config, workdir)
+        state = train.train(config, workdir)
+        if int(state.iteration) < config.iterations:
+            console.print("stopped: the same command goes on from here")
+            raise SystemExit(130)
+        shutil.rmtree(exports, ignore_errors=True)
         export.run(config, workdir, exports)
     console.rule("3  evaluation and reload")
     after = accuracy(config, workdir / "after", workdir=workdir)
@@ -53,7 +58,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
     summary = {
         "before": before,
         "after": after,
-        "reloaded": {"merged": merged, "adapter": adapter},
+        "reloaded": {**merged, "merged": merged, "adapter": adapter},
         "seconds": time.perf_counter() - start,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }

@@ -3,9 +3,9 @@
     python -m gdsd_jax.sft --config configs/tiny_sudoku.py --workdir runs/sft [--config.sft.steps=500 ...]
 
 Per row `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`; each completion token is masked with probability `t`; the loss is
-the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens (LLaDA, arXiv 2502.09992,
-Eq. 5). The tail after EOS is trained on too: the model must learn to end. Writes `WORKDIR/merged`, a Hugging Face
-directory to start reinforcement learning from.
+the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens (arXiv 2502.09992, Eq. 5).
+The tail after EOS is trained on too: the model must learn to end. Writes `WORKDIR/merged`, a Hugging Face directory to
+start reinforcement learning from.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     """
     merged = workdir / "merged"
     commands.refuse_existing(merged)
+    if (workdir / "run.json").exists():
+        raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
     setup = commands.load(config)
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
     check_disk(workdir, stored, "the trained checkpoint")
@@ -194,7 +196,7 @@ def embedded_start(config: TrainConfig) -> None:
 
 
 def main(config: TrainConfig, workdir: Path) -> None:
-    if config.tiny.family and not Path(config.checkpoint).exists():
+    if config.tiny.family:
         config = dataclasses.replace(config, checkpoint=str(workdir / "merged"))
         embedded_start(config)
     else:

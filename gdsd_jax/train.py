@@ -22,6 +22,7 @@ import numpy as np
 from gdsd_jax import commands
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.denoiser import init_lora
+from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.methods import build, check
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.training.checkpoint import Checkpoints
@@ -55,14 +56,15 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     """Runs (or resumes) the whole training and returns the final state."""
 
     # ------------------------------------------------------------------------------------------ set-up
-    embedded_start(config)
-    setup = commands.load(config)
-    model, base, tokenizer, task = setup
     method = build(config.method, **config.method_settings)
     check(
         method, name=config.method, prompt_length=max(config.prompt_buckets),
         completion_length=config.sampler.completion_length, group_size=config.group_size,
     )  # fmt: skip
+    embedded_start(config)
+    setup = commands.load(config)
+    model, base, tokenizer, task = setup
+    check_fits(model, max(config.prompt_buckets), config.sampler)
     state, optimizer, schedule = fresh_state(config, setup)
     update = make_inner_update(
         model, method, optimizer, schedule,

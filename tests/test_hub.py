@@ -20,7 +20,16 @@ from gdsd_jax.denoiser import TARGETS, DenoiserConfig, denoise, init_base, init_
 from gdsd_jax.errors import UserError
 from gdsd_jax.hub import load, names, save, tiny
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def recorded(golden):
+    """The recorded checkpoints, the sharded twin included."""
+    global GOLDEN
+    GOLDEN = golden
+
+
 CHECKPOINTS = ("llada_tiny", "llada_tiny_gqa", "llada_tiny_sharded", "dream_tiny", "dream_tiny_sharded")
 FAMILIES = {"llada": "llada_tiny", "dream": "dream_tiny"}
 compute = jax.jit(denoise, static_argnums=0)

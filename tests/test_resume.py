@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 
 from gdsd_jax import train as walk
@@ -109,6 +110,8 @@ class Runs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    # Programs that other tests compiled in this process without optimisation round differently.
+    jax.clear_caches()
     directory = tmp_path_factory.mktemp("runs")
     tiny.build(directory / "start", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
     for name, text in FILES.items():

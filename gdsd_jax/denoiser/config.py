@@ -56,15 +56,17 @@ class DenoiserConfig:
 
     def __post_init__(self):
         if self.dtype not in COMPUTE_DTYPES:
-            raise UserError(f"compute dtype {self.dtype!r} is not one of {COMPUTE_DTYPES}: change config.dtype")
+            raise UserError(f"compute dtype {self.dtype!r} is not one of {COMPUTE_DTYPES}: change config.model.dtype")
         if self.remat not in REMAT_POLICIES:
-            raise UserError(f"remat policy {self.remat!r} is not one of {REMAT_POLICIES}: change config.remat")
+            raise UserError(f"remat policy {self.remat!r} is not one of {REMAT_POLICIES}: change config.model.remat")
         if self.hidden_size % self.num_heads:
             raise UserError(f"hidden size {self.hidden_size} is not a multiple of the {self.num_heads} heads")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"{self.num_heads} heads are not a multiple of the {self.num_kv_heads} key/value heads")
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
+            if type(value) is not int:
+                raise UserError(f"{name} in config.json is {value!r}: one whole number is needed")
             if not 0 <= value < self.vocab_size:
                 raise UserError(f"{name} {value} lies outside the vocabulary of {self.vocab_size}: see config.json")
 
@@ -88,6 +90,10 @@ class DenoiserConfig:
             return _READERS[model_type](hf)
         except KeyError as error:
             raise UserError(f"config.json of model_type {model_type!r} lacks the key {error}") from None
+        except UserError:
+            raise
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"config.json of model_type {model_type!r} holds an unusable value: {error}") from None
 
 
 def _refuse(hf: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
@@ -138,7 +144,8 @@ def _read_llada(hf: Mapping[str, Any]) -> DenoiserConfig:
 
 
 def _read_dream(hf: Mapping[str, Any]) -> DenoiserConfig:
-    _refuse(hf, {"hidden_act": ("silu",), "rope_scaling": (None,), "use_sliding_window": (False,)})
+    plain = (None, {"rope_type": "default"}, {"type": "default"})
+    _refuse(hf, {"hidden_act": ("silu",), "rope_scaling": plain, "use_sliding_window": (False,)})
     heads = hf["num_attention_heads"]
     return DenoiserConfig(
         family="dream",

@@ -219,16 +219,21 @@ def sample(
     """
     if prompt_mask is not None and prompt_mask.shape != prompts.shape:
         raise UserError(f"prompt_mask has shape {prompt_mask.shape}, prompts {prompts.shape}; they must agree")
-    length = prompts.shape[1] + settings.completion_length
+    check_fits(config, prompts.shape[1], settings)
+    return compiled_sample(config, base, lora, prompts, prompt_mask, key, settings)
+
+
+def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConfig) -> None:
+    """Raises UserError where prompt and completion, or a token id of the settings, do not fit the model."""
+    length = prompt_length + settings.completion_length
     if length > config.max_length:
         raise UserError(
-            f"prompt ({prompts.shape[1]}) and completion_length ({settings.completion_length}) make {length} tokens, "
+            f"prompt ({prompt_length}) and completion_length ({settings.completion_length}) make {length} tokens, "
             f"the model holds {config.max_length}; shorten completion_length or the prompts"
         )
     for name in ("suppress", "suppress_confidence"):
         if any(not 0 <= token < config.vocab_size for token in getattr(settings, name)):
             raise UserError(f"{name} {getattr(settings, name)} has ids outside the vocabulary of {config.vocab_size}")
-    return compiled_sample(config, base, lora, prompts, prompt_mask, key, settings)
 
 
 def replay(rollout: Rollout, config: DenoiserConfig, step: int) -> Int[Array, "B T"]:

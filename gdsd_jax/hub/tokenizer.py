@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +94,7 @@ class Tokenizer:
           UserError: a prompt is too long under "error"; no buckets; an unknown `overlong`.
         """
         if overlong not in ("error", "keep_last"):
-            raise UserError(f"overlong {overlong!r} is neither 'error' nor 'keep_last': change config.overlong")
+            raise UserError(f"overlong {overlong!r} is neither 'error' nor 'keep_last': change config.overlong_prompts")
         if not buckets or min(buckets) < 1:
             raise UserError(f"prompt buckets {tuple(buckets)} are not positive lengths: change config.prompt_buckets")
         ids = self.encode(texts)
@@ -157,7 +156,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
                 trust_remote_code=False,
                 local_files_only=True,
             )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None
     return Tokenizer(directory, tokenizer, config)

@@ -43,8 +43,13 @@ class Checkpoints:
         record = {"config": to_dict(config), "base": hub.fingerprint(config.checkpoint)}
         path = workdir / "run.json"
         if not path.exists():
+            metrics = workdir / "metrics.jsonl"
+            if metrics.exists() and metrics.stat().st_size:
+                raise UserError(f"{workdir} holds metrics of another kind of run: choose another --workdir")
             workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")
+            draft = path.with_name(".run.json")
+            draft.write_text(json.dumps(record, indent=1) + "\n")
+            draft.replace(path)
             return
         saved = json.loads(path.read_text())
         changed = [k for k in _differences(saved["config"], record["config"]) if k.split(".")[0] not in FREE_TO_CHANGE]
