@@ -307,8 +307,8 @@ def test_logical_axes_cover_every_parameter(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "float16"}, "config.dtype"),
-        ({"remat": "some"}, "config.remat"),
+        ({"dtype": "float16"}, "config.model.dtype"),
+        ({"remat": "some"}, "config.model.remat"),
         ({"num_heads": 5}, "multiple of the 5 heads"),
         ({"num_kv_heads": 3}, "multiple of the 3 key/value heads"),
         ({"mask_token_id": 64}, "mask_token_id 64 lies outside"),
