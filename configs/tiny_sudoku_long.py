@@ -24,5 +24,5 @@ def get_config() -> ConfigDict:
         config.sft.optimizer.schedule = "cosine"
         # So close to the optimum the noise of larger steps undoes what they learn.
         config.optimizer.learning_rate = 2.5e-4
-        config.iterations = 60
+        config.iterations = 96
     return config
