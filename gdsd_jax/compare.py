@@ -200,7 +200,7 @@ def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any
     """What one run came to; None while it is open or not evaluated.
 
     Of the final metric, the best one on the way (`config.evaluation`'s split), the median seconds per iteration, the
-    KL to the reference (`gdsd_jax.training.rollout.reference_kl`). A diverged run has no policy left: its final metric
+    KL to the reference (`training.evaluation.reference_kl`). A diverged run has no policy left: its final metric
     is 0. A run has collapsed where it diverged, or where the final metric lies below the start by more than two
     standard errors of the difference.
     """

@@ -25,7 +25,8 @@ import rich.table
 from gdsd_jax import commands
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.errors import UserError
-from gdsd_jax.training.rollout import encode_prompts, evaluate_policy
+from gdsd_jax.training.evaluation import evaluate_policy
+from gdsd_jax.training.rollout import encode_prompts
 
 NAMES = ("evaluation.json", "evaluation.md", "evaluation.jsonl")
 

@@ -33,8 +33,9 @@ from gdsd_jax.hub import tiny
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.tasks import Task
 from gdsd_jax.training.checkpoint import check_disk
+from gdsd_jax.training.evaluation import evaluate_policy
 from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
-from gdsd_jax.training.rollout import Prompts, encode_prompts, evaluate_policy, fetch, put
+from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch, put
 from gdsd_jax.training.state import TrainState, init_state, make_optimizer
 
 MIN_RATIO = 1e-3

@@ -26,12 +26,11 @@ from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.methods import build, check
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.training.checkpoint import Checkpoints
+from gdsd_jax.training.evaluation import Evaluation, evaluate_policy
 from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
 from gdsd_jax.training.rollout import (
-    Evaluation,
     Prompts,
     encode_prompts,
-    evaluate_policy,
     fetch,
     length_metrics,
     reward_metrics,

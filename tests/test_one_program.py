@@ -20,7 +20,7 @@ from gdsd_jax.denoiser import DenoiserConfig, init_base
 from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.hub import tiny
-from gdsd_jax.training import checkpoint, rollout
+from gdsd_jax.training import checkpoint, evaluation, rollout
 
 ITERATIONS, EVERY, HELD_OUT, EVAL_ROWS = 50, 10, 5, 2
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -90,7 +90,7 @@ class Watch:
 
             return reading
 
-        for module in (rollout, walk):
+        for module in (rollout, evaluation, walk):
             patch.setattr(module, "fetch", fetch)
         patch.setattr(checkpoint.Checkpoints, "save", save)
         patch.setattr(walk.MetricWriter, "write", write)
