@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.errors import UserError
+from gdsd_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,7 @@ class TrainConfig:
 
     Attributes:
       checkpoint: Hugging Face directory of the base model.
+      mesh: how devices are arranged, see `gdsd_jax.sharding`.
       method, settings: name of the method (or `package.module:NAME`), and settings by method name.
       microbatch_rows: rows per gradient accumulation step.
       eos_token_id: what ends a completion; None: the tokenizer's EOS.
@@ -139,6 +141,7 @@ class TrainConfig:
     evaluation: EvalConfig
     sft: SFTConfig
     tiny: TinyConfig
+    mesh: MeshConfig = MeshConfig()
     method: str = "gdsd"
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 42

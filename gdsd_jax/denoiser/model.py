@@ -149,13 +149,12 @@ def init_base(config: DenoiserConfig, key: jax.Array) -> dict:
 def logical_axes(config: DenoiserConfig, lora: LoRA | None = None) -> Any:
     """Logical axis names of every parameter, as tuples in the structure of the base (or of the adapter's weights)."""
     if lora is not None:
+        rank = lambda other: "lora_rank" if other == "embed" else "lora_rank_split"  # noqa: E731
+        sides = {target: KERNEL_AXES[target] for target in lora.targets}
         return {
             "layers": {
-                target: {
-                    "a": ("layers", KERNEL_AXES[target][0], "lora_rank"),
-                    "b": ("layers", "lora_rank", KERNEL_AXES[target][1]),
-                }
-                for target in lora.targets
+                target: {"a": ("layers", into, rank(into)), "b": ("layers", rank(out), out)}
+                for target, (into, out) in sides.items()
             }
         }
     boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))

@@ -19,7 +19,9 @@ from gdsd_jax.errors import UserError
 from gdsd_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved and the run that resumes.
-FREE_TO_CHANGE = ("iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation")
+FREE_TO_CHANGE = (
+    "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation", "mesh"
+)  # fmt: skip
 
 
 class Checkpoints:
