@@ -126,6 +126,9 @@ class TrainConfig:
       mesh: how devices are arranged, see `gdsd_jax.sharding`.
       method, settings: name of the method (or `package.module:NAME`), and settings by method name.
       microbatch_rows: rows per gradient accumulation step.
+      component_norms_every: iterations between those that log the gradient norm of each component of the loss
+        (`grad/objective`, `grad/kl`); 0: never. Their updates are a program of its own, which for a loss of two
+        components runs a second backward pass and holds a second gradient. The norm of a single one is `grad/norm`.
       eos_token_id: what ends a completion; None: the tokenizer's EOS.
       prompt_buckets: lengths that prompts are left-padded to.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
@@ -150,6 +153,7 @@ class TrainConfig:
     group_size: int = 16
     inner_updates: int = 8
     microbatch_rows: int = 16
+    component_norms_every: int = 0
     eos_token_id: int | None = None
     prompt_buckets: tuple[int, ...] = (400,)
     overlong_prompts: str = "keep_last"

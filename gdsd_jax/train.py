@@ -117,9 +117,11 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             # ---------------------------------------------------------------------------------- update
             update_start = time.perf_counter()
             old_params = snapshot(state.params) if config.inner_updates > 1 and method.old != "unused" else None
+            by_component = due(iteration, config.component_norms_every)
             reports = []
             for inner in range(config.inner_updates):
-                state, report = update(state, base, old_params if inner else None, rewarded.batch)
+                old = old_params if inner else None
+                state, report = update(state, base, old, rewarded.batch, by_component=by_component)
                 reports.append(report)
             state = finish(state)
             reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
@@ -131,7 +133,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             seconds = rewarded.seconds | {"update": now - update_start, "iteration": now - start}
             metrics |= {f"time/{name}": value for name, value in seconds.items()}
             metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
-            if iteration == config.iterations or (config.evaluation.every and iteration % config.evaluation.every == 0):
+            if iteration == config.iterations or due(iteration, config.evaluation.every):
                 metrics |= {f"eval/{name}": value for name, value in evaluate(state).means.items()}
             writer.write(iteration, metrics)
             writer.completions(iteration, completion_records(rewarded, config.completions_logged))
@@ -153,6 +155,11 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                 break
     plot_curves(workdir)
     return state
+
+
+def due(iteration: int, every: int) -> bool:
+    """Whether what happens every so many iterations (0: never) happens in this one."""
+    return every > 0 and iteration % every == 0
 
 
 def completion_records(rewarded, limit: int) -> list[dict]:

@@ -42,7 +42,7 @@ def make(settings):
         delta = (new.guided - common.old_or_new(constants["old"], new.guided)) / L - settings.psi * A
         size, width = jnp.abs(delta), settings.width
         huber = jnp.where(size <= width, delta**2 / 2, width * (size - width / 2))
-        return jnp.sum(huber, axis=1) / B, {"linear": jnp.mean(size > width, axis=1)}
+        return {"objective": jnp.sum(huber, axis=1) / B}, {"linear": jnp.mean(size > width, axis=1)}
 
     masks = common.stratified_masks(settings.views)
     return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=False)

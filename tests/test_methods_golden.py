@@ -151,8 +151,8 @@ def test_scores_losses_and_gradients(family, name):
     def loss_of(values):
         values = (value[: len(views.sources)] for value in values)
         new = method.score(dict(zip(reads, values, strict=True)), views)
-        loss, metrics = method.objective(new, constants)
-        return jnp.sum(loss), (new.guided, metrics)
+        losses, metrics = method.objective(new, constants)
+        return jnp.sum(sum(losses.values())), (new.guided, metrics)
 
     passes = seen(views, batch)
     values = read(base, *passes)

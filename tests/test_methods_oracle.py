@@ -319,7 +319,10 @@ def test_value_and_gradient(name, settings, on_policy):
 
         given = score(old) if not on_policy or method.old == "always" else None
         constants = method.prepare(rows, None if method.old == "unused" else given, score(ref))
-        return jax.value_and_grad(lambda policy: jnp.sum(method.objective(score(policy), constants)[0]))(new)
+        def loss(policy):
+            return jnp.sum(sum(method.objective(score(policy), constants)[0].values()))
+
+        return jax.value_and_grad(loss)(new)
 
     old = NEW if on_policy else OLD
     value, gradient = value_and_gradient(*(jnp.asarray(x, jnp.float32) for x in (NEW, old, REF)))

@@ -55,12 +55,14 @@ def compiled(name: str):
 
         def loss(policy):
             new = score(policy)
-            contributions, metrics = method.objective(new, constants)
+            losses, metrics = method.objective(new, constants)
+            contributions = sum(losses.values())
             return jnp.sum(contributions), (contributions, metrics, new)
 
         gradient, (contributions, metrics, new) = jax.grad(loss, has_aux=True)(tables[0])
         cuts = (slice(0, 2), slice(2, 5), slice(5, 6))
         pieces = [method.objective(*jax.tree.map(lambda x: x[cut], (new, constants)))[0] for cut in cuts]  # noqa: B023
+        pieces = [sum(losses.values()) for losses in pieces]
         split = jnp.max(jnp.abs(jnp.concatenate(pieces) - contributions)) / (1 + jnp.max(jnp.abs(contributions)))
         return contributions, metrics, gradient, split
 
@@ -290,10 +292,15 @@ BROKEN = {
     "score(reads, views) failed with KeyError": {"score": lambda reads, views: reads["entropy"]},
     "score must return Scores": {"score": lambda reads, views: Scores(reads["log_prob"], None)},
     "prepare must return constants": {"prepare": lambda batch, old, ref: {"A": batch.group_size * jnp.ones(())}},
-    "objective must return one value per row, [4], as 'loss', it returned float32[]": {
-        "objective": lambda new, constants: (jnp.sum(new.guided), {})
+    "objective must return one value per row, [4], as 'objective', it returned float32[]": {
+        "objective": lambda new, constants: ({"objective": jnp.sum(new.guided)}, {})
     },
-    "as 'spread'": {"objective": lambda new, constants: (new.guided[:, 0], {"spread": new.guided})},
+    "objective must return ({component of the loss: value}, {metric: value})": {
+        "objective": lambda new, constants: (new.guided[:, 0], {})
+    },
+    "as 'spread'": {
+        "objective": lambda new, constants: ({"objective": new.guided[:, 0]}, {"spread": new.guided})
+    },
     "unknown read 'logits'": {"reads": ("logits",)},
     "old is 'sometimes'": {"old": "sometimes"},
 }

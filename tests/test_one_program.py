@@ -75,10 +75,10 @@ class Watch:
         def make_inner_update(*args, original=walk.make_inner_update, **kwargs):
             update = original(*args, **kwargs)
 
-            def wrapped(*values):
+            def wrapped(*values, by_component):
                 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values)
                 self.programs["first" if values[2] is None else "later"] = update, shapes
-                return update(*values)
+                return update(*values, by_component=by_component)
 
             return wrapped
 

@@ -69,26 +69,26 @@ def batch():
 
 
 @functools.cache
-def method(name):
+def method(name, beta=0.1):
     """The method with a reference, and with clips that act on some rows but not on all."""
     known = {field.name for field in dataclasses.fields(METHODS[name].settings)}
-    chosen = {"beta": 0.1, "eps_low": 0.02, "eps_high": 0.02, "views": 2}
+    chosen = {"beta": beta, "eps_low": 0.02, "eps_high": 0.02, "views": 2}
     return build(name, **{key: value for key, value in chosen.items() if key in known})
 
 
 @functools.cache
-def inner_update(name, microbatch_rows):
+def inner_update(name, microbatch_rows, by_component=False, beta=0.1):
     """Gradient descent: unlike Adam's, its step shows the gradient as it is."""
     schedule = optax.constant_schedule(RATE)
     update = make_inner_update(
-        CONFIG, method(name), optax.sgd(schedule), schedule, microbatch_rows=microbatch_rows, vocab_chunk=16
+        CONFIG, method(name, beta), optax.sgd(schedule), schedule, microbatch_rows=microbatch_rows, vocab_chunk=16
     )
 
     @functools.cache
     def compiled(has_old, lora):
         params = fresh(adapter() if lora else base())
         old = adapter() if has_old else None
-        return update.lower(params, base(), old, batch()).compile(UNOPTIMISED)
+        return update.lower(params, base(), old, batch(), by_component).compile(UNOPTIMISED)
 
     def run(state, base, old, batch):
         return compiled(old is not None, isinstance(state.params, LoRA))(state, base, old, batch)
@@ -102,10 +102,11 @@ def fresh(params):
 
 
 @functools.cache
-def updated(name, microbatch_rows, old):
+def updated(name, microbatch_rows, old, **settings):
     """Result of one update from `adapter()`, with no old policy ("none"), itself ("same") or another ("moved")."""
     old_params = {"none": None, "same": adapter(), "moved": jax.tree.map(lambda x: 0.7 * x, adapter())}[old]
-    state, metrics = inner_update(name, microbatch_rows)(fresh(adapter()), base(), old_params, batch())
+    update = inner_update(name, microbatch_rows, **settings)
+    state, metrics = update(fresh(adapter()), base(), old_params, batch())
     return jax.device_get((state.params, metrics, state.updates, state.iteration))
 
 
@@ -142,6 +143,21 @@ def check_later_update(name):
     assert abs(metrics["loss"] - still["loss"]) > 1e-4 * abs(still["loss"])
 
 
+def check_components(name, kl):
+    """Each norm is that of the accumulated component: of the gradient without a KL, and of what the KL adds to it."""
+    params, metrics, *_ = updated(name, 2, "moved", by_component=True)
+    without, without_metrics, *_ = updated(name, 2, "moved", beta=0.0)
+    whole, plain, *_ = updated(name, 2, "moved")
+    close(params, whole, rtol=0, atol=1e-7)
+    assert set(metrics) == set(plain) | {"grad/objective", f"grad/{kl}"}
+    close({key: metrics[key] for key in plain}, plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["grad/objective"], without_metrics["grad/norm"], rtol=1e-5)
+    # The difference of two rounded parameters: the loosest of these comparisons.
+    added = jax.tree.map(lambda x, y: (x - y) / RATE, without, params)
+    np.testing.assert_allclose(metrics[f"grad/{kl}"], optax.tree.norm(added), rtol=1e-2)
+    assert metrics[f"grad/{kl}"] > 1e-4
+
+
 @pytest.mark.parametrize("microbatch_rows", [4, 2])
 def test_micro_batches_change_nothing(microbatch_rows):
     check_split("gdsd", microbatch_rows)
@@ -159,6 +175,24 @@ def test_every_method(name):
     check_first_update(name)
     if method(name).old != "unused":
         check_later_update(name)
+
+
+KL = dict.fromkeys(("gdsd", "gdsd_tlc", "espo", "diffu_grpo", "coupled_grpo", "unigrpo"), "kl")
+KL["tracerl"] = "kl_old"
+
+
+def test_gradient_norm_of_each_component():
+    check_components("gdsd", "kl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_norms_of_every_method(name):
+    if name in KL:
+        check_components(name, KL[name])
+    else:
+        _, metrics, *_ = updated(name, 2, "moved", by_component=True)
+        np.testing.assert_allclose(metrics["grad/objective"], metrics["grad/norm"], rtol=1e-6)
 
 
 def test_metrics_of_an_update():

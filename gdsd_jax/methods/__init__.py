@@ -133,8 +133,8 @@ def loss_on_views(
         old_scores = jax.lax.stop_gradient(new)
     ref_scores = None if ref is None else Scores(array(ref), array(ref))
     constants = jax.lax.stop_gradient(method.prepare(batch, old_scores, ref_scores))
-    loss, _ = method.objective(new, constants)
-    return jnp.sum(loss), new.guided
+    losses, _ = method.objective(new, constants)
+    return jnp.sum(sum(losses.values())), new.guided
 
 
 __all__ = ["METHODS", "Batch", "Method", "Recipe", "Scores", "build", "check", "loss_on_views"]

@@ -84,8 +84,9 @@ class Method(NamedTuple):
     views: `(masked, batch) -> Views`, adds what follows from the masks: coupled views and weights.
     score: `({read: [R, B, L]}, views) -> Scores`.
     prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first.
-    objective: `(new Scores, constants) -> (loss per row [B], {metric: [B]})`. Where the constants hold no old scores,
-      old is the stop-gradient of new: the first inner update after a rollout, exactly.
+    objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum of its components and
+      of rows; components are named ("objective", "kl"), so that the gradient of each can be measured. Where the
+      constants hold no old scores, old is the stop-gradient of new: the first inner update after a rollout, exactly.
     needs_reference: whether `prepare` uses the reference's scores.
     old: "unused" (no old policy), "ratio" (old only enters differences with new, so the first inner update needs no
       forward for it) or "always" (`prepare` couples rows through it).

@@ -90,9 +90,9 @@ def check(method: Method, *, name: str, prompt_length: int, completion_length: i
         constants = run("prepare", "(batch, old, ref)", batch, old, scores if method.needs_reference else None)
         rows_first("prepare", constants, "constants")
         returned = run("objective", "(new, constants)", scores, constants)
-        pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)
-        expect(pair, "objective", "(loss, {metric: value})", returned)
-        for what, value in {"loss": returned[0], **returned[1]}.items():
+        pair = isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(x, dict) for x in returned)
+        expect(pair and bool(returned[0]), "objective", "({component of the loss: value}, {metric: value})", returned)
+        for what, value in [*returned[0].items(), *returned[1].items()]:
             good = getattr(value, "shape", None) == (rows,)
             expect(good, "objective", f"one value per row, [{rows}], as {what!r}", value)
 

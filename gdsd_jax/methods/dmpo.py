@@ -79,12 +79,12 @@ def make(settings: Settings) -> Method:
             "ess_negative": common.effective_share(negative, size),
         }
 
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
         length = constants["length"]
         metrics = {name: constants[name] for name in ("ess_positive", "ess_negative")}
         metrics |= {"score_spread": new.extra["spread"], "log_prob": new.guided / length}
         if constants["ref"] is not None:
             metrics["kl"] = common.k2(new.normalised, constants["ref"]) / length
-        return -constants["weight"] * new.guided / length, metrics
+        return {"objective": -constants["weight"] * new.guided / length}, metrics
 
     return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=True, old="always")

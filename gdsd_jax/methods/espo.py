@@ -62,18 +62,18 @@ def make(settings: Settings) -> Method:
             "rows": common.per_row(rows, rows),
         }
 
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
         length, rows = constants["length"], constants["rows"]
         log_ratio = (new.guided - common.old_or_new(constants["old"], new.guided)) / length
         policy, clipped = common.ppo(log_ratio, constants["advantage"], settings.eps_low, settings.eps_high)
-        loss = policy / rows
+        losses = {"objective": policy / rows}
         metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
         metrics["score_spread"] = new.extra["spread"]
         if constants["ref"] is not None:
             kl = common.KL[settings.kl](new.normalised, constants["ref"]) / length
-            loss = loss + settings.beta * kl / rows
+            losses["kl"] = settings.beta * kl / rows
             metrics["kl"] = kl
-        return loss, metrics
+        return losses, metrics
 
     masks = common.stratified_masks(settings.views)
     return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=settings.beta > 0)

@@ -89,19 +89,19 @@ def make(settings: Guidance) -> Method:
             "rows": jnp.full(rows, rows, jnp.float32),
         }
 
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
         length, rows = constants["length"], constants["rows"]
         difference = new.guided - common.old_or_new(constants["old"], new.guided)
         delta, clipped = common.log_clip(difference, settings.eps_low, settings.eps_high)
         error = delta / length[:, None] - settings.psi * constants["advantage"][:, None]
-        loss = jnp.sum(error**2, axis=1) / rows
+        losses = {"objective": jnp.sum(error**2, axis=1) / rows}
         metrics = {"clipped": jnp.mean(clipped, axis=1), "score_spread": common.spread(new.guided)}
         metrics["log_ratio"] = jnp.mean(jnp.abs(difference), axis=1)
         if constants["ref"] is not None:
             kl = jnp.mean(0.5 * (new.normalised - constants["ref"]) ** 2, axis=1) / length
-            loss = loss + settings.beta * kl / rows
+            losses["kl"] = settings.beta * kl / rows
             metrics["kl"] = kl
-        return loss, metrics
+        return losses, metrics
 
     reads = (guided,) if settings.beta == 0 or guided == "log_prob" else (guided, "log_prob")
     masks = common.stratified_masks(settings.views, settings.masking, settings.block_length)

@@ -73,17 +73,18 @@ def token_ppo(settings: PPO, masks: Callable, views: Callable, own: Callable, *,
             "rows": common.per_row(rows, rows),
         }
 
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
         log_ratio = new.guided - common.old_or_new(constants["old"], new.guided)
         advantage = constants["advantage"][:, None]
         w = constants["weights"] * new.extra["share"] if masked_only else constants["weights"]
-        loss, clipped = common.ppo(log_ratio, advantage, settings.eps_low, settings.eps_high)
+        policy, clipped = common.ppo(log_ratio, advantage, settings.eps_low, settings.eps_high)
+        losses = {"objective": policy}
         metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
         if constants["ref"] is not None:
             metrics["kl"] = common.KL[settings.kl](new.normalised, constants["ref"])
-            loss = loss + settings.beta * metrics["kl"]
+            losses["kl"] = settings.beta * metrics["kl"]
         # Metrics are averaged over rows later: times B, they come out as the weighted means over tokens.
         weighted_means = {name: jnp.sum(w * x, axis=1) * constants["rows"] for name, x in metrics.items()}
-        return jnp.sum(w * loss, axis=1), weighted_means
+        return {name: jnp.sum(w * x, axis=1) for name, x in losses.items()}, weighted_means
 
     return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=settings.beta > 0)

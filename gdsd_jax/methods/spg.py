@@ -111,8 +111,8 @@ def make(settings: Settings) -> Method:
         n = jnp.sum(batch.completion_mask, axis=1)
         return {"weight": common.advantages(batch, common.centred) * n / jnp.maximum(jnp.sum(n), 1)}
 
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
         metrics = {"eubo_elbo_gap": new.extra["gap"], "score_spread": new.extra["spread"], "log_prob": new.normalised}
-        return -constants["weight"] * new.guided, metrics
+        return {"objective": -constants["weight"] * new.guided}, metrics
 
     return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=False, old="unused")

@@ -57,7 +57,7 @@ def make(settings: Teacher) -> Method:
             "rows": jnp.full(rows, rows, jnp.float32),
         }
 
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
         x = new.guided
         old = common.old_or_new(constants["old"], x)
         ref = old if constants["ref"] is None else constants["ref"]
@@ -66,7 +66,7 @@ def make(settings: Teacher) -> Method:
         metrics = {"score_spread": common.spread(jnp.mean(x, axis=2))}
         metrics["kl"] = jnp.mean(common.k2(x, ref), axis=(1, 2))
         metrics["log_ratio"] = jnp.mean(jnp.abs(x - old), axis=(1, 2))
-        return jnp.mean(error**2, axis=(1, 2)) / constants["rows"], metrics
+        return {"objective": jnp.mean(error**2, axis=(1, 2)) / constants["rows"]}, metrics
 
     masks = common.stratified_masks(settings.views, settings.masking, settings.block_length)
     return Method((guided,), masks, views, score, prepare, objective, needs_reference=settings.beta > 0)

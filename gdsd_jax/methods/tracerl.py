@@ -82,17 +82,19 @@ def make(settings: Settings) -> Method:
             "rows": common.per_row(rows, rows),
         }
 
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
         share, rows = new.extra["share"], constants["rows"]
         old = common.old_or_new(constants["old"], new.guided)
         log_ratio, advantage = new.guided - old, constants["advantage"][:, None]
         policy, clipped = common.ppo(log_ratio, advantage, settings.eps_low, settings.eps_high)
         kl = jnp.where(share > 0, common.k3(new.guided, old), 0.0)
-        loss = jnp.sum(share * policy + settings.beta * kl, axis=1) / rows
+        losses = {"objective": jnp.sum(share * policy, axis=1) / rows}
+        if settings.beta:
+            losses["kl_old"] = settings.beta * jnp.sum(kl, axis=1) / rows
         groups = jnp.maximum(jnp.sum(share, axis=1), 1)
         metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
         metrics["kl_old"] = kl
         means = {name: jnp.sum(share * x, axis=1) / groups for name, x in metrics.items()}
-        return loss, {**means, "trajectory_groups": groups}
+        return losses, {**means, "trajectory_groups": groups}
 
     return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=False)

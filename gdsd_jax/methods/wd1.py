@@ -47,11 +47,11 @@ def make(settings: Settings) -> Method:
             "ess_negative": common.effective_share(negative, size),
         }
 
-    def objective(new: Scores, constants: dict) -> tuple[jax.Array, dict]:
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
         score = jnp.sum(constants["completion_mask"] * new.guided, axis=1)
         length = jnp.maximum(jnp.sum(constants["completion_mask"], axis=1), 1)
         metrics = {name: constants[name] for name in ("ess_positive", "ess_negative")}
-        return -constants["weight"] * score, {**metrics, "log_prob": score / length}
+        return {"objective": -constants["weight"] * score}, {**metrics, "log_prob": score / length}
 
     masks = common.whole_completion(settings.prompt_mask_rate)
     return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=False, old="unused")

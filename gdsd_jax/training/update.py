@@ -33,6 +33,11 @@ def take_rows(tree: Any, start: jax.Array, rows: int, axis: int = 0) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis), tree)
 
 
+def total(parts: dict[str, Any]) -> Any:
+    """The sum of pytrees of one structure."""
+    return jax.tree.map(lambda *values: sum(values), *parts.values())
+
+
 def make_inner_update(
     config: DenoiserConfig,
     method: Method,
@@ -42,10 +47,13 @@ def make_inner_update(
     microbatch_rows: int,
     vocab_chunk: int,
 ) -> Callable[[TrainState, Any, Any, Batch], tuple[TrainState, dict]]:
-    """Compiles `update(state, base, old_params, batch) -> (state, metrics)`.
+    """Compiles `update(state, base, old_params, batch, by_component=False) -> (state, metrics)`.
 
     `old_params` None says that the policy has not moved since the rollout: old is then the stop-gradient of new, and no
     forward is spent on it (unless the method couples rows through the old policy). The state is donated.
+
+    `by_component` (static) adds `grad/NAME`, the gradient norm of each component of the loss. Each beyond the first
+    costs a backward pass and memory for one more gradient.
     """
 
     def score(
@@ -74,8 +82,10 @@ def make_inner_update(
         )
         return method.score(reads, seen), reads
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, base: Any, old_params: Any, batch: Batch) -> tuple[TrainState, dict]:
+    @functools.partial(jax.jit, donate_argnums=0, static_argnames="by_component")
+    def update(
+        state: TrainState, base: Any, old_params: Any, batch: Batch, by_component: bool = False
+    ) -> tuple[TrainState, dict]:
         rows = batch.tokens.shape[0]
         steps = rows // microbatch_rows
         starts = jnp.arange(steps) * microbatch_rows
@@ -95,25 +105,33 @@ def make_inner_update(
             ref = score_all(None) if method.needs_reference else None
         constants = method.prepare(batch, old, ref)
 
-        def loss_of(params: Any, start: jax.Array) -> tuple[jax.Array, dict]:
+        def losses_of(params: Any, start: jax.Array) -> tuple[dict, dict]:
             key = jax.random.fold_in(stream_key(state.key, DROPOUT_STREAM, state.updates), start)
             new, reads = score(base, params, batch, views, start, key, ("entropy",))
-            loss, metrics = method.objective(new, take_rows(constants, start, microbatch_rows))
+            losses, metrics = method.objective(new, take_rows(constants, start, microbatch_rows))
             entropy = jnp.mean(jax.lax.stop_gradient(reads["entropy"]), axis=0)
             seen = take_rows(batch.completion_mask, start, microbatch_rows)
             metrics = {name: jnp.sum(value) / rows for name, value in metrics.items()}
             metrics["entropy"] = jnp.sum(entropy * seen) / jnp.sum(batch.completion_mask)
-            return jnp.sum(loss), metrics
+            return {name: jnp.sum(value) for name, value in losses.items()}, metrics
+
+        def gradients_of(start: jax.Array) -> tuple[dict, tuple]:
+            """Gradients of one micro-batch: of each component, or of their sum alone; and the loss and metrics."""
+            losses, pull_back, metrics = jax.vjp(lambda params: losses_of(params, start), state.params, has_aux=True)
+            ones, none = (jax.tree.map(fill, losses) for fill in (jnp.ones_like, jnp.zeros_like))
+            chosen = {name: none | {name: ones[name]} for name in losses} if by_component else {"loss": ones}
+            return {name: pull_back(weights)[0] for name, weights in chosen.items()}, (total(losses), metrics)
 
         def accumulate(carry: tuple, start: jax.Array) -> tuple[tuple, tuple]:
-            gradient, square = carry
-            (loss, metrics), piece = jax.value_and_grad(loss_of, has_aux=True)(state.params, start)
-            square = square + optax.tree.norm(piece) ** 2
-            return (jax.tree.map(jnp.add, gradient, piece), square), (loss, metrics)
+            gradients, square = carry
+            pieces, reported = gradients_of(start)
+            square = square + optax.tree.norm(total(pieces)) ** 2
+            return (jax.tree.map(jnp.add, gradients, pieces), square), reported
 
         with jax.named_scope("gradient"):
-            start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
-            (gradient, square), (losses, metrics) = jax.lax.scan(accumulate, start, starts)
+            start = (optax.tree.zeros_like(jax.eval_shape(gradients_of, starts[0])[0]), jnp.zeros(()))
+            (gradients, square), (losses, metrics) = jax.lax.scan(accumulate, start, starts)
+            gradient = total(gradients)
         with jax.named_scope("optimizer"):
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, changes)
@@ -121,6 +139,8 @@ def make_inner_update(
         report = {f"policy/{name}": jnp.sum(value) for name, value in metrics.items()}
         report |= {"loss": jnp.sum(losses), "grad/norm": norm, "lr": jnp.asarray(schedule(state.updates))}
         report["update/norm"] = optax.tree.norm(changes)
+        if by_component:
+            report |= {f"grad/{name}": optax.tree.norm(part) for name, part in gradients.items()}
         if steps > 1:
             report["grad/signal_to_noise"] = signal_to_noise(norm, square, steps)
         state = state.replace(params=params, opt_state=opt_state, updates=state.updates + 1)
