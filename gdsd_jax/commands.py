@@ -68,7 +68,9 @@ class Policy(NamedTuple):
 
 def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig:
     """The denoiser's config with the run's numerics."""
-    return dataclasses.replace(config, dtype=compute.dtype, remat=compute.remat, layer_unroll=compute.layer_unroll)
+    settings = dataclasses.asdict(compute)
+    del settings["vocab_chunk"]
+    return dataclasses.replace(config, **settings)
 
 
 def load(config: TrainConfig, *, evaluation_prompt: bool = False) -> Setup:

@@ -27,6 +27,7 @@ class ModelConfig:
 
     dtype: str = "bfloat16"
     remat: str = "full"
+    attention: str = "auto"
     layer_unroll: int = 1
     vocab_chunk: int = 16384
 

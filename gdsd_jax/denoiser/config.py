@@ -14,6 +14,7 @@ from gdsd_jax.errors import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "plain", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class DenoiserConfig:
         log-normalisers are float32 in either case, and "float32" asks for full-precision matmuls on every platform.
       remat: what the backward pass recomputes: "none" keeps everything, "dots" keeps matmul outputs, "full" keeps
         only the residual stream between layers.
+      attention: "plain" is `ops.attention`, "splash" the TPU kernel, "auto" what fits the devices: see
+        `gdsd_jax.denoiser.splash.chosen`.
       layer_unroll: layers per iteration of the scan over layers. 1 compiles fastest and is right for deep models;
         `num_layers` removes the loop, which small models on a CPU like best.
     """
@@ -52,6 +55,7 @@ class DenoiserConfig:
     pad_token_id: int
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
     layer_unroll: int = 1
 
     def __post_init__(self):
@@ -59,6 +63,8 @@ class DenoiserConfig:
             raise UserError(f"compute dtype {self.dtype!r} is not one of {COMPUTE_DTYPES}: change config.model.dtype")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat policy {self.remat!r} is not one of {REMAT_POLICIES}: change config.model.remat")
+        if self.attention not in ATTENTION:
+            raise UserError(f"attention {self.attention!r} is not one of {ATTENTION}: change config.model.attention")
         if self.hidden_size % self.num_heads:
             raise UserError(f"hidden size {self.hidden_size} is not a multiple of the {self.num_heads} heads")
         if self.num_heads % self.num_kv_heads:

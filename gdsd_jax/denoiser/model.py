@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gdsd_jax.denoiser import ops
+from gdsd_jax.denoiser import ops, splash
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.lora import LoRA, target_shapes
 from gdsd_jax.errors import UserError
@@ -90,7 +90,8 @@ class Layer(nn.Module):
         with jax.named_scope("attention"):
             h = norm("attn_norm", x)
             q, k, v = ops.rotate(heads("q", h), angles), ops.rotate(heads("k", h), angles), heads("v", h)
-            mixed = ops.attention(q, k, v, real, _precision(c))
+            plain = functools.partial(ops.attention, precision=_precision(c))
+            mixed = (splash.attention if splash.chosen(c) else plain)(q, k, v, real)
             x = x + linear("o", mixed.reshape(*x.shape[:2], -1))
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)

@@ -1,0 +1,100 @@
+"""Splash attention, the flash-attention kernel for TPUs that ships with JAX, as this denoiser needs it.
+
+Scores never reach HBM, forwards or backwards, and pads stand in a segment of their own. B rows, T tokens, H heads,
+K head size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jaxtyping import Array, Bool, Float
+
+from gdsd_jax import sharding
+from gdsd_jax.denoiser.config import DenoiserConfig
+
+LANES = 128
+# Tiles of queries and keys. A tile of float32 scores is at most 1 MiB, and the kernels keep a handful of them in VMEM.
+LARGEST_BLOCK = 512
+
+
+def chosen(config: DenoiserConfig) -> bool:
+    """Whether this denoiser attends through splash attention; "auto" asks the devices that the program is made for.
+
+    That is the current mesh, which may be of chips that this machine does not have, or else the default backend. Under
+    "auto" float32 stays on the plain path, whose products are exact, and so do heads that do not fill the lanes.
+    """
+    if config.attention != "auto":
+        return config.attention == "splash"
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return platform == "tpu" and config.dtype == "bfloat16" and config.head_dim % LANES == 0
+
+
+def padded_length(length: int) -> int:
+    """Tokens that the kernel works on: the next multiple of the lanes."""
+    return -(-length // LANES) * LANES
+
+
+def attention(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T kv K"],
+    value: Float[Array, "B T kv K"],
+    real: Bool[Array, "B T"] | None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T H K"]:
+    """As `ops.attention`, on a TPU; the softmax is float32, the products are those of the arrays' dtype.
+
+    Pads see pads, which no real token sees; what they compute is never read. Where a mesh is set, each device runs the
+    kernel on its own rows and heads.
+
+    Args:
+      interpret: runs the kernel's arithmetic in JAX, on any platform.
+    """
+    length, head_dim = query.shape[1], query.shape[3]
+    beyond = padded_length(length) - length
+    segments = jnp.ones(query.shape[:2], jnp.int32) if real is None else real.astype(jnp.int32)
+    arrays = [(query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), key, value]
+    run = functools.partial(_local_attention, interpret=interpret)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        fit = functools.partial(sharding.fitted_spec, mesh)
+        if fit(("heads",), key.shape[2:3]) != fit(("heads",), query.shape[2:3]):
+            # Key/value heads that the tensor axis does not divide: every query head gets a copy of its own.
+            arrays[1:] = [jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value)]
+        specs = [fit(("rows", "tokens", "heads", "head_dim"), x.shape) for x in arrays]
+        specs.append(fit(("rows", "tokens"), segments.shape))
+        run = jax.shard_map(run, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+    padded = [jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2)) for x in (*arrays, segments)]
+    return run(*padded)[:, :length]
+
+
+def _local_attention(query: Array, key: Array, value: Array, segments: Array, *, interpret: bool) -> Array:
+    """The kernel on one device's rows and heads; T is padded."""
+    length, heads = query.shape[1:3]
+    block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if length % size == 0)
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([splash_attention.FullMask((length, length))] * heads),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            # One kernel for all three gradients: five products instead of seven.
+            use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def one_row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        query, key, value = (x.swapaxes(0, 1) for x in (query, key, value))
+        return kernel(query, key, value, splash_attention.SegmentIds(segments, segments)).swapaxes(0, 1)
+
+    return jax.vmap(one_row)(query, key, value, segments)

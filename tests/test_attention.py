@@ -1,0 +1,103 @@
+"""Splash attention against the plain path, with the kernel interpreted, and when it is chosen."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from gdsd_jax import sharding
+from gdsd_jax.denoiser import DenoiserConfig, hidden_states, init_base, ops, splash
+from gdsd_jax.errors import UserError
+
+CONFIG = DenoiserConfig(
+    family="llada", vocab_size=32, hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=64,
+    max_length=256, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False, tied_head=True, next_token_logits=False,
+    mask_token_id=31, eos_token_id=30, pad_token_id=30, dtype="float32",
+)  # fmt: skip
+
+
+def arrays(rows, length, heads, kv_heads, head_dim=128):
+    keys = jax.random.split(jax.random.key(length), 4)
+    shapes = [(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def left_padded(rows, length):
+    """Rows with 0, 5, 10, ... pads on the left."""
+    return jnp.arange(length) >= 5 * jnp.arange(rows)[:, None]
+
+
+@pytest.mark.parametrize(("length", "kv_heads", "padded"), [(128, 2, False), (200, 1, True)])
+def test_values_and_gradients_equal_the_plain_path(monkeypatch, length, kv_heads, padded):
+    """One tile that the tokens fill, and several that they do not, with grouped heads and pads."""
+    monkeypatch.setattr(splash, "LARGEST_BLOCK", splash.LANES)
+    q, k, v, weight = arrays(2, length, 2, kv_heads)
+    real = left_padded(2, length) if padded else None
+    # Pad queries compute what nobody reads.
+    weight = weight if real is None else weight * real[:, :, None, None]
+
+    def plain(q, k, v):
+        return ops.attention(q, k, v, real, jax.lax.Precision.HIGHEST)
+
+    def kernel(q, k, v):
+        return splash.attention(q, k, v, real, interpret=True)
+
+    def value_and_gradients(f):
+        value, pull = jax.vjp(f, q, k, v)
+        return value if real is None else jnp.where(real[:, :, None, None], value, 0), pull(weight)
+
+    (expected, gradients), (found, found_gradients) = (
+        jax.jit(value_and_gradients, static_argnums=0)(f) for f in (plain, kernel)
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    for found, expected in zip(found_gradients, gradients, strict=True):
+        assert jnp.any(expected != 0)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_no_token_reads_a_pad():
+    """Other values under the pads change nothing, to the bit."""
+    q, k, v, _ = arrays(2, 41, 2, 2)
+    real = left_padded(2, 41)
+    pads = ~real[:, :, None, None]
+    first = splash.attention(q, k, v, real, interpret=True)
+    second = splash.attention(q, jnp.where(pads, 100.0, k), jnp.where(pads, -50.0, v), real, interpret=True)
+    assert (first[real] == second[real]).all()
+
+
+def test_the_denoiser_under_recomputation(monkeypatch):
+    """A layer with the kernel and its gradient through the scan over layers, recomputed."""
+    monkeypatch.setattr(splash, "attention", lambda *args, original=splash.attention: original(*args, interpret=True))
+    base = init_base(CONFIG, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, 32)
+    mask = left_padded(2, 16)
+
+    def loss(base, attention):
+        config = dataclasses.replace(CONFIG, attention=attention, remat="full")
+        hidden = hidden_states(config, base, None, tokens, prompt_mask=mask)
+        return jnp.sum(jnp.sin(hidden[:, 16:]))
+
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    values = {kind: both(base, kind) for kind in ("plain", "splash")}
+    np.testing.assert_allclose(values["splash"][0], values["plain"][0], rtol=1e-5)
+    for found, expected in zip(*(jax.tree.leaves(values[kind][1]) for kind in ("splash", "plain")), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * jnp.max(jnp.abs(expected)))
+
+
+def test_the_devices_decide():
+    """The chips that a program is compiled for, not the machine that compiles, and only where the kernel is right."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    assert not splash.chosen(config)
+    tpu = AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+    mesh = AbstractMesh((1, 4, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=tpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert splash.chosen(config)
+        assert not splash.chosen(dataclasses.replace(config, attention="plain"))
+        assert not splash.chosen(dataclasses.replace(config, dtype="float32"))
+        assert not splash.chosen(dataclasses.replace(config, num_heads=4))
+    assert splash.chosen(dataclasses.replace(CONFIG, attention="splash"))
+    with pytest.raises(UserError, match="config.model.attention"):
+        dataclasses.replace(CONFIG, attention="flash")
