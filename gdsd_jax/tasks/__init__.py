@@ -9,7 +9,7 @@ from gdsd_jax.tasks.task import Task, configure
 
 TASKS: dict[str, Task] = {task.name: task for task in (sudoku.TASK, countdown.TASK)}
 
-__all__ = ["TASKS", "Task", "resolve"]
+__all__ = ["TASKS", "Task", "configure", "resolve"]
 
 
 def resolve(name: str, *, evaluation: bool = False, **settings: Any) -> Task:

@@ -1,7 +1,7 @@
 r"""Countdown: reach a target from three numbers, each used exactly once, with + - * / and parentheses.
 
-Problems are generated, split by a hash of (sorted numbers, target), or read from a local JSONL file in either public
-form: `{"input": "3,5,7", "output": "22"}` or `{"nums": [3, 5, 7], "target": 22}`. A file is used as it is,
+Problems are generated, split by a hash of (sorted numbers, target), or read from a local file whose rows have either
+public form: `{"input": "3,5,7", "output": "22"}` or `{"nums": [3, 5, 7], "target": 22}`. A file is used as it is,
 without regard to the split.
 
 An answer is untrusted text. It is read by a small parser and computed in exact fractions; nothing is ever evaluated as
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gdsd_jax.errors import UserError
+from gdsd_jax.tasks.data import Row, column, read_records
 from gdsd_jax.tasks.format import last_answer, last_boxed
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
-from gdsd_jax.tasks.task import Row, Task, read_jsonl
+from gdsd_jax.tasks.task import Task
 
 NUMBERS = 3
 LARGEST = 100
@@ -204,23 +205,21 @@ def generate(split: str, count: int | None = None, seed: int = 0) -> list[Row]:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a JSONL file in either public form; of the `nums` form, rows with another number of numbers are left out.
+    """Rows of a local file in either public form; of the `nums` form, rows with another number of numbers are left out.
 
-    Raises UserError, naming the line, where a row has neither form or its values are not integers, and where no row has
+    Raises UserError, naming the row, where it has neither form or its values are not integers, and where no row has
     three numbers.
     """
     rows = []
-    for place, record in read_jsonl(path):
-        if "nums" in record and "target" in record:
+    for place, record in read_records(path):
+        if "nums" in record:
             if not isinstance(record["nums"], list):
                 raise UserError(f"{place}: nums must be a list of integers")
-            row = _row(place, record["nums"], record["target"])
-        elif "input" in record and "output" in record:
-            row = _row(place, str(record["input"]).split(","), record["output"])
+            row = _row(place, record["nums"], column(place, record, "target"))
+        else:
+            row = _row(place, str(column(place, record, "input", "nums")).split(","), column(place, record, "output"))
             if len(row["numbers"]) != NUMBERS:
                 raise UserError(f"{place}: {NUMBERS} numbers are needed, found {len(row['numbers'])}")
-        else:
-            raise UserError(f"{place}: a row needs input and output, or nums and target")
         if len(row["numbers"]) == NUMBERS:
             rows.append(row)
     if not rows:

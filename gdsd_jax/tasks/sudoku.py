@@ -3,13 +3,12 @@
 A grid is a string of 16 characters, row by row; 0 is an empty cell. Only 288 solved grids exist, so a split by puzzle
 would show every answer in training: the grids themselves are split, 192 train, 32 validation, 64 test.
 
-A local file is a CSV with the header `Puzzle,Solution`. It is used as it is, without regard to the split; `overlap`
-says how many of its solutions belong to which. The public test file (500 puzzles, 8 cells empty) has 229 solutions:
+A local file has the columns `Puzzle` and `Solution`. It is used as it is, without regard to the split; `overlap` says
+how many of its solutions belong to which. The public test file (500 puzzles, 8 cells empty) has 229 solutions:
 155 of our training, 23 of our validation, 51 of our test grids. A policy trained on generated puzzles has seen most of
 its answers: report it separately. 124 of its puzzles have further solutions, which score as wrong.
 """
 
-import csv
 import hashlib
 import itertools
 import random
@@ -22,9 +21,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
 from gdsd_jax.errors import UserError
+from gdsd_jax.tasks.data import Row, column, read_records
 from gdsd_jax.tasks.format import last_answer
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
-from gdsd_jax.tasks.task import SPLITS, Row, Task, read_text
+from gdsd_jax.tasks.task import SPLITS, Task
 
 SPLIT_SIZES = {"train": 192, "validation": 32, "test": 64}
 DEFAULT_COUNTS = {"train": 4096, "validation": 256, "test": 256}
@@ -117,20 +117,15 @@ def _cells(texts: Iterable[str]) -> Int8[np.ndarray, "N 16"]:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a CSV file `Puzzle,Solution`, either line ending, leading zeros kept.
+    """Rows of a local file with the columns `Puzzle` and `Solution`, also in lower case, leading zeros kept.
 
     Raises UserError, naming the row, where a puzzle or solution is not 16 characters of the right digits, a solution is
     not a solved grid, or the two disagree.
     """
-    lines = [line for line in csv.reader(read_text(path).splitlines()) if line]
-    if not lines or [name.strip() for name in lines[0]] != ["Puzzle", "Solution"]:
-        raise UserError(f"{path}: the header must be Puzzle,Solution")
     rows = []
-    for number, line in enumerate(lines[1:], start=1):
-        place = f"{path}, row {number}"
-        if len(line) != 2:
-            raise UserError(f"{place}: two columns are needed, found {len(line)}")
-        puzzle, solution = (value.strip() for value in line)
+    for place, record in read_records(path):
+        puzzle = str(column(place, record, "Puzzle", "puzzle")).strip()
+        solution = str(column(place, record, "Solution", "solution")).strip()
         if not re.fullmatch("[0-4]{16}", puzzle):
             raise UserError(f"{place}: the puzzle must be 16 digits 0-4 (keep leading zeros), got {puzzle[:40]!r}")
         if solution not in grids():
@@ -138,8 +133,6 @@ def read(path: Path) -> list[Row]:
         if any(clue not in ("0", digit) for clue, digit in zip(puzzle, solution, strict=True)):
             raise UserError(f"{place}: the solution contradicts the puzzle")
         rows.append({"puzzle": puzzle, "solution": solution})
-    if not rows:
-        raise UserError(f"{path} has no rows")
     return rows
 
 

@@ -1,11 +1,8 @@
 """A task: rows of data, a prompt, reward components and evaluation metrics in one value."""
 
 import dataclasses
-import gzip
-import json
 import logging
 import random
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +12,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from gdsd_jax.errors import UserError
-from gdsd_jax.tasks import prompting
+from gdsd_jax.tasks import prompting, workers
+from gdsd_jax.tasks.data import Row
+from gdsd_jax.tasks.workers import Limits
 
 SPLITS = ("train", "validation", "test")
 SETTINGS = ("template", "system", "assistant_prefix", "answer_template", "examples", "shots", "weights")
 
-Row = dict[str, Any]
 Scores = dict[str, Float32[np.ndarray, "B"]]
 
 _log = logging.getLogger(__name__)
@@ -49,6 +47,10 @@ class Task:
       examples: rows shown as solved earlier turns; the first `shots` of them are used.
       evaluation: prompt settings that differ when somebody's checkpoint is evaluated.
       threads: completions scored at once; above 1 only where scoring waits for other processes.
+      limits: where given, `score` and `measure` run in worker processes under these limits. They must be functions at
+        the top of a module that can be imported without JAX, and a row must pickle.
+      held_out: whether a row of the training set belongs to its validation share; None where a training set is not
+        divided. It looks at the row alone, so that no order, count or seed moves a row from one to the other.
     """
 
     name: str
@@ -68,15 +70,29 @@ class Task:
     shots: int = 0
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     threads: int = 1
+    limits: Limits | None = None
+    held_out: Callable[[Row], bool] | None = None
+
+    def __post_init__(self):
+        if self.limits is not None:
+            for function in (self.score, self.measure):
+                workers.check_importable(function)
 
     def rows(
-        self, split: str = "train", *, path: str | Path | None = None, count: int | None = None, seed: int = 0
+        self,
+        split: str = "train",
+        *,
+        path: str | Path | None = None,
+        divided: bool = False,
+        count: int | None = None,
+        seed: int = 0,
     ) -> list[Row]:
         """The rows of a split, or of a local file.
 
         Args:
           split: "train", "validation" or "test"; a file is taken as it is, for whichever split it is given.
-          path: a local file in the task's own format (the docstring of the task's module says which).
+          path: a local file or directory that the task reads (the docstring of the task's module says which columns).
+          divided: the file is a whole training set: of its rows take those that `held_out` gives to the split.
           count: rows wanted. Generated rows: the task's default where None. A file: all rows where None, else that
             many drawn without replacement, in the order of the file.
           seed: of generated training rows and of a draw from a file. Validation and test rows are fixed.
@@ -90,6 +106,10 @@ class Task:
         if path is None:
             return self.source(split, count, seed)
         rows = self.read(Path(path))
+        if divided and self.held_out is not None:
+            rows = [row for row in rows if self.held_out(row) == (split == "validation")]
+            if not rows:
+                raise UserError(f"{path} leaves no row for {split}: give another file as config.task.eval_path")
         if count is None:
             return rows
         if count > len(rows):
@@ -108,18 +128,21 @@ class Task:
     def rewards(self, completions: list[str], rows: list[Row]) -> Scores:
         """Reward components of each completion for its row.
 
-        Never raises on account of a text: where `score` raises or leaves a component out, this item is NaN and a
-        warning is logged.
+        Never raises on account of a text: where `score` raises, leaves a component out or meets a limit, this item is
+        NaN and a warning is logged.
         """
-        return self._each(self.score, tuple(self.weights), completions, rows)
+        return self._each(self.score, tuple(self.weights), completions, rows, lost=np.nan)
 
     def reward(self, completions: list[str], rows: list[Row]) -> Float32[np.ndarray, "B"]:
         """The weighted sum of the components; a component that is NaN counts 0."""
         return weighted_sum(self.rewards(completions, rows), self.weights)
 
     def metrics(self, completions: list[str], rows: list[Row]) -> Scores:
-        """Evaluation metrics of each completion for its row; NaN where `measure` raises."""
-        return self._each(self.measure, self.metrics_named, completions, rows)
+        """Evaluation metrics of each completion for its row; NaN where `measure` raises.
+
+        An answer that cannot be judged within the limits is not right: it counts 0, and a warning is logged.
+        """
+        return self._each(self.measure, self.metrics_named, completions, rows, lost=0.0)
 
     def _each(
         self,
@@ -127,29 +150,43 @@ class Task:
         names: tuple[str, ...],
         completions: list[str],
         rows: list[Row],
+        *,
+        lost: float,
     ) -> Scores:
         if len(completions) != len(rows):
             raise ValueError(f"{len(completions)} completions for {len(rows)} rows")
-        failures: list[Exception] = []
-
-        def values(completion: str, row: Row) -> list[float]:
-            try:
-                scored = function(completion, row)
-                return [float(scored[name]) for name in names]
-            except Exception as error:  # a user's own reward may raise anything, and the batch must survive it
-                failures.append(error)
-                return [np.nan] * len(names)
-
-        if self.threads > 1:
-            with ThreadPoolExecutor(self.threads) as pool:
-                table = list(pool.map(values, completions, rows))
-        else:
-            table = list(map(values, completions, rows))
+        outcomes = self._outcomes(function, completions, rows)
+        table = np.full((len(rows), len(names)), np.nan, np.float32)
+        failures = []
+        for index, outcome in enumerate(outcomes):
+            missing = [name for name in names if name not in (outcome.values or {})]
+            if not missing:
+                table[index] = [outcome.values[name] for name in names]
+            elif outcome.lost:
+                table[index] = lost
+            if missing:
+                failures.append(outcome.error or f"no {missing[0]}")
         if failures:
-            message = "%s: %d of %d completions could not be scored and are NaN; the first error: %r"
+            message = "%s: %d of %d completions could not be scored; the first: %s"
             _log.warning(message, self.name, len(failures), len(rows), failures[0])
-        columns = np.asarray(table, np.float32).reshape(len(rows), len(names))
-        return {name: columns[:, index] for index, name in enumerate(names)}
+        return {name: table[:, index] for index, name in enumerate(names)}
+
+    def _outcomes(
+        self, function: Callable[[str, Row], Mapping[str, float]], completions: list[str], rows: list[Row]
+    ) -> list[workers.Outcome]:
+        if self.limits is not None:
+            return workers.shared(self.limits).map(function, zip(completions, rows, strict=True))
+
+        def outcome(completion: str, row: Row) -> workers.Outcome:
+            try:
+                return workers.Outcome({name: float(value) for name, value in function(completion, row).items()})
+            except Exception as error:  # a user's own reward may raise anything, and the batch must survive it
+                return workers.Outcome(None, repr(error))
+
+        if self.threads == 1:
+            return list(map(outcome, completions, rows))
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(outcome, completions, rows))
 
 
 def weighted_sum(components: Scores, weights: Mapping[str, float]) -> Float32[np.ndarray, "B"]:
@@ -183,36 +220,3 @@ def configure(task: Task, *, evaluation: bool = False, **settings: Any) -> Task:
     if not 0 <= configured.shots <= len(configured.examples):
         raise UserError(f"task {task.name} has {len(configured.examples)} examples, shots={configured.shots} asked")
     return configured
-
-
-def read_text(path: Path) -> str:
-    """The text of a local UTF-8 file, unpacked where its name ends in `.gz`; UserError where it cannot be read."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-
-
-def read_jsonl(path: Path) -> list[tuple[str, Row]]:
-    """(place, object) for each line that is not blank; the place, "file, line n", is for messages.
-
-    Raises UserError where the file cannot be read, a line is not a JSON object, or nothing is left.
-    """
-    found = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: a JSON object is needed")
-        found.append((place, record))
-    if not found:
-        raise UserError(f"{path} has no rows")
-    return found

@@ -1,0 +1,139 @@
+"""Rows from local files and from the hub, and the share of a training set that is held out for validation.
+
+A local file is JSON lines (`.jsonl`, `.json`), CSV with a header (`.csv`), either of them also packed (`.gz`), or
+Parquet (`.parquet`); a directory is what `datasets` saved with `save_to_disk`. Values of a CSV file stay strings, so
+that leading zeros survive. `datasets` and PyArrow are imported when they are needed and not before.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gdsd_jax.errors import UserError
+
+Row = dict[str, Any]
+
+HELD_OUT = 20
+
+
+def read_records(path: Path) -> list[tuple[str, Row]]:
+    """(place, row) for each row of a local file or saved data set; the place, "file, row n", is for messages.
+
+    Raises UserError where it cannot be read, has a row that is none, or has no row.
+    """
+    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if path.is_dir():
+        records = _saved(path)
+    elif kind in ("jsonl", "json"):
+        records = _json_lines(path)
+    elif kind == "csv":
+        records = _csv(path)
+    elif kind == "parquet":
+        records = _parquet(path)
+    else:
+        raise UserError(f"{path}: rows are read from .jsonl, .csv, .parquet or a directory that datasets has saved")
+    found = list(records)
+    if not found:
+        raise UserError(f"{path} has no rows")
+    return found
+
+
+def column(place: str, record: Row, *names: str) -> Any:
+    """The first of these columns that the record has; UserError, naming the place, where it has none."""
+    for name in names:
+        if record.get(name) is not None:
+            return record[name]
+    raise UserError(f"{place}: a row needs {' or '.join(names)}, it has {', '.join(map(str, record)) or 'nothing'}")
+
+
+def from_hub(name: str, configuration: str | None, split: str, row: Callable[[str, Row], Row]) -> list[Row]:
+    """The rows of a data set of the Hugging Face hub, from the hub or from the cache of an earlier run.
+
+    Raises UserError, naming the setting that takes a local file instead, where it cannot be had.
+    """
+    import datasets
+
+    try:
+        records = datasets.load_dataset(name, configuration, split=split)
+    except Exception as error:  # no network, no such host, a proxy, a broken cache: one exception each
+        raise UserError(
+            f"cannot load {name} from the hub ({type(error).__name__}): without a network give a local file, "
+            "config.task.train_path for training rows and config.task.eval_path for evaluation rows"
+        ) from error
+    return [row(f"{name}, row {number}", record) for number, record in enumerate(records, start=1)]
+
+
+def held_out(text: str) -> bool:
+    """Whether a row known by this text belongs to the validation share of its training set: one in `HELD_OUT`.
+
+    By a salted hash, so that the same rows are held out of a part of the set, of another order, and of any file format.
+    """
+    digest = hashlib.sha256(f"held out:{text}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8]) % HELD_OUT == 0
+
+
+def read_text(path: Path) -> str:
+    """The text of a local UTF-8 file, unpacked where its name ends in `.gz`; UserError where it cannot be read."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{place}: a JSON object is needed")
+        yield place, record
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    lines = filter(None, csv.reader(io.StringIO(read_text(path), newline="")))
+    try:
+        header = next(lines, [])
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}, row {number}"
+            if len(line) != len(header):
+                raise UserError(f"{place}: {len(header)} columns are needed, found {len(line)}")
+            yield place, dict(zip(header, line, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} is not CSV: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return ((f"{path}, row {number}", record) for number, record in enumerate(table.to_pylist(), start=1))
+
+
+def _saved(path: Path) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if isinstance(saved, datasets.DatasetDict):
+        raise UserError(f"{path} holds the splits {', '.join(saved)}: name one, as in {path / next(iter(saved))}")
+    return ((f"{path}, row {number}", record) for number, record in enumerate(saved, start=1))

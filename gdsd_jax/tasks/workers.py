@@ -1,0 +1,231 @@
+"""Worker processes for scores of untrusted text: a limit on each item, and no harm to the process that scores.
+
+A worker is a fresh interpreter, never a fork of the process that holds JAX, and imports what the score function needs
+and nothing else. It is asked over a socket for one item at a time. An item that takes too long ends its worker, and so
+may one that crashes it or asks for too much memory: that item alone is lost, the next one gets a new worker. Answers
+come back as JSON, so that whatever becomes of a worker, what it says is data.
+
+Linux only: the memory limit reads /proc.
+"""
+
+import atexit
+import dataclasses
+import functools
+import importlib
+import json
+import multiprocessing
+import operator
+import os
+import queue
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gdsd_jax.errors import UserError
+
+START_SECONDS = 120.0
+MAX_PROCESSES = 32
+_MAX_REPLY = 2**20
+_START = "import sys; sys.path[:] = sys.argv[4:]; from gdsd_jax.tasks import workers; workers.serve(*sys.argv[1:4])"
+# One thread each, and sets in the same order in every worker: a score must not depend on which one computed it.
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+Score = Callable[..., Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one item may take.
+
+    Attributes:
+      seconds: wall clock, without the start of a worker.
+      megabytes: memory beyond what the worker has after its imports.
+      processes: workers; None: one per core that this process may use, at most `MAX_PROCESSES`.
+    """
+
+    seconds: float = 5.0
+    megabytes: int = 1024
+    processes: int | None = None
+
+
+class Outcome(NamedTuple):
+    """What became of one item.
+
+    values: what the function returned; None where it did not return.
+    error: why it did not: what it raised, or which limit it met.
+    lost: whether it met a limit or ended its worker.
+    seconds: that it took, without the start of a worker.
+    """
+
+    values: dict[str, float] | None
+    error: str = ""
+    lost: bool = False
+    seconds: float = 0.0
+
+
+def check_importable(function: Score) -> None:
+    """Raises UserError unless a worker can import the function by its name."""
+    name, module = getattr(function, "__qualname__", "<>"), getattr(function, "__module__", None)
+    if module in (None, "__main__") or "<" in name:
+        raise UserError(
+            f"{name} of {module} cannot run in worker processes: write it as a function at the top of a module that "
+            "can be imported, or leave the task's limits out"
+        )
+
+
+@functools.cache
+def shared(limits: Limits) -> "Workers":
+    """The pool of this process with these limits, closed when the process ends."""
+    pool = Workers(limits)
+    atexit.register(pool.close)
+    return pool
+
+
+class Workers:
+    """A pool of workers under the same limits; each is started when it is first needed."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.count = limits.processes or min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        for _ in range(self.count):
+            self._idle.put(None)
+
+    def map(self, function: Score, items: Iterable[tuple]) -> list[Outcome]:
+        """`function(*item)` for each item, in order. The function must be importable, and its items picklable."""
+        with ThreadPoolExecutor(self.count) as threads:
+            return list(threads.map(functools.partial(self._score, function), items))
+
+    def close(self) -> None:
+        """Ends the workers; the next `map` starts new ones."""
+        for _ in range(self.count):
+            worker = self._idle.get()
+            if worker is not None:
+                worker.end()
+            self._idle.put(None)
+
+    def _score(self, function: Score, item: tuple) -> Outcome:
+        worker = self._idle.get()
+        try:
+            if worker is None or worker.process.poll() is not None:
+                worker = _Worker(self.limits)
+            return worker.score(function, item)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """This side of one worker."""
+
+    def __init__(self, limits: Limits):
+        self.seconds = limits.seconds
+        self.connection, theirs = multiprocessing.Pipe()
+        descriptor = theirs.fileno()
+        arguments = [descriptor, limits.seconds, limits.megabytes, *sys.path]
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _START, *map(str, arguments)],
+                pass_fds=[descriptor],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # A session of its own: what the terminal sends to this process must not end an item.
+                start_new_session=True,
+                env=os.environ | _ENVIRONMENT,
+            )
+
+    def score(self, function: Score, item: tuple) -> Outcome:
+        """The outcome of one item, which may be the worker's last: then its process has ended."""
+        start = None
+        try:
+            self.connection.send((function.__module__, function.__qualname__, item))
+            reply = self._reply(START_SECONDS)
+            start = time.perf_counter()
+            if "error" not in reply:
+                reply = self._reply(self.seconds)
+        except (EOFError, OSError) as error:
+            self.end()
+            if start is None:
+                raise UserError(f"a worker for {function.__module__} did not start ({self._code()})") from error
+            over = isinstance(error, TimeoutError)
+            why = f"over {self.seconds:g} s" if over else f"ended its worker ({self._code()})"
+            return Outcome(None, why, lost=True, seconds=time.perf_counter() - start)
+        if reply.get("worn"):
+            self.end()
+        outcome = Outcome(reply.get("values"), reply.get("error", ""), reply.get("lost", False))
+        return outcome._replace(seconds=time.perf_counter() - start)
+
+    def _reply(self, seconds: float) -> dict[str, Any]:
+        if not self.connection.poll(seconds):
+            raise TimeoutError
+        return json.loads(self.connection.recv_bytes(_MAX_REPLY))
+
+    def _code(self) -> str:
+        return f"exit code {self.process.returncode}"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The worker's side
+
+
+def serve(descriptor: str, seconds: str, megabytes: str) -> None:
+    """Answers requests until the other side is gone. A request gets two replies: imported, and scored."""
+    connection, allowance = Connection(int(descriptor)), int(megabytes) * 2**20
+    functions: dict[tuple[str, str], Score] = {}
+    limit = 0
+
+    def reply(**fields: Any) -> None:
+        connection.send_bytes(json.dumps(fields).encode())
+
+    while True:
+        try:
+            module, name, item = connection.recv()
+        except EOFError:
+            return
+        if (module, name) not in functions:
+            _limit_memory(None)
+            try:
+                functions[module, name] = operator.attrgetter(name)(importlib.import_module(module))
+            except Exception as error:  # of a user's module: anything
+                reply(error=f"cannot import {module}.{name}: {error!r:.1000}")
+                continue
+            limit = _size() + allowance
+            _limit_memory(limit)
+        reply()
+        # On processor time, and left to the kernel: an item may outlive the process that could end it.
+        signal.setitimer(signal.ITIMER_PROF, 2 * float(seconds) + 1)
+        result = _call(functions[module, name], item)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        # Libraries keep what they have seen; a worker goes long before that takes an item its memory.
+        reply(**result, worn=_size() > limit - allowance // 2)
+
+
+def _call(function: Score, item: tuple) -> dict[str, Any]:
+    try:
+        return {"values": {name: float(value) for name, value in function(*item).items()}}
+    except MemoryError:
+        return {"error": "out of memory", "lost": True}
+    except Exception as error:  # a user's own score may raise anything
+        return {"error": f"{error!r:.1000}"}
+
+
+def _size() -> int:
+    """Bytes of address space."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _limit_memory(size: int | None) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft = hard if size is None else size if hard == resource.RLIM_INFINITY else min(size, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
