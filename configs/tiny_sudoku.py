@@ -40,7 +40,8 @@ def get_config() -> ConfigDict:
         guidance = {"psi": 1.0, "beta": 0.0, "eps_low": 1.0, "eps_high": 1e9, "views": 1, "weighting": "plain"}
         # Of the 128 tokens few ever compete for a cell: centring by the 8 largest logits.
         config.settings = {"gdsd": guidance, "gdsd_tlc": {**guidance, "top_k": 8}}
-        config.evaluation.update(every=10, split="validation", steps=20, batch_rows=128)
+        # Its own prompt and length, one token a step.
+        config.evaluation.update(every=10, steps=20, batch_rows=128, evaluation_prompt=False, lengths=(20,))
         config.save_every = 20
         config.seed = 0
     return config

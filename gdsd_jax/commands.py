@@ -73,13 +73,9 @@ def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig
     return dataclasses.replace(config, **settings)
 
 
-def load(config: TrainConfig, *, evaluation_prompt: bool = False) -> Setup:
-    """Loads the base checkpoint, its tokenizer and the task; every input error surfaces here, before work starts.
-
-    Args:
-      evaluation_prompt: start from the task's evaluation prompt; `config.task.settings` hold over both.
-    """
-    task = tasks.resolve(config.task.name, evaluation=evaluation_prompt, **config.task.settings)
+def load(config: TrainConfig) -> Setup:
+    """Loads the base checkpoint, its tokenizer and the task; every input error surfaces here, before work starts."""
+    task = tasks.resolve(config.task.name, **config.task.settings)
     tokenizer = hub.load_tokenizer(config.checkpoint)
     model, base = hub.load_checkpoint(config.checkpoint)
     if config.eos_token_id is not None:
@@ -89,13 +85,26 @@ def load(config: TrainConfig, *, evaluation_prompt: bool = False) -> Setup:
     return Setup(with_compute(model, config.model), base, tokenizer, task)
 
 
+def evaluated_task(config: TrainConfig) -> Task:
+    """The task as it is evaluated; `config.task.settings` hold over its evaluation prompt too."""
+    return tasks.resolve(config.task.name, evaluation=config.evaluation.evaluation_prompt, **config.task.settings)
+
+
+def known_metric(task: Task, metric: str | None, setting: str) -> str:
+    """`metric`, or the task's last one; UserError, which names the setting, if the task has no such metric."""
+    known = task.metrics_named
+    if metric is not None and metric not in known:
+        raise UserError(f"task {task.name} has no metric {metric!r}: {setting} is one of {', '.join(known)}")
+    return metric or known[-1]
+
+
 def load_policy(
     config: TrainConfig,
     workdir: Path | None = None,
     *,
     checkpoint: str | None = None,
     adapter: str | None = None,
-    evaluation_prompt: bool = False,
+    best: bool = False,
 ) -> Policy:
     """The policy that the flags name: `checkpoint` with `adapter`, or else the newest checkpoint of a run.
 
@@ -104,7 +113,7 @@ def load_policy(
       workdir: of a run of `gdsd_jax.train`; not looked at when one of the others is given.
       checkpoint: a Hugging Face directory.
       adapter: a PEFT directory.
-      evaluation_prompt: see `load`.
+      best: of the run, the checkpoint that did best in its evaluations.
 
     Raises:
       UserError: nothing is named; the run trained another base or other adapters; a directory does not load.
@@ -114,8 +123,10 @@ def load_policy(
     if checkpoint is not None:
         config = dataclasses.replace(config, checkpoint=checkpoint)
     from_run = checkpoint is None and adapter is None
+    if best and not from_run:
+        raise UserError("--best chooses among a run's checkpoints: give --workdir without --checkpoint and --adapter")
     record = _run_record(config, workdir) if from_run else None
-    model, base, tokenizer, task = load(config, evaluation_prompt=evaluation_prompt)
+    model, base, tokenizer, task = load(config)
     stored = jax.tree.map(lambda x: x.dtype, base)
     lora, iteration = None, None
     if adapter is not None:
@@ -126,11 +137,11 @@ def load_policy(
 
         if config.lora.rank:
             make = lambda key: init_lora(model, key, **dataclasses.asdict(config.lora))  # noqa: E731
-            lora, iteration = load_params(workdir, jax.eval_shape(make, jax.random.key(0)))
+            lora, iteration = load_params(workdir, jax.eval_shape(make, jax.random.key(0)), best=best)
         else:
             # The shapes alone, so that two whole models are never in memory.
             base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), base)
-            base, iteration = load_params(workdir, base)
+            base, iteration = load_params(workdir, base, best=best)
     return Policy(model, base, lora, tokenizer, task, Path(config.checkpoint), stored, iteration)
 
 
@@ -209,6 +220,7 @@ class Option(NamedTuple):
 POLICY_OPTIONS = {
     "checkpoint": Option(str, None, "Hugging Face directory to use instead of the run's newest checkpoint."),
     "adapter": Option(str, None, "PEFT directory to use on --checkpoint, or on the config's own."),
+    "best": Option(bool, False, "Of the run, the checkpoint that did best in its evaluations, not the newest."),
 }
 
 

@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from gdsd_jax import commands, evaluate, hub, tasks, train
 from gdsd_jax.config import TrainConfig, greedy_sampler, to_dict
 from gdsd_jax.errors import UserError
 from gdsd_jax.methods import build, check
 from gdsd_jax.sft import embedded_start
+from gdsd_jax.training import report
 from gdsd_jax.training.metrics import COLOURS, read_metrics
+from gdsd_jax.training.statistics import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +99,7 @@ def compare(
         else:
             print(f"{title} (done before)", flush=True)
         if state_of(run, directory) == "finished" and test_result(run, directory) is None:
-            evaluate.run(run, directory)
+            evaluate.run(run, directory, lengths=_length(run))
             report()
     return report()
 
@@ -124,10 +125,7 @@ def require_runnable(
 
 def known_metric(config: TrainConfig, metric: str | None) -> str:
     """`metric`, or the task's last one; UserError if the task has no such metric."""
-    known = tasks.resolve(config.task.name, **config.task.settings).metrics_named
-    if metric is not None and metric not in known:
-        raise UserError(f"task {config.task.name} has no metric {metric!r}: --metric is one of {', '.join(known)}")
-    return metric or known[-1]
+    return commands.known_metric(tasks.resolve(config.task.name, **config.task.settings), metric, "--metric")
 
 
 def run_config(config: TrainConfig, method: str, seed: int) -> TrainConfig:
@@ -168,13 +166,13 @@ def evaluated_start(config: TrainConfig, output: Path) -> dict[str, Any]:
     """The metrics of the start on the test split, evaluated on first use."""
     found = _read_result(config, output, checkpoint=config.checkpoint)
     if found is None:
-        evaluate.run(config, checkpoint=config.checkpoint, output=output)
+        evaluate.run(config, checkpoint=config.checkpoint, lengths=_length(config), output=output)
         found = _read_result(config, output)
     return found
 
 
 def _read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[str, Any] | None:
-    path = directory / evaluate.NAMES[0]
+    path = directory / report.SUMMARY
     if not path.is_file():
         return None
     summary = json.loads(path.read_text())
@@ -183,17 +181,13 @@ def _read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[
     return result["metrics"] if fits else None
 
 
+def _length(config: TrainConfig) -> tuple[int]:
+    """Methods are compared at the length that they were trained at."""
+    return (config.sampler.completion_length,)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and its 95 % interval by Student's t over the values; `low` and `high` are None for fewer than two."""
-    mean = float(np.mean(values)) if len(values) else None
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any]) -> dict[str, Any] | None:

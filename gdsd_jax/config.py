@@ -57,28 +57,46 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """What is trained on. Paths are local files; None: the task's generated or downloaded rows.
+    """What is trained on. Paths are local files, `eval_path` that of the test rows; None: the task's own rows.
 
     `settings` overrides fields of the task (`template`, `system`, `assistant_prefix`, `weights`, ...).
     """
 
     name: str = "sudoku"
     train_path: str | None = None
+    validation_path: str | None = None
     eval_path: str | None = None
     train_rows: int | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def path(self, split: str) -> str | None:
+        """The local file of a split."""
+        return {"train": self.train_path, "validation": self.validation_path, "test": self.eval_path}.get(split)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation while training: temperature 0, the rollout's strategy and lengths, `steps` of its own, no threshold or
-    factor. `every` 0: only at the end."""
+    """Evaluation: temperature 0, the rollout's strategy and blocks, no threshold or factor. Defaults: the papers'.
 
+    Attributes:
+      steps: denoising steps of a completion of the rollout's length, in proportion of any other; None: one for every
+        two tokens.
+      evaluation_prompt: start from the task's evaluation prompt, not from its training prompt.
+      batch_rows: completions at a time; how many fit decides, the results do not hang on it at temperature 0.
+      lengths: completion lengths of `gdsd_jax.evaluate`; while training it is the rollout's.
+      every: iterations from one evaluation while training to the next; 0: only at the end.
+      split, count: its rows.
+      best: the metric by which the best checkpoint is kept, with `every` above 0; None: the task's last.
+    """
+
+    steps: int | None = None
+    evaluation_prompt: bool = True
+    batch_rows: int = 64
+    lengths: tuple[int, ...] = (128, 256, 512)
     every: int = 0
     split: str = "validation"
     count: int | None = None
-    steps: int | None = None
-    batch_rows: int = 64
+    best: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,13 +251,16 @@ def freeze(kind: type, values: Mapping[str, Any] | ConfigDict, where: str = "con
 
 
 def greedy_sampler(config: TrainConfig, length: int | None = None, steps: int | None = None) -> SamplerConfig:
-    """The run's sampler at temperature 0 and on its schedule, for another length or number of steps where given.
+    """The run's sampler as it is evaluated, for another length or number of steps where given.
 
     A sampler without blocks stays without; a threshold or factor is for rollouts and left out.
     """
     sampler = config.sampler
     length = length or sampler.completion_length
-    trained = config.evaluation.steps or sampler.steps
+    if steps is None and config.evaluation.steps is None:
+        steps = length // 2
+    elif steps is None:
+        steps = config.evaluation.steps * length // sampler.completion_length
     whole = sampler.block_length == sampler.completion_length
     return dataclasses.replace(
         sampler,
@@ -248,7 +269,7 @@ def greedy_sampler(config: TrainConfig, length: int | None = None, steps: int | 
         factor=None,
         completion_length=length,
         block_length=length if whole else sampler.block_length,
-        steps=steps or max(1, trained * length // sampler.completion_length),
+        steps=max(1, steps),
     )
 
 

@@ -21,6 +21,7 @@ from gdsd_jax import commands, evaluate, export, train
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.tasks import TASKS
+from gdsd_jax.training import report
 
 SAMPLES = 16
 
@@ -79,7 +80,7 @@ def percent(metrics: dict[str, float]) -> str:
 
 def write_samples(workdir: Path) -> None:
     """The first test puzzles with the completions before and after, as a Markdown table."""
-    read = lambda name: [json.loads(line) for line in (workdir / name / "evaluation.jsonl").read_text().splitlines()]  # noqa: E731
+    read = lambda name: [json.loads(line) for line in (workdir / name / report.COMPLETIONS).read_text().splitlines()]  # noqa: E731
     lines = ["| puzzle | solution | before | after |", "|---|---|---|---|"]
     for before, after in list(zip(read("before"), read("after"), strict=True))[:SAMPLES]:
         cells = (before["puzzle"], before["solution"], before["completion"], after["completion"])

@@ -1,34 +1,62 @@
-"""Evaluation of a run, a checkpoint or an adapter at temperature 0, with the task's metrics and their standard errors.
+"""Evaluation of a run, a checkpoint or an adapter: the task's metrics with their standard errors, by completion length.
 
-    python -m gdsd_jax.evaluate --config configs/tiny_sudoku.py --workdir runs/demo
-    python -m gdsd_jax.evaluate --config ... --checkpoint DIR [--adapter DIR] --output DIR --lengths 128,256,512
+    python -m gdsd_jax.evaluate --config configs/llada_8b_gsm8k.py --workdir runs/gsm8k [--best]
+    python -m gdsd_jax.evaluate --config ... --checkpoint DIR [--adapter DIR] --output DIR --tasks gsm8k,sudoku=FILE
+    python -m gdsd_jax.evaluate --config ... --workdir runs/b --compare runs/a/evaluation
 
-Without further flags the newest checkpoint of the run in `--workdir` completes the test split with the config's
-sampler. A length that `--lengths` names takes steps in proportion, unless `--steps` fixes them. A file that
-`config.task.eval_path` names replaces the split. Writes `evaluation.json`, `evaluation.md` and `evaluation.jsonl` (the
-completions) to `--output`, by default `WORKDIR/evaluation`, over those of an earlier evaluation.
+Without further flags the newest checkpoint of the run in `--workdir` completes the test rows of the config's task under
+the papers' protocol: the task's evaluation prompt, lengths 128, 256 and 512, one step for two tokens, temperature 0,
+256 planning problems, or all rows there are. `config.evaluation` changes it, and the flags below. `--tasks` names
+others, each with a local file of rows where one is given; `config.task` (file, settings) holds for its own task alone.
+
+Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and `evaluation.jsonl` (the completions) to `--output`, by
+default `WORKDIR/evaluation`, over those of an earlier evaluation. Completions are kept as they come: a killed
+evaluation started again with the same settings goes on and ends with the same files; with other settings it is refused.
+With `--samples` above 1 and a temperature, `--pass_at 1,4` estimates how often that many samples hold a right one. With
+`--compare DIR` nothing is sampled: the evaluation in the output directory is held against the one in DIR, item by item.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import rich.box
+import numpy as np
 import rich.console
-import rich.table
 
 from gdsd_jax import commands
 from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.errors import UserError
-from gdsd_jax.training.evaluation import evaluate_policy
-from gdsd_jax.training.rollout import encode_prompts
+from gdsd_jax.tasks import Task, resolve
+from gdsd_jax.training import report
+from gdsd_jax.training.evaluation import Completed, checksum, complete, judge
+from gdsd_jax.training.metrics import Progress
+from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch
+from gdsd_jax.training.statistics import mean_and_error, pass_at
 
-NAMES = ("evaluation.json", "evaluation.md", "evaluation.jsonl")
+UNFINISHED = "evaluation.part.jsonl"
+
+
+class Part(NamedTuple):
+    """One task at one length: `prompts` has each of the `rows` as often as it is sampled, together."""
+
+    task: Task
+    source: str
+    rows: list[dict]
+    prompts: Prompts
+    sampler: SamplerConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name} {self.sampler.completion_length}"
 
 
 def run(
@@ -37,113 +65,229 @@ def run(
     *,
     checkpoint: str | None = None,
     adapter: str | None = None,
+    best: bool = False,
+    tasks: Sequence[tuple[str, str | None]] = (),
     lengths: Sequence[int] = (),
     steps: int | None = None,
     split: str = "test",
     count: int | None = None,
-    evaluation_prompt: bool = False,
+    samples: int = 1,
+    temperature: float = 0.0,
+    pass_at: Sequence[int] = (),
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluates one policy at each length, writes the three files and returns what `evaluation.json` holds.
+    """Evaluates one policy on each task at each length, writes the files and returns what `evaluation.json` holds.
 
-    Its `results` have one entry per length: `completion_length`, `steps`, `block_length`, `seconds` and `metrics`,
-    `{metric: {"mean": ..., "error": ...}}`, the standard error of the mean over items.
+    Its `results` have one entry per task and length: `task`, `rows`, `count`, `items` (a digest of the rows),
+    `completion_length`, `steps`, `block_length` and `metrics`, `{metric: {"mean": ..., "error": ...}}`, the standard
+    error of the mean over items.
 
     Args:
-      workdir, checkpoint, adapter: see `commands.load_policy`.
-      lengths: completion lengths; none: the config's.
-      count: rows of the split (or file); None: all.
-      evaluation_prompt: see `commands.load`.
+      workdir, checkpoint, adapter, best: see `commands.load_policy`.
+      tasks: names with a file or None; none: the config's task.
+      lengths: completion lengths; none: those of `config.evaluation`.
+      count: rows of each split (or file); None: as many as the papers take.
+      samples: completions of each row, at `temperature`.
+      pass_at: numbers of samples for pass@k, by the task's last metric.
       output: directory of the files; None: `workdir / "evaluation"`.
 
     Raises:
-      UserError: whatever of this cannot be loaded, or does not fit together.
+      UserError: whatever of this cannot be loaded, or does not fit together; an unfinished evaluation of another kind.
     """
-    if output is None and workdir is None:
-        raise UserError("nowhere to write: give --output DIRECTORY, or the --workdir of a run")
-    output = output or workdir / "evaluation"
-    samplers = [greedy_sampler(config, length, steps) for length in lengths or (None,)]
-    policy = commands.load_policy(
-        config, workdir, checkpoint=checkpoint, adapter=adapter, evaluation_prompt=evaluation_prompt
-    )
-    rows = policy.task.rows(split, path=config.task.eval_path, count=count)
-    prompts = encode_prompts(
-        policy.task, policy.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
-    )
+    output = output_directory(workdir, output)
+    require_samples(samples, temperature, pass_at)
+    lengths = tuple(lengths) or config.evaluation.lengths
+    samplers = [dataclasses.replace(greedy_sampler(config, n, steps), temperature=temperature) for n in lengths]
+    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
+    parts = list(plan(config, policy, samplers, tasks, split, count, samples))
+    if len({part.name for part in parts}) < len(parts):
+        raise UserError("a task or a length is named twice: change --tasks or --lengths")
+    for part in parts:
+        check_fits(policy.model, part.prompts.tokens.shape[1], part.sampler)
+
+    batches = completions(config, policy, parts, output)
     results, records = [], []
-    for sampler in samplers:
-        start = time.perf_counter()
-        found = evaluate_policy(
-            policy.model, policy.base, policy.lora, prompts, sampler, policy.task, policy.tokenizer,
-            batch_rows=min(config.evaluation.batch_rows, len(rows)), key=jax.random.key(config.seed),
-        )  # fmt: skip
-        shape = {name: getattr(sampler, name) for name in ("completion_length", "steps", "block_length")}
-        metrics = {name: {"mean": mean, "error": found.errors[name]} for name, mean in found.means.items()}
-        results.append({**shape, "seconds": round(time.perf_counter() - start, 3), "metrics": metrics})
-        records += [{"completion_length": sampler.completion_length, **record} for record in found.records]
+    for part in parts:
+        found, kept = result(part, batches[part.name], samples, pass_at)
+        results.append(found)
+        records += kept
     summary = {
         "checkpoint": str(policy.source),
         "adapter": adapter,
         "workdir": str(workdir) if policy.iteration is not None else None,
         "iteration": policy.iteration,
-        "task": policy.task.name,
-        "rows": config.task.eval_path or split,
-        "count": len(rows),
-        "evaluation_prompt": evaluation_prompt,
+        "split": split,
+        "evaluation_prompt": config.evaluation.evaluation_prompt,
         "strategy": config.sampler.strategy,
+        "temperature": temperature,
+        "samples": samples,
+        "seed": config.seed,
         "results": results,
     }
-    texts = (json.dumps(summary, indent=1) + "\n", _markdown(summary), "".join(json.dumps(r) + "\n" for r in records))
-    output.mkdir(parents=True, exist_ok=True)
-    for name, text in zip(NAMES, texts, strict=True):
-        draft = output / f".{name}"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(output / name)
+    report.write(output, summary, records)
+    (output / UNFINISHED).unlink()
     return summary
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """One line: which model on which rows."""
-    model = summary["adapter"] or summary["checkpoint"]
-    if summary["workdir"]:
-        model = f"{summary['workdir']}, iteration {summary['iteration']}"
-    return f"{summary['task']}, {summary['count']} rows of {summary['rows']}, {summary['strategy']}, {model}"
+def output_directory(workdir: Path | None, output: Path | None) -> Path:
+    """Where the files go; UserError if nothing says so."""
+    if output is None and workdir is None:
+        raise UserError("nowhere to write: give --output DIRECTORY, or the --workdir of a run")
+    return output or workdir / "evaluation"
 
 
-def table(summary: dict[str, Any]) -> rich.table.Table:
-    """One row per completion length, each metric as mean ± standard error."""
-    result = rich.table.Table(title=describe(summary), box=rich.box.SIMPLE_HEAD, title_justify="left")
-    for name in _header(summary):
-        result.add_column(name, justify="right")
-    for cells in _cells(summary):
-        result.add_row(*cells)
-    return result
+def require_samples(samples: int, temperature: float, pass_at: Sequence[int]) -> None:
+    """Raises UserError where the flags of sampling contradict each other."""
+    if samples < 1:
+        raise UserError(f"--samples {samples} must be at least 1")
+    if samples > 1 and not temperature > 0:
+        raise UserError(f"--samples {samples} at temperature 0 would all be the same: give --temperature above 0")
+    if any(k > samples for k in pass_at):
+        raise UserError(f"--pass_at {max(pass_at)} needs as many samples, there are {samples}: raise --samples")
 
 
-def _header(summary: dict[str, Any]) -> list[str]:
-    return ["length", "steps", *summary["results"][0]["metrics"], "seconds"]
+def plan(
+    config: TrainConfig,
+    policy: commands.Policy,
+    samplers: Sequence[SamplerConfig],
+    names: Sequence[tuple[str, str | None]],
+    split: str,
+    count: int | None,
+    samples: int,
+) -> Iterator[Part]:
+    """Every task at every length."""
+    for name, file in names or ((config.task.name, None),):
+        own = name == config.task.name
+        prompt = config.evaluation.evaluation_prompt
+        task = commands.evaluated_task(config) if own else resolve(name, evaluation=prompt)
+        path = file or (config.task.path(split) if own else None)
+        rows = task.rows(split, path=path, count=count)
+        if count is None and task.evaluation_rows is not None and len(rows) > task.evaluation_rows:
+            rows = task.rows(split, path=path, count=task.evaluation_rows)
+        prompts = encode_prompts(
+            task, policy.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
+        )
+        repeated = (np.repeat(x, samples, axis=0) for x in (prompts.tokens, prompts.mask))
+        prompts = Prompts(*repeated, [row for row in rows for _ in range(samples)])
+        for sampler in samplers:
+            yield Part(task, path or split, rows, prompts, sampler)
 
 
-def _cells(summary: dict[str, Any]) -> list[list[str]]:
-    return [
-        [
-            str(result["completion_length"]),
-            str(result["steps"]),
-            *(f"{value['mean']:.3f} ± {value['error']:.3f}" for value in result["metrics"].values()),
-            f"{result['seconds']:.1f}",
-        ]
-        for result in summary["results"]
+def completions(
+    config: TrainConfig, policy: commands.Policy, parts: list[Part], output: Path
+) -> dict[str, list[Completed]]:
+    """The batches of every part, by its name: what `output` has of them, then the rest, kept there one by one."""
+    key = jax.random.key(config.seed)
+    rows = {part.name: min(config.evaluation.batch_rows, len(part.prompts.rows)) for part in parts}
+    totals = {part.name: -(-len(part.prompts.rows) // rows[part.name]) for part in parts}
+    path = output / UNFINISHED
+    batches = resumed(path, identity(config, policy, parts, rows))
+    done = sum(map(len, batches.values()))
+    label = " ".join(dict.fromkeys(part.task.name for part in parts))
+    with path.open("a", encoding="utf-8") as file, Progress(sum(totals.values()), start=done, label=label) as progress:
+        for part in parts:
+            found = batches.setdefault(part.name, [])
+            start, sampled = time.perf_counter(), 0
+            for batch in complete(
+                policy.model, policy.base, policy.lora, part.prompts, part.sampler, policy.tokenizer,
+                batch_rows=rows[part.name], key=key, skip=len(found),
+            ):  # fmt: skip
+                found.append(batch)
+                file.write(json.dumps({"part": part.name, **batch._asdict()}) + "\n")
+                file.flush()
+                done, sampled = done + 1, sampled + len(batch.texts)
+                progress.update(done, length=part.sampler.completion_length)
+            if sampled:
+                tokens = sampled * part.sampler.completion_length
+                seconds = time.perf_counter() - start
+                progress.note(f"{part.name}: {sampled} completions in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
+    return batches
+
+
+def identity(
+    config: TrainConfig, policy: commands.Policy, parts: list[Part], batch_rows: dict[str, int]
+) -> dict[str, Any]:
+    """What decides the completions, as plain values: two evaluations with the same identity may be joined."""
+    return {
+        "parameters": [int(x) for x in fetch(checksum((policy.base, policy.lora)))],
+        "model": dataclasses.asdict(policy.model),
+        "seed": config.seed,
+        **{
+            part.name: {
+                "prompts": _digest(part.prompts.tokens.tobytes()),
+                "batch_rows": batch_rows[part.name],
+                "sampler": dataclasses.asdict(part.sampler),
+            }
+            for part in parts
+        },
+    }
+
+
+def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
+    """The batches that an unfinished evaluation has left in `path`, which is made where there is none.
+
+    Raises:
+      UserError: they are of another evaluation.
+    """
+    wanted = json.loads(json.dumps(wanted))
+    whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
+    lines = [json.loads(line) for line in whole]
+    if lines and lines[0] != wanted:
+        other = next(name for name in (*wanted, *lines[0]) if lines[0].get(name) != wanted.get(name))
+        raise UserError(
+            f"{path} is an unfinished evaluation with another {other}: finish it with its own settings, remove it, "
+            "or choose another --output"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Anew, without a last line that a kill cut short.
+    draft = path.with_name(f".{path.name}")
+    draft.write_bytes(b"".join(line + b"\n" for line in whole or [json.dumps(wanted).encode()]))
+    draft.replace(path)
+    batches: dict[str, list[Completed]] = {}
+    for line in lines[1:]:
+        batches.setdefault(line["part"], []).append(Completed(line["texts"], line["kl"]))
+    return batches
+
+
+def result(
+    part: Part, batches: list[Completed], samples: int, pass_at_k: Sequence[int]
+) -> tuple[dict[str, Any], list[dict]]:
+    """The entry of `results` and the records of one part."""
+    values = judge(part.task, part.prompts.rows, batches)
+    by_item = {name: value.reshape(-1, samples) for name, value in values.items()}
+    metrics = {name: mean_and_error(value.mean(axis=1)) for name, value in by_item.items()}
+    solved = part.task.metrics_named[-1]
+    correct = (by_item[solved] == 1.0).sum(axis=1)
+    metrics |= {f"{solved} pass@{k}": mean_and_error(pass_at(correct, samples, k)) for k in pass_at_k}
+    shape = {name: getattr(part.sampler, name) for name in ("completion_length", "steps", "block_length")}
+    texts = (text for batch in batches for text in batch.texts)
+    records = [
+        {
+            **row,
+            "task": part.task.name,
+            "completion_length": part.sampler.completion_length,
+            "item": index // samples,
+            "completion": text,
+            **{name: float(value[index]) for name, value in values.items()},
+        }
+        for index, (row, text) in enumerate(zip(part.prompts.rows, texts, strict=True))
     ]
+    entry = {
+        "task": part.task.name,
+        "rows": part.source,
+        "count": len(part.rows),
+        "items": _digest(json.dumps(part.rows, sort_keys=True).encode()),
+        **shape,
+        "metrics": metrics,
+    }
+    return entry, records
 
 
-def _markdown(summary: dict[str, Any]) -> str:
-    header = _header(summary)
-    lines = [header, ["---:"] * len(header), *_cells(summary)]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{describe(summary)}\n\n{body}\n\nMean ± standard error of the mean over rows.\n"
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
-def parse_lengths(text: str | None) -> tuple[int, ...]:
+def numbers(text: str | None, flag: str) -> tuple[int, ...]:
     """`"128,256"` as numbers.
 
     Raises:
@@ -151,24 +295,45 @@ def parse_lengths(text: str | None) -> tuple[int, ...]:
     """
     parts = text.split(",") if text else []
     if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise UserError(f"--lengths {text!r} is not a list of completion lengths like 128,256")
+        raise UserError(f"{flag} {text!r} is not a list of positive numbers like 128,256")
     return tuple(map(int, parts))
 
 
-def main(config: TrainConfig, workdir: Path | None, *, lengths: str | None, output: str | None, **flags: Any) -> None:
-    chosen = None if output is None else Path(output)
-    summary = run(config, workdir, lengths=parse_lengths(lengths), output=chosen, **flags)
+def main(
+    config: TrainConfig,
+    workdir: Path | None,
+    *,
+    tasks: str | None,
+    lengths: str | None,
+    pass_at: str | None,
+    compare: str | None,
+    output: str | None,
+    **flags: Any,
+) -> None:
+    directory = output_directory(workdir, None if output is None else Path(output))
     console = rich.console.Console()
-    console.print(table(summary))
-    console.print(f"wrote {chosen or workdir / 'evaluation'}", highlight=False)
+    if compare is None:
+        named = [part.partition("=") for part in tasks.split(",")] if tasks else []
+        summary = run(
+            config, workdir, output=directory, tasks=[(name, file or None) for name, _, file in named],
+            lengths=numbers(lengths, "--lengths"), pass_at=numbers(pass_at, "--pass_at"), **flags,
+        )  # fmt: skip
+        console.print(report.table(summary))
+    else:
+        console.print(report.compare(directory, Path(compare)), highlight=False, markup=False)
+    console.print(f"wrote {directory}", highlight=False)
 
 
 OPTIONS = commands.POLICY_OPTIONS | {
+    "tasks": commands.Option(str, None, "NAME or NAME=FILE of each task, with commas between, not the config's."),
     "lengths": commands.Option(str, None, "Completion lengths, such as 128,256."),
     "steps": commands.Option(int, None, "Denoising steps of each completion."),
     "split": commands.Option(str, "test", "Rows to evaluate on: train, validation or test."),
-    "count": commands.Option(int, None, "How many of them, instead of all."),
-    "evaluation_prompt": commands.Option(bool, False, "Use the task's evaluation prompt, not its training prompt."),
+    "count": commands.Option(int, None, "How many of them."),
+    "samples": commands.Option(int, 1, "Completions of each row."),
+    "temperature": commands.Option(float, 0.0, "Of the sampler; 0 takes the most probable token."),
+    "pass_at": commands.Option(str, None, "Numbers k for pass@k, such as 1,4."),
+    "compare": commands.Option(str, None, "Directory of an evaluation to hold the one in --output against."),
     "output": commands.Option(str, None, "Directory for the results."),
 }
 

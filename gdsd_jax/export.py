@@ -30,11 +30,12 @@ def run(
     format: str = "both",
     checkpoint: str | None = None,
     adapter: str | None = None,
+    best: bool = False,
 ) -> dict[str, Path]:
     """Exports one policy; returns the directories written, by "merged" and "adapter".
 
     Args:
-      workdir, checkpoint, adapter: see `commands.load_policy`.
+      workdir, checkpoint, adapter, best: see `commands.load_policy`.
       output: must not hold what is about to be written.
       format: one of `FORMATS`.
 
@@ -46,7 +47,7 @@ def run(
     paths = {kind: output / kind for kind in ("merged", "adapter")} if format == "both" else {format: output}
     for path in paths.values():
         commands.refuse_existing(path, "--output")
-    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter)
+    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     if policy.lora is None and "adapter" in paths:
         raise UserError("there is no adapter to export, all parameters were trained: use --format merged")
     training = None if policy.iteration is None else training_facts(workdir, policy.iteration)

@@ -164,6 +164,7 @@ def main(
     *,
     checkpoint: str | None,
     adapter: str | None,
+    best: bool,
     watch: bool,
     seconds: float,
     prompt: str | None,
@@ -172,7 +173,7 @@ def main(
 ) -> None:
     if prompt is None and rows is None:
         rows = 1
-    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter)
+    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     generated = run(config, policy, prompt=prompt, rows=rows, **flags)
     show(rich.console.Console(), policy, config.sampler, generated, watch=watch, seconds=seconds)
 

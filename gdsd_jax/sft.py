@@ -125,8 +125,9 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
     state = init_state(setup.base, optimizer, config.sft.seed)
     update = make_sft_update(setup.model, optimizer, length, chunk)
+    task = commands.evaluated_task(config)
     held_out = encode_prompts(
-        setup.task, setup.tokenizer, setup.task.rows("validation", count=config.evaluation.count),
+        task, setup.tokenizer, task.rows("validation", path=config.task.validation_path, count=config.evaluation.count),
         buckets=config.prompt_buckets, overlong=config.overlong_prompts,
     )  # fmt: skip
     greedy, key = greedy_sampler(config), jax.random.key(config.sft.seed)
@@ -134,10 +135,10 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     def accuracy(params: Any) -> float:
         """The task's last metric on the validation rows."""
         found = evaluate_policy(
-            setup.model, params, None, held_out, greedy, setup.task, setup.tokenizer,
+            setup.model, params, None, held_out, greedy, task, setup.tokenizer,
             batch_rows=config.evaluation.batch_rows, key=key,
         )  # fmt: skip
-        return found.means[setup.task.metrics_named[-1]]
+        return found[task.metrics_named[-1]]
 
     writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, resume_step=-1)
     with writer, Progress(config.sft.steps, label="sft") as progress:

@@ -25,8 +25,8 @@ from gdsd_jax.denoiser import init_lora
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.methods import build, check
 from gdsd_jax.sft import embedded_start
-from gdsd_jax.training.checkpoint import Checkpoints
-from gdsd_jax.training.evaluation import Evaluation, evaluate_policy
+from gdsd_jax.training.checkpoint import Best, Checkpoints
+from gdsd_jax.training.evaluation import evaluate_policy
 from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
 from gdsd_jax.training.rollout import (
     Prompts,
@@ -74,15 +74,20 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     snapshot = jax.jit(lambda params: jax.tree.map(lambda x: x + 0, params))
     lengths = jax.jit(length_metrics)
 
-    encode = lambda rows: encode_prompts(  # noqa: E731
+    encode = lambda task, rows: encode_prompts(  # noqa: E731
         task, tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
     )
     rows = task.rows("train", path=config.task.train_path, count=config.task.train_rows, seed=config.seed)
-    prompts = encode(rows)
+    prompts = encode(task, rows)
     order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
-    held_out = encode(task.rows(config.evaluation.split, path=config.task.eval_path, count=config.evaluation.count))
+    split = config.evaluation.split
+    evaluated = commands.evaluated_task(config)
+    held_out = encode(
+        evaluated, evaluated.rows(split, path=config.task.path(split), count=config.evaluation.count)
+    )
     greedy = greedy_sampler(config)
     eval_key = jax.random.key(config.seed)
+    best_metric = "eval/" + commands.known_metric(evaluated, config.evaluation.best, "config.evaluation.best")
 
     checkpoints = Checkpoints(workdir, config, state)
     first, position = checkpoints.latest, 0
@@ -90,10 +95,11 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
         state, position = checkpoints.restore()
     state = jax.device_put(state)
     first = first or 0
+    best = Best(workdir, first)
 
-    def evaluate(state: TrainState) -> Evaluation:
+    def evaluate(state: TrainState) -> dict[str, float]:
         return evaluate_policy(
-            model, *policy(base, state.params), held_out, greedy, task, tokenizer,
+            model, *policy(base, state.params), held_out, greedy, evaluated, tokenizer,
             batch_rows=config.evaluation.batch_rows, key=eval_key,
         )  # fmt: skip
 
@@ -101,7 +107,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, resume_step=first or -1)
     progress = Progress(config.iterations, start=first, label=config.method)
     warned: set[str] = set()
-    with writer, checkpoints, progress, StopSignal() as stop, jax.transfer_guard("disallow"):
+    with writer, checkpoints, best, progress, StopSignal() as stop, jax.transfer_guard("disallow"):
         for iteration in range(first + 1, config.iterations + 1):
             start = time.perf_counter()
 
@@ -134,7 +140,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             metrics |= {f"time/{name}": value for name, value in seconds.items()}
             metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
             if iteration == config.iterations or due(iteration, config.evaluation.every):
-                metrics |= {f"eval/{name}": value for name, value in evaluate(state).means.items()}
+                metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
             writer.write(iteration, metrics)
             writer.completions(iteration, completion_records(rewarded, config.completions_logged))
             shown = {name.split("/")[1]: metrics[name] for name in metrics if name.startswith("eval/")}
@@ -148,6 +154,8 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                 raise commands.diverged(workdir, iteration, rewarded, checkpoints.latest)
 
             # ------------------------------------------------------------------------------ checkpoint
+            if best_metric in metrics:
+                best.offer(iteration, state.params, best_metric, metrics[best_metric])
             done = iteration == config.iterations or stop.requested
             if done or iteration % config.save_every == 0:
                 checkpoints.save(iteration, state, position)

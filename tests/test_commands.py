@@ -75,14 +75,14 @@ def test_run_export_and_adapter_evaluate_alike(config_file, workdir, exported, t
     assert found["run"] == found["adapter"] == found["merged"]
     assert found["run"] != found["base"], "two iterations should have changed something"
     summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert (summary["iteration"], summary["count"], summary["rows"]) == (2, ROWS, "test")
     # The last line of training evaluated the same policy on the same rows.
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     (result,) = summary["results"]
+    assert (summary["iteration"], result["count"], result["rows"]) == (2, ROWS, "test")
     assert set(result["metrics"]) == {"cells", "puzzles", "kl"}
     for name in ("cells", "puzzles"):
         assert result["metrics"][name]["mean"] == last[f"eval/{name}"]
-    assert "| 8 | 4 |" in (tmp_path / "run" / "evaluation.md").read_text()
+    assert "| even | puzzles |" in (tmp_path / "run" / "evaluation.md").read_text()
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines() if "wrote" not in line)
 
 

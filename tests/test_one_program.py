@@ -39,7 +39,7 @@ def tiny_run(directory) -> TrainConfig:
         config.sampler.update(completion_length=20, steps=4, block_length=20)
         config.update(prompts_per_iteration=2, group_size=2, inner_updates=2, microbatch_rows=2, save_every=20)
         config.update(iterations=ITERATIONS)
-        config.evaluation.update(every=EVERY, count=HELD_OUT, batch_rows=EVAL_ROWS)
+        config.evaluation.update(every=EVERY, count=HELD_OUT, batch_rows=EVAL_ROWS, evaluation_prompt=False)
     return freeze(TrainConfig, config)
 
 
@@ -64,9 +64,12 @@ class Watch:
             with allowed():
                 return original(tree)
 
-        def save(manager, *args, original=checkpoint.Checkpoints.save):
-            with allowed():
-                original(manager, *args)
+        def saving(original):
+            def save(manager, *args):
+                with allowed():
+                    original(manager, *args)
+
+            return save
 
         def write(writer, step, metrics, original=walk.MetricWriter.write):
             self.at_step[step] = self.compilations
@@ -92,7 +95,8 @@ class Watch:
 
         for module in (rollout, evaluation, walk):
             patch.setattr(module, "fetch", fetch)
-        patch.setattr(checkpoint.Checkpoints, "save", save)
+        patch.setattr(checkpoint.Checkpoints, "save", saving(checkpoint.Checkpoints.save))
+        patch.setattr(checkpoint.Best, "offer", saving(checkpoint.Best.offer))
         patch.setattr(walk.MetricWriter, "write", write)
         patch.setattr(walk, "make_inner_update", make_inner_update)
         patch.setattr(ArrayImpl, "_value", property(stray("value", ArrayImpl._value.fget)))

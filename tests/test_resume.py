@@ -47,7 +47,7 @@ def get_config():
         config.sampler.update(completion_length=20, steps=4, block_length=20)
         config.update(prompts_per_iteration=2, group_size=2, inner_updates=2, microbatch_rows=2, save_every=2)
         config.optimizer.update(learning_rate=1e-2)
-        config.evaluation.update(count=4, batch_rows=4)
+        config.evaluation.update(count=4, batch_rows=4, evaluation_prompt=False)
         config.iterations = 10**6
     return config
 """,

@@ -25,7 +25,7 @@ def get_config():
         config.lora.update(rank=2, alpha=4.0, dropout=0.0, targets=("q", "down"))
         config.optimizer.learning_rate = 0.05
         config.sampler.update(completion_length=8, steps=4, block_length=4)
-        config.evaluation.update(count=8, split="test", batch_rows=8)
+        config.evaluation.update(count=8, split="test", batch_rows=8, evaluation_prompt=False, lengths=(8,))
         config.update(iterations=2, prompts_per_iteration=2, group_size=2, inner_updates=1, microbatch_rows=2)
         config.update(save_every=1, completions_logged=2)
     return config

@@ -287,4 +287,5 @@ TASK = Task(
         "template": f"{ANSWER_FORMAT}\n\n{_QUESTION}{_EXAMPLE}{_PROBLEM}",
         "assistant_prefix": "<reasoning>\n",
     },
+    evaluation_rows=256,
 )

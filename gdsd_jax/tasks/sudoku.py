@@ -220,4 +220,5 @@ TASK = Task(
         "template": f"{ANSWER_FORMAT}\n\n{_QUESTION}{_EXAMPLE}{_PUZZLE}",
         "assistant_prefix": "<reasoning>\n",
     },
+    evaluation_rows=256,
 )

@@ -46,6 +46,7 @@ class Task:
         typical way; None where a task has none. Supervised training on it leaves reinforcement learning its work.
       examples: rows shown as solved earlier turns; the first `shots` of them are used.
       evaluation: prompt settings that differ when somebody's checkpoint is evaluated.
+      evaluation_rows: test rows that the papers report on, where a file has more; None: all.
       threads: completions scored at once; above 1 only where scoring waits for other processes.
       limits: where given, `score` and `measure` run in worker processes under these limits. They must be functions at
         the top of a module that can be imported without JAX, and a row must pickle.
@@ -69,6 +70,7 @@ class Task:
     examples: tuple[Row, ...] = ()
     shots: int = 0
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    evaluation_rows: int | None = None
     threads: int = 1
     limits: Limits | None = None
     held_out: Callable[[Row], bool] | None = None

@@ -6,6 +6,7 @@ The frozen base is not saved again; where it came from and its fingerprint are, 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ FREE_TO_CHANGE = (
     "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation", "mesh"
 )  # fmt: skip
 
+BEST = "best"
+
 
 class Checkpoints:
     """The checkpoints of one workdir.
@@ -34,7 +37,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: TrainConfig, state: TrainState):
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_raw(state)))
         saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
-        check_disk(workdir, size * max(config.keep + 1 - saved, 1), "its checkpoints")
+        # The best parameters, and the next best until it is written.
+        best = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+        check_disk(workdir, size * max(config.keep + 1 - saved, 1) + best, "its checkpoints")
         self._record(workdir, config)
         self._template = _raw(state)
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, enable_async_checkpointing=True)
@@ -94,16 +99,51 @@ class Checkpoints:
         self._manager.close()
 
 
-def load_params(workdir: Path, template: Any) -> tuple[Any, int]:
+class Best:
+    """The trained parameters that did best in the evaluations of a run: `workdir/best/ITERATION`, and no others.
+
+    Args:
+      iteration: finished iterations of the run; what a killed run did best after them, it will do again.
+    """
+
+    def __init__(self, workdir: Path, iteration: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager((workdir / BEST).absolute(), options=options)
+        for later in (step for step in self._manager.all_steps() if step > iteration):
+            self._manager.delete(later)
+        self._value = -math.inf
+        if self._manager.latest_step() is not None:
+            data = ocp.args.Composite(data=ocp.args.JsonRestore())
+            self._value = self._manager.restore(self._manager.latest_step(), args=data)["data"]["value"]
+
+    def offer(self, iteration: int, params: Any, metric: str, value: float) -> None:
+        """Starts saving `params` in the background if their `value` of the metric is above all before."""
+        if value > self._value:
+            self._value = value
+            data = ocp.args.JsonSave({"metric": metric, "value": value})
+            with jax.transfer_guard_device_to_host("allow"):
+                arrays = ocp.args.StandardSave({"params": params})
+                self._manager.save(iteration, args=ocp.args.Composite(state=arrays, data=data))
+
+    def __enter__(self) -> Best:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(workdir: Path, template: Any, *, best: bool = False) -> tuple[Any, int]:
     """The trained parameters of the newest checkpoint of `workdir`, and its iteration. Nothing else of it is read.
 
     Args:
       template: the parameters, or their shapes and dtypes.
+      best: of the checkpoint that did best in the run's evaluations instead.
 
     Raises:
       UserError: there is no checkpoint.
     """
-    directory = (workdir / "checkpoints").absolute()
+    directory = (workdir / (BEST if best else "checkpoints")).absolute()
     if not directory.is_dir():
         raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +21,6 @@ from gdsd_jax.training.rollout import Prompts, fetch, put
 _split = jax.jit(jax.random.split, static_argnums=1)
 
 
-class Evaluation(NamedTuple):
-    """Means of the task's metrics, their standard errors, and one record per item."""
-
-    means: dict[str, float]
-    errors: dict[str, float]
-    records: list[dict]
-
-
 def evaluate_policy(
     config: DenoiserConfig,
     base: Any,
@@ -39,35 +32,71 @@ def evaluate_policy(
     *,
     batch_rows: int,
     key: jax.Array,
-) -> Evaluation:
-    """Samples one completion per prompt and applies the task's metrics; every batch has the same shape.
+) -> dict[str, float]:
+    """Samples one completion per prompt; means of the task's metrics and, with an adapter, of `reference_kl` ("kl")."""
+    batches = complete(config, base, lora, prompts, sampler, tokenizer, batch_rows=batch_rows, key=key)
+    return {name: float(value.mean()) for name, value in judge(task, prompts.rows, list(batches)).items()}
 
-    With an adapter there is one metric more, "kl": see `reference_kl`.
+
+class Completed(NamedTuple):
+    """Texts of one batch, and how far each lies from the base (`reference_kl`), None without an adapter."""
+
+    texts: list[str]
+    kl: list[float] | None
+
+
+def complete(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    prompts: Prompts,
+    sampler: SamplerConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_rows: int,
+    key: jax.Array,
+    skip: int = 0,
+) -> Iterator[Completed]:
+    """One completion per prompt, batch by batch; every batch has the same shape and draws from a key of its own.
+
+    Args:
+      skip: leading batches that are there already.
     """
-    texts: list[str] = []
-    divergence: list[np.ndarray] = []
     count = len(prompts.rows)
-    keys = _split(key, -(-count // batch_rows))
-    for batch_key, start in zip(keys, range(0, count, batch_rows), strict=True):
+    for index, batch_key in enumerate(_split(key, -(-count // batch_rows))):
+        if index < skip:
+            continue
         # The last batch is filled up with its own first rows, whose second completions are dropped.
+        start = index * batch_rows
         chosen = np.arange(start, start + batch_rows)
         chosen = np.where(chosen < count, chosen, start)
         tokens, mask = put((prompts.tokens[chosen], prompts.mask[chosen]))
         rollout = sample(config, base, lora, tokens, mask, batch_key, sampler)
         kl = None if lora is None else reference_kl(config, base, lora, rollout.tokens, mask, batch_key)
         found, kl = fetch((rollout.tokens, kl))
-        texts += tokenizer.decode(found[:, tokens.shape[1] :])[: count - start]
-        divergence += [] if kl is None else [kl[: count - start]]
-    values = dict(task.metrics(texts, prompts.rows))
-    if divergence:
-        values["kl"] = np.concatenate(divergence)
-    means = {name: float(value.mean()) for name, value in values.items()}
-    errors = {name: float(value.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0 for name, value in values.items()}
-    records = [
-        {**row, "completion": text, **{name: float(value[i]) for name, value in values.items()}}
-        for i, (row, text) in enumerate(zip(prompts.rows, texts, strict=True))
-    ]
-    return Evaluation(means, errors, records)
+        texts = tokenizer.decode(found[:, tokens.shape[1] :])[: count - start]
+        yield Completed(texts, None if kl is None else kl[: count - start].tolist())
+
+
+def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:
+    """The metrics of completions, `[B]` each, one completion per row. What a metric fails on counts 0."""
+    texts = [text for batch in batches for text in batch.texts]
+    values = {name: np.nan_to_num(value) for name, value in task.metrics(texts, rows).items()}
+    if batches[0].kl is not None:
+        values["kl"] = np.concatenate([np.asarray(batch.kl, np.float32) for batch in batches])
+    return values
+
+
+@jax.jit
+def checksum(params: Any) -> list[jax.Array]:
+    """One number per array that changes with any of its bits; exact however the array is spread over devices."""
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32).ravel()
+        # Odd factors, so that a change anywhere and an exchange of two values both show; the sum wraps around.
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return [one(x) for x in jax.tree.leaves(params)]
 
 
 @functools.partial(jax.jit, static_argnames="config")
