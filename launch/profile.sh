@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Takes a trace of MILLISECONDS (5000) on every worker, of a command that runs under launch/with_profiler.py, and copies it to
+# the bucket as one run. To look at it: pip install xprof gcsfs && xprof --logdir=gs://BUCKET/profiles
+#   PROJECT=p ZONE=us-east5-a POD=gdsd PROFILES=gs://BUCKET/profiles launch/profile.sh [MILLISECONDS]
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+require PROJECT ZONE POD PROFILES
+
+taken=$PROFILES/plugins/profile/$(date +%Y_%m_%d_%H_%M_%S)/
+trace="python -m jax.collect_profile ${PROFILER_PORT:-9012} ${1:-5000} --host=\$(hostname) --log_dir=/tmp/profile"
+on_workers "cd gdsd_jax && source launch/tpu_env.sh && rm -rf /tmp/profile && $trace --no_perfetto_link && \
+gcloud storage cp '/tmp/profile/plugins/profile/*/*' $taken"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs COMMAND on every worker of $POD at the same time, in the checkout and with the environment of tpu_env.sh. Fails if it
+# fails on any of them. gcloud runs it again where a connection broke: the lock makes that one wait for the first.
+#   PROJECT=p ZONE=us-east5-a POD=gdsd launch/run_all.sh python -m gdsd_jax.train --config ... --workdir ...
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+require PROJECT ZONE POD
+[[ $# -gt 0 ]] || { echo "usage: launch/run_all.sh COMMAND..." >&2 && exit 2; }
+
+on_workers "cd gdsd_jax && source launch/tpu_env.sh && flock /tmp/gdsd.lock $(printf '%q ' "$@")"
