@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gdsd_jax.denoiser import DenoiserConfig, denoise, init_base, init_lora
-from gdsd_jax.diffusion import SamplerConfig, sample, sampler
+from gdsd_jax.diffusion import SamplerConfig, draws, sample, sampler, strategies
 from gdsd_jax.errors import UserError
 from gdsd_jax.hub import load_checkpoint
 
@@ -20,8 +20,8 @@ CASES = {
     for family in ("llada", "dream")
     for name, case in json.loads((SAMPLERS / f"{family}_cases.json").read_text()).items()
 }
-select = jax.jit(sampler._select, static_argnums=0)
-STRATEGIES = tuple(sampler.STRATEGIES)
+select = jax.jit(strategies.select, static_argnums=0)
+STRATEGIES = tuple(strategies.STRATEGIES)
 
 TINY = DenoiserConfig(
     family="llada", vocab_size=12, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16,
@@ -126,7 +126,7 @@ def test_every_strategy_fills_blocks_left_to_right(base, strategy):
     assert ((rollout.confidence > 0) & (rollout.confidence <= 1)).all()
     steps = np.asarray(rollout.commit_step)
     assert (steps[:, :4] // 3 == 0).all() and (steps[:, 4:] // 3 == 1).all()
-    if not sampler.STRATEGIES[strategy].timed:
+    if not strategies.STRATEGIES[strategy].timed:
         assert (commits(rollout, 6) == [2, 1, 1, 2, 1, 1]).all()
     elif strategy != "origin":
         # 4 masked: floor(4 / 3), floor(3 * 0.4995), the rest.
@@ -143,13 +143,13 @@ def test_origin_commits_each_token_by_itself(base):
 
 @pytest.mark.parametrize("cut", [{}, {"top_p": 0.7}, {"top_k": 4}, {"top_p": 0.8, "top_k": 3}], ids=str)
 def test_draws_follow_the_cut_distribution(cut):
-    draws, vocab = 100_000, 300
+    count, vocab = 100_000, 300
     logits = 3 * jax.random.normal(jax.random.key(3), (vocab,))
     logits = logits.at[7].set(-jnp.inf)
     run = settings(temperature=1.5, **cut)
-    uniform = jax.random.uniform(jax.random.key(4), (draws,))
+    uniform = jax.random.uniform(jax.random.key(4), (count,))
     # One distribution for all draws: the vocabulary is cut once, the draw is repeated.
-    tokens = np.asarray(jax.jit(jax.vmap(lambda u: sampler._candidates(logits, u, run)[0]))(uniform))
+    tokens = np.asarray(jax.jit(jax.vmap(lambda u: draws.candidates(logits, u, run)[0]))(uniform))
 
     scaled = np.asarray(logits, np.float64) / 1.5
     probs = np.exp(scaled - scaled.max())
@@ -158,7 +158,7 @@ def test_draws_follow_the_cut_distribution(cut):
         sorted_probs = probs[order] / probs.sum()
         probs[order[np.cumsum(sorted_probs) - sorted_probs > cut["top_p"]]] = 0
     probs[order[cut.get("top_k", vocab) :]] = 0
-    expected = draws * probs / probs.sum()
+    expected = count * probs / probs.sum()
 
     counts = np.bincount(tokens, minlength=vocab)
     assert (counts[expected == 0] == 0).all()
@@ -173,7 +173,7 @@ def test_draws_follow_the_cut_distribution(cut):
 def test_draw_at_the_edges_takes_no_impossible_token():
     probs = jnp.zeros((2, 300)).at[:, 131].set(0.25).at[:, 290].set(0.75)
     almost_one = np.nextafter(np.float32(1), np.float32(0))
-    draw = jax.jit(sampler.draw)
+    draw = jax.jit(draws.draw)
     np.testing.assert_array_equal(draw(probs, jnp.array([0.0, almost_one])), [131, 290])
     many = jnp.full((126_464,), 1e-5).at[-5:].set(0)
     assert draw(many, jnp.asarray(almost_one)) < 126_459
@@ -220,10 +220,10 @@ def test_sliced_head_proposes_the_same(base, monkeypatch):
     run = settings(temperature=1.0, cfg_scale=0.5, strategy="topk_margin")
     hidden = jax.random.normal(jax.random.key(0), (2, 3, 8, TINY.hidden_size))
     uniform = jax.random.uniform(jax.random.key(1), (3, 8))
-    whole = jax.jit(lambda: sampler._propose(TINY, base, hidden, uniform, run))()
+    whole = jax.jit(lambda: draws.propose(TINY, base, hidden, uniform, run))()
     for limit in (2 * 3 * 2 * TINY.vocab_size, 1):
-        monkeypatch.setattr(sampler, "MAX_LOGITS", limit)
-        parts = jax.jit(lambda: sampler._propose(TINY, base, hidden, uniform, run))()
+        monkeypatch.setattr(draws, "MAX_LOGITS", limit)
+        parts = jax.jit(lambda: draws.propose(TINY, base, hidden, uniform, run))()
         for part, expected in zip(parts, whole, strict=True):
             np.testing.assert_allclose(part, expected, atol=1e-6)
 
@@ -253,7 +253,7 @@ def test_suppressed_tokens(flat):
 
 
 def test_postponed_candidates_come_last():
-    lowest = sampler._LOWEST
+    lowest = strategies.LOWEST
     scores = jnp.array([[lowest, 0.1, 0.9, lowest], [lowest, lowest, lowest, 0.2]])
     eligible = jnp.array([[True, True, True, True], [True, True, False, False]])
     chosen = select(settings(steps=2), eligible, scores, scores, jnp.asarray(0), jax.random.key(0))

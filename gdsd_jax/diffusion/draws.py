@@ -1,0 +1,122 @@
+"""Candidates of a step: logits where they are read, cut by top_p and top_k, one token drawn per position.
+
+B rows, S positions that a step looks at, D hidden size, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from gdsd_jax.denoiser import DenoiserConfig, logits_from_hidden
+from gdsd_jax.diffusion.strategies import STRATEGIES, SamplerConfig
+
+# Logits of at most this many elements (1 GiB in float32) exist at once; a larger region is read in slices of positions.
+MAX_LOGITS = 2**28
+GROUP = 128  # tokens per group of the two-level draw
+
+
+def keep_top_p(logits: Array, top_p: float) -> Array:
+    """Cuts to the most probable tokens, up to and including the first one that takes their mass beyond top_p.
+
+    A token stays when the mass strictly above it is at most top_p. Non-negative floats order like their bits, so
+    bisecting the integers finds the cut exactly in 31 passes, a fraction of what sorting a large vocabulary costs.
+    """
+    probs = jax.nn.softmax(logits)
+    bits = lax.bitcast_convert_type(probs, jnp.int32)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        too_low, enough = bounds
+        middle = too_low + (enough - too_low) // 2
+        fits = jnp.sum(jnp.where(bits > middle[..., None], probs, 0), axis=-1) <= top_p
+        return jnp.where(fits, too_low, middle), jnp.where(fits, middle, enough)
+
+    highest = jnp.max(bits, axis=-1)
+    _, cut = lax.fori_loop(0, 31, halve, (jnp.full_like(highest, -1), highest))
+    return jnp.where(bits >= cut[..., None], logits, -jnp.inf)
+
+
+def keep_top_k(logits: Array, top_k: int) -> Array:
+    cut = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+    return jnp.where(logits >= cut, logits, -jnp.inf)
+
+
+def _take(values: Array, index: Array) -> Array:
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+
+def _invert(weights: Array, target: Array) -> Array:
+    """First index [...] at which the cumulative sum of `weights` [..., N] exceeds `target` [...].
+
+    A parallel cumulative sum need not be monotone to the last bit, nor exceed a target next to the total: hence only
+    positive weights can be hit, and the largest one is taken when rounding leaves none.
+    """
+    hit = (jnp.cumsum(weights, axis=-1) > target[..., None]) & (weights > 0)
+    return jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(weights, axis=-1))
+
+
+def draw(probs: Float[Array, "*S V"], uniform: Float[Array, "*S"]) -> Int[Array, "*S"]:
+    """One token per distribution, which need not be normalised, by inverting its cumulative sum at a number in [0, 1).
+
+    The same distribution as the argmax of logits plus Gumbel noise, at one random number instead of V. The sum is
+    inverted in two levels, groups of tokens and then the tokens of one group: one pass over the vocabulary instead of
+    log V. Never draws a token of probability zero.
+    """
+    padded = jnp.pad(probs, [(0, 0)] * (probs.ndim - 1) + [(0, -probs.shape[-1] % GROUP)])
+    groups = padded.reshape(*probs.shape[:-1], -1, GROUP)
+    mass = jnp.sum(groups, axis=-1)
+    total = jnp.cumsum(mass, axis=-1)
+    target = uniform * total[..., -1]
+    group = _invert(mass, target)
+    within = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
+    token = _invert(within, target - (_take(total, group) - _take(mass, group)))
+    return (group * GROUP + token).astype(jnp.int32)
+
+
+def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, Array, Array]:
+    """logits [..., V], uniform [...] -> candidate tokens, their probability under `logits`, the strategy's score."""
+    strategy = STRATEGIES[settings.strategy]
+    cut = logits / settings.temperature if settings.temperature > 0 else logits
+    if settings.top_p is not None and settings.top_p < 1:
+        cut = keep_top_p(cut, settings.top_p)
+    if settings.top_k is not None:
+        cut = keep_top_k(cut, settings.top_k)
+    probs = jax.nn.softmax(cut)
+    # Not the argmax of `probs`: rounding can make the two best equal there.
+    token = draw(probs, uniform) if settings.temperature > 0 else jnp.argmax(cut, axis=-1).astype(jnp.int32)
+    confidence = jnp.exp(_take(logits, token) - jax.nn.logsumexp(logits, axis=-1))
+    score = strategy.score(probs, _take(probs, token)) if strategy.score else confidence
+    return token, confidence, score
+
+
+def propose(
+    config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
+) -> tuple[Array, Array, Array]:
+    """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S] -> as `candidates`, [B, S]."""
+    banned = np.zeros(config.vocab_size, bool)
+    banned[list(settings.suppress) + [config.mask_token_id] * settings.forbid_mask] = True
+
+    def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        hidden, uniform = slices
+        logits = logits_from_hidden(config, base, hidden)
+        if logits.shape[0] == 2:
+            logits = logits[1:] + (settings.cfg_scale + 1) * (logits[:1] - logits[1:])
+        return candidates(jnp.where(banned, -jnp.inf, logits[0]), uniform, settings)
+
+    passes, rows, positions, width = hidden.shape
+    slices = next(
+        n for n in range(1, positions + 1)
+        if positions % n == 0 and (passes * rows * (positions // n) * config.vocab_size <= MAX_LOGITS or n == positions)
+    )  # fmt: skip
+    if slices == 1:
+        return propose_slice((hidden, uniform))
+    size = positions // slices
+    parts = lax.map(
+        propose_slice,
+        (
+            jnp.moveaxis(hidden.reshape(passes, rows, slices, size, width), 2, 0),
+            jnp.moveaxis(uniform.reshape(rows, slices, size), 1, 0),
+        ),
+    )
+    return jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1).reshape(rows, positions), parts)
