@@ -43,7 +43,7 @@ clean:
 .venv/.installed: requirements.txt
 	$(call install,.venv,requirements.txt)
 
-.venv-slow/.installed: requirements.txt requirements-torch.txt
+.venv-slow/.installed: requirements.txt requirements-torch.txt requirements-lm-eval.txt
 	$(call install,.venv-slow,requirements-torch.txt)
 
 .venv-tpu/.installed: requirements.txt requirements-tpu.txt

@@ -52,6 +52,11 @@ class Tokenizer:
             )
         return value
 
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the checkpoint's template."""
+        return self._tokenizer.chat_template
+
     def render(self, messages: Sequence[Mapping[str, str]], assistant_prefix: str = "") -> str:
         """The text of a chat prompt up to where the assistant's answer starts, then `assistant_prefix`.
 

@@ -56,11 +56,13 @@ def complete(
     batch_rows: int,
     key: jax.Array,
     skip: int = 0,
+    divergence: bool = True,
 ) -> Iterator[Completed]:
     """One completion per prompt, batch by batch; every batch has the same shape and draws from a key of its own.
 
     Args:
       skip: leading batches that are there already.
+      divergence: False leaves `reference_kl` out.
     """
     count = len(prompts.rows)
     for index, batch_key in enumerate(_split(key, -(-count // batch_rows))):
@@ -72,7 +74,8 @@ def complete(
         chosen = np.where(chosen < count, chosen, start)
         tokens, mask = put((prompts.tokens[chosen], prompts.mask[chosen]))
         rollout = sample(config, base, lora, tokens, mask, batch_key, sampler)
-        kl = None if lora is None else reference_kl(config, base, lora, rollout.tokens, mask, batch_key)
+        measured = divergence and lora is not None
+        kl = reference_kl(config, base, lora, rollout.tokens, mask, batch_key) if measured else None
         found, kl = fetch((rollout.tokens, kl))
         texts = tokenizer.decode(found[:, tokens.shape[1] :])[: count - start]
         yield Completed(texts, None if kl is None else kl[: count - start].tolist())

@@ -1,0 +1,94 @@
+"""How likely a given completion is: a Monte-Carlo bound, and whether greedy unmasking would write it.
+
+Completions of different lengths share a program: each stands left-aligned in the last `width` tokens, pads behind it.
+B rows, T = P + width tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, hidden_states, logits_from_hidden
+from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, Views, read_views
+
+
+@functools.partial(jax.jit, static_argnames=("config", "width", "draws", "chunk"))
+def lower_bound(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    real: Bool[Array, "B T"],
+    key: Array,
+    *,
+    width: int,
+    draws: int,
+    chunk: int = DEFAULT_CHUNK,
+) -> Float[Array, " B"]:
+    """`E[n/l sum over l masked tokens of log p(token | the rest)]`, `l` uniform on 1..n: at most `log p(completion)`.
+
+    The evidence lower bound as LLaDA evaluates it (arXiv 2502.09992, its estimate of conditional likelihoods), in nats,
+    from `draws` views. Their `l` are spread evenly over 1..n, and all rows share the same draws: the estimate does not
+    depend on the batch, and differences between completions of one length are less noisy than the values.
+
+    Args:
+      real: True on tokens, False on the pads before the prompt and behind the completion.
+    """
+    prompt_length = tokens.shape[1] - width
+    valid = real[:, prompt_length:]
+    length = jnp.sum(valid, axis=1)
+    offset_key, noise_key = jax.random.split(key)
+    offsets = (jax.random.uniform(offset_key) + jnp.arange(draws) / draws) % 1.0
+    noise = jax.random.uniform(noise_key, (draws, width))
+
+    def add(total: Array, draw: tuple[Array, Array]) -> tuple[Array, None]:
+        offset, noise = draw
+        count = jnp.minimum(1 + (offset * length).astype(jnp.int32), length)
+        rank = jnp.argsort(jnp.argsort(jnp.where(valid, noise, 2.0), axis=1), axis=1)
+        masked = rank < count[:, None]
+        weights = masked * (length / count)[:, None]
+        views = Views(masking.behind_prompt(masked, prompt_length)[None], weights[None], ((0,),))
+        reads = read_views(config, base, lora, tokens, views, ("log_prob",), prompt_mask=real, chunk=chunk)
+        return total + jnp.sum(weights * reads["log_prob"][0], axis=1), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(tokens.shape[0]), (offsets, noise))
+    return total / draws
+
+
+@functools.partial(jax.jit, static_argnames=("config", "width"))
+def is_greedy(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    real: Bool[Array, "B T"],
+    *,
+    width: int,
+) -> Bool[Array, " B"]:
+    """Whether unmasking one token a step, the most confident first, at temperature 0, writes just this completion.
+
+    Follows the completion instead of the model's own choice; up to their first difference the two are the same.
+    Arguments as for `lower_bound`.
+    """
+    prompt_length = tokens.shape[1] - width
+    target = tokens[:, prompt_length:]
+
+    def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        masked, same = state
+        noisy = jnp.where(masking.behind_prompt(masked, prompt_length), config.mask_token_id, tokens)
+        hidden = hidden_states(config, base, lora, noisy, prompt_mask=real)[:, prompt_length:]
+        logits = logits_from_hidden(config, base, hidden).at[..., config.mask_token_id].set(-jnp.inf)
+        confidence = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        position = jnp.argmax(jnp.where(masked, confidence, -jnp.inf), axis=1)
+        chosen = masked & (jnp.arange(width) == position[:, None])
+        same &= jnp.all(~chosen | (jnp.argmax(logits, axis=-1) == target), axis=1)
+        return masked & ~chosen, same
+
+    start = real[:, prompt_length:], jnp.ones(tokens.shape[0], bool)
+    return jax.lax.fori_loop(0, width, step, start)[1]

@@ -1,0 +1,251 @@
+"""Our sampler as a model of lm-evaluation-harness, whose tasks and prompts then run through it.
+
+    python -m gdsd_jax.lm_eval --model gdsd_jax --model_args checkpoint=DIR,adapter=DIR --tasks gsm8k --batch_size 32
+    python -m gdsd_jax.lm_eval --model gdsd_jax --model_args checkpoint=DIR --tasks mmlu --apply_chat_template ...
+
+Registers the model "gdsd_jax" and hands over to lm-eval's own command line. `--model_args` are the arguments of
+`MaskedDiffusion`. Needs lm-eval, an optional install: `pip install -r requirements-lm-eval.txt`.
+
+Generation: the completion has a fixed length, `length` or else the task's `max_gen_toks`, rounded up to whole blocks;
+it ends at the model's EOS and before the task's first stop string. Likelihoods are Monte-Carlo evidence lower bounds
+(`gdsd_jax.diffusion.likelihood`), never the likelihood itself: rankings of answers are comparable with those published
+for masked diffusion models, perplexities are upper bounds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdsd_jax import commands, hub
+from gdsd_jax.config import ModelConfig
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion.likelihood import is_greedy, lower_bound
+from gdsd_jax.errors import UserError
+from gdsd_jax.training.evaluation import complete
+from gdsd_jax.training.metrics import Progress
+from gdsd_jax.training.rollout import Prompts, fetch, put
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+except ImportError as error:
+    raise ImportError("gdsd_jax.lm_eval needs lm-eval: pip install -r requirements-lm-eval.txt") from error
+
+SHORTEST_BUCKET = 32
+
+
+def bucket(length: int, shortest: int, longest: int) -> int:
+    """The power of two that holds `length`, between two bounds: prompts of all lengths share a few programs."""
+    return min(max(shortest, 1 << max(length - 1, 0).bit_length()), longest)
+
+
+@register_model("gdsd_jax")
+class MaskedDiffusion(TemplateLM):
+    """A checkpoint, with or without an adapter, as lm-eval calls it.
+
+    Args:
+      checkpoint, adapter: directories.
+      dtype: compute dtype.
+      length, steps: of completions; None: the task's `max_gen_toks`, and one step for two tokens.
+      block_length, strategy: see `gdsd_jax.diffusion.SamplerConfig`; block_length 0 for no blocks.
+      draws: views per likelihood.
+      seed: of sampling and of the draws.
+      batch_size: rows at a time, lm-eval's `--batch_size`.
+      max_batch_size, device: lm-eval passes them to every model; JAX has its own devices.
+
+    Raises:
+      UserError: a directory that does not load, settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "",
+        adapter: str | None = None,
+        dtype: str = "bfloat16",
+        length: int | None = None,
+        steps: int | None = None,
+        block_length: int = 32,
+        strategy: str = "low_confidence",
+        draws: int = 128,
+        seed: int = 0,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ):
+        super().__init__()
+        if not checkpoint:
+            raise UserError("no model is named: give --model_args checkpoint=DIRECTORY")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"--batch_size {batch_size} is not a positive number, which it must be for gdsd_jax")
+        self.batch_rows = int(batch_size)
+        self.tokenizer = hub.load_tokenizer(checkpoint)
+        model, self.base = hub.load_checkpoint(checkpoint)
+        self.model = commands.with_compute(model, ModelConfig(dtype=dtype, remat="none"))
+        self.lora = None if adapter is None else hub.load_adapter(adapter, self.model)
+        self.length, self.steps, self.draws = length, steps, draws
+        self.block_length, self.strategy = block_length, strategy
+        self.key = jax.random.key(seed)
+        self.source = os.path.abspath(checkpoint)
+
+    # ------------------------------------------------------------------------------------------------ text and tokens
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.source
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Special tokens that are written in the text are read; none are added, whatever is asked."""
+        return self.tokenizer.encode([string])[0]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a chat; without `add_generation_prompt` its last message is how the answer opens."""
+        if add_generation_prompt:
+            return self.tokenizer.render(chat_history)
+        return self.tokenizer.render(chat_history[:-1], chat_history[-1]["content"])
+
+    # ----------------------------------------------------------------------------------------------------- generation
+
+    def sampler(self, wanted: int, temperature: float) -> SamplerConfig:
+        """For completions of at least `wanted` tokens."""
+        length = self.length or wanted
+        block = self.block_length or length
+        length = -(-length // block) * block
+        return SamplerConfig(
+            completion_length=length,
+            steps=self.steps or max(1, length // 2),
+            block_length=block,
+            strategy=self.strategy,
+            temperature=temperature,
+        )
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Completions of `(context, gen_kwargs)`, cut before the first stop string."""
+        groups: dict[tuple[SamplerConfig, int], list[int]] = {}
+        stops = []
+        for index, request in enumerate(requests):
+            context, settings = request.args
+            settings = normalize_gen_kwargs(settings)
+            stops.append(settings["until"])
+            sampler = self.sampler(settings["max_gen_toks"], float(settings["temperature"]))
+            room = self.model.max_length - sampler.completion_length
+            if room < 1:
+                raise UserError(
+                    f"completions of {sampler.completion_length} tokens leave no room for a prompt in the model's "
+                    f"{self.model.max_length}: give --model_args length=..."
+                )
+            size = bucket(len(self.tok_encode(context)), SHORTEST_BUCKET, room)
+            groups.setdefault((sampler, size), []).append(index)
+        found = [""] * len(requests)
+        total = sum(-(-len(indices) // self.batch_rows) for indices in groups.values())
+        done = 0
+        with Progress(total, label="generate", enabled=not disable_tqdm) as progress:
+            for (sampler, size), indices in groups.items():
+                contexts = [requests[index].args[0] for index in indices]
+                tokens, mask = self.tokenizer.prompts(contexts, buckets=(size,), overlong="keep_last")
+                left = iter(indices)
+                for batch in complete(
+                    self.model, self.base, self.lora, Prompts(tokens, mask, [{}] * len(indices)), sampler,
+                    self.tokenizer, batch_rows=self.batch_rows, key=jax.random.fold_in(self.key, done),
+                    divergence=False,
+                ):  # fmt: skip
+                    for text in batch.texts:
+                        index = next(left)
+                        found[index] = postprocess_generated_text(text, stops[index], None)
+                        self.cache_hook.add_partial("generate_until", requests[index].args, found[index])
+                    done += 1
+                    progress.update(done)
+        return found
+
+    # ----------------------------------------------------------------------------------------------------- likelihood
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, greedy: bool = True
+    ) -> list[tuple[float, bool]]:
+        """(lower bound in nats, whether greedy unmasking writes it) of `(strings, context ids, continuation ids)`."""
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        batches = list(self._batches(pairs))
+        with Progress(len(batches), label="likelihood", enabled=not disable_tqdm) as progress:
+            for done, (indices, tokens, real, width) in enumerate(batches, start=1):
+                arrays = put((tokens, real))
+                # A single token has a single view.
+                draws = self.draws if width > 1 else 1
+                bound = lower_bound(self.model, self.base, self.lora, *arrays, self.key, width=width, draws=draws)
+                same = is_greedy(self.model, self.base, self.lora, *arrays, width=width) if greedy else None
+                bound, same = fetch((bound, same))
+                for row, index in enumerate(indices):
+                    found[index] = (float(bound[row]), bool(same[row]) if greedy else False)
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
+                progress.update(done)
+        return found
+
+    def _batches(
+        self, pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, int]]:
+        """Indices, tokens `[B, P + width]`, their mask, and width; few shapes, each with `batch_rows` rows."""
+        longest = self.model.max_length
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, (context, continuation) in enumerate(pairs):
+            if not 0 < len(continuation) < longest:
+                raise UserError(
+                    f"a continuation has {len(continuation)} tokens; it must have at least 1, and fewer than the "
+                    f"{longest} that the model holds"
+                )
+            width = bucket(len(continuation), 1, longest - 1)
+            size = bucket(len(context), SHORTEST_BUCKET, longest - width)
+            groups.setdefault((size, width), []).append(index)
+        for (size, width), members in groups.items():
+            for start in range(0, len(members), self.batch_rows):
+                indices = members[start : start + self.batch_rows]
+                tokens = np.full((self.batch_rows, size + width), self.model.pad_token_id, np.int32)
+                real = np.zeros(tokens.shape, bool)
+                for row in range(self.batch_rows):
+                    # The last batch is filled up with its own first row.
+                    context, continuation = pairs[indices[row] if row < len(indices) else indices[0]]
+                    context = context[-size:]
+                    first, last = size - len(context), size + len(continuation)
+                    tokens[row, first:last] = context + continuation
+                    real[row, first:last] = True
+                yield indices, tokens, real, width
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Lower bounds of whole texts: windows of half the model's length, each given the one before."""
+        window = self.model.max_length // 2
+        pieces, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for start in range(0, len(ids), window):
+                pieces.append((None, ids[max(0, start - window) : start], ids[start : start + window]))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        found = self._loglikelihood_tokens(pieces, disable_tqdm=disable_tqdm, greedy=False)
+        for owner, (bound, _) in zip(owners, found, strict=True):
+            totals[owner] += bound
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+
+def main() -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    commands.enable_compilation_cache()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        commands.fail(error)
+
+
+if __name__ == "__main__":
+    main()
