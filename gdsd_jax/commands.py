@@ -61,7 +61,7 @@ class Policy(NamedTuple):
     lora: LoRA | None
     tokenizer: Tokenizer
     task: Task
-    source: Path
+    source: str
     stored: Any
     iteration: int | None
 
@@ -142,7 +142,7 @@ def load_policy(
             # The shapes alone, so that two whole models are never in memory.
             base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), base)
             base, iteration = load_params(workdir, base, best=best)
-    return Policy(model, base, lora, tokenizer, task, Path(config.checkpoint), stored, iteration)
+    return Policy(model, base, lora, tokenizer, task, config.checkpoint, stored, iteration)
 
 
 def read_record(workdir: Path) -> dict[str, Any]:

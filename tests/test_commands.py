@@ -17,7 +17,7 @@ from tiny_run import ROWS, build, command
 from gdsd_jax import commands, evaluate, export, generate, hub, train
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.diffusion.sampler import replay
-from gdsd_jax.hub.load import read_header
+from gdsd_jax.hub.files import read_header
 
 
 @pytest.fixture(scope="module", autouse=True)

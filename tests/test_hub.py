@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from gdsd_jax import hub
 from gdsd_jax.denoiser import TARGETS, DenoiserConfig, denoise, init_base, init_lora
 from gdsd_jax.errors import UserError
-from gdsd_jax.hub import load, names, save, tiny
+from gdsd_jax.hub import names, save, tiny
 
 GOLDEN = Path()
 
@@ -122,29 +122,12 @@ def test_sharded_equals_single():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), base, other))
 
 
-def test_load_casts_and_replicates():
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
-    config, base = hub.load_checkpoint(GOLDEN / "dream_tiny_sharded", dtype="float32", mesh=mesh)
+def test_load_casts():
+    _, base = hub.load_checkpoint(GOLDEN / "dream_tiny_sharded", dtype="float32")
     _, plain = hub.load_checkpoint(GOLDEN / "dream_tiny_sharded")
     for got, wanted in zip(jax.tree.leaves(base), jax.tree.leaves(plain), strict=True):
-        assert got.dtype == jnp.float32 and got.sharding.mesh == mesh and got.is_fully_replicated
+        assert got.dtype == jnp.float32
         np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted, np.float32))
-
-
-@given(data=st.data())
-@settings(max_examples=30)
-def test_a_part_of_a_parameter_is_read_alone(data):
-    """What a device of a mesh asks for: any block of any parameter, transposed and stacked as the whole."""
-    config, base = hub.load_checkpoint(GOLDEN / "dream_tiny")
-    slots, paths = names.slots(config), names.parameters(config)
-    tensors = load.read_header(GOLDEN / "dream_tiny/model.safetensors")
-    path = data.draw(st.sampled_from(sorted(paths)))
-    whole = np.asarray(names.at(base, path))
-    ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2))) for n in whole.shape]
-    index = tuple(slice(*pair) for pair in ends)
-    layers = [tensors[name] for name in paths[path]]
-    part = load.read_part(layers, slots[paths[path][0]], np.dtype(np.float32), index)
-    np.testing.assert_array_equal(part, whole[index])
 
 
 def test_logits_of_a_loaded_checkpoint_match_the_reference():

@@ -1,10 +1,12 @@
 """Hugging Face directories on one side, parameters and token ids on the other."""
 
+from gdsd_jax.hub.files import Reader
 from gdsd_jax.hub.load import fingerprint, load_adapter, load_checkpoint
 from gdsd_jax.hub.save import export_adapter, export_checkpoint
 from gdsd_jax.hub.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "Reader",
     "Tokenizer",
     "export_adapter",
     "export_checkpoint",

@@ -1,34 +1,44 @@
 """Reads checkpoints and adapters in Hugging Face's layout, tensor by tensor, and refuses whatever does not fit.
 
-The safetensors format (huggingface.co/docs/safetensors): eight bytes with the length of a JSON header, the header,
-which gives every tensor's dtype, shape and byte range, then the bytes. It is read here directly, so that only the rows
-that are asked for leave the disk and bfloat16 needs no detour.
+Over a mesh each host reads what its own devices hold and nothing else, every byte once, whichever devices share it; a
+stacked parameter is put together on the devices, a layer at a time, so that host memory holds one stored tensor.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.errors import UserError
 from gdsd_jax.hub import names
+from gdsd_jax.hub.files import (
+    FLOATS,
+    Reader,
+    Stored,
+    checked_directory,
+    checkpoint_tensors,
+    in_bucket,
+    read_header,
+    read_json,
+    weight_files,
+)
+from gdsd_jax.sharding import named_sharding
 
-FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_OTHER_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+# Blocks are read side by side: buckets answer slowly, disks like several requests, and turning kernels takes a core.
+_THREADS, _BLOCK_BYTES = min(8, os.cpu_count() or 1), 16 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 # PEFT options under which an adapter is something else than W + (alpha / r) A B on whole layers.
@@ -46,162 +56,14 @@ _PLAIN_LORA = {
 }
 
 
-class Stored(NamedTuple):
-    """A tensor in a safetensors file; `begin` counts bytes from the start of the file."""
+class Box(NamedTuple):
+    """A block of a stored matrix: its first row and the one past its last, and the same of its columns."""
 
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    size: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      UserError: it is absent, does not parse, or holds something else than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: the directory is no complete checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: download it again")
-    return content
-
-
-def checked_directory(directory: str | os.PathLike) -> Path:
-    """The directory as a path.
-
-    Raises:
-      UserError: it does not exist or is no directory.
-    """
-    path = Path(directory)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a directory: give the path of a checkpoint in Hugging Face's layout")
-    return path
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"holds {twice} twice")
-    return result
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """What a safetensors file holds, with every byte of the file accounted for.
-
-    Raises:
-      UserError: the file is absent, truncated or corrupt, or holds a tensor twice.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the directory is no complete checkpoint")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if len(head) == 8 and length > _MAX_HEADER_BYTES:
-            raise UserError(f"{path} is no safetensors file (its header would be {length} bytes): download it again")
-        raw = file.read(length)
-    if len(head) < 8 or len(raw) < length:
-        raise UserError(f"{path} is truncated within its header ({size} bytes): download it again")
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
-        tensors = {
-            name: (entry["dtype"], tuple(int(n) for n in entry["shape"]), *map(int, entry["data_offsets"]))
-            for name, entry in header.items()
-        }
-        ranges = sorted((begin, end, name) for name, (_, _, begin, end) in tensors.items())
-    except UserError as error:
-        raise UserError(f"{path} {error}: download it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has a corrupt header ({type(error).__name__}: {error}): download it again") from None
-    data, position = size - 8 - length, 0
-    for begin, end, name in ranges:
-        dtype, shape, *_ = tensors[name]
-        item = FLOATS[dtype].itemsize if dtype in FLOATS else _OTHER_SIZES.get(dtype)
-        if item is None:
-            raise UserError(f"{path} stores {name} in the unknown dtype {dtype!r}")
-        if begin != position or end - begin != item * int(np.prod(shape, dtype=np.int64)):
-            raise UserError(f"{path} has a corrupt header (byte range of {name}): download it again")
-        position = end
-    if position > data:
-        raise UserError(f"{path} is truncated: {data} of {position} bytes of tensors are there: download it again")
-    if position < data:
-        raise UserError(f"{path} has {data - position} bytes after its last tensor: download it again")
-    return {
-        name: Stored(path, dtype, shape, 8 + length + begin, end - begin)
-        for name, (dtype, shape, begin, end) in tensors.items()
-    }
-
-
-def read_tensor(stored: Stored, rows: slice = slice(None)) -> np.ndarray:
-    """A tensor, or some of its rows, in the stored dtype. Reads only those rows.
-
-    Raises:
-      UserError: the file has become shorter since its header was read.
-    """
-    dtype = FLOATS[stored.dtype]
-    first, last, _ = rows.indices(stored.shape[0])
-    row_bytes = stored.size // stored.shape[0]
-    count = (last - first) * row_bytes
-    data = np.fromfile(stored.file, np.uint8, count, offset=stored.begin + first * row_bytes)
-    if data.size != count:
-        raise UserError(f"{stored.file} is truncated: download it again")
-    return data.view(dtype).reshape(last - first, *stored.shape[1:])
-
-
-def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a checkpoint, and the index's map from tensor to file name if it is sharded.
-
-    Raises:
-      UserError: there are none, both layouts at once, an absent shard, a shard that the index does not name.
-    """
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists() and index.exists():
-        raise UserError(f"{directory} has both {single.name} and {index.name}: remove the one that is stale")
-    if single.exists():
-        return [single], None
-    if not index.exists():
-        raise UserError(f"{directory} has neither {single.name} nor {index.name}: only safetensors weights are read")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise UserError(f"{index} has no weight_map from tensor to file: download it again")
-    shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not (directory / shard).is_file()]
-    if absent:
-        raise UserError(f"{index} names the shard {absent[0]}, which is not there: download it")
-    stray = sorted({path.name for path in directory.glob("model-*.safetensors")} - set(shards))
-    if stray:
-        raise UserError(f"{directory / stray[0]} is not named in {index.name}: remove it or download the index again")
-    return [directory / shard for shard in shards], weight_map
-
-
-def _checkpoint_tensors(directory: Path) -> dict[str, Stored]:
-    files, weight_map = weight_files(directory)
-    tensors: dict[str, Stored] = {}
-    for file in files:
-        for name, stored in read_header(file).items():
-            if name in tensors:
-                raise UserError(f"tensor {name} is in {tensors[name].file} and again in {file}: remove one of them")
-            if weight_map is not None and weight_map.get(name) != file.name:
-                claim = weight_map.get(name, "no shard")
-                raise UserError(f"tensor {name} is in {file}, but the index puts it in {claim}: download both again")
-            tensors[name] = stored
-    lost = sorted(set(weight_map or ()) - set(tensors))
-    if lost:
-        raise UserError(f"tensor {lost[0]} is not in {directory / weight_map[lost[0]]}, where the index puts it")
-    return tensors
-
-
-def _match(tensors: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where: Path, advice: str) -> None:
+def _match(tensors: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where: os.PathLike, advice: str) -> None:
     """Raises unless `tensors` are exactly the wanted ones, with the wanted shapes, in a float dtype."""
     for kind, odd in (("lacks", set(wanted) - set(tensors)), ("holds the unknown", set(tensors) - set(wanted))):
         if odd:
@@ -215,52 +77,125 @@ def _match(tensors: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where
             raise UserError(f"tensor {name} in {stored.file} is stored as {stored.dtype}: use float weights")
 
 
-def read_part(layers: list[Stored], slot: names.Slot, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """The block at `index` of a parameter (its layers stacked, its kernels transposed), from no more rows than needed.
+def _box(slot: names.Slot, index: tuple[slice, ...]) -> Box:
+    """The block of a stored tensor that is the block `index` of our matrix (or vector)."""
+    shape = slot.shape[::-1] if slot.transposed else slot.shape
+    spans = [piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True)]
+    if slot.transposed:
+        spans.reverse()
+    return Box(*spans, *[(0, 1)] * (2 - len(spans)))
 
-    Args:
-      layers: the stored tensors of the parameter in the order of its layers, or the only one.
-      slot: of any of them.
-      index: one slice of step 1 per axis of the parameter.
+
+def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
+    """Disjoint blocks of bounded size that cover the boxes and nothing else.
+
+    In a bucket they cover whole rows: a request for each row would cost more than the bytes beside what is needed.
     """
-    stacked = slot.layer is not None
-    chosen, inner = (layers[index[0]], index[1:]) if stacked else (layers, index)
-    matrix = slot.shape[::-1] if slot.transposed else slot.shape
-    extents = [len(range(*piece.indices(size))) for piece, size in zip(inner, matrix, strict=True)]
-    rows, *columns = inner[::-1] if slot.transposed else inner
-    out = np.empty((len(chosen), *extents), dtype)
-    for layer, stored in zip(out, chosen, strict=True):
-        block = read_tensor(stored, rows)[:, *columns]
-        layer[...] = block.T if slot.transposed else block
-    return out if stacked else out[0]
+    width = stored.matrix[1]
+    limit = max(1, _BLOCK_BYTES // (width * FLOATS[stored.dtype].itemsize))
+    edges = sorted({edge for box in boxes for edge in box.rows})
+    for first, last in zip(edges, edges[1:], strict=False):
+        spans = sorted(box.columns for box in boxes if box.rows[0] <= first and last <= box.rows[1])
+        if spans and in_bucket(stored.file):
+            spans = [(0, width)]
+        merged: list[tuple[int, int]] = []
+        for begin, end in spans:
+            if merged and begin <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((begin, end))
+        for row in range(first, last, limit):
+            for columns in merged:
+                yield Box((row, min(row + limit, last)), columns)
 
 
-def _place(layers: list[Stored], slot: names.Slot, dtype: np.dtype | None, mesh: Mesh | None) -> jax.Array:
-    """One parameter on its devices; with a mesh, each process reads what its own devices hold."""
-    kinds = {stored.dtype for stored in layers}
-    if dtype is None and len(kinds) > 1:
-        raise UserError(f"{layers[0].file} stores the layers of {'/'.join(slot.path)} as {kinds}: give one dtype")
-    dtype = dtype or FLOATS[layers[0].dtype]
-    matrix = slot.shape[::-1] if slot.transposed else slot.shape
-    shape = matrix if slot.layer is None else (len(layers), *matrix)
-    if mesh is None:
-        return jax.device_put(read_part(layers, slot, dtype, (slice(None),) * len(shape)))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.make_array_from_callback(shape, sharding, lambda index: read_part(layers, slot, dtype, index))
+def read_boxes(
+    stored: Stored, boxes: set[Box], dtype: np.dtype, transposed: bool, reader: Reader, pool: Executor
+) -> dict[Box, np.ndarray]:
+    """Boxes of a stored matrix, turned if `transposed`; boxes may overlap, and what they share is read once."""
+    pieces = {}
+    for box in boxes:
+        shape = (box.rows[1] - box.rows[0], box.columns[1] - box.columns[0])
+        pieces[box] = np.empty(shape[::-1] if transposed else shape, dtype)
+
+    def read(block: Box) -> None:
+        data = reader.block(stored, *block)
+        for box, piece in pieces.items():
+            spans = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, box, strict=True)]
+            if all(begin < end for begin, end in spans):
+                source, target = (
+                    tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(spans, place, strict=True))
+                    for place in (block, box)
+                )
+                (piece.T if transposed else piece)[target] = data[source]
+
+    for _ in pool.map(read, _blocks(boxes, stored)):
+        pass
+    return pieces
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+
+class _Loader(NamedTuple):
+    """Reads parameters, each given as its stored tensors, in the order of the layers, and the slot of any of them."""
+
+    dtype: np.dtype | None
+    reader: Reader
+    pool: Executor
+
+    def whole(self, layers: list[Stored], slot: names.Slot) -> jax.Array:
+        """A parameter on the default device."""
+        dtype, everything = self._dtype(layers, slot), (slice(None),) * len(slot.shape)
+        tensors = [self._pieces(stored, slot, dtype, [everything])(everything) for stored in layers]
+        return jax.device_put(tensors[0] if slot.layer is None else np.stack(tensors))
+
+    def spread(self, layers: list[Stored], slot: names.Slot, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
+        """A parameter with these logical axes over a mesh."""
+        dtype, shape = self._dtype(layers, slot), slot.shape[::-1] if slot.transposed else slot.shape
+        sharding = named_sharding(mesh, axes[-len(shape) :], shape)
+        held = sharding.addressable_devices_indices_map(shape).values()
+        arrays = (
+            jax.make_array_from_callback(shape, sharding, self._pieces(stored, slot, dtype, held)) for stored in layers
+        )
+        if slot.layer is None:
+            return next(arrays)
+        stack = jnp.zeros((len(layers), *shape), dtype, device=NamedSharding(mesh, P(None, *sharding.spec)))
+        for layer, array in enumerate(arrays):
+            # Waits, so that no more than one layer is on its way from the host.
+            stack = _set_layer(stack, array, np.int32(layer)).block_until_ready()
+        return stack
+
+    def _dtype(self, layers: list[Stored], slot: names.Slot) -> np.dtype:
+        kinds = {stored.dtype for stored in layers}
+        if self.dtype is None and len(kinds) > 1:
+            raise UserError(f"{layers[0].file} stores the layers of {'/'.join(slot.path)} as {kinds}: give one dtype")
+        return self.dtype or FLOATS[layers[0].dtype]
+
+    def _pieces(self, stored: Stored, slot: names.Slot, dtype: np.dtype, held: Iterable[tuple[slice, ...]]) -> Callable:
+        """Reads the parts `held` of a tensor, given as indices of our layout; returns index -> part."""
+        boxes = {_box(slot, index) for index in held}
+        pieces = read_boxes(stored, boxes, dtype, slot.transposed, self.reader, self.pool)
+        vector = len(slot.shape) == 1
+        return lambda index: pieces[_box(slot, index)][:, 0] if vector else pieces[_box(slot, index)]
 
 
 def load_checkpoint(
-    directory: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None
+    directory: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None, reader: Reader | None = None
 ) -> tuple[DenoiserConfig, dict]:
     """Reads a checkpoint directory: `config.json` and one safetensors file, or shards with their index.
 
-    Host memory peaks at one stacked parameter and one stored tensor; all names, shapes and byte ranges are checked
-    before the first tensor is read.
+    All names, shapes and byte ranges are checked before the first tensor is read. Over a mesh, host memory peaks at the
+    local part of one stored tensor; without one, at one parameter, its layers stacked.
 
     Args:
-      directory: a checkpoint in Hugging Face's layout.
+      directory: a checkpoint in Hugging Face's layout, on a disk or in a bucket (`gs://`).
       dtype: dtype of the parameters; None keeps the stored ones.
-      mesh: replicates the parameters over this mesh; None puts them on the default device.
+      mesh: every parameter is cut over it by the rules of `gdsd_jax.sharding`, and each process reads what its own
+        devices hold; None puts the parameters on the default device.
+      reader: counts the bytes that are read; None for one of its own.
 
     Returns:
       The configuration and the base: a nested dictionary of arrays, kernels `[N, in, out]`.
@@ -269,16 +204,21 @@ def load_checkpoint(
       UserError: an absent, truncated or corrupt file; an index that disagrees with its shards; an unknown model; a
         missing, unknown, repeated, misshapen or non-float tensor.
     """
-    directory = checked_directory(directory)
+    directory, reader = checked_directory(directory), reader or Reader()
     config = DenoiserConfig.from_hf(read_json(directory / "config.json"))
-    tensors = _checkpoint_tensors(directory)
-    slots = names.slots(config)
+    tensors = checkpoint_tensors(directory, reader)
+    slots, axes = names.slots(config), None if mesh is None else logical_axes(config)
     _match(tensors, {name: slot.shape for name, slot in slots.items()}, directory, "it does not fit its config.json")
-    dtype = None if dtype is None else jnp.dtype(dtype)
     base: dict = {}
-    for path, stored_names in names.parameters(config).items():
-        layers = [tensors[name] for name in stored_names]
-        names.put(base, path, _place(layers, slots[stored_names[0]], dtype, mesh))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        loader = _Loader(None if dtype is None else jnp.dtype(dtype), reader, pool)
+        for path, stored_names in names.parameters(config).items():
+            layers, slot = [tensors[name] for name in stored_names], slots[stored_names[0]]
+            if mesh is None:
+                parameter = loader.whole(layers, slot)
+            else:
+                parameter = loader.spread(layers, slot, names.at(axes, path), mesh)
+            names.put(base, path, parameter)
     return config, base
 
 
@@ -308,14 +248,14 @@ def load_adapter(directory: str | os.PathLike, config: DenoiserConfig) -> LoRA:
         fan_in, fan_out = target_shapes(config)[target]
         shapes[name] = (rank, fan_in) if factor == "a" else (fan_out, rank)
     path = directory / "adapter_model.safetensors"
-    tensors = read_header(path)
+    reader = Reader()
+    tensors = read_header(path, reader)
     _match(tensors, shapes, path, "it does not fit adapter_config.json and this model")
-    weights: dict = {}
+    weights: dict = {target: {} for target in targets}
     for target in targets:
-        weights[target] = {
-            factor: jnp.stack([read_tensor(tensors[n]).T.astype(np.float32) for n in _factor(places, target, factor)])
-            for factor in ("a", "b")
-        }
+        for factor in ("a", "b"):
+            stored = [tensors[name] for name, place in places.items() if place[:2] == (target, factor)]
+            weights[target][factor] = jnp.stack([reader.tensor(layer).T.astype(np.float32) for layer in stored])
     return LoRA(
         {"layers": weights},
         rank=rank,
@@ -323,10 +263,6 @@ def load_adapter(directory: str | os.PathLike, config: DenoiserConfig) -> LoRA:
         targets=targets,
         dropout=float(peft.get("lora_dropout", 0.0)),
     )
-
-
-def _factor(places: dict[str, tuple[str, str, int]], target: str, factor: str) -> Iterable[str]:
-    return (name for name, place in places.items() if place[:2] == (target, factor))
 
 
 def fingerprint(directory: str | os.PathLike) -> str:
@@ -338,17 +274,15 @@ def fingerprint(directory: str | os.PathLike) -> str:
     Raises:
       UserError: as for `load_checkpoint`, as far as files and headers go.
     """
-    directory = checked_directory(directory)
+    directory, reader = checked_directory(directory), Reader()
     digest = hashlib.sha256(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
     for path in weight_files(directory)[0]:
-        read_header(path)
-        size = path.stat().st_size
+        read_header(path, reader)
+        size = path.stat().length
         digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            digest.update(file.read(start))
-            for sample in range(_SAMPLES):
-                file.seek(start + max(0, size - start - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+        start = 8 + int.from_bytes(reader.read(path, 0, 8), "little")
+        digest.update(reader.read(path, 0, start))
+        for sample in range(_SAMPLES):
+            begin = start + max(0, size - start - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
+            digest.update(reader.read(path, begin, min(_SAMPLE_BYTES, size - begin)))
     return digest.hexdigest()[:16]

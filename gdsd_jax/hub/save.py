@@ -1,6 +1,7 @@
 """Writes checkpoints and adapters that the models' original users can load as they are.
 
-A directory appears under its name only when it is complete, and one tensor at a time is in host memory.
+A directory appears under its name only when it is complete, and one tensor at a time is gathered into host memory. On
+several hosts all processes take part in the gathers, the first writes, and none returns before the directory is there.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.errors import UserError
 from gdsd_jax.hub import names
-from gdsd_jax.hub.load import FLOATS, checked_directory, read_json
+from gdsd_jax.hub.files import FLOATS, checked_directory, read_json
 
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 _SIDE_FILES = (
@@ -56,8 +59,6 @@ def _host(array: Any, layer: int | None) -> np.ndarray:
     """One layer of a parameter in host memory; every process must ask if the array spans several."""
     piece = array if layer is None else array[layer]
     if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
         return np.asarray(multihost_utils.process_allgather(piece, tiled=True))
     return np.asarray(piece)
 
@@ -125,12 +126,6 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Outgoing]) -> None:
         os.fsync(file.fileno())
 
 
-def _fetch_with_the_writer(tensors: Mapping[str, Outgoing]) -> None:
-    """What processes other than the first do: take part in gathering each tensor, in the writer's order."""
-    for tensor in tensors.values():
-        tensor.fetch()
-
-
 def _shards(tensors: Mapping[str, Outgoing], max_bytes: int) -> dict[str, dict[str, Outgoing]]:
     """Tensors grouped by file name, in order, each file at most `max_bytes` unless one tensor alone is larger."""
     groups: list[dict[str, Outgoing]] = [{}]
@@ -149,6 +144,8 @@ def _shards(tensors: Mapping[str, Outgoing], max_bytes: int) -> dict[str, dict[s
 @contextmanager
 def _new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
     """A temporary sibling that takes the name `directory` on success and vanishes on failure."""
+    if os.fspath(directory).startswith(("gs:/", "s3:/")):
+        raise UserError(f"{directory}: an export is made on a disk: name a directory there and copy it")
     final = Path(directory).absolute()
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise UserError(f"{final} exists and is not empty: remove it or name another directory to export to")
@@ -170,16 +167,30 @@ def _new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _write_together(
+    directory: str | os.PathLike, needed: int, tensors: Mapping[str, Outgoing], write: Callable[[Path], None]
+) -> None:
+    """Has the first process write a new directory, in which it fetches `tensors` in their order, as all others do."""
+    if jax.process_index() == 0:
+        with _new_directory(directory, needed) as partial:
+            write(partial)
+    else:
+        for tensor in tensors.values():
+            tensor.fetch()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"export to {directory}")
+
+
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _side_files(source: Path) -> list[Path]:
+def _side_files(source: epath.Path) -> list[epath.Path]:
     found = [source / name for name in _SIDE_FILES if (source / name).is_file()]
     return found + sorted(path for pattern in _SIDE_PATTERNS for path in source.glob(pattern) if path.is_file())
 
 
-def _hub_code(auto_map: Mapping[str, Any], repository: str, source: Path) -> dict[str, Any]:
+def _hub_code(auto_map: Mapping[str, Any], repository: str, source: epath.Path) -> dict[str, Any]:
     """`auto_map` with every class whose module is not in the source pointed at the hub repository that has it."""
 
     def point(reference: Any) -> Any:
@@ -236,7 +247,7 @@ def export_checkpoint(
     dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
     tensors = _outgoing(config, base, lora, dtype)
     total = sum(tensor.size for tensor in tensors.values())
-    side: list[Path] = []
+    side: list[epath.Path] = []
     if source is None:
         hf = names.hf_config(config)
     else:
@@ -251,13 +262,12 @@ def export_checkpoint(
     if "auto_map" in hf and source is not None:
         hf["auto_map"] = _hub_code(hf["auto_map"], names.family(config).repository, source)
     shards = _shards(tensors, max_shard_bytes)
-    if jax.process_index():
-        return _fetch_with_the_writer(tensors)
-    with _new_directory(directory, total + sum(path.stat().st_size for path in side)) as partial:
+
+    def write(partial: Path) -> None:
         for path in side:
-            shutil.copyfile(path, partial / path.name)
+            (partial / path.name).write_bytes(path.read_bytes())
         if unchanged:
-            shutil.copyfile(source / "config.json", partial / "config.json")
+            (partial / "config.json").write_bytes((source / "config.json").read_bytes())
         else:
             _write_json(partial / "config.json", hf)
         for name, group in shards.items():
@@ -270,10 +280,12 @@ def export_checkpoint(
             )
         kept = (source / "README.md") if unchanged else None
         if kept is not None and kept.is_file():
-            shutil.copyfile(kept, partial / "README.md")
+            (partial / "README.md").write_bytes(kept.read_bytes())
         else:
             card = _model_card(Path(directory).name, config, lora, source, training)
             (partial / "README.md").write_text(card, encoding="utf-8")
+
+    _write_together(directory, total + sum(path.stat().length for path in side), tensors, write)
 
 
 def export_adapter(
@@ -303,9 +315,8 @@ def export_adapter(
             return np.ascontiguousarray(_host(array, layer).T, np.float32)
 
         tensors[name] = Outgoing(np.dtype(np.float32), array.shape[:0:-1], fetch)
-    if jax.process_index():
-        return _fetch_with_the_writer(tensors)
-    with _new_directory(directory, sum(tensor.size for tensor in tensors.values())) as partial:
+
+    def write(partial: Path) -> None:
         _write_json(
             partial / "adapter_config.json",
             {
@@ -325,6 +336,8 @@ def export_adapter(
         card = _adapter_card(Path(directory).name, lora, source, training)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
+    _write_together(directory, sum(tensor.size for tensor in tensors.values()), tensors, write)
+
 
 def _facts(training: Mapping[str, Any] | None) -> str:
     if not training:
@@ -340,7 +353,7 @@ def _model_card(
     title: str,
     config: DenoiserConfig,
     lora: LoRA | None,
-    source: Path | None,
+    source: epath.Path | None,
     training: Mapping[str, Any] | None,
 ) -> str:
     base = "random weights" if source is None else source.resolve().name

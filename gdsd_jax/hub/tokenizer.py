@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gdsd_jax.errors import UserError
-from gdsd_jax.hub.load import checked_directory, read_json
+from gdsd_jax.hub.files import checked_directory, on_disk, read_json
 
 # Tokenizer classes that exist only as Python files beside a checkpoint, and the class of transformers that computes the
 # same from the same files; so no code of a checkpoint is ever run.
 _EQUIVALENT = {"DreamTokenizer": "Qwen2Tokenizer"}
+# Whatever a tokenizer may be made of, for the copy of a directory in a bucket.
+_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 class Tokenizer:
@@ -25,7 +26,7 @@ class Tokenizer:
       vocab_size: number of ids that the tokenizer knows; the embedding may have more rows.
     """
 
-    def __init__(self, directory: Path, tokenizer: Any, config: Mapping[str, Any]):
+    def __init__(self, directory: os.PathLike, tokenizer: Any, config: Mapping[str, Any]):
         self._directory = directory
         self._tokenizer = tokenizer
         self.vocab_size: int = len(tokenizer)
@@ -151,16 +152,17 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     file = directory / "tokenizer_config.json"
     declared = read_json(file).get("tokenizer_class") if file.is_file() else None
     try:
-        if declared in _EQUIVALENT:
-            tokenizer = getattr(transformers, _EQUIVALENT[declared]).from_pretrained(directory, local_files_only=True)
-        else:
-            # A neutral configuration, because the checkpoint's own would ask whether to run the checkpoint's code.
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                directory,
-                config=transformers.PretrainedConfig(),
-                trust_remote_code=False,
-                local_files_only=True,
-            )
+        with on_disk(directory, _FILES) as folder:
+            if declared in _EQUIVALENT:
+                tokenizer = getattr(transformers, _EQUIVALENT[declared]).from_pretrained(folder, local_files_only=True)
+            else:
+                # A neutral configuration, because the checkpoint's own would ask whether to run the checkpoint's code.
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    folder,
+                    config=transformers.PretrainedConfig(),
+                    trust_remote_code=False,
+                    local_files_only=True,
+                )
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None

@@ -1,0 +1,277 @@
+"""What a checkpoint directory holds, on a disk or in a bucket (gs://), and byte ranges of it.
+
+The safetensors format (huggingface.co/docs/safetensors): eight bytes with the length of a JSON header, the header,
+which gives every tensor's dtype, shape and byte range, then the bytes. It is read here directly, so that only what is
+asked for leaves the disk and bfloat16 needs no detour.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import fsspec
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from gdsd_jax.errors import UserError
+
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_OTHER_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file; `begin` counts bytes from the start of the file."""
+
+    file: epath.Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    size: int
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns; a vector is one column."""
+        rows, columns = (*self.shape, 1)[:2]
+        return rows, columns
+
+
+def in_bucket(path: os.PathLike) -> bool:
+    """Whether a path is a URL, and every read of it a request."""
+    return "://" in os.fspath(path)
+
+
+class Reader:
+    """Reads byte ranges of files, and counts the bytes.
+
+    Local files are read with `pread`, those of a bucket with range requests. Neither maps a file into memory, so what
+    was not asked for never becomes resident. Threads may share a reader.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+
+    def read(self, path: epath.Path, begin: int, size: int) -> bytes:
+        """`size` bytes from `begin` on."""
+        buffer = np.empty(size, np.uint8)
+        self.fill(path, [(begin, buffer)])
+        return buffer.tobytes()
+
+    def block(self, stored: Stored, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """A block `[rows, columns]` of a stored matrix in its dtype: one range, or one for each row that is cut."""
+        dtype, width = FLOATS[stored.dtype], stored.matrix[1]
+        out = np.empty((rows[1] - rows[0], columns[1] - columns[0]), dtype)
+        raw = out.view(np.uint8)
+        if out.shape[1] == width:
+            raw = raw.reshape(1, -1)
+        begin = stored.begin + (rows[0] * width + columns[0]) * dtype.itemsize
+        stride = width * dtype.itemsize
+        self.fill(stored.file, ((begin + row * stride, raw[row]) for row in range(raw.shape[0])))
+        return out
+
+    def tensor(self, stored: Stored) -> np.ndarray:
+        """A whole stored matrix."""
+        rows, columns = stored.matrix
+        return self.block(stored, (0, rows), (0, columns))
+
+    def fill(self, path: epath.Path, ranges: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Fills every buffer from its position in the file on.
+
+        Raises:
+          UserError: the file has become shorter since its header was read.
+        """
+        read = _read_from_bucket if in_bucket(path) else _read_from_disk
+        total = read(path, ranges)
+        with self._lock:
+            self.bytes_read += total
+
+
+def _read_from_disk(path: epath.Path, ranges: Iterable[tuple[int, np.ndarray]]) -> int:
+    total = 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for begin, buffer in ranges:
+            left = memoryview(buffer)
+            total += len(left)
+            while left:
+                # Fewer bytes than asked for are no error (Linux gives at most 2 GB at once), none is the end.
+                count = os.preadv(descriptor, [left], begin)
+                if count == 0:
+                    raise UserError(f"{path} is truncated: download it again")
+                begin, left = begin + count, left[count:]
+    finally:
+        os.close(descriptor)
+    return total
+
+
+def _read_from_bucket(path: epath.Path, ranges: Iterable[tuple[int, np.ndarray]]) -> int:
+    total = 0
+    bucket, name = fsspec.url_to_fs(os.fspath(path))
+    for begin, buffer in ranges:
+        data = bucket.cat_file(name, begin, begin + len(buffer))
+        if len(data) != len(buffer):
+            raise UserError(f"{path} is truncated: upload it again")
+        buffer[:] = np.frombuffer(data, np.uint8)
+        total += len(data)
+    return total
+
+
+def checked_directory(directory: str | os.PathLike) -> epath.Path:
+    """The directory as a path, local or in a bucket.
+
+    Raises:
+      UserError: it does not exist or is no directory, or buckets cannot be read here.
+    """
+    path = epath.Path(directory)
+    try:
+        found = path.is_dir()
+    except ImportError as error:
+        raise UserError(f"{path} cannot be read ({error}): pip install gcsfs, or copy it to a disk") from None
+    if not found:
+        raise UserError(f"{path} is not a directory: give the path of a checkpoint in Hugging Face's layout")
+    return path
+
+
+@contextmanager
+def on_disk(directory: epath.Path, patterns: Iterable[str]) -> Iterator[Path]:
+    """A local directory with the files that match: the directory itself, or copies if it is in a bucket."""
+    if not in_bucket(directory):
+        yield Path(directory)
+        return
+    with TemporaryDirectory() as folder:
+        for pattern in patterns:
+            for path in directory.glob(pattern):
+                (Path(folder) / path.name).write_bytes(path.read_bytes())
+        yield Path(folder)
+
+
+def read_json(path: os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: it is absent, does not parse, or holds something else than an object.
+    """
+    path = epath.Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: the directory is no complete checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: download it again")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"holds {twice} twice")
+    return result
+
+
+def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, Stored]:
+    """What a safetensors file holds, with every byte of the file accounted for.
+
+    Raises:
+      UserError: the file is absent, truncated or corrupt, or holds a tensor twice.
+    """
+    path, reader = epath.Path(path), reader or Reader()
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the directory is no complete checkpoint")
+    size = path.stat().length
+    length = int.from_bytes(reader.read(path, 0, min(8, size)), "little")
+    if size >= 8 and length > _MAX_HEADER_BYTES:
+        raise UserError(f"{path} is no safetensors file (its header would be {length} bytes): download it again")
+    if size < 8 + length:
+        raise UserError(f"{path} is truncated within its header ({size} bytes): download it again")
+    raw = reader.read(path, 8, length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        tensors = {
+            name: (entry["dtype"], tuple(int(n) for n in entry["shape"]), *map(int, entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+        ranges = sorted((begin, end, name) for name, (_, _, begin, end) in tensors.items())
+    except UserError as error:
+        raise UserError(f"{path} {error}: download it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} has a corrupt header ({type(error).__name__}: {error}): download it again") from None
+    data, position = size - 8 - length, 0
+    for begin, end, name in ranges:
+        dtype, shape, *_ = tensors[name]
+        item = FLOATS[dtype].itemsize if dtype in FLOATS else _OTHER_SIZES.get(dtype)
+        if item is None:
+            raise UserError(f"{path} stores {name} in the unknown dtype {dtype!r}")
+        if begin != position or end - begin != item * int(np.prod(shape, dtype=np.int64)):
+            raise UserError(f"{path} has a corrupt header (byte range of {name}): download it again")
+        position = end
+    if position > data:
+        raise UserError(f"{path} is truncated: {data} of {position} bytes of tensors are there: download it again")
+    if position < data:
+        raise UserError(f"{path} has {data - position} bytes after its last tensor: download it again")
+    return {
+        name: Stored(path, dtype, shape, 8 + length + begin, end - begin)
+        for name, (dtype, shape, begin, end) in tensors.items()
+    }
+
+
+def weight_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str] | None]:
+    """The safetensors files of a checkpoint, and the index's map from tensor to file name if it is sharded.
+
+    Raises:
+      UserError: there are none, both layouts at once, an absent shard, a shard that the index does not name.
+    """
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists() and index.exists():
+        raise UserError(f"{directory} has both {single.name} and {index.name}: remove the one that is stale")
+    if single.exists():
+        return [single], None
+    if not index.exists():
+        raise UserError(f"{directory} has neither {single.name} nor {index.name}: only safetensors weights are read")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index} has no weight_map from tensor to file: download it again")
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not (directory / shard).is_file()]
+    if absent:
+        raise UserError(f"{index} names the shard {absent[0]}, which is not there: download it")
+    stray = sorted({path.name for path in directory.glob("model-*.safetensors")} - set(shards))
+    if stray:
+        raise UserError(f"{directory / stray[0]} is not named in {index.name}: remove it or download the index again")
+    return [directory / shard for shard in shards], weight_map
+
+
+def checkpoint_tensors(directory: epath.Path, reader: Reader) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, by name.
+
+    Raises:
+      UserError: as `weight_files` and `read_header`; a tensor in two files, or not where the index puts it.
+    """
+    files, weight_map = weight_files(directory)
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in read_header(file, reader).items():
+            if name in tensors:
+                raise UserError(f"tensor {name} is in {tensors[name].file} and again in {file}: remove one of them")
+            if weight_map is not None and weight_map.get(name) != file.name:
+                claim = weight_map.get(name, "no shard")
+                raise UserError(f"tensor {name} is in {file}, but the index puts it in {claim}: download both again")
+            tensors[name] = stored
+    lost = sorted(set(weight_map or ()) - set(tensors))
+    if lost:
+        raise UserError(f"tensor {lost[0]} is not in {directory / weight_map[lost[0]]}, where the index puts it")
+    return tensors
