@@ -147,6 +147,17 @@ def test_only_some_methods_score_the_tail_behind_the_first_eos(name, tables, dra
         assert np.max(np.abs(after[0] - before[0])) > 0
 
 
+@EVERY
+@FEW
+@given(tables=TABLES, drawn=MASKS, rng=SEEDS)
+def test_a_constant_on_all_logits_of_a_position_changes_no_method(name, tables, drawn, rng):
+    """Another one for each policy, row and position: even the difference of two policies does not see it."""
+    masked, shift = masked_for(name, drawn), rng.uniform(-5, 5, size=(3, B, L, 1)).astype(np.float32)
+    before, after = (compiled(name)(x, batch(), masked) for x in (tables, tables + shift))
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(after[2], before[2], rtol=1e-3, atol=1e-4)
+
+
 @given(shift=st.floats(-20, 20), top_k=st.integers(1, 6))
 @FEW
 def test_a_constant_on_all_logits_of_a_position_changes_no_read(shift, top_k):
@@ -161,6 +172,79 @@ def test_a_constant_on_all_logits_of_a_position_changes_no_read(shift, top_k):
     before, after = read(hidden), read(hidden.at[:, -1].add(shift))
     for name in reads:
         np.testing.assert_allclose(after[name], before[name], atol=2e-5)
+
+
+# -------------------------------------------------------------------------------------------------- through a denoiser
+
+PADS = 3
+
+
+def tiny(**sizes) -> DenoiserConfig:
+    fields = {field.name: 1 for field in dataclasses.fields(DenoiserConfig) if field.default is dataclasses.MISSING}
+    fields |= {"vocab_size": 12, "hidden_size": 8, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 8}
+    fields |= {"family": "llada", "max_length": 64, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "dtype": "float32"}
+    fields |= {"qkv_bias": False, "tied_head": False, "next_token_logits": False, "remat": "none", **sizes}
+    return DenoiserConfig(**fields)
+
+
+@functools.cache
+def denoised(name: str):
+    """Loss and scores of given prompts, completions and masks, by a tiny denoiser."""
+    config, rows = tiny(), batch()
+    base = init_base(config, jax.random.key(0))
+
+    def run(lora, prompts, prompt_mask, completions, masked):
+        return loss_on_views(
+            name,
+            config,
+            base,
+            lora,
+            prompts=prompts,
+            completions=completions,
+            masked=masked,
+            prompt_mask=prompt_mask,
+            completion_mask=rows.completion_mask,
+            commit_step=rows.commit_step,
+            rewards=rows.rewards,
+            group_size=G,
+            **SETTINGS.get(name, {}),
+        )
+
+    return jax.jit(run, compiler_options=QUICK)
+
+
+def drawn_rows(name: str, rng: np.random.Generator) -> tuple:
+    """Prompts of which some are padded, completions, and masks that leave pads clean."""
+    prompts, completions = (rng.integers(3, 12, (B, n), dtype=np.int32) for n in (P, L))
+    prompt_mask = np.arange(P) >= rng.integers(0, P, (B, 1))
+    masked = np.array(masked_for(name, rng.random((M, B, L)) < 0.5))
+    masked[:, :, :P] &= prompt_mask
+    return prompts, prompt_mask, completions, masked
+
+
+@EVERY
+@FEW
+@given(rng=SEEDS)
+def test_an_adapter_whose_second_factor_is_zero_is_no_adapter(name, rng):
+    adapter = init_lora(tiny(), jax.random.key(rng.integers(2**16)), rank=2, alpha=4.0, targets=("q", "down"))
+    rows = drawn_rows(name, rng)
+    off, zero = denoised(name)(None, *rows), denoised(name)(adapter, *rows)
+    for x, y in zip(off, zero, strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-6, atol=1e-6)
+
+
+@EVERY
+@FEW
+@given(rng=SEEDS)
+def test_more_padding_changes_nothing_whatever_it_holds(name, rng):
+    prompts, prompt_mask, completions, masked = drawn_rows(name, rng)
+    pads = rng.integers(0, 12, (B, PADS), dtype=np.int32)
+    prompts_too = np.concatenate([pads, prompts], axis=1)
+    wider = (prompts_too, np.pad(prompt_mask, [(0, 0), (PADS, 0)]), completions)
+    before = denoised(name)(None, prompts, prompt_mask, completions, masked)
+    after = denoised(name)(None, *wider, np.pad(masked, [(0, 0), (0, 0), (PADS, 0)]))
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- masks and pieces
@@ -227,48 +311,16 @@ def test_effective_share_of_group_weights():
 # ------------------------------------------------------------------------------------------------ a method of one's own
 
 
-def tiny(**sizes) -> DenoiserConfig:
-    fields = {field.name: 1 for field in dataclasses.fields(DenoiserConfig)}
-    fields |= {"vocab_size": 12, "hidden_size": 8, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 8}
-    fields |= {"family": "llada", "max_length": 64, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "dtype": "float32"}
-    fields |= {"qkv_bias": False, "tied_head": False, "next_token_logits": False, "remat": "none", **sizes}
-    return DenoiserConfig(**fields)
-
-
 def test_an_imported_method_runs_without_an_edit_elsewhere():
-    """And on the way: an adapter whose B is zero is no adapter, and left padding that is not attended to is nothing."""
-    config = tiny()
-    base = init_base(config, jax.random.key(0))
-    adapter = init_lora(config, jax.random.key(1), rank=2, alpha=4.0, targets=("q",))
-    rows, masked = batch(), jnp.asarray(masks_for("gdsd"))
-    prompts, completions = rows.tokens[:, :P] + 3, rows.tokens[:, P:]
-
-    def run(lora, pads):
-        return jax.jit(
-            lambda: loss_on_views(
-                "example_method:HUBER",
-                config,
-                base,
-                lora,
-                prompts=jnp.pad(prompts, [(0, 0), (pads, 0)]),
-                completions=completions,
-                masked=jnp.pad(masked, [(0, 0), (0, 0), (pads, 0)]),
-                prompt_mask=jnp.pad(jnp.ones((B, P), bool), [(0, 0), (pads, 0)]),
-                rewards=rows.rewards,
-                group_size=G,
-                psi=2.0,
-            ),
-            compiler_options=QUICK,
-        )()
-
-    loss, scores = run(None, 0)
+    name, rows = "example_method:HUBER", batch()
+    prompts, prompt_mask, completions, _ = drawn_rows("gdsd", np.random.default_rng(0))
+    loss, scores = denoised(name)(None, prompts, prompt_mask, completions, masks_for("gdsd"))
     assert scores.shape == (B, M) and np.isfinite(loss)
-    advantage = 2.0 * np.abs(common.leave_one_out(rows.rewards, G))
+    # Its score takes no part in the loss before the policy moves: what remains is Huber's function of the advantages.
+    advantage = np.abs(common.leave_one_out(rows.rewards, G))
     huber = np.where(advantage <= 0.1, advantage**2 / 2, 0.1 * (advantage - 0.05))
     np.testing.assert_allclose(loss, M * huber.mean(), rtol=1e-5)
-    for other in (run(adapter, 0), run(None, 3)):
-        np.testing.assert_allclose(other[1], scores, atol=1e-4)
-    check(build("example_method:HUBER"), name="HUBER", prompt_length=P, completion_length=L, group_size=G)
+    check(build(name), name="HUBER", prompt_length=P, completion_length=L, group_size=G)
 
 
 def test_the_guide_shows_the_example_as_it_is():
@@ -298,9 +350,7 @@ BROKEN = {
     "objective must return ({component of the loss: value}, {metric: value})": {
         "objective": lambda new, constants: (new.guided[:, 0], {})
     },
-    "as 'spread'": {
-        "objective": lambda new, constants: ({"objective": new.guided[:, 0]}, {"spread": new.guided})
-    },
+    "as 'spread'": {"objective": lambda new, constants: ({"objective": new.guided[:, 0]}, {"spread": new.guided})},
     "unknown read 'logits'": {"reads": ("logits",)},
     "old is 'sometimes'": {"old": "sometimes"},
 }
