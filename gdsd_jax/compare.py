@@ -405,13 +405,15 @@ def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str)
     margin = max(0.15 * (max(shown) - min(shown)), 2)
     right.set_xlim(min(shown) - margin, max(shown) + margin)
     name = table["metric"]
-    titles = ("Reward of the rollouts", f"{name}, {split} split (%)", f"Final {name}, 95 % interval")
+    titles = ("Reward of the rollouts (running mean)", f"Greedy, {split} split", "Final, with 95 % interval")
     for axes, title in zip((left, middle, right), titles, strict=True):
         axes.set_title(title, fontsize=11, loc="left")
         axes.tick_params(labelsize=9)
         axes.grid(alpha=0.3, linewidth=0.6, axis="x" if axes is right else "both")
         axes.spines[["top", "right"]].set_visible(False)
-    right.set_xlabel(f"{table['split']} (%)", fontsize=9)
+    left.set_ylabel("mean reward", fontsize=9)
+    middle.set_ylabel(f"{name} (%)", fontsize=9)
+    right.set_xlabel(f"{name}, {table['split']} (%)", fontsize=9)
     for axes in (left, middle):
         axes.set_xlim(left.get_xlim())
         axes.set_xlabel("iteration", fontsize=9)
@@ -432,8 +434,8 @@ def _curve(
     if not steps:
         axes.plot([], [], **style)
         return
-    # Noise from one iteration to the next would hide one method behind another.
-    width = 2 * (len(steps) // 40) + 1 if smooth else 1
+    # Noise from one iteration to the next, most of it the prompts', would hide one method behind another.
+    width = 2 * (len(steps) // 10) + 1 if smooth else 1
     table = np.full((len(runs), len(steps)), np.nan)
     for row, entries in zip(table, runs, strict=True):
         found = {entry["step"]: entry[name] for entry in entries if entry.get(name) is not None}

@@ -240,7 +240,7 @@ def test_the_tiny_config_gives_every_method_one_protocol():
     file = Path(__file__).parent.parent / "configs" / "compare_tiny.py"
     config = freeze(TrainConfig, runpy.run_path(str(file))["get_config"]())
     compare.require_runnable(config, list(METHODS_OF_LIBRARY), 1, 0, 1)
-    assert (config.iterations, config.inner_updates, config.evaluation.count) == (40, 1, 256)
+    assert (config.iterations, config.inner_updates, config.evaluation.count) == (20, 1, 256)
     for name, recipe in METHODS_OF_LIBRARY.items():
         settings = recipe.settings(**config.settings.get(name, {}))
         assert getattr(settings, "beta", 0.0) == 0.0, name
