@@ -75,7 +75,7 @@ def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig
 
 def load(config: TrainConfig) -> Setup:
     """Loads the base checkpoint, its tokenizer and the task; every input error surfaces here, before work starts."""
-    task = tasks.resolve(config.task.name, **config.task.settings)
+    task = resolve_task(config)
     tokenizer = hub.load_tokenizer(config.checkpoint)
     model, base = hub.load_checkpoint(config.checkpoint)
     if config.eos_token_id is not None:
@@ -85,9 +85,15 @@ def load(config: TrainConfig) -> Setup:
     return Setup(with_compute(model, config.model), base, tokenizer, task)
 
 
+def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:
+    """The config's task; its rows are a few worked examples in a dry run, unless a local file is named."""
+    task = tasks.resolve(config.task.name, evaluation=evaluation, **config.task.settings)
+    return dataclasses.replace(task, source=lambda *_: list(task.examples)) if config.dry_run else task
+
+
 def evaluated_task(config: TrainConfig) -> Task:
     """The task as it is evaluated; `config.task.settings` hold over its evaluation prompt too."""
-    return tasks.resolve(config.task.name, evaluation=config.evaluation.evaluation_prompt, **config.task.settings)
+    return resolve_task(config, evaluation=config.evaluation.evaluation_prompt)
 
 
 def known_metric(task: Task, metric: str | None, setting: str) -> str:
@@ -229,6 +235,7 @@ def launch(
     options: Mapping[str, Option] | None = None,
     *,
     needs_workdir: bool = True,
+    dry_run: bool = False,
     argv: list[str] | None = None,
 ) -> None:
     """Runs `main(config, workdir, **values of the options)` with absl flags and a config file.
@@ -238,6 +245,7 @@ def launch(
 
     Args:
       needs_workdir: False where `main` also takes None.
+      dry_run: whether `main` can do a `config.dry_run`, which needs no workdir.
       argv: the command line, program name first; None is that of the process.
     """
     # Read when transformers is first imported, which happens late: it would announce that PyTorch is absent.
@@ -250,7 +258,9 @@ def launch(
             print(_usage(main, options or {}))
             return
         config, workdir, values = _parse(argv, options or {})
-        if needs_workdir and workdir is None:
+        if config.dry_run and not dry_run:
+            raise UserError("config.dry_run is for gdsd_jax.train")
+        if needs_workdir and workdir is None and not config.dry_run:
             raise UserError("give --workdir DIRECTORY, where the run's files go")
         enable_compilation_cache()
         main(config, workdir, **values)

@@ -152,6 +152,7 @@ class TrainConfig:
       prompt_buckets: lengths that prompts are left-padded to.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
       save_every: iterations between checkpoints; `keep` of them are kept.
+      dry_run: run one iteration in small instead, see `gdsd_jax.dry_run`.
     """
 
     checkpoint: str
@@ -181,6 +182,7 @@ class TrainConfig:
     completions_logged: int = 8
     tensorboard: bool = False
     wandb: bool = False
+    dry_run: bool = False
 
     def __post_init__(self):
         names = "iterations prompts_per_iteration inner_updates microbatch_rows save_every keep evaluation.batch_rows"

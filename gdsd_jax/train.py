@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from gdsd_jax import commands
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.denoiser import init_lora
 from gdsd_jax.diffusion.sampler import check_fits
+from gdsd_jax.dry_run import shrink
 from gdsd_jax.methods import build, check
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.training.checkpoint import Best, Checkpoints
@@ -197,9 +199,16 @@ class StopSignal:
         self.requested = True
 
 
-def main(config: TrainConfig, workdir: Path) -> None:
-    train(config, workdir)
+def main(config: TrainConfig, workdir: Path | None) -> None:
+    if not config.dry_run:
+        train(config, workdir)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = workdir or Path(temporary) / "run"
+        commands.refuse_existing(directory)
+        train(shrink(config, directory / "start"), directory)
+        print(f"dry run of {config.method} on {config.task.name}: one iteration went through")
 
 
 if __name__ == "__main__":
-    commands.launch(main)
+    commands.launch(main, dry_run=True)

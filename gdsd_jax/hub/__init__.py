@@ -2,12 +2,14 @@
 
 from gdsd_jax.hub.files import Reader
 from gdsd_jax.hub.load import fingerprint, load_adapter, load_checkpoint
+from gdsd_jax.hub.published import architecture
 from gdsd_jax.hub.save import export_adapter, export_checkpoint
 from gdsd_jax.hub.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Reader",
     "Tokenizer",
+    "architecture",
     "export_adapter",
     "export_checkpoint",
     "fingerprint",

@@ -21,7 +21,7 @@ from gdsd_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved and the run that resumes.
 FREE_TO_CHANGE = (
-    "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation", "mesh"
+    "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation", "mesh", "dry_run"
 )  # fmt: skip
 
 BEST = "best"
