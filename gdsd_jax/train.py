@@ -30,6 +30,7 @@ from gdsd_jax.sft import embedded_start
 from gdsd_jax.training.checkpoint import Best, Checkpoints
 from gdsd_jax.training.evaluation import evaluate_policy
 from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
+from gdsd_jax.training.planned import beside_plan, read_plan
 from gdsd_jax.training.rollout import (
     Prompts,
     encode_prompts,
@@ -105,6 +106,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             batch_rows=config.evaluation.batch_rows, key=eval_key,
         )  # fmt: skip
 
+    plan = read_plan(workdir, config)
     # Without a checkpoint the files start anew, with one they are cut back to it.
     writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, resume_step=first or -1)
     progress = Progress(config.iterations, start=first, label=config.method)
@@ -140,6 +142,8 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             metrics |= {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
             seconds = rewarded.seconds | {"update": now - update_start, "iteration": now - start}
             metrics |= {f"time/{name}": value for name, value in seconds.items()}
+            inner_update = seconds["update"] / config.inner_updates
+            metrics |= beside_plan(plan, rollout=seconds["rollout"], update=inner_update)
             metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}

@@ -1,0 +1,127 @@
+"""What a run would take on TPUs that are not here: memory, FLOPs, collectives, roofline time, and whether it fits.
+
+    python -m gdsd_jax.plan --config configs/FILE_pod.py:v5p-64_countdown --topology v5p:2x4x4
+        [--mesh data=1,fsdp=32,tensor=1] [--json FILE] [--programs sampler,update] [--search]
+
+Compiles the run's own programs at their real size for the named chips, on any machine with libtpu (`make venv-tpu`,
+then `.venv-tpu/bin/python`), without a weight and without a TPU. Minutes per program. `config.checkpoint` need not be
+there if its last part is the name of a published model.
+
+    sampler   a whole rollout
+    score     the old policy's scores of one micro-batch
+    update    a later inner update on the whole rollout: scores of old policy and reference, gradient, optimizer
+
+All figures are per chip. FLOPs, bytes and collectives are counted in the optimised program, loops by how often they
+run; kernels count by the shapes that they are called with; `ratio` compares with the FLOPs that follow from the
+equations (`gdsd_jax.planning.flops`), recomputation included. `peak` is the compiler's figure for the program, and what
+lives beside it. The roofline time is the longest of FLOPs, HBM bytes and bytes sent over the chip's published figures:
+nothing runs faster, and this is no forecast. Leaves with exit code 1 if something does not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gdsd_jax import commands
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.errors import UserError
+from gdsd_jax.planning import chips
+from gdsd_jax.planning.chips import Slice
+from gdsd_jax.planning.programs import make_plan
+from gdsd_jax.planning.report import PROGRAMS, gib, measure, report_of, table
+from gdsd_jax.planning.search import search as search_sizes
+from gdsd_jax.sharding import AXES, MeshConfig, make_mesh
+
+COMPILATIONS = 8  # of a search
+
+
+def parse_mesh(text: str, default: MeshConfig) -> MeshConfig:
+    """`data=1,fsdp=32,tensor=1` over the config's own mesh.
+
+    Raises:
+      UserError: an unknown axis, or no whole number.
+    """
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or not size.lstrip("-").isdigit():
+            raise UserError(f"--mesh {text!r}: write {','.join(f'{axis}=1' for axis in AXES)}, -1 for what is left")
+        sizes[axis] = int(size)
+    return dataclasses.replace(default, **sizes)
+
+
+def suggestion(config: TrainConfig, topology: Slice) -> TrainConfig:
+    """The config with the mesh, micro-batch and rollout that `search` finds, each trial printed.
+
+    Raises:
+      UserError: no mesh fits.
+    """
+    devices = chips.devices(topology)
+
+    def compiled(config: TrainConfig, name: str) -> dict[str, Any]:
+        return measure(config, make_plan(config, make_mesh(config.mesh, devices)).programs[name], topology)
+
+    def tried(config: TrainConfig, name: str, report: dict[str, Any]) -> None:
+        verdict = "fits" if report["fits"] else "does not fit"
+        print(f"{name} with {_overrides(config)}: {gib(report['peak_bytes'])} GiB, {verdict}", flush=True)
+
+    found = search_sizes(config, topology.chips, compiled, tried, compilations=COMPILATIONS)
+    if found is None:
+        raise UserError(
+            f"no mesh of {topology.name} holds an update: take a larger slice, or a smaller config.lora.rank"
+        )
+    print(f"suggestion: {_overrides(found)}\n")
+    return found
+
+
+def _overrides(config: TrainConfig) -> str:
+    mesh = " ".join(f"--config.mesh.{axis}={getattr(config.mesh, axis)}" for axis in AXES)
+    sizes = ("microbatch_rows", "prompts_per_iteration")
+    return " ".join([mesh, *(f"--config.{name}={getattr(config, name)}" for name in sizes)])
+
+
+def main(
+    config: TrainConfig,
+    workdir: Path | None,
+    topology: str | None,
+    mesh: str | None,
+    programs: str,
+    json: str | None,
+    search: bool,
+) -> None:
+    if topology is None:
+        raise UserError("give --topology CHIP:SIZE, such as v5p:2x4x4")
+    wanted = programs.split(",")
+    if not set(wanted) <= set(PROGRAMS):
+        raise UserError(f"--programs {programs!r}: choose from {','.join(PROGRAMS)}")
+    where = chips.parse_topology(topology)
+    # The chips are named; what this machine has is not asked.
+    jax.config.update("jax_platforms", "cpu")
+    if mesh:
+        config = dataclasses.replace(config, mesh=parse_mesh(mesh, config.mesh))
+    if search:
+        config = suggestion(config, where)
+    report = report_of(config, where, wanted)
+    print(table(report))
+    if json:
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
+        Path(json).write_text(dumps(report, indent=1) + "\n")
+    if not report["fits"]:
+        raise SystemExit(1)
+
+
+OPTIONS = {
+    "topology": commands.Option(str, None, "The slice, CHIP:SIZE in chips, such as v5e:2x4 or v5p:2x4x4."),
+    "mesh": commands.Option(str, None, "Mesh over it, such as data=1,fsdp=32,tensor=1, instead of config.mesh."),
+    "programs": commands.Option(str, ",".join(PROGRAMS), "Which programs to compile."),
+    "json": commands.Option(str, None, "File for the report."),
+    "search": commands.Option(bool, False, "Look for the mesh and the largest rollout and micro-batch that fit."),
+}
+
+if __name__ == "__main__":
+    commands.launch(main, OPTIONS, needs_workdir=False)

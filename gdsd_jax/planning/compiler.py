@@ -1,0 +1,78 @@
+"""Lowered programs to what the TPU compiler says of them: the optimised program's text and its memory, or its refusal.
+
+Executables for absent chips cannot be loaded again, so JAX's compilation cache does not keep them; what is read of them
+is kept beside it, under a hash of the program and of the compiler's version.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Compiled(NamedTuple):
+    """What the compiler makes of a program for one chip, bytes.
+
+    fits: whether it compiled. If not, `peak_bytes` is what the compiler says it would need and the rest is empty.
+    arguments, outputs, aliased, temporary: its buffers; `aliased` of the outputs lie in donated arguments.
+    text: the optimised HLO.
+    """
+
+    fits: bool
+    peak_bytes: int
+    arguments: int = 0
+    outputs: int = 0
+    aliased: int = 0
+    temporary: int = 0
+    text: str = ""
+
+
+def compile_program(lowered: jax.stages.Lowered, topology: str) -> Compiled:
+    """Compiles, or recalls what it found when it compiled the same program before."""
+    cache = jax.config.jax_compilation_cache_dir
+    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
+    parts = [*versions, topology, lowered.as_text()]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    path = Path(cache) / "plan" / f"{digest[:32]}.json.gz" if cache else None
+    if path and path.exists():
+        return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
+    found = _compile(lowered)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        draft.write_bytes(gzip.compress(json.dumps(found._asdict()).encode()))
+        draft.replace(path)
+    return found
+
+
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = needed_bytes(str(error))
+        if needed is None:
+            raise
+        return Compiled(fits=False, peak_bytes=needed)
+    memory = compiled.memory_analysis()
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    aliased, temporary = memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    peak = arguments + outputs - aliased + temporary + memory.generated_code_size_in_bytes
+    return Compiled(True, peak, arguments, outputs, aliased, temporary, compiled.as_text())
+
+
+def needed_bytes(message: str) -> int | None:
+    """The bytes that a program needs, from the compiler's refusal; None if the message is no such refusal."""
+    size = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"Used {size} of .* hbm", message) or re.search(
+        rf"memory required .*\({size}\) exceeds", message
+    )
+    return found and int(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,133 @@
+"""The table of docs/pods_plan.md: the pod configs on their slices.
+
+    make plan-table
+    .venv-tpu/bin/python -m gdsd_jax.planning.pods docs/pods_plan.json docs/pods_plan.md
+
+Compiles the rows that the JSON file does not hold yet, minutes for each, and draws the table from the file after each;
+remove the file to plan anew.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+
+from gdsd_jax import commands
+from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.errors import UserError
+from gdsd_jax.planning import chips
+from gdsd_jax.planning.report import PROGRAMS, gib, report_of
+
+
+class Row(NamedTuple):
+    """A pod config of configs/, what follows its colon, the slice, and whether all parameters are trained."""
+
+    file: Path
+    run: str
+    topology: str
+    full: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.stem}:{self.run}{', all parameters' * self.full}"
+
+
+COLUMNS = (
+    "model, trained", "slice", "chips", "rows, micro-batch", "sampler GiB", "score GiB", "update GiB", "usable GiB",
+    "sampler ratio", "score ratio", "update ratio", "rollout s", "update s", "iteration s", "fits",
+)  # fmt: skip
+INTRODUCTION = """# What the pod configs take, by `plan`
+
+Made by `make plan-table` with jax {jax} and libtpu {libtpu}; all figures are in [pods_plan.json](pods_plan.json).
+Nothing here has run on a TPU: memory is what the TPU compiler says, FLOPs are counted in its programs, and seconds are
+the roofline's, below which no run can go.
+
+GiB are peaks per chip with what lives beside the program; ratios are counted over analytic FLOPs; an iteration is a
+rollout and 8 inner updates. Completion 256, prompt 400, G = 16, 256 denoising steps.
+
+"""
+
+
+def load(file: Path) -> ModuleType:
+    """A config file as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows() -> list[Row]:
+    """Every slice of every pod config, on its first task; from the root of the checkout."""
+    found = []
+    for file in sorted(Path("configs").glob("*_pod.py")):
+        module = load(file)
+        names = [(name, False) for name in module.SLICES]
+        names += [(name, True) for name in getattr(module, "ALL_PARAMETERS", ())]
+        found += [Row(file, f"{name}_{module.TASKS[0]}", module.SLICES[name][0], full) for name, full in names]
+    return found
+
+
+def row_config(row: Row) -> TrainConfig:
+    """The frozen config of a row."""
+    config = load(row.file).get_config(row.run)
+    if row.full:
+        with config.unlocked():
+            config.lora.rank = 0
+    return freeze(TrainConfig, config)
+
+
+def line(report: dict[str, Any]) -> str:
+    """One row of the table."""
+    parts = [report[name] for name in PROGRAMS]
+    known = all(part["flops"] is not None for part in parts)
+    rollout, update = parts[0]["seconds_roofline"], parts[2]["seconds_roofline"]
+    trained = f"LoRA {report['lora_rank']}" if report["lora_rank"] else "all"
+    cells = [
+        f"{report['model']}, {trained}", report["topology"], report["chips"],
+        f"{report['rows']}, {report['microbatch_rows']}",
+        *(gib(part["peak_bytes"]) for part in parts), gib(parts[0]["hbm_bytes"]),
+        *("" if part["flops"] is None else f"{part['flops_ratio']:.3f}" for part in parts),
+        *("" if value is None else f"{value:.1f}" for value in (rollout, update)),
+        f"{rollout + report['inner_updates'] * update:.0f}" if known else "",
+        "yes" if report["fits"] else "no",
+    ]  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+def main(store: Path, page: Path) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    commands.enable_compilation_cache()
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    reports = json.loads(store.read_text()) if store.exists() else {}
+    for row in rows():
+        if row.name not in reports:
+            print(f"planning {row.name}", flush=True)
+            reports[row.name] = report_of(row_config(row), chips.parse_topology(row.topology), list(PROGRAMS))
+            store.write_text(json.dumps(reports, indent=1) + "\n")
+        draw(reports, page, versions)
+
+
+def draw(reports: dict[str, Any], page: Path, versions: dict[str, str]) -> None:
+    """Writes the table of the rows that are there, and names those that are not."""
+    names = [row.name for row in rows()]
+    there = [name for name in names if name in reports]
+    missing = [name for name in names if name not in reports]
+    head = "".join(f"| {' | '.join(cells)} |\n" for cells in (COLUMNS, ("---",) * len(COLUMNS)))
+    text = INTRODUCTION.format(**versions) + head + "".join(line(reports[name]) for name in there)
+    if missing:
+        text += "\nNot compiled yet: " + ", ".join(f"`{name}`" for name in missing) + ".\n"
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(*map(Path, sys.argv[1:]))
+    except UserError as error:
+        commands.fail(error)

@@ -1,0 +1,183 @@
+"""The run's own sampler, scorer and update, lowered at their real size for a mesh of chips, without a single weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gdsd_jax import hub, sharding
+from gdsd_jax.commands import with_compute
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora, logical_axes
+from gdsd_jax.diffusion.sampler import compiled_sample
+from gdsd_jax.diffusion.scoring import read_views
+from gdsd_jax.methods import Batch, Scores, build
+from gdsd_jax.planning import flops
+from gdsd_jax.training.state import TrainState, init_state, make_optimizer, policy
+from gdsd_jax.training.update import make_inner_update, take_rows
+
+STORED = jnp.bfloat16  # dtype of the published checkpoints
+
+
+class Program(NamedTuple):
+    """One jitted program of a run.
+
+    lower: traces it on shapes.
+    flops: of its matrix products by their equations, over all chips.
+    beside: bytes per chip that stay in memory while it runs although it does not read them.
+    what: one line for the reader.
+    """
+
+    lower: Callable[[], jax.stages.Lowered]
+    flops: float
+    beside: int
+    what: str
+
+
+class Plan(NamedTuple):
+    """The programs of a run, and the bytes per chip of all parameters and of the optimizer's state."""
+
+    programs: dict[str, Program]
+    parameter_bytes: int
+    optimizer_bytes: int
+
+
+def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
+    """Sampler, scorer and a later inner update (which scores old policy and reference too) of a run on a mesh.
+
+    Raises:
+      UserError: an unknown model, method or schedule.
+    """
+    model = with_compute(hub.architecture(config.checkpoint), config.model)
+    method = build(config.method, **config.method_settings)
+    optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
+    base, state = _parameters(config, model, mesh, optimizer)
+    batch, key = _batch(config, mesh), _place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
+    weights, lora = policy(base, state.params)
+    update = make_inner_update(
+        model, method, optimizer, schedule,
+        microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
+    )  # fmt: skip
+
+    @jax.jit
+    def score(base: Any, lora: LoRA | None, batch: Batch, key: jax.Array) -> Scores:
+        views = method.views(method.masks(key, batch), batch)
+        start = jnp.zeros((), jnp.int32)
+        rows = take_rows(batch, start, config.microbatch_rows)
+        seen = take_rows(views, start, config.microbatch_rows, axis=1)
+        reads = read_views(
+            model, base, lora, rows.tokens, seen, method.reads,
+            prompt_mask=rows.prompt_mask, chunk=config.model.vocab_chunk,
+        )  # fmt: skip
+        return method.score(reads, seen)
+
+    def on_mesh(lower: Callable, *arguments: Any) -> Callable[[], jax.stages.Lowered]:
+        def lowered() -> jax.stages.Lowered:
+            with jax.set_mesh(mesh):
+                return lower(*arguments)
+
+        return lowered
+
+    # ------------------------------------------------------------------------------------------ FLOPs
+    rows, length = batch.tokens.shape
+    some, steps = config.microbatch_rows, rows // config.microbatch_rows
+    counted = flops.Model(model, config.lora.rank, config.lora.targets)
+    views = jax.eval_shape(lambda key, batch: method.views(method.masks(key, batch), batch), key, batch)
+    passes, positions = views.masked.shape[0] * some, math.prod(views.weights.shape) // steps
+    old = flops.score(counted, passes, method.reads, positions, length)
+    reference = flops.score(counted, passes, method.reads, positions, length, adapter=False)
+    scored = (old if method.old != "unused" else 0) + (reference if method.needs_reference else 0)
+    new = flops.gradient(counted, passes, method.reads, positions, length)
+
+    # ------------------------------------------------------------------------------------------ programs
+    trained = bytes_per_chip(state)
+    beside = trained - bytes_per_chip(state.params) + (0 if lora else bytes_per_chip(base))
+    prompts = _place(mesh, jax.ShapeDtypeStruct(batch.prompt_mask.shape, jnp.int32), ("rows", "tokens"))
+    denoising = config.sampler.blocks * config.sampler.steps_per_block
+    programs = {
+        "sampler": Program(
+            on_mesh(compiled_sample.lower, model, weights, lora, prompts, batch.prompt_mask, key, config.sampler),
+            flops.sampler(counted, config.sampler, rows, batch.prompt_length),
+            beside,
+            f"{rows} completions of {batch.completion_length} tokens after {batch.prompt_length}, {denoising} steps",
+        ),
+        "score": Program(
+            on_mesh(score.lower, weights, lora, batch, key),
+            old,
+            beside,
+            f"old policy on one micro-batch of {some} completions, {passes} views",
+        ),
+        "update": Program(
+            on_mesh(update.lower, state, base, state.params, batch),
+            steps * (scored + new),
+            0,
+            f"old policy, reference and gradient on {rows} completions in {steps} micro-batches",
+        ),
+    }
+    parameters = bytes_per_chip(state.params) + bytes_per_chip(base)
+    return Plan(programs, parameters, bytes_per_chip(state.opt_state))
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Of arrays that carry their sharding."""
+    leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def base_shapes(model: DenoiserConfig) -> Any:
+    """Shapes and stored dtypes of a base."""
+    return jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(STORED), init_base(model, jax.random.key(0))))
+
+
+def _place(mesh: Mesh, array: jax.ShapeDtypeStruct, axes: Sequence[str]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.named_sharding(mesh, axes, array.shape))
+
+
+def _parameters(
+    config: TrainConfig, model: DenoiserConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> tuple[Any, TrainState]:
+    """Shapes of the frozen base and of the training state, with their shardings."""
+    shapes, axes = base_shapes(model), logical_axes(model)
+    base = jax.tree.map(lambda x, axes: _place(mesh, x, axes), shapes, axes)
+    params = shapes
+    if config.lora.rank:
+        params = jax.eval_shape(lambda: init_lora(model, jax.random.key(0), **dataclasses.asdict(config.lora)))
+        axes = params.replace(weights=logical_axes(model, params))
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, config.seed), params)
+    whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))  # noqa: E731
+    params = jax.tree.map(lambda x, axes: _place(mesh, x, axes), state.params, axes)
+    placed = jax.tree.map(lambda x: x.sharding, params)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state.opt_state,
+        placed,
+        transform_non_params=whole,
+    )
+    return base, jax.tree.map(whole, state).replace(params=params, opt_state=opt_state)
+
+
+def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Shapes of a rewarded rollout on prompts of the largest bucket."""
+    rows, prompt = config.prompts_per_iteration * config.group_size, max(config.prompt_buckets)
+    completion = config.sampler.completion_length
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return _place(mesh, jax.ShapeDtypeStruct((rows, *shape), dtype), ("rows", "tokens")[: 1 + len(shape)])
+
+    return Batch(
+        tokens=array(jnp.int32, prompt + completion),
+        prompt_mask=array(bool, prompt),
+        completion_mask=array(jnp.float32, completion),
+        rewards=array(jnp.float32),
+        commit_step=array(jnp.int32, completion),
+        confidence=array(jnp.float32, completion),
+        group_size=config.group_size,
+    )

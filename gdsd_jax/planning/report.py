@@ -1,0 +1,129 @@
+"""Reports: what each program of a run takes on one chip of a slice, as plain JSON values and as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.planning import chips
+from gdsd_jax.planning.chips import GIB, Slice
+from gdsd_jax.planning.compiler import compile_program
+from gdsd_jax.planning.cost import program_cost
+from gdsd_jax.planning.programs import Program, make_plan
+from gdsd_jax.sharding import make_mesh
+
+PROGRAMS = ("sampler", "score", "update")
+
+
+def measure(config: TrainConfig, program: Program, topology: Slice) -> dict[str, Any]:
+    """Compiles one program of a run and says what it takes on one chip, in plain JSON values."""
+    compiled = compile_program(program.lower(), topology.name)
+    chip = topology.chip
+    report: dict[str, Any] = {
+        "what": program.what,
+        "hbm_bytes": chip.hbm_bytes,
+        "beside_bytes": program.beside,
+        "peak_bytes": compiled.peak_bytes + program.beside,
+        "flops_analytic": program.flops / topology.chips,
+    }
+    report["fits"] = compiled.fits and report["peak_bytes"] <= chip.hbm_bytes
+    if not compiled.fits:
+        return report | {"flops": None, "seconds_roofline": None}
+    # Loops that end when the data say so are those of the sampler.
+    cost = program_cost(compiled.text, open_loop=config.sampler.blocks * config.sampler.steps_per_block)
+    seconds = {
+        "compute": cost.flops / chip.flops,
+        "hbm": cost.hbm / chip.hbm_bandwidth,
+        "network": sum(cost.sent.values()) / topology.network_bandwidth if topology.chips > 1 else 0.0,
+    }
+    longest = max(seconds.values())
+    return report | {
+        "argument_bytes": compiled.arguments,
+        "output_bytes": compiled.outputs - compiled.aliased,
+        "temporary_bytes": compiled.temporary,
+        "flops": cost.flops,
+        "flops_ratio": cost.flops / report["flops_analytic"],
+        "bytes_accessed": cost.hbm,
+        "collectives": {kind: {"calls": cost.calls[kind], "bytes_sent": cost.sent[kind]} for kind in cost.calls},
+        "kernels": dict(cost.kernels),
+        "seconds": seconds,
+        "seconds_roofline": longest,
+        "bound_by": max(seconds, key=seconds.get),
+        "utilisation": report["flops_analytic"] / (chip.flops * longest),
+    }
+
+
+def report_of(config: TrainConfig, topology: Slice, programs: list[str]) -> dict[str, Any]:
+    """The report of a run on a slice, in plain JSON values; the module's docstring says what is in it.
+
+    Raises:
+      UserError: libtpu is missing, or model, mesh and rows do not go together.
+    """
+    mesh = make_mesh(config.mesh, chips.devices(topology))
+    plan = make_plan(config, mesh)
+    reports = {name: measure(config, plan.programs[name], topology) for name in programs}
+    return {
+        "model": Path(config.checkpoint).name,
+        "method": config.method,
+        "lora_rank": config.lora.rank,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": dict(mesh.shape),
+        "rows": config.prompts_per_iteration * config.group_size,
+        "microbatch_rows": config.microbatch_rows,
+        "inner_updates": config.inner_updates,
+        "parameter_bytes": plan.parameter_bytes,
+        "optimizer_bytes": plan.optimizer_bytes,
+        "fits": all(report["fits"] for report in reports.values()),
+        **reports,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report in lines of at most 80 columns."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    trained = f"adapters of rank {report['lora_rank']}" if report["lora_rank"] else "all parameters"
+    lines = [
+        f"{report['model']} on {report['topology']}: {report['chips']} chips, mesh {mesh}",
+        f"{report['method']}, {trained} trained",
+        f"per chip: parameters {gib(report['parameter_bytes'])} GiB, optimizer {gib(report['optimizer_bytes'])} GiB",
+        "",
+        "program fits   temp   peak     of    TFLOP ratio   HBM GB  sent GB  seconds use",
+        "                GiB    GiB    GiB                                           %",
+    ]
+    shown = [name for name in PROGRAMS if name in report]
+    for name in shown:
+        part = report[name]
+        room = f"{gib(part['peak_bytes']):>7}{gib(part['hbm_bytes']):>7}"
+        if part["flops"] is None:
+            lines.append(f"{name:8}  NO      -{room}")
+            continue
+        sent = sum(kind["bytes_sent"] for kind in part["collectives"].values())
+        counts = (part["bytes_accessed"] / 1e9, sent / 1e9, part["seconds_roofline"])
+        lines.append(
+            f"{name:8}{'yes' if part['fits'] else 'NO':>4}{gib(part['temporary_bytes']):>7}{room}"
+            f"{_short(part['flops'] / 1e12):>9}{part['flops_ratio']:>6.3f}"
+            + "".join(f"{_short(value):>9}" for value in counts)
+            + f"{100 * part['utilisation']:>4.0f}"
+        )
+    for name in shown:
+        part = report[name]
+        lines += ["", f"{name}: {part['what']}"]
+        if part["flops"] is None:
+            continue
+        seconds = ", ".join(f"{kind} {value:.4g}" for kind, value in part["seconds"].items())
+        lines.append(f"  seconds: {seconds}; bound by {part['bound_by']}")
+        for kind, found in part["collectives"].items():
+            lines.append(f"  {kind}: {found['calls']} calls, {found['bytes_sent'] / 1e9:.4g} GB sent")
+        for kernel, count in part["kernels"].items():
+            lines.append(f"  kernel {kernel}: {count} calls")
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

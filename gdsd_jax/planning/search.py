@@ -1,0 +1,111 @@
+"""Which mesh to take on a slice, and the largest micro-batch and rollout that fit it: the compiler decides each.
+
+Meshes are tried in the order of what they make a chip send, by estimate. Sizes are doubled as far as temporaries that
+grow with them would still fit, and halved again where the compiler disagrees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from gdsd_jax import hub
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.sharding import MeshConfig
+
+Measure = Callable[[TrainConfig, str], dict[str, Any]]
+Report = Callable[[TrainConfig, str, dict[str, Any]], None]
+
+
+class OutOfCompilations(Exception):
+    """The bound on compilations is reached; what was found so far stands."""
+
+
+def meshes(config: TrainConfig, chips: int) -> list[MeshConfig]:
+    """The meshes that divide model, rollout and chips, the one that sends least per forward of the rollout first.
+
+    A chip gathers the other shards of every weight of its tensor slice, and passes twice a layer the activations of its
+    rows around the tensor axis.
+    """
+    model = hub.architecture(config.checkpoint)
+    rows = config.prompts_per_iteration * config.group_size
+    tokens = max(config.prompt_buckets) + config.sampler.completion_length
+    layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
+    divisors = [size for size in range(1, chips + 1) if chips % size == 0]
+
+    def sent(mesh: MeshConfig) -> float:
+        weights = layer / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp
+        passed = 4 * rows / (mesh.data * mesh.fsdp) * tokens * model.hidden_size * (mesh.tensor - 1) / mesh.tensor
+        return weights + passed
+
+    found = [
+        MeshConfig(data, chips // (data * tensor), tensor)
+        for data in divisors
+        for tensor in divisors
+        if chips % (data * tensor) == 0
+        and rows % (chips // tensor) == 0
+        and all(size % tensor == 0 for size in (model.num_heads, model.intermediate_size))
+        and model.hidden_size % (chips // (data * tensor)) == 0
+    ]
+    return sorted(found, key=sent)
+
+
+def search(
+    config: TrainConfig, chips: int, measure: Measure, tried: Report, *, compilations: int
+) -> TrainConfig | None:
+    """The config with the suggested mesh, micro-batch and prompts per iteration; None if nothing fits.
+
+    Args:
+      measure: compiles a program of a config, by its name, and returns its report.
+      tried: told of each compilation.
+      compilations: at most so many.
+    """
+    count = 0
+
+    def compiled(config: TrainConfig, name: str) -> dict[str, Any]:
+        nonlocal count
+        if count == compilations:
+            raise OutOfCompilations
+        count += 1
+        report = measure(config, name)
+        tried(config, name, report)
+        return report
+
+    def grow(config: TrainConfig, name: str, report: dict[str, Any], larger: Callable) -> TrainConfig:
+        """`larger(config, factor)` for the largest power of two with which program `name` fits."""
+        room = report["hbm_bytes"] - report["peak_bytes"] + report["temporary_bytes"]
+        factor = 1
+        while report["temporary_bytes"] * factor * 2 <= room and larger(config, factor * 2):
+            factor *= 2
+        while factor > 1 and not compiled(larger(config, factor), name)["fits"]:
+            factor //= 2
+        return larger(config, factor)
+
+    best = None
+    try:
+        for mesh in meshes(config, chips):
+            shards = mesh.data * mesh.fsdp
+            start = dataclasses.replace(config, mesh=mesh, microbatch_rows=max(shards, config.group_size))
+            update = compiled(start, "update")
+            if update["fits"]:
+                best = start
+                break
+        if best is None:
+            return None
+        best = grow(best, "update", update, _more_rows_at_once)
+        sampler = compiled(best, "sampler")
+        if sampler["fits"]:
+            best = grow(best, "sampler", sampler, _more_prompts)
+    except OutOfCompilations:
+        pass
+    return best
+
+
+def _more_rows_at_once(config: TrainConfig, factor: int) -> TrainConfig | None:
+    rows, some = config.prompts_per_iteration * config.group_size, config.microbatch_rows * factor
+    return dataclasses.replace(config, microbatch_rows=some) if rows % some == 0 else None
+
+
+def _more_prompts(config: TrainConfig, factor: int) -> TrainConfig:
+    return dataclasses.replace(config, prompts_per_iteration=config.prompts_per_iteration * factor)
