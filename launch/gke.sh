@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Runs COMMAND on a GKE cluster with TPU node pools: builds and pushes the image of launch/Dockerfile, then hands it to xpk
 # (pip install xpk), which makes a JobSet of one pod a host. SLICES above 1 spans the data axis over the network between
-# them. A preempted job is restarted, and goes on from its last checkpoint.
+# them, STORAGE names what `xpk storage attach` has mounted at /mnt/gdsd. A preempted job is restarted, and goes on from
+# its last checkpoint.
 #   PROJECT=p ZONE=us-east5-a CLUSTER=c POD=gdsd ACCELERATOR=v5p-64 IMAGE=us-docker.pkg.dev/p/r/gdsd_jax:1 \
-#     launch/gke.sh python -m gdsd_jax.train --config ... --workdir gs://BUCKET/runs/NAME
+#     launch/gke.sh python -m gdsd_jax.train --config ... --workdir /mnt/gdsd/runs/NAME
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
 require PROJECT ZONE CLUSTER POD ACCELERATOR IMAGE
 [[ $# -gt 0 ]] || { echo "usage: launch/gke.sh COMMAND..." >&2 && exit 2; }
 
+storage=()
+[[ -z ${STORAGE:-} ]] || storage=("--storage=$STORAGE")
+
 run docker build --file "$here/Dockerfile" --tag "$IMAGE" "$here/.."
 run docker push "$IMAGE"
 run xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$POD" \
-  --tpu-type="$ACCELERATOR" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" \
+  --tpu-type="$ACCELERATOR" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" "${storage[@]}" \
   --max-restarts=100 --restart-on-exit-codes=1 --termination-grace-period-seconds=120 \
   --command="cd /gdsd_jax && source launch/tpu_env.sh && exec $(printf '%q ' "$@")"

@@ -2,7 +2,7 @@
 # Runs COMMAND on the pod until it has succeeded: after a preemption the pod is asked for again, set up, and the command,
 # which goes on from its last checkpoint, started anew. Gives up when it fails ATTEMPTS times (5) on a pod that is still there.
 #   PROVISIONING=spot PROJECT=p ZONE=us-east5-a POD=gdsd ACCELERATOR=v5p-64 \
-#     launch/until_done.sh python -m gdsd_jax.train --config ... --workdir gs://BUCKET/runs/NAME
+#     launch/until_done.sh python -m gdsd_jax.train --config ... --workdir /mnt/gdsd/runs/NAME
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
 require PROJECT ZONE POD ACCELERATOR
