@@ -3,6 +3,8 @@
     python -m gdsd_jax.lm_eval --model gdsd_jax --model_args checkpoint=DIR,adapter=DIR --tasks gsm8k --batch_size 32
     python -m gdsd_jax.lm_eval --model gdsd_jax --model_args checkpoint=DIR --tasks mmlu --apply_chat_template ...
 
+    python -m gdsd_jax.lm_eval judge results/MODEL/samples_humaneval_DATE.jsonl
+
 Registers the model "gdsd_jax" and hands over to lm-eval's own command line. `--model_args` are the arguments of
 `MaskedDiffusion`. Needs lm-eval, an optional install: `pip install -r requirements-lm-eval.txt`.
 
@@ -10,12 +12,21 @@ Generation: the completion has a fixed length, `length` or else the task's `max_
 it ends at the model's EOS and before the task's first stop string. Likelihoods are Monte-Carlo evidence lower bounds
 (`gdsd_jax.diffusion.likelihood`), never the likelihood itself: rankings of answers are comparable with those published
 for masked diffusion models, perplexities are upper bounds.
+
+Programs are never run by lm-eval: let it generate (`--predict_only --log_samples`); `judge FILE ...` then runs what its
+filters made of the answers against the tests in the samples, as the task "code" does, in its sandbox (`--task` names
+another). The result stands beside each file, as `FILE.judged.json`.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,9 +37,11 @@ from gdsd_jax.config import ModelConfig
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.likelihood import is_greedy, lower_bound
 from gdsd_jax.errors import UserError
+from gdsd_jax.tasks import Task, resolve
 from gdsd_jax.training.evaluation import complete
 from gdsd_jax.training.metrics import Progress
 from gdsd_jax.training.rollout import Prompts, fetch, put
+from gdsd_jax.training.statistics import mean_and_error
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -237,12 +250,62 @@ class MaskedDiffusion(TemplateLM):
         return totals
 
 
+def judge(path: Path, task: Task) -> dict[str, Any]:
+    """The task's metrics of the answers in a samples file, with standard errors over its documents.
+
+    Args:
+      path: JSONL as lm-eval's `--log_samples` writes it; the task reads its documents as rows.
+
+    Raises:
+      UserError: it is no such file, or the task cannot read a document.
+    """
+    try:
+        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        documents = [sample["doc"] for sample in samples]
+        answers = [_texts(sample["filtered_resps"]) for sample in samples]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no samples file of lm-eval ({error!r}): write one with --log_samples") from None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "documents.jsonl"
+        file.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+        rows = task.read(file)
+    repeated = [row for row, texts in zip(rows, answers, strict=True) for _ in texts]
+    values = task.metrics([text for texts in answers for text in texts], repeated)
+    ends = np.cumsum([len(texts) for texts in answers])[:-1]
+    by_document = {name: [np.mean(part) for part in np.split(value, ends)] for name, value in values.items()}
+    metrics = {name: mean_and_error(np.array(value)) for name, value in by_document.items()}
+    counts = {"documents": len(rows), "answers": len(repeated)}
+    return {"samples": path.name, "task": task.name, **counts, "metrics": metrics}
+
+
+def _texts(answers: Any) -> list[str]:
+    """The texts in lists of any depth, which is how filters return them."""
+    return [answers] if isinstance(answers, str) else [text for part in answers for text in _texts(part)]
+
+
+def judge_files(arguments: list[str]) -> None:
+    """The command `judge`."""
+    parser = argparse.ArgumentParser(prog="python -m gdsd_jax.lm_eval judge")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--task", default="code")
+    given = parser.parse_args(arguments)
+    task = resolve(given.task)
+    for path in given.files:
+        found = judge(path, task)
+        path.with_name(f"{path.name}.judged.json").write_text(json.dumps(found, indent=1) + "\n")
+        values = (f"{name} {value['mean']:.3f} ± {value['error']:.3f}" for name, value in found["metrics"].items())
+        print(f"{path.name}: {found['documents']} documents, {', '.join(values)}")
+
+
 def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     commands.enable_compilation_cache()
     try:
-        cli_evaluate()
+        if sys.argv[1:2] == ["judge"]:
+            judge_files(sys.argv[2:])
+        else:
+            cli_evaluate()
     except UserError as error:
         commands.fail(error)
 

@@ -3,6 +3,7 @@
 The right answers are what this library computes without lm-eval, for some of the rows: so the scores are known.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from gdsd_jax import hub
 from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.likelihood import lower_bound
 from gdsd_jax.hub import tiny
+from gdsd_jax.tasks import countdown
 
 pytestmark = pytest.mark.slow
 
@@ -190,3 +192,34 @@ def test_chat_prompts(model):
     opened = [*history, {"role": "assistant", "content": "<answer>"}]
     assert model.apply_chat_template(opened, add_generation_prompt=False) == "<|user|>hello<|assistant|><answer>"
     assert model.chat_template(True) == model.tokenizer.chat_template
+
+
+def _measure(completion: str, row: dict) -> dict[str, float]:
+    return {"passed": float(completion == row["expression"])}
+
+
+# A task that lets the judge be tested without running a program: right is what the document says.
+TASK = dataclasses.replace(countdown.TASK, name="said", measure=_measure, metrics_named=("passed",), read=lambda path: [
+    json.loads(line) for line in path.read_text().splitlines()
+])  # fmt: skip
+
+
+def test_judge_reads_what_the_filters_made_of_the_answers(tmp_path, monkeypatch, capsys):
+    from gdsd_jax.lm_eval import main
+
+    samples = [
+        {"doc": {"expression": "a"}, "resps": [["x", "y"]], "filtered_resps": [["a", "b"]]},
+        {"doc": {"expression": "b"}, "resps": [["x", "y"]], "filtered_resps": ["b", "b"]},
+    ]
+    file = tmp_path / "samples_said.jsonl"
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "judge", str(file), "--task", "test_lm_eval:TASK"])
+    main()
+    found = json.loads((tmp_path / "samples_said.jsonl.judged.json").read_text())
+    assert (found["documents"], found["answers"]) == (2, 4)
+    assert found["metrics"]["passed"] == {"mean": 0.75, "error": pytest.approx(0.25)}
+    assert "2 documents, passed 0.750" in capsys.readouterr().out
+    file.write_text("{}\n")
+    with pytest.raises(SystemExit):
+        main()
+    assert "no samples file of lm-eval" in capsys.readouterr().err
