@@ -22,7 +22,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from gdsd_jax import hub, tasks
-from gdsd_jax.config import ModelConfig, TrainConfig, freeze, to_dict
+from gdsd_jax.config import ModelConfig, TaskConfig, TrainConfig, freeze, to_dict
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_lora
 from gdsd_jax.errors import UserError
 from gdsd_jax.hub.tokenizer import Tokenizer
@@ -94,6 +94,21 @@ def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:
 def evaluated_task(config: TrainConfig) -> Task:
     """The task as it is evaluated; `config.task.settings` hold over its evaluation prompt too."""
     return resolve_task(config, evaluation=config.evaluation.evaluation_prompt)
+
+
+def task_rows(
+    config: TaskConfig, task: Task, split: str, *, count: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The rows of a split: of its local file where there is one, else the task's own.
+
+    Without a `validation_path`, a task that divides its training set (`Task.held_out`) takes the validation rows out of
+    the training file, and trains on the others.
+    """
+    path, divided = config.path(split), False
+    if config.train_path is not None and config.validation_path is None and task.held_out is not None:
+        divided = split != "test"
+        path = config.train_path if divided else path
+    return task.rows(split, path=path, divided=divided, count=count, seed=seed)
 
 
 def known_metric(task: Task, metric: str | None, setting: str) -> str:

@@ -59,6 +59,8 @@ class OptimizerConfig:
 class TaskConfig:
     """What is trained on. Paths are local files, `eval_path` that of the test rows; None: the task's own rows.
 
+    A task that holds validation rows out of its training set does so with `train_path` too, unless there is a
+    `validation_path`.
     `settings` overrides fields of the task (`template`, `system`, `assistant_prefix`, `weights`, ...).
     """
 

@@ -31,7 +31,7 @@ import numpy as np
 import rich.console
 
 from gdsd_jax import commands
-from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.config import TaskConfig, TrainConfig, greedy_sampler
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.errors import UserError
@@ -160,17 +160,17 @@ def plan(
         own = name == config.task.name
         prompt = config.evaluation.evaluation_prompt
         task = commands.evaluated_task(config) if own else resolve(name, evaluation=prompt)
-        path = file or (config.task.path(split) if own else None)
-        rows = task.rows(split, path=path, count=count)
+        files = config.task if own and not file else TaskConfig(validation_path=file, train_path=file, eval_path=file)
+        rows = commands.task_rows(files, task, split, count=count)
         if count is None and task.evaluation_rows is not None and len(rows) > task.evaluation_rows:
-            rows = task.rows(split, path=path, count=task.evaluation_rows)
+            rows = commands.task_rows(files, task, split, count=task.evaluation_rows)
         prompts = encode_prompts(
             task, policy.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
         )
         repeated = (np.repeat(x, samples, axis=0) for x in (prompts.tokens, prompts.mask))
         prompts = Prompts(*repeated, [row for row in rows for _ in range(samples)])
         for sampler in samplers:
-            yield Part(task, path or split, rows, prompts, sampler)
+            yield Part(task, files.path(split) or split, rows, prompts, sampler)
 
 
 def completions(

@@ -69,7 +69,7 @@ def run(
     task, tokenizer = policy.task, policy.tokenizer
     fit = {"buckets": config.prompt_buckets, "overlong": config.overlong_prompts}
     if prompt is None:
-        chosen = task.rows("test", path=config.task.eval_path, count=rows)
+        chosen = commands.task_rows(config.task, task, "test", count=rows)
         tokens, mask, _ = encode_prompts(task, tokenizer, chosen, **fit)
         shown = [task.messages(row)[-1]["content"] for row in chosen]
     else:

@@ -112,7 +112,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
     check_disk(workdir, stored, "the trained checkpoint")
     length, chunk = config.sampler.completion_length, config.model.vocab_chunk
-    rows = setup.task.rows("train", path=config.task.train_path, count=config.task.train_rows, seed=config.sft.seed)
+    rows = commands.task_rows(config.task, setup.task, "train", count=config.task.train_rows, seed=config.sft.seed)
     prompts: Prompts = encode_prompts(
         setup.task, setup.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
     )
@@ -127,7 +127,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     update = make_sft_update(setup.model, optimizer, length, chunk)
     task = commands.evaluated_task(config)
     held_out = encode_prompts(
-        task, setup.tokenizer, task.rows("validation", path=config.task.validation_path, count=config.evaluation.count),
+        task, setup.tokenizer, commands.task_rows(config.task, task, "validation", count=config.evaluation.count),
         buckets=config.prompt_buckets, overlong=config.overlong_prompts,
     )  # fmt: skip
     greedy, key = greedy_sampler(config), jax.random.key(config.sft.seed)

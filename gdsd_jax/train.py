@@ -80,14 +80,11 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     encode = lambda task, rows: encode_prompts(  # noqa: E731
         task, tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
     )
-    rows = task.rows("train", path=config.task.train_path, count=config.task.train_rows, seed=config.seed)
+    rows = commands.task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
     prompts = encode(task, rows)
     order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
-    split = config.evaluation.split
-    evaluated = commands.evaluated_task(config)
-    held_out = encode(
-        evaluated, evaluated.rows(split, path=config.task.path(split), count=config.evaluation.count)
-    )
+    evaluated, watched = commands.evaluated_task(config), config.evaluation
+    held_out = encode(evaluated, commands.task_rows(config.task, evaluated, watched.split, count=watched.count))
     greedy = greedy_sampler(config)
     eval_key = jax.random.key(config.seed)
     best_metric = "eval/" + commands.known_metric(evaluated, config.evaluation.best, "config.evaluation.best")
@@ -145,6 +142,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             inner_update = seconds["update"] / config.inner_updates
             metrics |= beside_plan(plan, rollout=seconds["rollout"], update=inner_update)
             metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
+            metrics["time/rewards_per_second"] = len(rewarded.texts) / rewarded.seconds["reward"]
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
             writer.write(iteration, metrics)

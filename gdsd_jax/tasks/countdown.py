@@ -84,10 +84,12 @@ def compute(expression: str) -> Fraction | None:
                 expects_operand = True
             else:
                 return None
+        if expects_operand:
+            return None
         _reduce(values, pending, 1)
     except ZeroDivisionError:
         return None
-    return None if expects_operand or pending else values[0]
+    return None if pending else values[0]
 
 
 def _reduce(values: list[Fraction], pending: list[str], precedence: int) -> None:

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import random
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,9 +65,44 @@ def from_hub(name: str, configuration: str | None, split: str, row: Callable[[st
     except Exception as error:  # no network, no such host, a proxy, a broken cache: one exception each
         raise UserError(
             f"cannot load {name} from the hub ({type(error).__name__}): without a network give a local file, "
-            "config.task.train_path for training rows and config.task.eval_path for evaluation rows"
+            "config.task.train_path for training and validation rows, config.task.eval_path for test rows"
         ) from error
     return [row(f"{name}, row {number}", record) for number, record in enumerate(records, start=1)]
+
+
+def public_rows(
+    split: str,
+    count: int | None,
+    seed: int,
+    row: Callable[[str, Row], Row],
+    held_out: Callable[[Row], bool],
+    *,
+    train: tuple[str, str | None, str],
+    test: tuple[str, str | None, str],
+) -> list[Row]:
+    """Rows of a split of a public data set, its validation split held out of the training set.
+
+    Args:
+      count: rows wanted; None: all. Training rows are drawn by `seed`, the others do not depend on it.
+      train, test: name, configuration and split on the hub.
+    """
+    name = test if split == "test" else train
+    rows = from_hub(*name, row)
+    if split != "test":
+        rows = [row for row in rows if held_out(row) == (split == "validation")]
+    return draw(rows, count, seed if split == "train" else 0, name[0])
+
+
+def draw(rows: list[Row], count: int | None, seed: int, place: object) -> list[Row]:
+    """`count` of the rows, drawn without replacement and left in their order; all where None.
+
+    Raises UserError, naming the place, where there are fewer.
+    """
+    if count is None:
+        return rows
+    if count > len(rows):
+        raise UserError(f"{place} has {len(rows)} rows, {count} were asked for: lower the count")
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
 def held_out(text: str) -> bool:

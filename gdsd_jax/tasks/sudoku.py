@@ -191,6 +191,7 @@ Row 3 is 0130; column 1 has a 2 already, so it begins with 4: 4132. Row 2 is 300
 _PUZZLE = """
 Puzzle: {puzzle}"""
 
+
 def careless(row: Row, rate: float, generator: random.Random) -> Row:
     """The row with a 1 written into `rate` of the empty cells, whatever belongs there."""
     solution = [

@@ -13,7 +13,7 @@ from jaxtyping import Float32
 
 from gdsd_jax.errors import UserError
 from gdsd_jax.tasks import prompting, workers
-from gdsd_jax.tasks.data import Row
+from gdsd_jax.tasks.data import Row, draw
 from gdsd_jax.tasks.workers import Limits
 
 SPLITS = ("train", "validation", "test")
@@ -111,12 +111,8 @@ class Task:
         if divided and self.held_out is not None:
             rows = [row for row in rows if self.held_out(row) == (split == "validation")]
             if not rows:
-                raise UserError(f"{path} leaves no row for {split}: give another file as config.task.eval_path")
-        if count is None:
-            return rows
-        if count > len(rows):
-            raise UserError(f"{path} has {len(rows)} rows, {count} were asked for: lower the count")
-        return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
+                raise UserError(f"{path} leaves no row for {split}: give other rows as config.task.validation_path")
+        return draw(rows, count, seed, path)
 
     def messages(self, row: Row) -> list[dict]:
         """The chat messages of the prompt; `assistant_prefix` follows them when they are rendered."""

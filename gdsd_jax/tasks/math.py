@@ -1,0 +1,205 @@
+r"""MATH: competition problems whose answer is an expression in LaTeX, inside `\boxed{}`.
+
+`math` rewards equivalence, decided by `math-verify`; `math_xml` rewards the same string after normalisation, and form.
+Rows come from the hub (training: `ankner/math-500`, test: `HuggingFaceH4/MATH-500`) or from a local file with the
+column `problem` (or `question`) and `answer`, `solution` or both; without `answer` it is the last box of `solution`.
+
+math-verify computes with SymPy, and what a completion writes may take it forever or end its process: both tasks score
+in worker processes (`workers`). An answer that cannot be judged within the limits is worth nothing.
+"""
+
+import dataclasses
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gdsd_jax.errors import UserError
+from gdsd_jax.tasks import data
+from gdsd_jax.tasks.data import Row, column
+from gdsd_jax.tasks.format import first_answer, last_answer, last_boxed
+from gdsd_jax.tasks.prompting import ANSWER_FORMAT
+from gdsd_jax.tasks.task import Task
+from gdsd_jax.tasks.workers import Limits
+
+LIMITS = Limits(seconds=6.0, megabytes=1024)
+# math-verify's own limit on each of its steps, which spares most slow answers the end of their worker.
+STEP_SECONDS = 2
+# Answers stand at the end, and math-verify may take quadratic time in what stands in front of them.
+MAX_TEXT = 4_000
+
+
+def equivalent(response: str, answer: str) -> bool:
+    r"""Whether math-verify finds the response's answer equal to `answer`, which is LaTeX or a text with a box."""
+    # Late: SymPy takes a second to import, and only workers need it.
+    import sympy.core.random
+    from math_verify import parse, verify
+
+    # SymPy tries equality at random points: the same ones for the same answer.
+    sympy.core.random.seed(0)
+    found = parse(response[-MAX_TEXT:], parsing_timeout=STEP_SECONDS)
+    # In the order of the public trainer, which matters for assignments.
+    return verify(_sets(found), _gold(answer), timeout_seconds=STEP_SECONDS)
+
+
+@lru_cache(maxsize=256)
+def _gold(answer: str) -> list[Any]:
+    from math_verify import parse
+
+    return _sets(parse(answer if "\\boxed" in answer else f"\\boxed{{{answer}}}", parsing_timeout=STEP_SECONDS))
+
+
+def _sets(expressions: list[Any]) -> list[Any]:
+    r"""The S of every `x \in S`, which math-verify takes for the equation x = S and finds equal to any other such."""
+    import sympy
+
+    membership = [isinstance(e, sympy.Eq) and isinstance(e.rhs, sympy.Set) for e in expressions]
+    return [e.rhs if is_in_set else e for e, is_in_set in zip(expressions, membership, strict=True)]
+
+
+def score(completion: str, row: Row) -> dict[str, float]:
+    """2 where the completion's answer is equivalent to the row's, else 0."""
+    return {"correct": 2.0 * equivalent(completion, row["answer"])}
+
+
+def score_xml(completion: str, row: Row) -> dict[str, float]:
+    r"""2 for the same string after normalisation; 0.25 for `<answer>` missing or 0.5, and as much for `\boxed`.
+
+    What is compared is the last box of the first complete `<answer>`, else of the whole text; a text without a box
+    counts as it is. Where a box never closes there is no answer, and no answer is never equal to another: the public
+    trainer rewards two such boxes as equal.
+    """
+    answer = first_answer(completion)
+    return {
+        "correct": 2.0 * same(completion if answer is None else answer, row["answer"]),
+        "format": (1.0 if "<answer>" in completion else 0.0) / 2 + (1.0 if "\\boxed" in completion else 0.5) / 2,
+    }
+
+
+def measure(completion: str, row: Row) -> dict[str, float]:
+    """The evaluation metric: 1 where the last `<answer>`, else the whole text, is the same string or equivalent."""
+    answer = last_answer(completion)
+    text = completion if answer is None else answer
+    return {"accuracy": float(same(text, row["answer"]) or equivalent(text, row["answer"]))}
+
+
+def same(response: str, answer: str) -> bool:
+    """Whether the boxes of both are the same string after normalisation."""
+    found, wanted = boxed(response), boxed(answer)
+    return found is not None and wanted is not None and normalise(found) == normalise(wanted)
+
+
+def boxed(text: str) -> str | None:
+    r"""The last `\boxed{...}` or `\boxed ...$`; the text itself where it has no box, None where one never closes."""
+    if "\\boxed " in text:
+        return text.rpartition("\\boxed ")[2].partition("$")[0]
+    return last_boxed(text) if "\\boxed" in text else text
+
+
+# Spellings without meaning, in the order in which they are replaced.
+_SPELLINGS = (
+    ("\n", ""),
+    ("\\!", ""),
+    ("\\\\", "\\"),
+    ("tfrac", "frac"),
+    ("dfrac", "frac"),
+    ("\\left", ""),
+    ("\\right", ""),
+    ("^{\\circ}", ""),
+    ("^\\circ", ""),
+    ("\\$", ""),
+)
+_POINTS = (("\\%", ""), (" .", " 0."), ("{.", "{0."))
+
+
+def normalise(latex: str) -> str:
+    r"""One spelling for answers that differ in layout, units, percent signs, brackets of `\frac` and `\sqrt`, or `x =`.
+
+    Follows the equality test that comes with the MATH data set (Hendrycks et al. 2021, arXiv 2103.03874).
+    """
+    for spelling, replacement in _SPELLINGS:
+        latex = latex.replace(spelling, replacement)
+    latex = latex.partition("\\text{ ")[0]
+    for spelling, replacement in _POINTS:
+        latex = latex.replace(spelling, replacement)
+    if latex.startswith("."):
+        latex = f"0{latex}"
+    left, equals, right = latex.partition("=")
+    if equals and "=" not in right and len(left) <= 2:
+        latex = right
+    latex = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", latex).replace(" ", "")
+    latex = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", latex)
+    latex = re.sub(r"\\frac([^{])\{", r"\\frac{\1}{", latex)
+    if latex == "0.5":
+        return "\\frac{1}{2}"
+    return re.sub(r"\A(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))\Z", r"\\frac{\1}{\2}", latex)
+
+
+def _row(place: str, record: Row) -> Row:
+    solution = str(record.get("solution") or "").strip()
+    answer = record.get("answer")
+    if answer is None:
+        answer = last_boxed(str(column(place, record, "solution")))
+    if answer is None or not str(answer).strip():
+        raise UserError(f"{place}: there is no answer, neither as answer nor as the last \\boxed{{}} of solution")
+    question = str(column(place, record, "problem", "question")).strip()
+    return {"question": question, "answer": str(answer).strip(), "solution": solution}
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a local file; UserError, naming the row, where it lacks a column or an answer."""
+    return [_row(place, record) for place, record in data.read_records(path)]
+
+
+def source(split: str, count: int | None, seed: int) -> list[Row]:
+    """Rows of the public data sets; the validation split is held out of the training set."""
+    return data.public_rows(
+        split, count, seed, _row, held_out,
+        train=("ankner/math-500", None, "train"), test=("HuggingFaceH4/MATH-500", None, "test"),
+    )  # fmt: skip
+
+
+def held_out(row: Row) -> bool:
+    """See `data.held_out`; a row is known by its question."""
+    return data.held_out(row["question"])
+
+
+_QUESTION = r"""Solve the problem below. Reason step by step and write the final answer in LaTeX inside \boxed{}.
+
+Problem: {question}"""
+
+EXAMPLES = (
+    {
+        "question": "What is the sum of the solutions of $x^2 - 7x + 10 = 0$?",
+        "solution": "The equation factors as $(x - 2)(x - 5) = 0$, so $x$ is 2 or 5, and $2 + 5 = 7$.",
+        "answer": "7",
+    },
+    {
+        "question": "A fair die is rolled twice. What is the probability that both rolls are even?",
+        "solution": "Each roll is even with probability $\\frac{1}{2}$, and the rolls are independent.",
+        "answer": "\\frac{1}{4}",
+    },
+    {
+        "question": "Find the distance between the points $(1, 2)$ and $(4, 5)$ in simplest radical form.",
+        "solution": "It is $\\sqrt{3^2 + 3^2} = \\sqrt{18}$, and $18 = 9 \\cdot 2$.",
+        "answer": "3\\sqrt{2}",
+    },
+)
+
+TASK = Task(
+    name="math",
+    source=source,
+    read=read,
+    score=score,
+    measure=measure,
+    weights={"correct": 1.0},
+    metrics_named=("accuracy",),
+    template=f"{ANSWER_FORMAT}\n\n{_QUESTION}",
+    answer_template="<reasoning>\n{solution}\n</reasoning>\n<answer>\n\\boxed{{answer}}\n</answer>",
+    examples=EXAMPLES,
+    limits=LIMITS,
+    held_out=held_out,
+    evaluation={"assistant_prefix": "<reasoning>\n"},
+)
+
+TASK_XML = dataclasses.replace(TASK, name="math_xml", score=score_xml, weights={"correct": 1.0, "format": 1.0})

@@ -1,0 +1,213 @@
+"""Malformed answers without end, for the scores of every task: no exception, no item over its limit, bounded memory.
+
+    python tests/fuzz.py --count 100000 [--tasks sudoku,math] [--seed 0]
+
+Seven in eight answers come from a grammar of what goes wrong (`malformed`), the others from hypothesis. The grammar
+takes the task's own right answer apart, nests tags and braces, leaves them open, writes digits of other scripts, huge
+numbers and towers of powers, and lines of 100 kB. Prints a line per task and ends with 1 where one of them fails.
+
+Another task needs one entry in `CASES`; `malformed(random, case)` and `strategy(case)` make answers for any other test.
+"""
+
+import argparse
+import json
+import math
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gdsd_jax.tasks import TASKS, Task, workers
+
+# Processor time of a score that runs in this process. Those in workers have the limit of their task.
+SECONDS = 1.0
+LONG = 100_000
+
+
+class Case(NamedTuple):
+    """What the grammar works on: a row of the task, an answer with full marks, and fragments of its language."""
+
+    row: dict
+    right: str
+    pieces: tuple[str, ...]
+
+
+_TAGS = ("<answer>", "</answer>", "<answer", "<reasoning>", "</reasoning>\n", "\n<answer>\n", "\n</answer>\n")
+_COMMON = (*_TAGS, "\\boxed{", "{", "}", "(", ")", "[", "]", "$", "\n", "\r", "\t", " ", "\0", "\ud800", "\u202e", "=")
+_DIGITS = ("0", "7", "42", "٣", "²", "½", "Ⅷ", "７", "१२", "1e9", "-", "+", ".", ",", "_", "%", "∞")
+_LATEX = (
+    "\\frac", "\\sqrt", "\\left(", "\\right)", "\\text{ cm}", "\\pi", "^", "_", "\\cdot", "\\infty", "\\cup", "x", "!",
+    "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "\\int", "\\sum_{n=1}^{9}", "\\log", "\\dfrac12", "\\boxed 3$",
+    "\\{", "\\}", "\\le", "\\in", "\\%", "^\\circ", "\\overline{3}", "\\binom{9}{3}",
+)  # fmt: skip
+_NUMBER_TEXT = ("The answer is ", "#### ", "The answer is 42.", "$", "1,234")
+_WORD_PROBLEM = {"question": "How many?", "answer": "42", "solution": "6 * 7 is 42."}
+_FRACTION = {"question": "How much?", "answer": "\\frac{1}{2}", "solution": "Half of it."}
+_FRACTION_RIGHT = "<reasoning>\nHalf of it.\n</reasoning>\n<answer>\n\\boxed{\\frac{1}{2}}\n</answer>"
+
+CASES = {
+    "sudoku": Case(
+        {"puzzle": "1000040000300002", "solution": "1243341221344321"},
+        "<reasoning>\nRow by row.\n</reasoning>\n<answer>\n1243341221344321\n</answer>",
+        ("1243341221344321", "1243", "Row 1: "),
+    ),
+    "countdown": Case(
+        {"numbers": [3, 5, 7], "target": 22},
+        "<reasoning>\n15 and 7.\n</reasoning>\n<answer>\n3*5+7\n</answer>",
+        ("3", "5", "7", "*", "/", "**", "//", "3*5+7", "\\times", "\\div", "= 22", "()"),
+    ),
+    "gsm8k": Case(
+        _WORD_PROBLEM, "<reasoning>\n6 * 7\n</reasoning>\n<answer>\n\\boxed{42}\n</answer>", _NUMBER_TEXT
+    ),
+    "gsm8k_xml": Case(_WORD_PROBLEM, "<reasoning>\n6 * 7\n</reasoning>\n<answer>\n42\n</answer>\n", _NUMBER_TEXT),
+    "math": Case(_FRACTION, _FRACTION_RIGHT, _LATEX),
+    "math_xml": Case(_FRACTION, _FRACTION_RIGHT, _LATEX),
+}  # fmt: skip
+
+
+def malformed(draw: random.Random, case: Case) -> str:
+    """One answer; most often inside answer tags."""
+    pieces = (*_COMMON, *_DIGITS, *case.pieces, *case.pieces)
+    kind = draw.choices(("soup", "damaged", "nested", "number", "tower", "long"), (38, 45, 6, 6, 3, 2))[0]
+    if kind == "damaged":
+        return _damaged(draw, case.right, pieces)
+    text = {"soup": _soup, "nested": _nested, "number": _number, "tower": _tower, "long": _long}[kind](draw, pieces)
+    frame = draw.choice(("{}", "<answer>{}</answer>", "<answer>\n{}\n</answer>", "<answer>\\boxed{{{}}}</answer>"))
+    return frame.format(text)
+
+
+def _soup(draw: random.Random, pieces: tuple[str, ...]) -> str:
+    return "".join(draw.choices(pieces, k=draw.randint(0, 30)))
+
+
+def _damaged(draw: random.Random, right: str, pieces: tuple[str, ...]) -> str:
+    """The right answer with a few characters gone, doubled, exchanged or followed by a piece, or cut short."""
+    for _ in range(draw.randint(1, 4)):
+        start = draw.randint(0, len(right))
+        end = min(len(right), start + draw.randint(0, 5))
+        middle = draw.choice(("", right[start:end] * 2, draw.choice(pieces)))
+        right = right[:start] + middle + right[end:]
+    return right[: draw.randint(0, len(right))] if draw.random() < 0.2 else right
+
+
+def _nested(draw: random.Random, pieces: tuple[str, ...]) -> str:
+    """One opening many times, its closing as often, once more, once less or never."""
+    pairs = (("(", ")"), ("{", "}"), ("\\boxed{", "}"), ("<answer>", "</answer>"), ("[", "]"), ("\\sqrt{", "}"))
+    opening, closing = draw.choice((*pairs, ("-", ""), ("\\frac{1}{1+", "}"), ("```python\n", "```"), ("$", "$")))
+    depth = draw.choice((2, 10, 100, 1000, 3000))
+    return opening * depth + _soup(draw, pieces) + closing * draw.choice((depth, depth + 1, depth - 1, 0))
+
+
+def _number(draw: random.Random, pieces: tuple[str, ...]) -> str:
+    digits = draw.choice(("0123456789", "٠١٢٣٤٥٦٧٨٩", "²³¹", "０１２３"))
+    text = "".join(draw.choices(digits, k=draw.choice((1, 20, 400, 5000, 20_000))))
+    return draw.choice(("{}", "-{}", "0.{}", "{}.", "1/{}", "{}/1", "1e{}", "{},000", "{}%")).format(text)
+
+
+def _tower(draw: random.Random, pieces: tuple[str, ...]) -> str:
+    """Few characters that are much to compute."""
+    base, height = draw.choice(("9", "99", "x", "0.5", "-1", "(x+y)")), draw.randint(1, 6)
+    power = draw.choice(("{}**{}", "{}^{{{}}}", "({})!{}", "\\binom{{{}}}{{{}}}", "\\frac{{{}}}{{{}}}", "{}^{}"))
+    text = base
+    for _ in range(height):
+        text = power.format(base, text)
+    return text
+
+
+def _long(draw: random.Random, pieces: tuple[str, ...]) -> str:
+    piece = draw.choice((*pieces, _soup(draw, pieces) or "x"))
+    return piece * (LONG // len(piece))
+
+
+def strategy(case: Case) -> st.SearchStrategy[str]:
+    """Answers of the grammar and any text, for hypothesis."""
+    grown = st.integers(0, 2**32).map(lambda seed: malformed(random.Random(seed), case))
+    return st.one_of(grown, grown, st.text(), st.text().map("<answer>{}</answer>".format))
+
+
+def answers(case: Case, count: int, seed: int) -> Iterator[str]:
+    """`count` answers, every eighth from hypothesis."""
+    texts: list[str] = []
+
+    @settings(max_examples=-(-count // 8), database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck), derandomize=True)  # fmt: skip
+    @given(st.one_of(st.text(), st.text().map("<answer>{}</answer>".format)))
+    def collect(text: str) -> None:
+        texts.append(text)
+
+    collect()
+    draw = random.Random(seed)
+    for index in range(count):
+        yield texts[index // 8 % len(texts)] if index % 8 == 0 else malformed(draw, case)
+
+
+class Report(NamedTuple):
+    """Figures of one task; `ok` says whether nothing raised and no item went over its limit by more than 10 %."""
+
+    task: str
+    answers: int
+    lost: int
+    slowest: float
+    seconds: float
+    megabytes: float
+    failures: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+
+def run(task: Task, case: Case, count: int, seed: int = 0, batch: int = 1000) -> Report:
+    """Scores `count` answers and measures every fourth batch of them; nothing is kept but the failures."""
+    start, slowest, lost, failures = time.perf_counter(), 0.0, 0, []
+    pool = None if task.limits is None else workers.Workers(task.limits)
+    limit = SECONDS if pool is None else task.limits.seconds
+    stream = answers(case, count, seed)
+    for first in range(0, count, batch):
+        items = [(next(stream), case.row) for _ in range(first, min(first + batch, count))]
+        parts = [(task.score, task.weights), (task.measure, task.metrics_named)]
+        for function, names in parts[: 2 if first // batch % 4 == 0 else 1]:
+            outcomes = [_here(function, item) for item in items] if pool is None else pool.map(function, items)
+            for (text, _), outcome in zip(items, outcomes, strict=True):
+                slowest, lost = max(slowest, outcome.seconds), lost + outcome.lost
+                finite = outcome.values is not None and all(math.isfinite(outcome.values[name]) for name in names)
+                if outcome.seconds > 1.1 * limit or not (finite or outcome.lost):
+                    failures.append(f"{outcome.error or outcome.values} after {outcome.seconds:.2f} s: {text!r:.200}")
+    if pool is not None:
+        pool.close()
+    who = resource.RUSAGE_SELF if pool is None else resource.RUSAGE_CHILDREN
+    megabytes = resource.getrusage(who).ru_maxrss / 1024
+    return Report(task.name, count, lost, slowest, time.perf_counter() - start, megabytes, failures)
+
+
+def _here(function: workers.Score, item: tuple) -> workers.Outcome:
+    start = time.thread_time()
+    values = dict(function(*item))  # an exception ends the run: the traceback is what one wants to see
+    return workers.Outcome(values, seconds=time.thread_time() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1000, help="answers per task")
+    parser.add_argument("--tasks", default=",".join(CASES))
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    failed = False
+    for name in flags.tasks.split(","):
+        report = run(TASKS[name], CASES[name], flags.count, flags.seed)
+        failed |= not report.ok
+        print(json.dumps({**report._asdict(), "failures": len(report.failures)}), *report.failures[:5], sep="\n  ")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
