@@ -464,7 +464,7 @@ def _numbers_apart(expression: str) -> list[str]:
 def test_malformed_answers(name):
     """The small count of what `python tests/fuzz.py` runs at any size."""
     report = fuzz.run(TASKS[name], CASES[name], count=40 if TASKS[name].limits else 400, seed=1)
-    assert report.ok and report.lost == 0, report.failures
+    assert report.failures == []
     right = TASKS[name].metrics([CASES[name].right], [CASES[name].row])
     assert all(value == 1 for value in right.values())
 

@@ -16,7 +16,7 @@ import pytest
 import worker_scores as scores
 
 from gdsd_jax.errors import UserError
-from gdsd_jax.tasks import TASKS, configure
+from gdsd_jax.tasks import TASKS, configure, workers
 from gdsd_jax.tasks.workers import Limits, Workers, check_importable
 
 LIMITS = Limits(seconds=1.0, megabytes=512, processes=2)
@@ -47,8 +47,9 @@ def test_workers_are_other_processes_without_jax(pool):
     assert os.getpid() not in {values["id"] for values in found}
 
 
-@pytest.mark.parametrize("kind", ["sleep", "deaf", "power"])
-def test_an_item_over_its_time_is_lost_and_no_other(pool, kind):
+@pytest.mark.parametrize("kind", ["loop", "deaf", "power", "sleep"])
+def test_an_item_over_its_time_is_lost_and_no_other(pool, kind, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 10 if kind == "sleep" else workers.PATIENCE)
     outcomes = pool.map(scores.hang, items("a", kind, "b", "c"))
     assert [outcome.lost for outcome in outcomes] == [False, True, False, False]
     assert outcomes[1].values is None and outcomes[1].error == "over 1 s"
@@ -113,11 +114,11 @@ def test_a_task_scores_in_workers(caplog):
         metrics_named=("length",), limits=LIMITS,
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
-        components = mixed.rewards(["abc", "sleep", ""], [{}, {}, {}])
+        components = mixed.rewards(["abc", "loop", ""], [{}, {}, {}])
     np.testing.assert_array_equal(components["length"], np.float32([3, np.nan, 0]))
     assert "mixed: 1 of 3 completions could not be scored; the first: over 1 s" in caplog.text
-    np.testing.assert_array_equal(mixed.reward(["abc", "sleep"], [{}, {}]), [6, 0])
-    np.testing.assert_array_equal(mixed.metrics(["abc", "sleep"], [{}, {}])["length"], [3, 0])
+    np.testing.assert_array_equal(mixed.reward(["abc", "loop"], [{}, {}]), [6, 0])
+    np.testing.assert_array_equal(mixed.metrics(["abc", "loop"], [{}, {}])["length"], [3, 0])
     assert configure(mixed, weights={"length": 1.0}).reward(["ab"], [{}]) == 2
 
 

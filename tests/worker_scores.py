@@ -20,11 +20,13 @@ def process(completion: str, row: dict) -> dict[str, float]:
 def hang(completion: str, row: dict) -> dict[str, float]:
     if completion == "sleep":
         time.sleep(600)
-    if completion == "deaf":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-            signal.signal(number, signal.SIG_IGN)
-        while True:
-            pass
+    while completion == "loop":
+        pass
+    while completion == "deaf":
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        except BaseException:  # whatever is raised in it
+            continue
     if completion == "power":
         9**9**9  # noqa: B018 -- one bytecode that no Python signal handler interrupts
     return {"length": len(completion)}

@@ -1,9 +1,10 @@
 """Worker processes for scores of untrusted text: a limit on each item, and no harm to the process that scores.
 
 A worker is a fresh interpreter, never a fork of the process that holds JAX, and imports what the score function needs
-and nothing else. It is asked over a socket for one item at a time. An item that takes too long ends its worker, and so
-may one that crashes it or asks for too much memory: that item alone is lost, the next one gets a new worker. Answers
-come back as JSON, so that whatever becomes of a worker, what it says is data.
+and nothing else. It is asked over a socket for one item at a time. Time is the worker's processor time, so that a busy
+machine changes no score: at the limit the function is interrupted, and where it does not listen the kernel ends the
+worker, as may an item that crashes it or asks for too much memory. That item alone is lost, the next one gets a new
+worker. Answers come back as JSON, so that whatever becomes of a worker, what it says is data.
 
 Linux only: the memory limit reads /proc.
 """
@@ -30,10 +31,14 @@ from typing import Any, NamedTuple
 
 from gdsd_jax.errors import UserError
 
-START_SECONDS = 120.0
+# Processor time beyond the limit before the kernel ends the worker.
+GRACE = 1.0
+# Wall clock, for what waits instead of computing: the start of a worker, and an item in multiples of its limit.
+START_SECONDS = 300.0
+PATIENCE = 100
 MAX_PROCESSES = 32
 _MAX_REPLY = 2**20
-_START = "import sys; sys.path[:] = sys.argv[4:]; from gdsd_jax.tasks import workers; workers.serve(*sys.argv[1:4])"
+_START = "import sys; sys.path[:] = sys.argv[5:]; from gdsd_jax.tasks import workers; workers.serve(*sys.argv[1:5])"
 # One thread each, and sets in the same order in every worker: a score must not depend on which one computed it.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -45,13 +50,15 @@ class Limits:
     """What one item may take.
 
     Attributes:
-      seconds: wall clock, without the start of a worker.
+      seconds: processor time, without the start of a worker.
       megabytes: memory beyond what the worker has after its imports.
+      imports: modules that the functions import when they are called; a worker has them before time runs.
       processes: workers; None: one per core that this process may use, at most `MAX_PROCESSES`.
     """
 
     seconds: float = 5.0
     megabytes: int = 1024
+    imports: tuple[str, ...] = ()
     processes: int | None = None
 
 
@@ -61,7 +68,7 @@ class Outcome(NamedTuple):
     values: what the function returned; None where it did not return.
     error: why it did not: what it raised, or which limit it met.
     lost: whether it met a limit or ended its worker.
-    seconds: that it took, without the start of a worker.
+    seconds: processor time that it took; 0 where it ended its worker.
     """
 
     values: dict[str, float] | None
@@ -128,7 +135,7 @@ class _Worker:
         self.seconds = limits.seconds
         self.connection, theirs = multiprocessing.Pipe()
         descriptor = theirs.fileno()
-        arguments = [descriptor, limits.seconds, limits.megabytes, *sys.path]
+        arguments = [descriptor, limits.seconds, limits.megabytes, ",".join(limits.imports), *sys.path]
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, *map(str, arguments)],
@@ -142,24 +149,22 @@ class _Worker:
 
     def score(self, function: Score, item: tuple) -> Outcome:
         """The outcome of one item, which may be the worker's last: then its process has ended."""
-        start = None
+        started = False
         try:
             self.connection.send((function.__module__, function.__qualname__, item))
             reply = self._reply(START_SECONDS)
-            start = time.perf_counter()
+            started = True
             if "error" not in reply:
-                reply = self._reply(self.seconds)
+                reply = self._reply(PATIENCE * self.seconds)
         except (EOFError, OSError) as error:
             self.end()
-            if start is None:
+            if not started:
                 raise UserError(f"a worker for {function.__module__} did not start ({self._code()})") from error
-            over = isinstance(error, TimeoutError)
-            why = f"over {self.seconds:g} s" if over else f"ended its worker ({self._code()})"
-            return Outcome(None, why, lost=True, seconds=time.perf_counter() - start)
-        if reply.get("worn"):
+            over = isinstance(error, TimeoutError) or self.process.returncode == -signal.SIGPROF
+            return Outcome(None, _over(self.seconds) if over else f"ended its worker ({self._code()})", lost=True)
+        if reply.pop("worn", False):
             self.end()
-        outcome = Outcome(reply.get("values"), reply.get("error", ""), reply.get("lost", False))
-        return outcome._replace(seconds=time.perf_counter() - start)
+        return Outcome(**{"values": None, **reply})
 
     def _reply(self, seconds: float) -> dict[str, Any]:
         if not self.connection.poll(seconds):
@@ -175,13 +180,26 @@ class _Worker:
         self.connection.close()
 
 
+def _over(seconds: float) -> str:
+    return f"over {seconds:g} s"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The worker's side
 
 
-def serve(descriptor: str, seconds: str, megabytes: str) -> None:
+class _TimeIsUp(BaseException):
+    """Raised in the function at its limit; no Exception, so that the function does not take it for its own."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _TimeIsUp
+
+
+def serve(descriptor: str, seconds: str, megabytes: str, imports: str) -> None:
     """Answers requests until the other side is gone. A request gets two replies: imported, and scored."""
     connection, allowance = Connection(int(descriptor)), int(megabytes) * 2**20
+    signal.signal(signal.SIGVTALRM, _interrupt)
     functions: dict[tuple[str, str], Score] = {}
     limit = 0
 
@@ -196,6 +214,8 @@ def serve(descriptor: str, seconds: str, megabytes: str) -> None:
         if (module, name) not in functions:
             _limit_memory(None)
             try:
+                for late in filter(None, imports.split(",")):
+                    importlib.import_module(late)
                 functions[module, name] = operator.attrgetter(name)(importlib.import_module(module))
             except Exception as error:  # of a user's module: anything
                 reply(error=f"cannot import {module}.{name}: {error!r:.1000}")
@@ -203,17 +223,25 @@ def serve(descriptor: str, seconds: str, megabytes: str) -> None:
             limit = _size() + allowance
             _limit_memory(limit)
         reply()
-        # On processor time, and left to the kernel: an item may outlive the process that could end it.
-        signal.setitimer(signal.ITIMER_PROF, 2 * float(seconds) + 1)
-        result = _call(functions[module, name], item)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        start = time.process_time()
+        result = _call(functions[module, name], item, float(seconds))
+        result["seconds"] = time.process_time() - start
         # Libraries keep what they have seen; a worker goes long before that takes an item its memory.
         reply(**result, worn=_size() > limit - allowance // 2)
 
 
-def _call(function: Score, item: tuple) -> dict[str, Any]:
+def _call(function: Score, item: tuple, seconds: float) -> dict[str, Any]:
     try:
-        return {"values": {name: float(value) for name, value in function(*item).items()}}
+        try:
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            # Nobody handles this one: it ends the process, also where no parent is left to do so.
+            signal.setitimer(signal.ITIMER_PROF, seconds + GRACE)
+            return {"values": {name: float(value) for name, value in function(*item).items()}}
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except _TimeIsUp:
+        return {"error": _over(seconds), "lost": True}
     except MemoryError:
         return {"error": "out of memory", "lost": True}
     except Exception as error:  # a user's own score may raise anything
