@@ -3,6 +3,7 @@
 #   make compare    six methods with three seeds each on the tiny model, table and figure into runs/compare
 #   make test       the fast tests              make test PYTEST_ARGS=tests/test_metrics.py   a part of them
 #   make test-slow  the tests that need PyTorch and PEFT, or minutes
+#   make test-multi of them, the meshes of eight devices and the jobs of several processes
 #   make test-plan  compiles a program of the real size for TPUs that are not here; part of test-slow
 #   make plan-table the table of docs/pods_plan.md: compiles what its JSON file does not hold yet
 #   make lint       ruff
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 PYTEST_ARGS ?=
 
-.PHONY: demo compare test test-slow test-plan plan-table lint clean venv venv-tpu venv-gpu
+.PHONY: demo compare test test-slow test-multi test-plan plan-table lint clean venv venv-tpu venv-gpu
 
 demo: .venv/.installed
 	.venv/bin/python -m gdsd_jax.demo --config configs/tiny_sudoku.py --workdir runs/demo
@@ -37,6 +38,9 @@ test-plan: .venv-tpu/.installed
 
 plan-table: .venv-tpu/.installed
 	.venv-tpu/bin/python -m gdsd_jax.planning.pods docs/pods_plan.json docs/pods_plan.md
+
+test-multi: .venv/.installed
+	.venv/bin/python -m pytest -m slow tests/test_multi.py $(PYTEST_ARGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

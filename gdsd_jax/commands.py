@@ -26,7 +26,10 @@ from gdsd_jax.config import ModelConfig, TaskConfig, TrainConfig, freeze, to_dic
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_lora
 from gdsd_jax.errors import UserError
 from gdsd_jax.hub.tokenizer import Tokenizer
+from gdsd_jax.sharding import Dimension, make_mesh, place
 from gdsd_jax.tasks import Task
+from gdsd_jax.training import multihost
+from gdsd_jax.training.state import parameter_shardings
 
 if TYPE_CHECKING:
     from gdsd_jax.training.rollout import Rewarded
@@ -73,11 +76,19 @@ def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig
     return dataclasses.replace(config, **settings)
 
 
-def load(config: TrainConfig) -> Setup:
-    """Loads the base checkpoint, its tokenizer and the task; every input error surfaces here, before work starts."""
+def load(config: TrainConfig, *, rows: Mapping[str, int] | None = None) -> Setup:
+    """Loads the base checkpoint, its tokenizer and the task; every input error surfaces here, before work starts.
+
+    The mesh of the config becomes JAX's current one, and the base lies on it.
+
+    Args:
+      rows: numbers of rows, by name, that must be spread evenly over the mesh.
+    """
     task = resolve_task(config)
     tokenizer = hub.load_tokenizer(config.checkpoint)
-    model, base = hub.load_checkpoint(config.checkpoint)
+    mesh = make_mesh(config.mesh, dimensions=dimensions(hub.read_config(config.checkpoint), rows or {}))
+    jax.set_mesh(mesh)
+    model, base = hub.load_checkpoint(config.checkpoint, mesh=mesh)
     if config.eos_token_id is not None:
         tokenizer.eos_token_id = config.eos_token_id
     # One EOS everywhere: what ends the text that is rewarded ends the completion that is scored.
@@ -119,6 +130,16 @@ def known_metric(task: Task, metric: str | None, setting: str) -> str:
     return metric or known[-1]
 
 
+def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension]:
+    """What a mesh must divide: the model, and numbers of rows by the name of their setting."""
+    return [
+        Dimension("embed", model.hidden_size, "the model's hidden size"),
+        Dimension("heads", model.num_heads, "the model's heads"),
+        Dimension("mlp", model.intermediate_size, "the model's MLP size"),
+        *(Dimension("rows", size, name) for name, size in rows.items()),
+    ]
+
+
 def load_policy(
     config: TrainConfig,
     workdir: Path | None = None,
@@ -152,17 +173,21 @@ def load_policy(
     lora, iteration = None, None
     if adapter is not None:
         lora = hub.load_adapter(adapter, model)
+        lora = place(lora, parameter_shardings(model, lora))
     elif record is not None:
         # Late: Orbax takes seconds to import, and only runs need it.
         from gdsd_jax.training.checkpoint import load_params
 
         if config.lora.rank:
             make = lambda key: init_lora(model, key, **dataclasses.asdict(config.lora))  # noqa: E731
-            lora, iteration = load_params(workdir, jax.eval_shape(make, jax.random.key(0)), best=best)
+            shapes = jax.eval_shape(make, jax.random.key(0))
+            lora, iteration = load_params(workdir, shapes, parameter_shardings(model, shapes), best=best)
         else:
             # The shapes alone, so that two whole models are never in memory.
-            base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), base)
-            base, iteration = load_params(workdir, base, best=best)
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), base)
+            places = jax.tree.map(lambda x: x.sharding, base)
+            del base
+            base, iteration = load_params(workdir, shapes, places, best=best)
     return Policy(model, base, lora, tokenizer, task, config.checkpoint, stored, iteration)
 
 
@@ -197,7 +222,9 @@ def refuse_existing(directory: Path, flag: str = "--workdir") -> None:
         raise UserError(f"{directory} is not empty: choose another {flag} or remove it")
 
 
-def diverged(workdir: Path, iteration: int, rewarded: Rewarded, latest: int | None) -> UserError:
+def diverged(
+    workdir: Path, iteration: int, rewarded: Rewarded, tokenizer: Tokenizer, latest: int | None
+) -> UserError:
     """Saves the rollouts on which training broke and returns the error that says so.
 
     Writes `workdir/diverged/ITERATION.npz` (tokens, masks, rewards, commit steps, confidences) and `ITERATION.json`
@@ -206,17 +233,17 @@ def diverged(workdir: Path, iteration: int, rewarded: Rewarded, latest: int | No
     Args:
       latest: iteration of the last good checkpoint, None if there is none.
     """
+    # Late: what the other commands do without.
+    from gdsd_jax.training.rollout import completion_records, fetch
+
     directory = workdir / "diverged"
-    directory.mkdir(parents=True, exist_ok=True)
     fields = {field.name: getattr(rewarded.batch, field.name) for field in dataclasses.fields(rewarded.batch)}
-    arrays = {name: value for name, value in fields.items() if value is not None}
-    np.savez(directory / f"{iteration}.npz", **jax.device_get(arrays))
-    rows = [
-        {"completion": text, "reward": float(rewarded.rewards[i])}
-        | {name: None if np.isnan(value[i]) else float(value[i]) for name, value in rewarded.components.items()}
-        for i, text in enumerate(rewarded.texts)
-    ]
-    (directory / f"{iteration}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    arrays = fetch({name: value for name, value in fields.items() if value is not None})
+    if multihost.first():
+        directory.mkdir(parents=True, exist_ok=True)
+        np.savez(directory / f"{iteration}.npz", **arrays)
+        rows = completion_records(rewarded, tokenizer, range(len(rewarded.completions)))
+        (directory / f"{iteration}.json").write_text(json.dumps(rows, indent=1) + "\n")
     kept = "there is no checkpoint yet" if latest is None else f"the last good checkpoint is that of iteration {latest}"
     return UserError(
         f"the update of iteration {iteration} is not finite; its batch is in {directory / f'{iteration}.npz'}, {kept}: "
@@ -278,6 +305,7 @@ def launch(
         if needs_workdir and workdir is None and not config.dry_run:
             raise UserError("give --workdir DIRECTORY, where the run's files go")
         enable_compilation_cache()
+        multihost.initialize(config.hosts)
         main(config, workdir, **values)
     except UserError as error:
         fail(error)
@@ -285,6 +313,11 @@ def launch(
         if error.errno not in _DISK_ERRORS:
             raise
         fail(f"{error}: change the directory, or make room")
+    except Exception as error:
+        if not multihost.several():
+            raise
+        traceback.print_exc()
+        multihost.leave(error)
 
 
 def enable_compilation_cache() -> None:
@@ -297,8 +330,8 @@ def enable_compilation_cache() -> None:
 
 def fail(error: object) -> None:
     """Ends the process with one line on stderr."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    multihost.end(2)
 
 
 def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, Path | None, dict[str, Any]]:
@@ -331,6 +364,8 @@ def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig,
     for argument in free:
         _set_free(config, argument)
     workdir = values["workdir"].value
+    if workdir is not None and "://" in workdir:
+        raise UserError(f"--workdir {workdir} is no directory: mount the bucket and name the place where it is mounted")
     chosen = {name: values[name].value for name in options}
     return freeze(TrainConfig, config), None if workdir is None else Path(workdir), chosen
 

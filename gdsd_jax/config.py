@@ -139,12 +139,32 @@ class TinyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a job, one on each host.
+
+    Attributes:
+      coordinator: "auto" where the platform says who takes part (TPU pods); else ADDRESS:PORT of process 0, with the
+        number of `processes` and which `process` this one is. Empty: what JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+        and JAX_PROCESS_ID say, or one process.
+      heartbeat_seconds: a process that is silent for so long is dead, and the job ends.
+      stall_seconds: the job ends as well when no result has arrived for so long; longer than the longest compilation,
+        rollout or reward.
+    """
+
+    coordinator: str = ""
+    processes: int | None = None
+    process: int | None = None
+    heartbeat_seconds: int = 30
+    stall_seconds: float = 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run. Rows per iteration are `prompts_per_iteration * group_size`; each of the `inner_updates` covers all.
 
     Attributes:
       checkpoint: Hugging Face directory of the base model.
-      mesh: how devices are arranged, see `gdsd_jax.sharding`.
+      mesh, hosts: how devices are arranged, see `gdsd_jax.sharding`, and the processes that hold them.
       method, settings: name of the method (or `package.module:NAME`), and settings by method name.
       microbatch_rows: rows per gradient accumulation step.
       component_norms_every: iterations between those that log the gradient norm of each component of the loss
@@ -167,6 +187,7 @@ class TrainConfig:
     sft: SFTConfig
     tiny: TinyConfig
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     method: str = "gdsd"
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 42

@@ -20,6 +20,7 @@ from pathlib import Path
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.hub import tiny
+from gdsd_jax.sharding import MeshConfig
 
 PROMPT, COMPLETION = 64, 64
 
@@ -43,6 +44,7 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
         config,
         checkpoint=str(directory),
         tiny=dataclasses.replace(config.tiny, family=""),
+        mesh=MeshConfig(),
         prompt_buckets=(PROMPT,),
         overlong_prompts="keep_last",
         sampler=dataclasses.replace(

@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import rich.console
 
@@ -36,10 +35,10 @@ from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.errors import UserError
 from gdsd_jax.tasks import Task, resolve
-from gdsd_jax.training import report
+from gdsd_jax.training import multihost, report
 from gdsd_jax.training.evaluation import Completed, checksum, complete, judge
 from gdsd_jax.training.metrics import Progress
-from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch
+from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch, seed_key
 from gdsd_jax.training.statistics import mean_and_error, pass_at
 
 UNFINISHED = "evaluation.part.jsonl"
@@ -124,8 +123,9 @@ def run(
         "seed": config.seed,
         "results": results,
     }
-    report.write(output, summary, records)
-    (output / UNFINISHED).unlink()
+    if multihost.first():
+        report.write(output, summary, records)
+        (output / UNFINISHED).unlink()
     return summary
 
 
@@ -177,14 +177,15 @@ def completions(
     config: TrainConfig, policy: commands.Policy, parts: list[Part], output: Path
 ) -> dict[str, list[Completed]]:
     """The batches of every part, by its name: what `output` has of them, then the rest, kept there one by one."""
-    key = jax.random.key(config.seed)
+    key = seed_key(config.seed)
     rows = {part.name: min(config.evaluation.batch_rows, len(part.prompts.rows)) for part in parts}
     totals = {part.name: -(-len(part.prompts.rows) // rows[part.name]) for part in parts}
     path = output / UNFINISHED
     batches = resumed(path, identity(config, policy, parts, rows))
     done = sum(map(len, batches.values()))
     label = " ".join(dict.fromkeys(part.task.name for part in parts))
-    with path.open("a", encoding="utf-8") as file, Progress(sum(totals.values()), start=done, label=label) as progress:
+    progress = multihost.first_only(Progress, sum(totals.values()), start=done, label=label)
+    with multihost.first_only(path.open, "a", encoding="utf-8") as file, progress:
         for part in parts:
             found = batches.setdefault(part.name, [])
             start, sampled = time.perf_counter(), 0
@@ -238,11 +239,14 @@ def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
             f"{path} is an unfinished evaluation with another {other}: finish it with its own settings, remove it, "
             "or choose another --output"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Anew, without a last line that a kill cut short.
-    draft = path.with_name(f".{path.name}")
-    draft.write_bytes(b"".join(line + b"\n" for line in whole or [json.dumps(wanted).encode()]))
-    draft.replace(path)
+    # Every process has read what is there before the first one adds to it.
+    multihost.wait()
+    if multihost.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Anew, without a last line that a kill cut short.
+        draft = path.with_name(f".{path.name}")
+        draft.write_bytes(b"".join(line + b"\n" for line in whole or [json.dumps(wanted).encode()]))
+        draft.replace(path)
     batches: dict[str, list[Completed]] = {}
     for line in lines[1:]:
         batches.setdefault(line["part"], []).append(Completed(line["texts"], line["kl"]))

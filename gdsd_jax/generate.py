@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import rich.console
 import rich.live
@@ -28,7 +27,8 @@ from gdsd_jax.diffusion import Rollout, SamplerConfig, sample
 from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.errors import UserError
 from gdsd_jax.tasks import Task
-from gdsd_jax.training.rollout import encode_prompts, fetch, put
+from gdsd_jax.training import multihost
+from gdsd_jax.training.rollout import encode_prompts, fetch, put, seed_key
 
 MASK, END = "░", "·"
 PLAIN_FRAMES = 5
@@ -77,7 +77,7 @@ def run(
         text = tokenizer.render(prompt_messages(task, prompt), task.assistant_prefix)
         tokens, mask = tokenizer.prompts([text], **fit)
     sampler = dataclasses.replace(config.sampler, temperature=temperature)
-    key = jax.random.key(config.seed if seed is None else seed)
+    key = seed_key(config.seed if seed is None else seed)
     rollout = fetch(sample(policy.model, policy.base, policy.lora, *put((tokens, mask)), key, sampler))
     texts = tokenizer.decode(rollout.tokens[:, tokens.shape[1] :])
     rewards = {"reward": task.reward(texts, chosen), **task.metrics(texts, chosen)} if chosen else {}
@@ -175,7 +175,8 @@ def main(
         rows = 1
     policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     generated = run(config, policy, prompt=prompt, rows=rows, **flags)
-    show(rich.console.Console(), policy, config.sampler, generated, watch=watch, seconds=seconds)
+    if multihost.first():
+        show(rich.console.Console(), policy, config.sampler, generated, watch=watch, seconds=seconds)
 
 
 OPTIONS = commands.POLICY_OPTIONS | {

@@ -32,11 +32,12 @@ from gdsd_jax.errors import UserError
 from gdsd_jax.hub import tiny
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.tasks import Task
+from gdsd_jax.training import multihost
 from gdsd_jax.training.checkpoint import check_disk
 from gdsd_jax.training.evaluation import evaluate_policy
 from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
-from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch, put
-from gdsd_jax.training.state import TrainState, init_state, make_optimizer
+from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch, put, seed_key
+from gdsd_jax.training.state import TrainState, make_optimizer, start_state
 
 MIN_RATIO = 1e-3
 
@@ -80,11 +81,11 @@ def sft_loss(
 
 
 def make_sft_update(
-    config: DenoiserConfig, optimizer: optax.GradientTransformation, length: int, chunk: int
+    config: DenoiserConfig, optimizer: optax.GradientTransformation, length: int, chunk: int, shardings: TrainState
 ) -> Any:
-    """Compiles `update(state, tokens, prompt_mask) -> (state, metrics)`; the state is donated."""
+    """Compiles `update(state, tokens, prompt_mask) -> (state, metrics)`; the state, which lies so, is donated."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(state: TrainState, tokens: jax.Array, prompt_mask: jax.Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(state.key, state.updates)
         loss, gradient = jax.value_and_grad(
@@ -108,9 +109,10 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     commands.refuse_existing(merged)
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
-    setup = commands.load(config)
+    setup = commands.load(config, rows={"config.sft.batch_rows": config.sft.batch_rows})
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
-    check_disk(workdir, stored, "the trained checkpoint")
+    if multihost.first():
+        check_disk(workdir, stored, "the trained checkpoint")
     length, chunk = config.sampler.completion_length, config.model.vocab_chunk
     rows = commands.task_rows(config.task, setup.task, "train", count=config.task.train_rows, seed=config.sft.seed)
     prompts: Prompts = encode_prompts(
@@ -123,14 +125,14 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
 
     batch_rows = config.sft.batch_rows
     optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
-    state = init_state(setup.base, optimizer, config.sft.seed)
-    update = make_sft_update(setup.model, optimizer, length, chunk)
+    state, places = start_state(setup.model, optimizer, config.sft.seed, lambda base: base, setup.base)
+    update = make_sft_update(setup.model, optimizer, length, chunk, places)
     task = commands.evaluated_task(config)
     held_out = encode_prompts(
         task, setup.tokenizer, commands.task_rows(config.task, task, "validation", count=config.evaluation.count),
         buckets=config.prompt_buckets, overlong=config.overlong_prompts,
     )  # fmt: skip
-    greedy, key = greedy_sampler(config), jax.random.key(config.sft.seed)
+    greedy, key = greedy_sampler(config), seed_key(config.sft.seed)
 
     def accuracy(params: Any) -> float:
         """The task's last metric on the validation rows."""
@@ -140,8 +142,9 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
         )  # fmt: skip
         return found[task.metrics_named[-1]]
 
-    writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, resume_step=-1)
-    with writer, Progress(config.sft.steps, label="sft") as progress:
+    copies = {"tensorboard": config.tensorboard, "wandb": config.wandb}
+    writer = multihost.first_only(MetricWriter, workdir, **copies, resume_step=-1)
+    with writer, multihost.first_only(Progress, config.sft.steps, label="sft") as progress:
         start = time.perf_counter()
         for step in range(config.sft.steps):
             chosen = np.asarray([order[step * batch_rows + i] for i in range(batch_rows)])
@@ -156,7 +159,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
                 if reached >= config.sft.until:
                     progress.note(f"step {step + 1}: {reached:.1%} on the validation rows is enough")
                     break
-    plot_curves(workdir)
+    if multihost.first():
+        plot_curves(workdir)
     dtypes = jax.tree.map(lambda x: x.dtype, setup.base)
     trained = jax.tree.map(lambda x, dtype: x.astype(dtype), state.params, dtypes)
     facts = {"method": "masked-diffusion SFT", "task": config.task.name} | to_dict(config.sft)
@@ -192,9 +196,11 @@ def embedded_start(config: TrainConfig) -> None:
     if checkpoint.name != "merged":
         raise UserError(f"config.checkpoint {checkpoint} of an embedded model must be a directory named merged")
     init = checkpoint.parent / "init"
-    if not init.exists():
+    if multihost.first() and not init.exists():
         tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
+    multihost.wait()
     run(dataclasses.replace(config, checkpoint=str(init)), checkpoint.parent)
+    multihost.wait()
 
 
 def main(config: TrainConfig, workdir: Path) -> None:

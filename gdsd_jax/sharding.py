@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -37,10 +38,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "lora_rank": (),
     "lora_rank_split": ("fsdp",),
     "rows": ("data", "fsdp"),
+    "micro_batches": (),
     "views": (),
     "tokens": (),
     "residual": (),
     "head_dim": (),
+    # Where a token is drawn, each device has the whole vocabulary for some of the positions.
+    "positions": ("tensor",),
+    "candidates": (),
 }
 
 
@@ -154,12 +159,13 @@ def fitted_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[
     What must be cut is checked by `make_mesh`.
     """
     spec(axes)
+    return PartitionSpec(*(_leading(mesh, RULES[axis], size) or None for axis, size in zip(axes, shape, strict=True)))
 
-    def leading(names: tuple[str, ...], size: int) -> tuple[str, ...]:
-        fits = lambda count: size % math.prod(mesh.shape[name] for name in names[:count]) == 0  # noqa: E731
-        return names[: max(filter(fits, range(len(names) + 1)))]
 
-    return PartitionSpec(*(leading(RULES[axis], size) or None for axis, size in zip(axes, shape, strict=True)))
+def _leading(mesh: Mesh | AbstractMesh, names: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """As many of the mesh axes `names`, from the first on, as divide `size`."""
+    fits = lambda count: size % math.prod(mesh.shape[name] for name in names[:count]) == 0  # noqa: E731
+    return names[: max(filter(fits, range(len(names) + 1)))]
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
@@ -182,9 +188,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(arrays: Any, places: Any) -> Any:
+    """Arrays of the host, whole in every process, on the devices; each process sends what its own devices hold."""
+
+    def one(array: Any, place: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        pieces = place.addressable_devices_indices_map(array.shape)
+        # By hand, because make_array_from_callback is no explicit transfer in the eyes of a transfer guard.
+        parts = [jax.device_put(array[index], device) for device, index in pieces.items()]
+        return jax.make_array_from_single_device_arrays(array.shape, place, parts)
+
+    return jax.tree.map(one, arrays, places)
+
+
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Fixes how an intermediate result lies on the current mesh; the identity where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fitted_spec(mesh, axes, x.shape))
+
+
+def pieces(axis: str, size: int) -> int:
+    """Into how many pieces the current mesh cuts a dimension of logical axis `axis`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return math.prod(mesh.shape[name] for name in _leading(mesh, RULES[axis], size))

@@ -15,6 +15,7 @@ import signal
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -27,31 +28,38 @@ from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.dry_run import shrink
 from gdsd_jax.methods import build, check
 from gdsd_jax.sft import embedded_start
+from gdsd_jax.training import multihost
 from gdsd_jax.training.checkpoint import Best, Checkpoints
 from gdsd_jax.training.evaluation import evaluate_policy
 from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
 from gdsd_jax.training.planned import beside_plan, read_plan
 from gdsd_jax.training.rollout import (
     Prompts,
+    Rewarded,
+    completion_records,
     encode_prompts,
     fetch,
     length_metrics,
     reward_metrics,
     roll_out,
+    seed_key,
 )
-from gdsd_jax.training.state import TrainState, init_state, make_optimizer, policy
+from gdsd_jax.training.state import TrainState, make_optimizer, policy, start_state
 from gdsd_jax.training.update import ROLLOUT_STREAM, make_inner_update, stream_key
 from gdsd_jax.training.warnings import precursors
 
 
 def fresh_state(config: TrainConfig, setup: commands.Setup) -> tuple:
-    """The state before the first update, with its optimizer and learning-rate schedule."""
+    """The state before the first update, where it lies, its optimizer and learning-rate schedule."""
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
-    params = setup.base
-    if config.lora.rank:
+
+    def trained(base: Any) -> Any:
+        if not config.lora.rank:
+            return base
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        params = init_lora(setup.model, key, **dataclasses.asdict(config.lora))
-    return init_state(params, optimizer, config.seed), optimizer, schedule
+        return init_lora(setup.model, key, **dataclasses.asdict(config.lora))
+
+    return *start_state(setup.model, optimizer, config.seed, trained, setup.base), optimizer, schedule
 
 
 def train(config: TrainConfig, workdir: Path) -> TrainState:
@@ -64,17 +72,19 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
         completion_length=config.sampler.completion_length, group_size=config.group_size,
     )  # fmt: skip
     embedded_start(config)
-    setup = commands.load(config)
+    rows_per_iteration = config.prompts_per_iteration * config.group_size
+    spread = {"prompts_per_iteration x group_size": rows_per_iteration, "microbatch_rows": config.microbatch_rows}
+    setup = commands.load(config, rows=spread)
     model, base, tokenizer, task = setup
     check_fits(model, max(config.prompt_buckets), config.sampler)
-    state, optimizer, schedule = fresh_state(config, setup)
+    state, places, optimizer, schedule = fresh_state(config, setup)
     update = make_inner_update(
         model, method, optimizer, schedule,
-        microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
+        microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk, shardings=places,
     )  # fmt: skip
     rollout_key = jax.jit(lambda state: stream_key(state.key, ROLLOUT_STREAM, state.iteration))
-    finish = jax.jit(lambda state: state.replace(iteration=state.iteration + 1))
-    snapshot = jax.jit(lambda params: jax.tree.map(lambda x: x + 0, params))
+    finish = jax.jit(lambda state: state.replace(iteration=state.iteration + 1), out_shardings=places)
+    snapshot = jax.jit(lambda params: jax.tree.map(lambda x: x + 0, params), out_shardings=places.params)
     lengths = jax.jit(length_metrics)
 
     encode = lambda task, rows: encode_prompts(  # noqa: E731
@@ -86,14 +96,13 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     evaluated, watched = commands.evaluated_task(config), config.evaluation
     held_out = encode(evaluated, commands.task_rows(config.task, evaluated, watched.split, count=watched.count))
     greedy = greedy_sampler(config)
-    eval_key = jax.random.key(config.seed)
+    eval_key = seed_key(config.seed)
     best_metric = "eval/" + commands.known_metric(evaluated, config.evaluation.best, "config.evaluation.best")
 
     checkpoints = Checkpoints(workdir, config, state)
     first, position = checkpoints.latest, 0
     if first is not None:
         state, position = checkpoints.restore()
-    state = jax.device_put(state)
     first = first or 0
     best = Best(workdir, first)
 
@@ -105,8 +114,9 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
 
     plan = read_plan(workdir, config)
     # Without a checkpoint the files start anew, with one they are cut back to it.
-    writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, resume_step=first or -1)
-    progress = Progress(config.iterations, start=first, label=config.method)
+    copies = {"tensorboard": config.tensorboard, "wandb": config.wandb}
+    writer = multihost.first_only(MetricWriter, workdir, **copies, resume_step=first or -1)
+    progress = multihost.first_only(Progress, config.iterations, start=first, label=config.method)
     warned: set[str] = set()
     with writer, checkpoints, best, progress, StopSignal() as stop, jax.transfer_guard("disallow"):
         for iteration in range(first + 1, config.iterations + 1):
@@ -131,11 +141,14 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                 state, report = update(state, base, old, rewarded.batch, by_component=by_component)
                 reports.append(report)
             state = finish(state)
-            reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
 
             # --------------------------------------------------------------------------------- metrics
+            # First what the host knows already, while the devices are at the update.
+            metrics = reward_metrics(rewarded)
+            writer.completions(iteration, logged_completions(rewarded, tokenizer, config.completions_logged))
+            reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
             now = time.perf_counter()
-            metrics = reward_metrics(rewarded) | {k: float(v) for k, v in lengths_now.items()}
+            metrics |= {k: float(v) for k, v in lengths_now.items()}
             metrics |= {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
             seconds = rewarded.seconds | {"update": now - update_start, "iteration": now - start}
             metrics |= {f"time/{name}": value for name, value in seconds.items()}
@@ -146,7 +159,6 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
             writer.write(iteration, metrics)
-            writer.completions(iteration, completion_records(rewarded, config.completions_logged))
             shown = {name.split("/")[1]: metrics[name] for name in metrics if name.startswith("eval/")}
             progress.update(iteration, reward=metrics["reward/mean"], **shown)
             for line in precursors(metrics):
@@ -155,17 +167,18 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                     warned.add(kind)
                     progress.note(f"iteration {iteration}: {line}")
             if not np.isfinite([metrics[name] for name in ("loss", "grad/norm", "update/norm")]).all():
-                raise commands.diverged(workdir, iteration, rewarded, checkpoints.latest)
+                raise commands.diverged(workdir, iteration, rewarded, tokenizer, checkpoints.latest)
 
             # ------------------------------------------------------------------------------ checkpoint
             if best_metric in metrics:
                 best.offer(iteration, state.params, best_metric, metrics[best_metric])
-            done = iteration == config.iterations or stop.requested
+            done = multihost.any_process(stop.requested) or iteration == config.iterations
             if done or iteration % config.save_every == 0:
                 checkpoints.save(iteration, state, position)
             if done:
                 break
-    plot_curves(workdir)
+    if multihost.first():
+        plot_curves(workdir)
     return state
 
 
@@ -174,15 +187,10 @@ def due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
 
 
-def completion_records(rewarded, limit: int) -> list[dict]:
+def logged_completions(rewarded: Rewarded, tokenizer: Tokenizer, limit: int) -> list[dict]:
     """The first completions with their rewards, and every completion on which a reward failed."""
     failed = np.any([np.isnan(value) for value in rewarded.components.values()], axis=0)
-    return [
-        {"completion": text, "reward": float(rewarded.rewards[i])}
-        | {name: float(value[i]) for name, value in rewarded.components.items()}
-        for i, text in enumerate(rewarded.texts)
-        if i < limit or failed[i]
-    ]
+    return completion_records(rewarded, tokenizer, [i for i in range(len(failed)) if i < limit or failed[i]])
 
 
 class StopSignal:

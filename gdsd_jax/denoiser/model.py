@@ -18,6 +18,7 @@ from gdsd_jax.denoiser import ops, splash
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.lora import LoRA, target_shapes
 from gdsd_jax.errors import UserError
+from gdsd_jax.sharding import constrain
 
 # Logical names of the two axes of each matrix; `gdsd_jax.denoiser.logical_axes` hands them to whoever owns a mesh.
 KERNEL_AXES = {
@@ -29,6 +30,7 @@ KERNEL_AXES = {
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
 }
+RESIDUAL_AXES = ("rows", "tokens", "residual")
 
 
 def _precision(config: DenoiserConfig) -> jax.lax.Precision:
@@ -85,17 +87,19 @@ class Layer(nn.Module):
             return ops.rms_norm(inputs, self.param(name, init, (c.hidden_size,), jnp.float32), c.rms_norm_eps)
 
         def heads(name: str, inputs: Array) -> Array:
-            return linear(name, inputs).reshape(*inputs.shape[:2], -1, c.head_dim)
+            split = linear(name, inputs).reshape(*inputs.shape[:2], -1, c.head_dim)
+            return constrain(split, ("rows", "tokens", KERNEL_AXES[name][1], "head_dim"))
 
         with jax.named_scope("attention"):
             h = norm("attn_norm", x)
             q, k, v = ops.rotate(heads("q", h), angles), ops.rotate(heads("k", h), angles), heads("v", h)
             plain = functools.partial(ops.attention, precision=_precision(c))
             mixed = (splash.attention if splash.chosen(c) else plain)(q, k, v, real)
-            x = x + linear("o", mixed.reshape(*x.shape[:2], -1))
+            x = constrain(x + linear("o", mixed.reshape(*x.shape[:2], -1)), RESIDUAL_AXES)
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)
-            x = x + linear("down", jax.nn.silu(linear("gate", h)) * linear("up", h))
+            inner = constrain(jax.nn.silu(linear("gate", h)) * linear("up", h), ("rows", "tokens", "mlp"))
+            x = constrain(x + linear("down", inner), RESIDUAL_AXES)
         return x, None
 
 
@@ -120,7 +124,7 @@ class Denoiser(nn.Module):
         embedding = self.param("embedding", table_init, (c.vocab_size, c.hidden_size), jnp.float32)
         if not c.tied_head:
             self.param("head", table_init, (c.vocab_size, c.hidden_size), jnp.float32)
-        x = jnp.take(embedding, tokens, axis=0).astype(c.dtype)
+        x = constrain(jnp.take(embedding, tokens, axis=0).astype(c.dtype), RESIDUAL_AXES)
         angles = ops.rope_angles(jnp.arange(tokens.shape[1]), c.head_dim, c.rope_theta)
         layers = nn.scan(
             _remat(Layer, c.remat),
@@ -229,4 +233,4 @@ def denoise(
     Training and sampling never call this: they put the head only where it is read.
     """
     hidden = hidden_states(config, base, lora, tokens, prompt_mask=prompt_mask, dropout_key=dropout_key)
-    return logits_from_hidden(config, base, hidden)
+    return constrain(logits_from_hidden(config, base, hidden), ("rows", "tokens", "vocab"))

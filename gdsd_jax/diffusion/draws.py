@@ -11,8 +11,10 @@ from jaxtyping import Float, Int
 
 from gdsd_jax.denoiser import DenoiserConfig, logits_from_hidden
 from gdsd_jax.diffusion.strategies import STRATEGIES, SamplerConfig
+from gdsd_jax.sharding import constrain, pieces
 
-# Logits of at most this many elements (1 GiB in float32) exist at once; a larger region is read in slices of positions.
+# A device holds logits of at most this many elements at once, 1 GiB in float32; a larger region is read in slices of
+# positions.
 MAX_LOGITS = 2**28
 GROUP = 128  # tokens per group of the two-level draw
 
@@ -99,15 +101,18 @@ def propose(
 
     def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         hidden, uniform = slices
-        logits = logits_from_hidden(config, base, hidden)
+        logits = constrain(logits_from_hidden(config, base, hidden), ("views", "rows", "tokens", "vocab"))
+        # From here on no sum over the vocabulary crosses devices: a draw does not depend on their number.
+        logits = constrain(logits, ("views", "rows", "positions", "candidates"))
         if logits.shape[0] == 2:
             logits = logits[1:] + (settings.cfg_scale + 1) * (logits[:1] - logits[1:])
         return candidates(jnp.where(banned, -jnp.inf, logits[0]), uniform, settings)
 
     passes, rows, positions, width = hidden.shape
+    at_one_position = passes * rows // pieces("rows", rows) * config.vocab_size
     slices = next(
         n for n in range(1, positions + 1)
-        if positions % n == 0 and (passes * rows * (positions // n) * config.vocab_size <= MAX_LOGITS or n == positions)
+        if positions % n == 0 and (at_one_position * (positions // n) <= MAX_LOGITS or n == positions)
     )  # fmt: skip
     if slices == 1:
         return propose_slice((hidden, uniform))

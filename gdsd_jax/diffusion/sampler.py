@@ -22,6 +22,7 @@ from gdsd_jax.denoiser import DenoiserConfig, LoRA, hidden_states
 from gdsd_jax.diffusion.draws import propose
 from gdsd_jax.diffusion.strategies import LOWEST, STRATEGIES, SamplerConfig, select
 from gdsd_jax.errors import UserError
+from gdsd_jax.sharding import constrain
 
 
 class Rollout(NamedTuple):
@@ -121,17 +122,18 @@ def _step(
     with jax.named_scope("denoise"):
         inputs, mask = state.tokens, prompt_mask
         if settings.cfg_scale > 0:
+            # The two passes of a row stand together, and so on one device.
             in_prompt = jnp.arange(inputs.shape[1]) < prompt_length
-            inputs = jnp.concatenate([inputs, jnp.where(in_prompt, config.mask_token_id, inputs)])
-            mask = None if mask is None else jnp.concatenate([mask, mask])
+            inputs = jnp.stack([inputs, jnp.where(in_prompt, config.mask_token_id, inputs)], axis=1)
+            inputs = inputs.reshape(-1, inputs.shape[-1])
+            mask = None if mask is None else jnp.repeat(mask, 2, axis=0)
         hidden = hidden_states(config, base, lora, inputs, prompt_mask=mask)
         hidden = lax.dynamic_slice_in_dim(hidden, prompt_length + start, size, axis=1)
+        hidden = jnp.moveaxis(hidden.reshape(rows, -1, *hidden.shape[1:]), 1, 0)
 
     with jax.named_scope("propose"):
         uniform = jax.random.uniform(token_key, (rows, size))
-        token, confidence, score = propose(
-            config, base, hidden.reshape(-1, rows, *hidden.shape[1:]), uniform, settings
-        )
+        token, confidence, score = propose(config, base, hidden, uniform, settings)
 
     with jax.named_scope("commit"):
         old = lax.dynamic_slice_in_dim(state.tokens, prompt_length + start, size, axis=1)
@@ -179,6 +181,7 @@ def compiled_sample(
 ) -> Rollout:
     """`sample` without its checks: the jitted program itself."""
     rows, prompt_length = prompts.shape
+    prompts = constrain(prompts, ("rows", "tokens"))
     prompt_mask = None if prompt_mask is None else prompt_mask.astype(bool)
     shape = (rows, settings.completion_length)
     zero = jnp.zeros((), jnp.int32)
@@ -203,4 +206,4 @@ def compiled_sample(
         completion = tokens[:, prompt_length:]
         fill = (completion == config.mask_token_id) & _finished(config, completion)[:, None]
         tokens = tokens.at[:, prompt_length:].set(jnp.where(fill, config.eos_token_id, completion))
-    return Rollout(tokens, commit_step, confidence)
+    return Rollout(*(constrain(array, ("rows", "tokens")) for array in (tokens, commit_step, confidence)))

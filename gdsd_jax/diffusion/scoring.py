@@ -9,6 +9,7 @@ K denoiser passes, R reads per token, B rows, L completion tokens, D model size,
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states
+from gdsd_jax.sharding import constrain
 
 DEFAULT_CHUNK = 16384
 
@@ -62,12 +64,13 @@ def read_views(
     """
     passes, rows, total = views.masked.shape
     length = views.weights.shape[-1]
-    noisy = jnp.where(views.masked, config.mask_token_id, tokens[None])
-    tiled_mask = None if prompt_mask is None else jnp.tile(prompt_mask, (passes, 1))
+    # The passes of a row stand together, and so on one device.
+    noisy = jnp.where(jnp.moveaxis(views.masked, 0, 1), config.mask_token_id, tokens[:, None])
+    repeated_mask = None if prompt_mask is None else jnp.repeat(prompt_mask, passes, axis=0)
     hidden = hidden_states(
-        config, base, lora, noisy.reshape(passes * rows, total), prompt_mask=tiled_mask, dropout_key=dropout_key
+        config, base, lora, noisy.reshape(rows * passes, total), prompt_mask=repeated_mask, dropout_key=dropout_key
     )
-    hidden = hidden.reshape(passes, rows, total, -1)[:, :, total - length :]
+    hidden = jnp.moveaxis(hidden.reshape(rows, passes, total, -1)[:, :, total - length :], 1, 0)
     masked = views.masked[:, :, total - length :, None]
     selected = []
     for source in views.sources:
@@ -139,6 +142,7 @@ def _vocabulary_statistics(
 
     def step(carry: dict, rows: Array) -> tuple[dict, None]:
         z = jnp.einsum("...d,vd->...v", hidden, rows, precision=precision, preferred_element_type=jnp.float32)
+        z = constrain(z, ("views", "rows", "tokens", "vocab"))
         new = {"log_normaliser": jnp.logaddexp(carry["log_normaliser"], jax.nn.logsumexp(z, axis=-1))}
         if entropy:
             kept = jnp.exp(carry["log_normaliser"] - new["log_normaliser"]) * carry["mean_logit"]
@@ -151,10 +155,16 @@ def _vocabulary_statistics(
     if chunk >= vocab:
         return step(start, head)[0]
     size = _chunk_size(vocab, chunk)
-    whole = vocab // size * size
-    step = jax.checkpoint(step, prevent_cse=False)
-    stats, _ = jax.lax.scan(step, start, head[:whole].reshape(-1, size, width))
-    return stats if whole == vocab else step(stats, head[whole:])[0]
+    count = vocab // size
+    # A chunk takes every count-th row: where the vocabulary is cut over devices, each has its share of every chunk.
+    chunks = head[: count * size].reshape(size, count, width)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def chunk_step(carry: dict, index: Array) -> tuple[dict, None]:
+        return step(carry, jax.lax.dynamic_index_in_dim(chunks, index, axis=1, keepdims=False))
+
+    stats, _ = jax.lax.scan(chunk_step, start, jnp.arange(count))
+    return stats if count * size == vocab else step(stats, head[count * size :])[0]
 
 
 def _chunk_size(vocab: int, chunk: int) -> int:

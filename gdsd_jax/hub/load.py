@@ -182,6 +182,15 @@ class _Loader(NamedTuple):
         return lambda index: pieces[_box(slot, index)][:, 0] if vector else pieces[_box(slot, index)]
 
 
+def read_config(directory: str | os.PathLike) -> DenoiserConfig:
+    """What the model in a checkpoint directory is.
+
+    Raises:
+      UserError: no such directory, no usable `config.json` in it.
+    """
+    return DenoiserConfig.from_hf(read_json(checked_directory(directory) / "config.json"))
+
+
 def load_checkpoint(
     directory: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None, reader: Reader | None = None
 ) -> tuple[DenoiserConfig, dict]:
@@ -205,7 +214,7 @@ def load_checkpoint(
         missing, unknown, repeated, misshapen or non-float tensor.
     """
     directory, reader = checked_directory(directory), reader or Reader()
-    config = DenoiserConfig.from_hf(read_json(directory / "config.json"))
+    config = read_config(directory)
     tensors = checkpoint_tensors(directory, reader)
     slots, axes = names.slots(config), None if mesh is None else logical_axes(config)
     _match(tensors, {name: slot.shape for name, slot in slots.items()}, directory, "it does not fit its config.json")

@@ -21,7 +21,7 @@ from gdsd_jax.diffusion.scoring import read_views
 from gdsd_jax.methods import Batch, Scores, build
 from gdsd_jax.planning import flops
 from gdsd_jax.training.state import TrainState, init_state, make_optimizer, policy
-from gdsd_jax.training.update import make_inner_update, take_rows
+from gdsd_jax.training.update import make_inner_update, micro_batches
 
 STORED = jnp.bfloat16  # dtype of the published checkpoints
 
@@ -64,14 +64,14 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     update = make_inner_update(
         model, method, optimizer, schedule,
         microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
+        shardings=jax.tree.map(lambda x: x.sharding, state),
     )  # fmt: skip
 
     @jax.jit
     def score(base: Any, lora: LoRA | None, batch: Batch, key: jax.Array) -> Scores:
         views = method.views(method.masks(key, batch), batch)
-        start = jnp.zeros((), jnp.int32)
-        rows = take_rows(batch, start, config.microbatch_rows)
-        seen = take_rows(views, start, config.microbatch_rows, axis=1)
+        pieces = micro_batches(batch, config.microbatch_rows), micro_batches(views, config.microbatch_rows, axis=1)
+        rows, seen = jax.tree.map(lambda x: x[0], pieces)
         reads = read_views(
             model, base, lora, rows.tokens, seen, method.reads,
             prompt_mask=rows.prompt_mask, chunk=config.model.vocab_chunk,

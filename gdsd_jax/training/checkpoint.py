@@ -1,6 +1,7 @@
 """Checkpoints of a run: what is trained, the optimizer, the counters, the key and the data position, through Orbax.
 
-The frozen base is not saved again; where it came from and its fingerprint are, and another base is refused.
+The frozen base is not saved again; where it came from and its fingerprint are, and another base is refused. What one
+mesh and number of processes saved, any other resumes: the processes of a job share the workdir.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import orbax.checkpoint as ocp
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, to_dict
 from gdsd_jax.errors import UserError
+from gdsd_jax.training import multihost
 from gdsd_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved and the run that resumes.
 FREE_TO_CHANGE = (
-    "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation", "mesh", "dry_run"
+    "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation", "mesh", "hosts",
+    "dry_run",
 )  # fmt: skip
 
 BEST = "best"
@@ -30,18 +33,24 @@ BEST = "best"
 class Checkpoints:
     """The checkpoints of one workdir.
 
+    Args:
+      state: a state of the run, for its shapes and for where a restored one shall lie.
+
     Raises:
       UserError: the workdir belongs to another config or base, or the disk has no room for `keep + 1` checkpoints.
     """
 
     def __init__(self, workdir: Path, config: TrainConfig, state: TrainState):
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_raw(state)))
+        self._template = jax.eval_shape(_raw, state)
+        places = jax.tree.map(lambda x: x.sharding, state)
+        self._template = jax.tree.map(lambda x, place: x.update(sharding=place), self._template, places)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._template))
         saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
         # The best parameters, and the next best until it is written.
         best = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
-        check_disk(workdir, size * max(config.keep + 1 - saved, 1) + best, "its checkpoints")
-        self._record(workdir, config)
-        self._template = _raw(state)
+        if multihost.first():
+            check_disk(workdir, size * max(config.keep + 1 - saved, 1) + best, "its checkpoints")
+            self._record(workdir, config)
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
@@ -81,8 +90,7 @@ class Checkpoints:
 
     def restore(self) -> tuple[TrainState, int]:
         """The newest state and data position."""
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._template)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(self._template), data=ocp.args.JsonRestore())
         restored = self._manager.restore(self.latest, args=args)
         state = restored["state"]
         return state.replace(key=jax.random.wrap_key_data(state.key)), restored["data"]["position"]
@@ -133,11 +141,11 @@ class Best:
         self._manager.close()
 
 
-def load_params(workdir: Path, template: Any, *, best: bool = False) -> tuple[Any, int]:
+def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) -> tuple[Any, int]:
     """The trained parameters of the newest checkpoint of `workdir`, and its iteration. Nothing else of it is read.
 
     Args:
-      template: the parameters, or their shapes and dtypes.
+      shapes, places: shapes and dtypes of the parameters, and their shardings.
       best: of the checkpoint that did best in the run's evaluations instead.
 
     Raises:
@@ -150,8 +158,7 @@ def load_params(workdir: Path, template: Any, *, best: bool = False) -> tuple[An
         iteration = manager.latest_step()
         if iteration is None:
             raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template)
+        target = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state = ocp.args.PyTreeRestore({"params": target}, {"params": restore_args}, partial_restore=True)
         restored = manager.restore(iteration, args=ocp.args.Composite(state=state))

@@ -16,6 +16,7 @@ from gdsd_jax.diffusion.scoring import read_views
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch, common
 from gdsd_jax.tasks.task import Task
+from gdsd_jax.training.multihost import share_out
 from gdsd_jax.training.rollout import Prompts, fetch, put
 
 _split = jax.jit(jax.random.split, static_argnums=1)
@@ -82,9 +83,12 @@ def complete(
 
 
 def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:
-    """The metrics of completions, `[B]` each, one completion per row. What a metric fails on counts 0."""
+    """The metrics of completions, `[B]` each, one completion per row. What a metric fails on counts 0.
+
+    Every process measures rows of its own, and learns what the others measured.
+    """
     texts = [text for batch in batches for text in batch.texts]
-    values = {name: np.nan_to_num(value) for name, value in task.metrics(texts, rows).items()}
+    values = {name: np.nan_to_num(value) for name, value in share_out(task.metrics, texts, rows).items()}
     if batches[0].kl is not None:
         values["kl"] = np.concatenate([np.asarray(batch.kl, np.float32) for batch in batches])
     return values

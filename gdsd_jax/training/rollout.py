@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch
+from gdsd_jax.sharding import named_sharding, place, replicated
 from gdsd_jax.tasks.task import Task, weighted_sum
+from gdsd_jax.training import multihost
 
 
 def fetch(tree: Any) -> Any:
-    """The only way from device to host: training and evaluation bring back results through here and nowhere else."""
-    return jax.device_get(tree)
+    """The only way from device to host: training and evaluation bring back results through here and nowhere else.
+
+    In a job of several processes each gets the whole of every array.
+    """
+    if multihost.several():
+        tree = _everywhere(jax.sharding.get_mesh())(tree)
+    result = jax.device_get(tree)
+    multihost.progressed()
+    return result
+
+
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def put(tree: Any) -> Any:
-    """The only way from host to device."""
-    return jax.device_put(tree)
+    """The only way from host to device: arrays with rows in front, whole in every process, are cut over the mesh."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.device_put(tree)
+    by_rows = lambda x: named_sharding(mesh, ("rows", *["tokens"] * (x.ndim - 1)), x.shape)  # noqa: E731
+    return place(tree, jax.tree.map(by_rows, tree))
+
+
+def seed_key(seed: int) -> jax.Array:
+    """The PRNG key of a seed, on every device of the mesh."""
+    mesh = jax.sharding.get_mesh()
+    return jax.jit(lambda: jax.random.key(seed), out_shardings=None if mesh.empty else replicated(mesh))()
 
 
 def completion_mask(completions: np.ndarray, eos_token_id: int) -> np.ndarray:
@@ -53,13 +79,13 @@ class Rewarded(NamedTuple):
     """Rewarded completions.
 
     batch: what the method sees, on the device.
-    texts: completions without special tokens.
+    completions: `[B, L]` ids, EOS from the first one on.
     rewards, components: `[B]` float32, and per component of the task.
     seconds: of the rollout and of the reward.
     """
 
     batch: Batch
-    texts: list[str]
+    completions: np.ndarray
     rewards: np.ndarray
     components: dict[str, np.ndarray]
     seconds: dict[str, float]
@@ -77,27 +103,32 @@ def roll_out(
     *,
     group_size: int,
 ) -> Rewarded:
-    """Samples `group_size` completions of each prompt and rewards them. Rows of a group stand together."""
+    """Samples `group_size` completions of each prompt and rewards them. Rows of a group stand together.
+
+    Every process decodes and rewards groups of its own, and learns what the others made of theirs.
+    """
     start = time.perf_counter()
     tokens, mask = put((np.repeat(prompts.tokens, group_size, axis=0), np.repeat(prompts.mask, group_size, axis=0)))
     rollout = sample(config, base, lora, tokens, mask, key, sampler)
     completions = fetch(rollout.tokens)[:, prompts.tokens.shape[1] :]
     sampled = time.perf_counter()
-    texts = tokenizer.decode(completions)
+    seen = completion_mask(completions, config.eos_token_id)
+    completions = np.where(seen, completions, config.eos_token_id)
     rows = [row for row in prompts.rows for _ in range(group_size)]
-    components = task.rewards(texts, rows)
+    judge = lambda completions, rows: task.rewards(tokenizer.decode(completions), rows)  # noqa: E731
+    components = multihost.share_out(judge, completions, rows, group_size=group_size)
     rewards = weighted_sum(components, task.weights)
     batch = Batch(
         tokens=rollout.tokens,
         prompt_mask=mask,
-        completion_mask=put(completion_mask(completions, config.eos_token_id)),
+        completion_mask=put(seen),
         rewards=put(rewards),
         commit_step=rollout.commit_step,
         confidence=rollout.confidence,
         group_size=group_size,
     )
     seconds = {"rollout": sampled - start, "reward": time.perf_counter() - sampled}
-    return Rewarded(batch, texts, rewards, components, seconds)
+    return Rewarded(batch, completions, rewards, components, seconds)
 
 
 def reward_metrics(rewarded: Rewarded) -> dict[str, float]:
@@ -107,7 +138,8 @@ def reward_metrics(rewarded: Rewarded) -> dict[str, float]:
     """
     size = rewarded.batch.group_size
     groups = rewarded.rewards.reshape(-1, size)
-    distinct = [len(set(rewarded.texts[i : i + size])) for i in range(0, len(rewarded.texts), size)]
+    by_group = rewarded.completions.reshape(len(groups), size, -1)
+    distinct = [len(np.unique(group, axis=0)) for group in by_group]
     metrics = {
         "reward/mean": float(rewarded.rewards.mean()),
         "reward/std": float(groups.std(axis=1, ddof=1).mean()),
@@ -118,6 +150,16 @@ def reward_metrics(rewarded: Rewarded) -> dict[str, float]:
     for name, value in rewarded.components.items():
         metrics[f"reward/{name}"] = float(np.nan_to_num(value).mean())
     return metrics
+
+
+def completion_records(rewarded: Rewarded, tokenizer: Tokenizer, chosen: Sequence[int]) -> list[dict]:
+    """Text, reward and components of some rows; None where a component failed."""
+    texts = tokenizer.decode(rewarded.completions[list(chosen)])
+    return [
+        {"completion": text, "reward": float(rewarded.rewards[i])}
+        | {name: None if np.isnan(value[i]) else float(value[i]) for name, value in rewarded.components.items()}
+        for i, text in zip(chosen, texts, strict=True)
+    ]
 
 
 def length_metrics(batch: Batch) -> dict[str, jax.Array]:

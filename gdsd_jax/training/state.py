@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from gdsd_jax.config import OptimizerConfig
-from gdsd_jax.denoiser import LoRA
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes
 from gdsd_jax.errors import UserError
+from gdsd_jax.sharding import replicated, shardings
 
 
 @flax.struct.dataclass
@@ -55,7 +57,7 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> tuple[optax.Gradien
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state; parameters are trained in float32 whatever dtype they come in."""
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(params, optimizer.init(params), zero, jnp.copy(zero), jax.random.key(seed))
 
@@ -63,3 +65,36 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int) 
 def policy(base: Any, params: Any) -> tuple[Any, LoRA | None]:
     """`(base, lora)` of the policy whose trained part is `params`: an adapter on the base, or a base of its own."""
     return (base, params) if isinstance(params, LoRA) else (params, None)
+
+
+def parameter_axes(model: DenoiserConfig, params: Any) -> Any:
+    """Logical axes of trained parameters, in their structure."""
+    return params.replace(weights=logical_axes(model, params)) if isinstance(params, LoRA) else logical_axes(model)
+
+
+def parameter_shardings(model: DenoiserConfig, params: Any) -> Any:
+    """Where trained parameters (or their shapes) lie on the current mesh."""
+    return shardings(jax.sharding.get_mesh(), parameter_axes(model, params), params)
+
+
+def state_shardings(model: DenoiserConfig, optimizer: optax.GradientTransformation, state: Any) -> TrainState:
+    """Where a state (or its shapes) lies: the optimizer's moments beside their parameters, the rest on every device."""
+    everywhere = replicated(jax.sharding.get_mesh())
+    params = parameter_shardings(model, state.params)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(params, moments, everywhere, everywhere, everywhere)
+
+
+def start_state(
+    model: DenoiserConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    start: Callable[[Any], Any],
+    base: Any,
+) -> tuple[TrainState, TrainState]:
+    """`init_state` of the parameters `start(base)`, each device making its own part, and where the parts lie."""
+    make = lambda base: init_state(start(base), optimizer, seed)  # noqa: E731
+    places = state_shardings(model, optimizer, jax.eval_shape(make, base))
+    return jax.jit(make, out_shardings=places)(base), places

@@ -17,7 +17,8 @@ import optax
 from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.methods import Batch, Method, Scores
-from gdsd_jax.training.state import TrainState, policy
+from gdsd_jax.sharding import constrain
+from gdsd_jax.training.state import TrainState, parameter_axes, policy
 
 # Folded into the run's key with the count of updates or iterations, so that every draw has a stream of its own.
 ROLLOUT_STREAM, MASK_STREAM, DROPOUT_STREAM = range(3)
@@ -28,9 +29,24 @@ def stream_key(key: jax.Array, stream: int, count: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, stream), count)
 
 
-def take_rows(tree: Any, start: jax.Array, rows: int, axis: int = 0) -> Any:
-    """`rows` rows of every array of a pytree, from `start` on."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis), tree)
+def whole(x: jax.Array) -> jax.Array:
+    """A small array on every device, on its way to another cut: each micro-batch lies over all devices, as rows do."""
+    return constrain(x, ["tokens"] * x.ndim)
+
+
+def micro_batches(tree: Any, rows: int, axis: int = 0) -> Any:
+    """Every array of a pytree as `B / rows` micro-batches of consecutive rows, in front of its other axes.
+
+    Args:
+      axis: of the rows.
+    """
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(whole(x), axis, 0).reshape(-1, rows, *x.shape[:axis], *x.shape[axis + 1 :])
+        x = constrain(x, ("micro_batches", "rows", *["tokens"] * (x.ndim - 2)))
+        return jnp.moveaxis(x, 1, 1 + axis)
+
+    return jax.tree.map(cut, tree)
 
 
 def total(parts: dict[str, Any]) -> Any:
@@ -46,6 +62,7 @@ def make_inner_update(
     *,
     microbatch_rows: int,
     vocab_chunk: int,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Any, Batch], tuple[TrainState, dict]]:
     """Compiles `update(state, base, old_params, batch, by_component=False) -> (state, metrics)`.
 
@@ -54,6 +71,9 @@ def make_inner_update(
 
     `by_component` (static) adds `grad/NAME`, the gradient norm of each component of the loss. Each beyond the first
     costs a backward pass and memory for one more gradient.
+
+    Args:
+      shardings: where the state lies, as `state_shardings` gives it; None leaves it to the compiler.
     """
 
     def score(
@@ -61,41 +81,40 @@ def make_inner_update(
         params: Any,
         batch: Batch,
         views: Views,
-        start: jax.Array,
-        dropout_key: jax.Array | None,
-        extra: tuple,
+        dropout_key: jax.Array | None = None,
+        extra: tuple = (),
     ) -> tuple[Scores, dict]:
         """Scores of one micro-batch, and its reads; `params` None is the reference: the base alone."""
-        rows = take_rows(batch, start, microbatch_rows)
-        seen = take_rows(views, start, microbatch_rows, axis=1)
         weights, lora = (base, None) if params is None else policy(base, params)
         reads = read_views(
             config,
             weights,
             lora,
-            rows.tokens,
-            seen,
+            batch.tokens,
+            views,
             method.reads + extra,
-            prompt_mask=rows.prompt_mask,
+            prompt_mask=batch.prompt_mask,
             dropout_key=dropout_key,
             chunk=vocab_chunk,
         )
-        return method.score(reads, seen), reads
+        return method.score(reads, views), reads
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnames="by_component")
+    @functools.partial(
+        jax.jit, donate_argnums=0, static_argnames="by_component", out_shardings=(shardings, None)
+    )
     def update(
         state: TrainState, base: Any, old_params: Any, batch: Batch, by_component: bool = False
     ) -> tuple[TrainState, dict]:
         rows = batch.tokens.shape[0]
         steps = rows // microbatch_rows
-        starts = jnp.arange(steps) * microbatch_rows
         with jax.named_scope("views"):
             masked = method.masks(stream_key(state.key, MASK_STREAM, state.updates), batch)
             views = method.views(masked, batch)
+        pieces = micro_batches(batch, microbatch_rows), micro_batches(views, microbatch_rows, axis=1)
 
         def score_all(params: Any) -> Scores:
-            scores = jax.lax.map(lambda start: score(base, params, batch, views, start, None, ())[0], starts)
-            return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), scores)
+            scores = jax.lax.map(lambda piece: score(base, params, *piece)[0], pieces)
+            return jax.tree.map(lambda x: whole(x).reshape(rows, *x.shape[2:]), scores)
 
         with jax.named_scope("old_and_reference"):
             if method.old == "always":
@@ -105,32 +124,36 @@ def make_inner_update(
             ref = score_all(None) if method.needs_reference else None
         constants = method.prepare(batch, old, ref)
 
-        def losses_of(params: Any, start: jax.Array) -> tuple[dict, dict]:
-            key = jax.random.fold_in(stream_key(state.key, DROPOUT_STREAM, state.updates), start)
-            new, reads = score(base, params, batch, views, start, key, ("entropy",))
-            losses, metrics = method.objective(new, take_rows(constants, start, microbatch_rows))
+        def losses_of(params: Any, index: jax.Array, piece: tuple, constants: Any) -> tuple[dict, dict]:
+            key = jax.random.fold_in(stream_key(state.key, DROPOUT_STREAM, state.updates), index * microbatch_rows)
+            new, reads = score(base, params, *piece, key, ("entropy",))
+            losses, metrics = method.objective(new, constants)
             entropy = jnp.mean(jax.lax.stop_gradient(reads["entropy"]), axis=0)
-            seen = take_rows(batch.completion_mask, start, microbatch_rows)
             metrics = {name: jnp.sum(value) / rows for name, value in metrics.items()}
-            metrics["entropy"] = jnp.sum(entropy * seen) / jnp.sum(batch.completion_mask)
+            metrics["entropy"] = jnp.sum(entropy * piece[0].completion_mask) / jnp.sum(batch.completion_mask)
             return {name: jnp.sum(value) for name, value in losses.items()}, metrics
 
-        def gradients_of(start: jax.Array) -> tuple[dict, tuple]:
+        def gradients_of(inputs: tuple) -> tuple[dict, tuple]:
             """Gradients of one micro-batch: of each component, or of their sum alone; and the loss and metrics."""
-            losses, pull_back, metrics = jax.vjp(lambda params: losses_of(params, start), state.params, has_aux=True)
+            losses, pull_back, metrics = jax.vjp(lambda params: losses_of(params, *inputs), state.params, has_aux=True)
             ones, none = (jax.tree.map(fill, losses) for fill in (jnp.ones_like, jnp.zeros_like))
             chosen = {name: none | {name: ones[name]} for name in losses} if by_component else {"loss": ones}
-            return {name: pull_back(weights)[0] for name, weights in chosen.items()}, (total(losses), metrics)
+            return {name: in_place(pull_back(weights)[0]) for name, weights in chosen.items()}, (total(losses), metrics)
 
-        def accumulate(carry: tuple, start: jax.Array) -> tuple[tuple, tuple]:
+        def in_place(gradient: Any) -> Any:
+            return jax.tree.map(constrain, gradient, parameter_axes(config, gradient))
+
+        def accumulate(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
             gradients, square = carry
-            pieces, reported = gradients_of(start)
+            pieces, reported = gradients_of(inputs)
             square = square + optax.tree.norm(total(pieces)) ** 2
             return (jax.tree.map(jnp.add, gradients, pieces), square), reported
 
         with jax.named_scope("gradient"):
-            start = (optax.tree.zeros_like(jax.eval_shape(gradients_of, starts[0])[0]), jnp.zeros(()))
-            (gradients, square), (losses, metrics) = jax.lax.scan(accumulate, start, starts)
+            inputs = jnp.arange(steps), pieces, micro_batches(constants, microbatch_rows)
+            shapes, _ = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], inputs))
+            start = ({name: in_place(zero) for name, zero in optax.tree.zeros_like(shapes).items()}, jnp.zeros(()))
+            (gradients, square), (losses, metrics) = jax.lax.scan(accumulate, start, inputs)
             gradient = total(gradients)
         with jax.named_scope("optimizer"):
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)

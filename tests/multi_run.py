@@ -1,0 +1,108 @@
+"""Training runs in a process of their own, on eight forced host devices or a share of them.
+
+    python tests/multi_run.py DEVICES RECORD -- [flags of gdsd_jax.train] [-- flags of the next run ...]
+
+The first process writes what the run sampled to RECORD_i.npz, i the number of the run: the tokens of every rollout and
+of every greedy evaluation, the trained adapters, and the shares of base and state that the first device holds. With
+SIGNAL_SELF=PROCESS:COUNT:NUMBER that process sends itself the signal when it has the tokens of its rollout of that
+count, in the middle of an iteration.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Unoptimised machine code: the programs run a few times each, and compile in half the time.
+FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={}"
+
+CONFIG = """
+from gdsd_jax import config as settings
+
+
+def get_config():
+    config = settings.default(checkpoint={checkpoint!r})
+    with config.unlocked():
+        config.task.update(name="tiny_run:TASK", train_rows=32)
+        config.task.settings = {{"template": "{{puzzle}}"}}
+        config.prompt_buckets = (24,)
+        config.overlong_prompts = "error"
+        config.model.update(dtype="float32", remat="full", vocab_chunk=32)
+        # The long sides of these matrices are all of a block's: the model dimension, heads and the MLP.
+        config.lora.update(rank=8, alpha=16.0, dropout=0.1, targets=("q", "o", "down"))
+        config.optimizer.learning_rate = 0.01
+        config.settings = {{"gdsd": {{"beta": 0.1}}}}
+        config.sampler.update(completion_length=8, steps=4, block_length=4, strategy={strategy!r}, temperature=1.0)
+        config.evaluation.update(count=8, split="test", batch_rows=8)
+        config.update(iterations=1, prompts_per_iteration=4, group_size=4, inner_updates=1, microbatch_rows=8)
+        config.update(save_every=1, keep=3, completions_logged=16)
+    return config
+"""
+
+
+def build(directory: Path, family: str) -> Path:
+    """A tiny checkpoint of a family and the config file that trains it; returns the file."""
+    from gdsd_jax.hub import tiny
+
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "intermediate_size": 64, "max_length": 64}
+    # Fewer key/value heads than the widest tensor axis has devices.
+    kv_heads, strategy = {"llada": (4, "low_confidence"), "dream": (2, "entropy")}[family]
+    tiny.build(directory / "base", family=family, num_kv_heads=kv_heads, **sizes)
+    file = directory / "config.py"
+    file.write_text(CONFIG.format(checkpoint=str(directory / "base"), strategy=strategy))
+    return file
+
+
+def share(arrays: Any) -> float:
+    """Of the bytes of a pytree of arrays, what the first device holds."""
+    import jax
+
+    leaves = jax.tree.leaves(arrays)
+    return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
+
+
+def record(path: str, flags: list[str]) -> None:
+    """One run of `gdsd_jax.train` with these flags."""
+    import jax
+    import numpy as np
+
+    from gdsd_jax import commands, train
+    from gdsd_jax.training import evaluation, multihost, rollout
+
+    sampled: dict[str, list] = {"rollouts": [], "greedy": [], "share_of_base": []}
+    roll_out, sample, walk = train.roll_out, evaluation.sample, train.train
+
+    def recording_roll_out(*args, **kwargs):
+        rewarded = roll_out(*args, **kwargs)
+        sampled["share_of_base"].append(share(args[1]))
+        sampled["rollouts"].append(rollout.fetch(rewarded.batch.tokens))
+        process, count, number = map(int, os.environ.get("SIGNAL_SELF", "-1:0:0").split(":"))
+        if (process, count) == (jax.process_index(), len(sampled["rollouts"])):
+            os.kill(os.getpid(), number)
+        return rewarded
+
+    def recording_sample(*args):
+        result = sample(*args)
+        sampled["greedy"].append(rollout.fetch(result.tokens))
+        return result
+
+    def recording_walk(config, workdir):
+        state = walk(config, workdir)
+        adapters = rollout.fetch(jax.tree.leaves(state.params))
+        if multihost.first():
+            arrays = {f"adapter{i}": array for i, array in enumerate(adapters)}
+            arrays["share_of_state"] = share((state.params, state.opt_state))
+            np.savez(path, **{name: np.stack(tokens) for name, tokens in sampled.items() if tokens}, **arrays)
+
+    train.roll_out, evaluation.sample, train.train = recording_roll_out, recording_sample, recording_walk
+    try:
+        commands.launch(train.main, argv=["train", *flags])
+    finally:
+        train.roll_out, evaluation.sample, train.train = roll_out, sample, walk
+
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = FLAGS.format(sys.argv[1])
+    runs = " ".join(sys.argv[3:]).split("-- ")[1:]
+    for number, run in enumerate(runs):
+        record(f"{sys.argv[2]}_{number}.npz", run.split())
