@@ -29,7 +29,7 @@ SLICES = {
     "v5p-128": ("v5p:4x4x4", 64),
     "v6e-16": ("v6e:4x4", 16),
 }
-# Where the table of plans also says what training all parameters takes: it fits the first, not the second.
+# Where the table of plans also says what training all parameters takes.
 ALL_PARAMETERS = ("v5p-32", "v5e-8")
 TASKS = ("countdown", "sudoku")
 

@@ -69,7 +69,7 @@ class Model(NamedTuple):
 
 
 def sampler(model: Model, settings: SamplerConfig, rows: int, prompt_length: int) -> float:
-    """A whole rollout: every step a forward of everything, and the head where the step reads it."""
+    """A whole rollout without a cache: every step a forward of everything, and the head where the step reads it."""
     active_only = settings.forbid_mask and settings.blocks > 1
     read = settings.block_length if active_only else settings.completion_length
     passes = 2 if settings.cfg_scale > 0 else 1

@@ -1,10 +1,10 @@
 """The table of docs/pods_plan.md: the pod configs on their slices.
 
     make plan-table
-    .venv-tpu/bin/python -m gdsd_jax.planning.pods docs/pods_plan.json docs/pods_plan.md
+    .venv-tpu/bin/python -m gdsd_jax.planning.pods docs/pods_plan.json docs/pods_plan.md [ROW ...]
 
-Compiles the rows that the JSON file does not hold yet, minutes for each, and draws the table from the file after each;
-remove the file to plan anew.
+Compiles the rows (those that are named, such as FILE_pod:v5e-8_countdown, or all) that the JSON file does not hold yet,
+minutes for each, and draws the table from the file after each; remove the file to plan anew.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def line(report: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
-def main(store: Path, page: Path) -> None:
+def main(store: Path, page: Path, chosen: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     commands.enable_compilation_cache()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     reports = json.loads(store.read_text()) if store.exists() else {}
     for row in rows():
-        if row.name not in reports:
+        if row.name not in reports and (not chosen or row.name in chosen):
             print(f"planning {row.name}", flush=True)
             reports[row.name] = report_of(row_config(row), chips.parse_topology(row.topology), list(PROGRAMS))
             store.write_text(json.dumps(reports, indent=1) + "\n")
@@ -128,6 +128,6 @@ def draw(reports: dict[str, Any], page: Path, versions: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*map(Path, sys.argv[1:]))
+        main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
     except UserError as error:
         commands.fail(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gdsd_jax import hub
+from gdsd_jax.commands import dimensions
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.chips import GIB, Slice
@@ -60,7 +62,12 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str]) -> dict
     Raises:
       UserError: libtpu is missing, or model, mesh and rows do not go together.
     """
-    mesh = make_mesh(config.mesh, chips.devices(topology))
+    rows = {
+        "prompts_per_iteration x group_size": config.prompts_per_iteration * config.group_size,
+        "microbatch_rows": config.microbatch_rows,
+    }
+    needed = dimensions(hub.architecture(config.checkpoint), rows)
+    mesh = make_mesh(config.mesh, chips.devices(topology), dimensions=needed)
     plan = make_plan(config, mesh)
     reports = {name: measure(config, plan.programs[name], topology) for name in programs}
     return {
