@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
 # Settings that change what is kept and shown, not what a run computes.
 FREE_TO_CHANGE = ("save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation")
+# An accuracy counts puzzles: two differences are easily equal, and their interval has then no width.
+FEWEST_PAIRS = 3
 WIDTH = 80
 
 
@@ -236,7 +238,7 @@ def summarise(outcomes: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
         difference = None if runs is first else interval(paired) | {"values": paired}
         if difference is not None:
             low, high = difference["low"], difference["high"]
-            difference["excludes_zero"] = low is not None and (low > 0 or high < 0)
+            difference["excludes_zero"] = len(paired) >= FEWEST_PAIRS and (low > 0 or high < 0)
         seconds = column("seconds_per_iteration")
         rows.append(
             {
@@ -356,7 +358,7 @@ def ranks(rows: list[dict[str, Any]]) -> str:
     if len(rows) == 1:
         return "One method alone has no rank."
     if not claims:
-        return f"No paired interval excludes zero, so no method is ranked above or below {first}."
+        return f"No paired interval of {FEWEST_PAIRS} seeds excludes zero: no method is ranked above or below {first}."
     tied = "Between all other pairs no rank is claimed; the intervals are not corrected for their number."
     return " ".join([*claims, tied])
 

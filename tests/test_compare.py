@@ -219,6 +219,9 @@ def test_a_rank_is_claimed_only_where_the_paired_interval_excludes_zero():
     assert "b is above a by 8.9 to 11.8 points." in compare.ranks(rows)
     assert "c is" not in compare.ranks(rows)
     assert "no method is ranked" in compare.ranks([rows[0], rows[2]])
+    # Two equal differences have an interval without width: no rank comes of them.
+    rows = compare.summarise({"a": runs_with([0.5, 0.6]), "b": runs_with([0.625, 0.725])})
+    assert rows[1]["difference"]["low"] == pytest.approx(0.125) and not rows[1]["difference"]["excludes_zero"]
     # A seed that the first method lacks has no pair, and one pair alone has no interval.
     rows = compare.summarise({"a": runs_with(first[:1]), "b": runs_with(better)})
     assert rows[1]["difference"]["values"] == pytest.approx([0.1])
