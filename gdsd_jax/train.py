@@ -155,7 +155,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             inner_update = seconds["update"] / config.inner_updates
             metrics |= beside_plan(plan, rollout=seconds["rollout"], update=inner_update)
             metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
-            metrics["time/rewards_per_second"] = len(rewarded.texts) / rewarded.seconds["reward"]
+            metrics["time/rewards_per_second"] = len(rewarded.rewards) / rewarded.seconds["reward"]
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
             writer.write(iteration, metrics)
