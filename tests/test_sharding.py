@@ -1,5 +1,7 @@
 """The table of axes: what lies where, what is refused, and what a message advises."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -69,6 +71,26 @@ def test_the_open_size_takes_what_is_left():
     made = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     assert dict(made.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert set(made.axis_types) == {AxisType.Auto}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the arrangement of devices looks at."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_only_the_data_axis_crosses_between_slices():
+    chips = [Chip(i, slice_index=i % 2) for i in range(16)]
+    made = sharding.make_mesh(MeshConfig(data=4, fsdp=-1, tensor=2, slices=2), chips)
+    assert made.devices.shape == (4, 2, 2)
+    assert sorted(chip.id for chip in made.devices.flat) == list(range(16))
+    for index, copy in enumerate(made.devices):
+        assert {chip.slice_index for chip in copy.flat} == {index // 2}
 
 
 @pytest.mark.parametrize(
