@@ -386,8 +386,10 @@ def test_a_run_logs_its_seconds_beside_the_plan(tmp_path):
 def test_a_real_program_for_chips_that_are_not_here(tmp_path):
     """LLaDA-8B's scorer on eight chips of v5e: it fits, does what the equations say, attends through the kernel."""
     file = tmp_path / "plan.json"
-    config = ROOT / "configs" / "llada_8b_pod.py"
-    command(plan, f"--config={config}:v5e-8_countdown", "--topology=v5e:2x4", "--programs=score", f"--json={file}")
+    flags = ("--topology=v5e:2x4", "--programs=score", f"--json={file}")
+    # Not the precision of the parity tests.
+    with jax.default_matmul_precision("default"):
+        command(plan, f"--config={ROOT}/configs/llada_8b_pod.py:v5e-8_countdown", *flags)
     found = json.loads(file.read_text())["score"]
     assert found["fits"] and found["peak_bytes"] < found["hbm_bytes"]
     assert found["flops_ratio"] == pytest.approx(1, abs=0.05)
