@@ -4,11 +4,12 @@ import importlib
 from typing import Any
 
 from gdsd_jax.errors import UserError
-from gdsd_jax.tasks import countdown, gsm8k, math, sudoku
+from gdsd_jax.tasks import code, countdown, gsm8k, math, sudoku
 from gdsd_jax.tasks.task import Task, configure
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (sudoku.TASK, countdown.TASK, gsm8k.TASK, gsm8k.TASK_XML, math.TASK, math.TASK_XML)
+    task.name: task
+    for task in (sudoku.TASK, countdown.TASK, gsm8k.TASK, gsm8k.TASK_XML, math.TASK, math.TASK_XML, code.TASK)
 }
 
 __all__ = ["TASKS", "Task", "configure", "resolve"]

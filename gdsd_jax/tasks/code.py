@@ -1,0 +1,169 @@
+"""Code: a Python program in one fenced block, judged by running tests in a sandbox.
+
+Rows from a local file (JSON lines, CSV or Parquet), in one of three forms:
+
+    question, test_cases                                 test_cases: Python statements, one test each
+    text, code, test_list[, test_setup_code]             MBPP
+    prompt, test, entry_point[, canonical_solution]      HumanEval; the program is asked for whole, signature included
+
+A row becomes {question, tests, test, setup, program, shadowed}: `test` is the first test, which the prompt shows,
+`setup` runs before each test, `program` is the reference solution where the file has one. There is no default data set:
+`config.task.train_path` names the file. The paper trains on AceCode-87K filtered by difficulty.
+
+The task is refused, when its rows are read, on a machine without a sandbox (`gdsd_jax.tasks.sandbox`).
+`--config.task.name=gdsd_jax.tasks.code:UNSAFE` is the same task without one: it runs what the model writes with the
+rights of the user who trains.
+"""
+
+import ast
+import builtins
+import dataclasses
+import functools
+from pathlib import Path
+
+from gdsd_jax.errors import UserError
+from gdsd_jax.tasks import sandbox, workers
+from gdsd_jax.tasks.data import Row, column, held_out, read_records
+from gdsd_jax.tasks.sandbox import Program, Verdict
+from gdsd_jax.tasks.task import Task
+
+_OPEN, _FENCE = "```python\n", "```"
+# The parser alone, in a worker: there are short texts that it takes seconds or gigabytes for.
+_PARSING = workers.Limits(seconds=1.0, megabytes=512)
+
+
+def fenced(completion: str) -> str | None:
+    """The program of a completion: prose, then one block fenced as `python`, at the end; None where it is not so.
+
+    As the references' pattern, in linear time: no other fence before or inside, at most one newline after.
+    """
+    start = completion.find(_FENCE)
+    if start < 0 or not completion.startswith(_OPEN, start):
+        return None
+    end = completion.find(_FENCE, start + len(_OPEN))
+    if end < 0 or completion[end:] not in (_FENCE, _FENCE + "\n"):
+        return None
+    return completion[start + len(_OPEN) : end].strip()
+
+
+def parse(program: str) -> dict[str, float]:
+    """{"parses": 1 or 0}: whether it is Python of the version that runs here. Never raises."""
+    try:
+        ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {"parses": 0.0}
+    return {"parses": 1.0}
+
+
+def format_reward(completion: str) -> float:
+    """1 for a program in its place, 0.5 for one that does not parse (or not within 1 s), 0 for none."""
+    text = fenced(completion)
+    if text is None:
+        return 0.0
+    (outcome,) = workers.shared(_PARSING).map(parse, [(text,)])
+    return 1.0 if outcome.values == {"parses": 1.0} else 0.5
+
+
+def program_from(completion: str, row: Row) -> Program:
+    """What the sandbox gets: the completion's last fenced block, or its whole text where there is none, and the tests.
+
+    For evaluation, which asks for less than the training reward's format.
+    """
+    _, fence, rest = completion.rpartition(_OPEN)
+    return program(rest.partition(_FENCE)[0] if fence else completion, row)
+
+
+def program(text: str, row: Row) -> Program:
+    """A program text with the tests of a row."""
+    tests = tuple(f"{row['setup']}\n{test}" for test in row["tests"])
+    return Program(text, tests, tuple(row["shadowed"]))
+
+
+def score(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
+    """Format, and where that is 1 the share of the tests that pass, each after the program in a fresh namespace."""
+    form = format_reward(completion)
+    if form < 1.0:
+        return {"format": form, "tests": 0.0}
+    (verdicts,) = sandbox.judge([program(fenced(completion), row)], backend=backend)
+    return {"format": form, "tests": verdicts.count(Verdict.PASSED) / len(verdicts)}
+
+
+def measure(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
+    """Whether all tests pass."""
+    (verdicts,) = sandbox.judge([program_of(completion, row)], backend=backend)
+    return {"passed": float(all(verdict == Verdict.PASSED for verdict in verdicts))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def read(path: Path, *, sandboxed: bool = True) -> list[Row]:
+    """Rows of a local file; UserError where one has none of the three forms, or there is no sandbox to judge with."""
+    if sandboxed:
+        sandbox.find()
+    return [_row(place, record) for place, record in read_records(path)]
+
+
+def _row(place: str, record: Row) -> Row:
+    if "test_list" in record:
+        question, tests = column(place, record, "text", "prompt"), column(place, record, "test_list")
+        setup, solution = record.get("test_setup_code") or "", record.get("code") or ""
+        named = defined(solution)
+    elif "entry_point" in record:
+        prompt, entry = column(place, record, "prompt"), column(place, record, "entry_point")
+        question = f"Complete this function and give the whole program.\n{prompt}"
+        tests, setup = [f"{column(place, record, 'test')}\ncheck({entry})"], ""
+        solution = f"{prompt}{record['canonical_solution']}" if record.get("canonical_solution") else ""
+        named = {entry}
+    else:
+        question, tests = column(place, record, "question"), column(place, record, "test_cases")
+        setup, solution, named = "", record.get("program") or "", set()
+    tests = list(tests) if isinstance(tests, (list, tuple)) else []
+    if not tests or not all(isinstance(text, str) for text in (question, setup, solution, *tests)):
+        raise UserError(f"{place}: the question must be a text and the tests a list of at least one")
+    shadowed = sorted(name for name in named if hasattr(builtins, name))
+    shown = tests[0] if "entry_point" not in record else ""
+    fields = {"question": question, "tests": tests, "test": shown, "setup": setup}
+    return {**fields, "program": solution, "shadowed": shadowed}
+
+
+def defined(program: str) -> set[str]:
+    """Names that a program defines at its top."""
+    try:
+        body = ast.parse(program).body
+    except (SyntaxError, ValueError):
+        return set()
+    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def _no_source(split: str, count: int | None, seed: int) -> list[Row]:
+    name = {"train": "train_path", "validation": "validation_path", "test": "eval_path"}[split]
+    raise UserError(f"the code task has no data of its own: name a file with config.task.{name}")
+
+
+def _held_out(row: Row) -> bool:
+    return held_out(row["question"])
+
+
+TASK = Task(
+    name="code",
+    source=_no_source,
+    read=read,
+    score=score,
+    measure=measure,
+    weights={"format": 1.0, "tests": 1.0},
+    metrics_named=("passed",),
+    template="Write a Python program for this task.\n\n{question}\n\nIt must pass tests such as this one:\n{test}\n\n"
+    "Explain your approach briefly, then end with the complete program in one fenced block:\n```python\n```",
+    answer_template="```python\n{program}\n```",
+    held_out=_held_out,
+    threads=workers.Workers(_PARSING).count,
+)
+UNSAFE = dataclasses.replace(
+    TASK,
+    name="code_unsafe",
+    read=functools.partial(read, sandboxed=False),
+    score=functools.partial(score, backend=sandbox.UNSAFE),
+    measure=functools.partial(measure, backend=sandbox.UNSAFE),
+)

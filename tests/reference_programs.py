@@ -1,0 +1,77 @@
+"""Reference solutions of HumanEval and MBPP through the sandbox, and the same made wrong; programs per second.
+
+    python tests/reference_programs.py DIRECTORY [--backend bwrap|unshare] [--seconds 1] [--processes N] [--count N]
+    python tests/reference_programs.py --trivial 200 [--backend bwrap|unshare] [--processes N]
+
+DIRECTORY holds HumanEval.jsonl.gz and mbpp.jsonl. Every reference program must pass all tests, and fail some once each
+of its functions returns a fixed text instead; rows that do otherwise are named with their verdicts. `--trivial` judges
+that many one-line programs with one test each. Time is wall clock, with the share of one core that the children had.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+from gdsd_jax.tasks import code, sandbox
+from gdsd_jax.tasks.sandbox import Limits, Program, Verdict
+
+FILES = ("HumanEval.jsonl.gz", "mbpp.jsonl")
+
+
+def altered(program: str) -> str:
+    """The program with every function of its own returning a fixed text."""
+    lines = [f"{name} = lambda *arguments, **named: 'altered'" for name in sorted(code.defined(program))]
+    return "\n".join([program, *lines])
+
+
+def timed(programs: list[Program], **options) -> list[list[Verdict]]:
+    """The verdicts; prints how long they took."""
+    start = time.perf_counter()
+    verdicts = sandbox.judge(programs, **options)
+    seconds = time.perf_counter() - start
+    print(f"  {len(programs)} programs, {seconds:.1f} s, {len(programs) / seconds:.1f} per second", flush=True)
+    return verdicts
+
+
+def compare(file: Path, count: int | None, **options) -> None:
+    """Prints the counts of one file and the rows that are not as they should be."""
+    rows = code.read(file, sandboxed=False)[:count]
+    for kind, change, wanted in (("as given", str, True), ("altered", altered, False)):
+        print(f"{file.name}, {kind}:")
+        programs = [code.program(change(row["program"]), row) for row in rows]
+        verdicts = timed(programs, **options)
+        passed = [all(verdict == Verdict.PASSED for verdict in each) for each in verdicts]
+        print(f"  {sum(passed)} of {len(rows)} pass all their tests")
+        for number, (right, each) in enumerate(zip(passed, verdicts, strict=True), start=1):
+            if right != wanted:
+                print(f"    row {number}: {', '.join(verdict.name for verdict in each)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("--trivial", type=int, default=0)
+    parser.add_argument("--backend", choices=sandbox.BACKENDS)
+    parser.add_argument("--seconds", type=float, default=1.0, help="limit on a test")
+    parser.add_argument("--processes", type=int, help="programs at a time; one per core where not given")
+    parser.add_argument("--count", type=int, help="rows of each file; all where not given")
+    options = parser.parse_args()
+    settings = {
+        "backend": options.backend or sandbox.find(),
+        "processes": options.processes,
+        "limits": Limits(seconds=options.seconds),
+    }
+    print(f"back end {settings['backend']}")
+    if options.trivial:
+        sandbox.judge([Program("", ("pass",))] * 8, **settings)  # starts the workers
+        verdicts = timed([Program("def one():\n    return 1", ("assert one() == 1",))] * options.trivial, **settings)
+        print(f"  {sum(each == [Verdict.PASSED] for each in verdicts)} pass")
+    for name in FILES if options.directory else ():
+        compare(options.directory / name, options.count, **settings)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"processor time of all children so far: {usage.ru_utime + usage.ru_stime:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
