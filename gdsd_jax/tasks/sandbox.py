@@ -146,7 +146,7 @@ def check(backend: str) -> str | None:
     needed = [name for name in _programs(backend) if shutil.which(name) is None]
     if needed:
         return f"{needed[0]} is not installed"
-    limits = Limits(seconds=3.0, total_megabytes=128)
+    limits = Limits(seconds=3.0, total_megabytes=256)
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile() as secret:
         probes = _probes(server.getsockname()[1], secret.name, limits)
         pool = workers.shared(_pool_limits(None))
