@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - programs stand as they are run
 """Programs that go against the sandbox or its verdicts: {name: (program, test, verdicts that mean it was contained)}.
 
 `PORT` and `SECRET` in a test stand for a port that listens on the machine and a file that every user can read.
@@ -83,7 +82,8 @@ CONTAINED = {
     "memory of the tester": (
         "import os\ndef f():\n"
         "    others = [int(n) for n in os.listdir('/proc') if n.isdigit() and int(n) != os.getpid()]\n"
-        "    found = []\n    for each in others:\n        try:\n            found.append(open(f'/proc/{each}/mem', 'rb'))\n"
+        "    found = []\n    for each in others:\n        try:\n"
+        "            found.append(open(f'/proc/{each}/mem', 'rb'))\n"
         "        except OSError:\n            continue\n    return len(found)",
         "assert f() == 0", (PASSED,),
     ),
@@ -111,8 +111,10 @@ CONTAINED = {
     ),
     # What it may write
     "write to the system": (
-        "def f(path):\n    try:\n        open(path, 'w').close()\n    except OSError:\n        return False\n    return True",
-        "assert not any(map(f, ['/x', '/usr/x', '/usr/bin/python3', '/dev/x', '/proc/sys/kernel/core_pattern', '/bin/sh']))",
+        "def f(path):\n    try:\n        open(path, 'w').close()\n    except OSError:\n        return False\n"
+        "    return True",
+        "paths = ['/x', '/usr/x', '/usr/bin/python3', '/dev/x', '/proc/sys/kernel/core_pattern', '/bin/sh']\n"
+        "assert not any(map(f, paths))",
         (PASSED,),
     ),
     "shared memory": (_FILL, "assert fill('/dev/shm', 1, 1) in ('EROFS', 'ENOENT')", (PASSED,)),
@@ -141,7 +143,7 @@ CONTAINED = {
         "assert f() < 16", (PASSED,),
     ),
     "memory bomb": ("def f(): return len(bytearray(1 << 34))", "f()", (MEMORY,)),
-    "growing list": ("def f():\n    x = [0]\n    while True:\n        x += x", "f()", (MEMORY, TIMED_OUT)),
+    "growing list": ("def f():\n    x = [0]\n    while True:\n        x += x", "f()", (MEMORY,)),
     "memory of many processes": (
         "import os, time\ndef f():\n    for _ in range(6):\n        if os.fork() == 0:\n"
         "            held = b'x' * (100 << 20)\n            time.sleep(30)\n    time.sleep(30)",
@@ -189,11 +191,14 @@ CONTAINED = {
         "if n.isdigit() and int(n) != os.getpid()]",
         "assert set(f()) == {-1}", (PASSED,),
     ),
-    "kill of process 1": ("import os\ndef f():\n    os.kill(1, 9)\n    return os.getppid()", "assert f() == 1", (PASSED,)),
+    "kill of process 1": (
+        "import os\ndef f():\n    os.kill(1, 9)\n    return os.getppid()", "assert f() == 1", (PASSED,)
+    ),
     "kill of all": ("import os\ndef f(): os.kill(-1, 9)", "f()", ENDED),
     "kill of its group": ("import os\ndef f(): os.killpg(0, 9)", "f()", ENDED),
     "stopped tester": (
-        "import os\ndef f():\n    for n in os.listdir('/proc'):\n        if n.isdigit() and int(n) not in (1, os.getpid()):\n"
+        "import os\ndef f():\n    for n in os.listdir('/proc'):\n"
+        "        if n.isdigit() and int(n) not in (1, os.getpid()):\n"
         "            os.kill(int(n), 19)\n    return 1",
         "f()\nassert False", ENDED,
     ),
@@ -215,7 +220,8 @@ CHEATS = {
     "tests overwritten": "tests = ['pass']\ncheck = test = lambda *a: None\n" + _ANSWER,
     "verdict printed": "print('passed', flush=True)\nprint([0], flush=True)\n" + _ANSWER,
     "verdict on every descriptor": (
-        "import os\nfor n in range(1024):\n    try:\n        os.write(n, b'\\0' * 64)\n    except OSError:\n        pass\n"
+        "import os\nfor n in range(1024):\n    try:\n        os.write(n, b'\\0' * 64)\n"
+        "    except OSError:\n        pass\n"
         + _ANSWER
     ),
     "verdict as protocol": (

@@ -1,6 +1,6 @@
-# ruff: noqa: E501 - programs stand as they are run
 """The sandbox, on every back end that this machine has: attacks, cheats, verdicts, and a pool that goes on."""
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -17,8 +17,9 @@ from gdsd_jax.tasks import sandbox, workers
 from gdsd_jax.tasks.sandbox import BACKENDS, UNSAFE, Limits, Program, Verdict, judge
 
 INSTALLED = [name for name in BACKENDS if shutil.which(name)]
-# Generous for a busy machine; what is meant to run into it costs as much.
-LIMITS = Limits(seconds=3.0, total_megabytes=384)
+# Time that a busy machine has enough of; and time for what is meant to use all that it gets.
+LIMITS = Limits(seconds=20.0, megabytes=256, total_megabytes=384)
+SHORT = dataclasses.replace(LIMITS, seconds=1.0)
 GOOD = Program("def f(x):\n    return x + 1", ("assert f(1) == 2", "assert f(1) == 3"))
 
 
@@ -41,9 +42,13 @@ def outcomes(backend):
         given = f"SECRET, PORT = {secret.name!r}, {server.getsockname()[1]}\n"
         programs = {name: Program(source, (given + test,)) for name, (source, test, _) in attacks.CONTAINED.items()}
         programs |= {name: Program(source, (attacks.CHEATED,)) for name, source in attacks.CHEATS.items()}
-        queue = [each for program in programs.values() for each in (program, GOOD)]
-        verdicts = judge(queue, limits=LIMITS, backend=backend, processes=1)
-    return dict(zip(programs, zip(verdicts[::2], verdicts[1::2], strict=True), strict=True))
+        endless = {name for name, (_, _, wanted) in attacks.CONTAINED.items() if Verdict.TIMED_OUT in wanted}
+        found = {}
+        for limits, names in ((SHORT, endless), (LIMITS, programs.keys() - endless)):
+            queue = [each for name in sorted(names) for each in (programs[name], GOOD)]
+            verdicts = judge(queue, limits=limits, backend=backend, processes=1)
+            found |= zip(sorted(names), zip(verdicts[::2], verdicts[1::2], strict=True), strict=True)
+    return found
 
 
 def test_a_back_end_is_installed():
@@ -72,18 +77,23 @@ def test_every_limit_proves_itself(backend):
     ("source", "test"),
     [
         ("def f(x): x.append(3); return x", "l = [1]\nassert f(l) == [1, 3] and l == [1, 3]"),
-        ("def f(x): return {(1, 2): {3}, 'a': [x, None, 1.5, 2j, b'b']}", "assert f(1)[(1, 2)] == {3} and f(2)['a'][0] == 2"),
+        ("def f(x): return {(1, 2): {3}, 'a': [x, None, 1.5, 2j, b'b']}",
+         "assert f(1)[(1, 2)] == {3} and f(2)['a'][0] == 2"),
         ("class Node:\n    def __init__(self, v): self.v, self.next = v, None\n"
          "def f(n): return n.v + (f(n.next) if n.next else 0)",
          "a = Node(1)\na.next = Node(2)\nassert f(a) == 3 and isinstance(a, Node) and a.next.v == 2"),
         ("from collections import namedtuple, Counter\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)\n"
          "def g(): return Counter('aab')", "assert f() == (1, 2) and f().x == 1 and g() == {'a': 2, 'b': 1}"),
         ("def f():\n    yield from range(3)", "assert list(f()) == [0, 1, 2] and sum(x for x in f()) == 3"),
-        ("def f(x): raise ValueError('no')", "try:\n    f(1)\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert 0"),
-        ("import re, math\ndef f(s): return re.match('a', s)\ndef g(): return 0.1 + 0.2", "assert f('a') and not f('b') and math.isclose(g(), 0.3)"),
-        ("from fractions import Fraction as F\ndef f(): return F(1, 3)", "from fractions import Fraction\nassert f() == Fraction(1, 3)"),
+        ("def f(x): raise ValueError('no')",
+         "try:\n    f(1)\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert 0"),
+        ("import re, math\ndef f(s): return re.match('a', s)\ndef g(): return 0.1 + 0.2",
+         "assert f('a') and not f('b') and math.isclose(g(), 0.3)"),
+        ("from fractions import Fraction as F\ndef f(): return F(1, 3)",
+         "from fractions import Fraction\nassert f() == Fraction(1, 3)"),
         ("def f(): return 10 ** 5000, int, 'ü\\ud800'", "assert f() == (10 ** 5000, int, 'ü\\ud800')"),
-        ("class A:\n    def __init__(self, v): self.v = v\n    def __eq__(self, o): return self.v == o.v\n", "assert A(1) == A(1) and A(1) != A(2) and A(1) != 1"),
+        ("class A:\n    def __init__(self, v): self.v = v\n    def __eq__(self, o): return self.v == o.v\n",
+         "assert A(1) == A(1) and A(1) != A(2) and A(1) != 1"),
     ],
 )  # fmt: skip
 def test_honest_programs_pass(backend, source, test):
@@ -99,7 +109,8 @@ def test_builtins_are_the_tests_own_unless_the_row_names_them(backend):
 
 def test_each_test_has_a_fresh_program_and_each_program_an_empty_tmp(backend):
     counts = Program("n = 0\ndef f():\n    global n\n    n += 1\n    return n", ("assert f() == 1",) * 2)
-    leaves = Program("import os\ndef f():\n    open('/tmp/left', 'w').close()\n    return os.listdir('/tmp')", ("assert f() == ['left']",))
+    writes = "import os\ndef f():\n    open('/tmp/left', 'w').close()\n    return os.listdir('/tmp')"
+    leaves = Program(writes, ("assert f() == ['left']",))
     looks = Program("import os\ndef f(): return os.listdir('/tmp')", ("assert f() == []",))
     found = judge([counts, leaves, looks], limits=LIMITS, backend=backend, processes=1)
     assert {verdict for each in found for verdict in each} == {Verdict.PASSED}
@@ -136,7 +147,7 @@ def test_a_sandbox_that_does_not_start_is_refused(monkeypatch):
 
 def test_unsafe_runs_under_limits_alone():
     endless = Program("while True:\n    pass", ("pass",))
-    found = judge([GOOD, endless, GOOD], limits=Limits(seconds=2.0), backend=UNSAFE, processes=1)
+    found = judge([GOOD, endless, GOOD], limits=SHORT, backend=UNSAFE, processes=1)
     assert found == [[Verdict.PASSED, Verdict.FAILED], [Verdict.TIMED_OUT], [Verdict.PASSED, Verdict.FAILED]]
 
 

@@ -90,7 +90,7 @@ def score(completion: str, row: Row, backend: str | None = None) -> dict[str, fl
 
 def measure(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
     """Whether all tests pass."""
-    (verdicts,) = sandbox.judge([program_of(completion, row)], backend=backend)
+    (verdicts,) = sandbox.judge([program_from(completion, row)], backend=backend)
     return {"passed": float(all(verdict == Verdict.PASSED for verdict in verdicts))}
 
 

@@ -38,6 +38,7 @@ from typing import NamedTuple
 
 from gdsd_jax.errors import UserError
 from gdsd_jax.tasks import sandbox_guest as guest
+from gdsd_jax.tasks import sandbox_objects as objects
 from gdsd_jax.tasks import workers
 
 BACKENDS = ("bwrap", "unshare")
@@ -48,6 +49,18 @@ _UNPRIVILEGED = 64321  # a user and group id that no system gives away
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _MOUNTED = "/mnt"
+# Runs SETTINGS NAME SOURCE ...: the sources as modules, of which the last has `main`. Programs do not see the modules.
+_START = """
+import json, sys, types
+settings, *named = sys.argv[1:]
+for name, source in zip(named[::2], named[1::2]):
+    sys.modules[name] = module = types.ModuleType(name)
+    exec(compile(source, name, "exec"), vars(module))
+for name in named[::2]:
+    del sys.modules[name]
+del sys.argv[1:]
+module.main(json.loads(settings))
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +68,12 @@ _log = logging.getLogger(__name__)
 class Verdict(enum.IntEnum):
     """What became of one test."""
 
-    PASSED = guest.PASSED
-    FAILED = guest.FAILED
-    TIMED_OUT = guest.TIMED_OUT
-    OUT_OF_MEMORY = guest.OUT_OF_MEMORY
-    CRASHED = guest.CRASHED
-    REFUSED = guest.CRASHED + 1  # the sandbox did not come up for it
+    PASSED = objects.PASSED
+    FAILED = objects.FAILED
+    TIMED_OUT = objects.TIMED_OUT
+    OUT_OF_MEMORY = objects.OUT_OF_MEMORY
+    CRASHED = objects.CRASHED
+    REFUSED = objects.CRASHED + 1  # the sandbox did not come up for it
 
 
 class Program(NamedTuple):
@@ -194,7 +207,7 @@ class _Sandbox:
         try:
             for data in (header, *texts):
                 self.connection.sendall(struct.pack("!I", len(data)) + data)
-            return json.loads(guest.receive(self.connection))
+            return json.loads(objects.receive(self.connection))
         except (OSError, EOFError) as error:
             raise RuntimeError(f"{self.backend}: {self.end()[-300:] or repr(error)}") from error
 
@@ -254,7 +267,8 @@ def _command(backend: str, settings: Mapping) -> list[str]:
     """The command line that starts `sandbox_guest` under a back end."""
     name = Path(sys.executable).resolve().relative_to(Path(sys.base_prefix).resolve())
     prefix = _prefix() if backend != UNSAFE else sys.base_prefix
-    python = [f"{prefix}/{name}", "-I", "-S", "-c", Path(guest.__file__).read_text(), json.dumps(settings)]
+    sources = [text for module in (objects, guest) for text in (module.__name__, Path(module.__file__).read_text())]
+    python = [f"{prefix}/{name}", "-I", "-S", "-c", _START, json.dumps(settings), *sources]
     if backend == UNSAFE:
         return python
     if backend == "bwrap":
