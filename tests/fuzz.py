@@ -1,22 +1,30 @@
 """Malformed answers without end, for the scores of every task: no exception, no item over its limit, bounded memory.
 
     python tests/fuzz.py --count 100000 [--tasks sudoku,math] [--seed 0]
+    python tests/fuzz.py --tasks code --count 100000 --programs 2000
 
 Seven in eight answers come from a grammar of what goes wrong (`malformed`), the others from hypothesis. The grammar
 takes the task's own right answer apart, nests tags and braces, leaves them open, writes digits of other scripts, huge
 numbers and towers of powers, and lines of 100 kB. Prints a line per task and ends with 1 where one of them fails.
 
+Answers of the code task are parsed and given their format; `--programs` of them run in the sandbox, as evaluation runs
+them. A line of their own says how often each verdict was given, and the wall clock of the longest.
+
 Another task needs one entry in `CASES`; `malformed(random, case)` and `strategy(case)` make answers for any other test.
 """
 
 import argparse
+import collections
+import dataclasses
 import json
 import math
+import os
 import random
 import resource
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +34,7 @@ from hypothesis import strategies as st
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gdsd_jax.tasks import TASKS, Task, workers
+from gdsd_jax.tasks import TASKS, Task, code, sandbox, workers
 
 # Processor time of a score that runs in this process. Those in workers have the limit of their task.
 SECONDS = 1.0
@@ -34,11 +42,12 @@ LONG = 100_000
 
 
 class Case(NamedTuple):
-    """What the grammar works on: a row of the task, an answer with full marks, and fragments of its language."""
+    """What the grammar works on: a row of the task, an answer with full marks, its language in pieces, its frames."""
 
     row: dict
     right: str
     pieces: tuple[str, ...]
+    frames: tuple[str, ...] = ("{}", "<answer>{}</answer>", "<answer>\n{}\n</answer>", "<answer>\\boxed{{{}}}</answer>")
 
 
 _TAGS = ("<answer>", "</answer>", "<answer", "<reasoning>", "</reasoning>\n", "\n<answer>\n", "\n</answer>\n")
@@ -72,6 +81,28 @@ CASES = {
     "math": Case(_FRACTION, _FRACTION_RIGHT, _LATEX),
     "math_xml": Case(_FRACTION, _FRACTION_RIGHT, _LATEX),
 }  # fmt: skip
+_PROGRAM = (
+    "```", "```python\n", "\ndef up(x):\n    return x + 1\n", "\ndef up(x):\n    ", "return ", "up(", "f'{", "\"\"\"",
+    "\nwhile True:\n    ", "pass\n", "\nif x:\n", "#", "await ", "lambda:", "\nx = [0] * 9**9\n", "\ndel up\n",
+    "\nimport os\nos.fork()\n", "\nimport sys\nsys.exit(0)\n", "\nimport os\nos._exit(0)\n", "\nprint('x' * 10**7)\n",
+    "\nclass A:\n    __eq__ = lambda self, other: True\n", "\nraise KeyboardInterrupt\n", "\nup = A()\n",
+    "\nopen('/tmp/x', 'w').write('x' * 10**8)\n",
+)  # fmt: skip
+CODE = Case(
+    {"tests": ["assert up(1) == 2", "assert up(2) == 3"], "setup": "", "shadowed": []},
+    "Add one.\n```python\ndef up(x):\n    return x + 1\n```",
+    _PROGRAM,
+    ("{}", "```python\n{}\n```", "Add one.\n```python\n{}\n```"),
+)
+
+
+def _format(completion: str, row: dict) -> dict[str, float]:
+    return {"format": code.format_reward(completion)}
+
+
+CODE_FORMAT = dataclasses.replace(
+    code.TASK, score=_format, measure=_format, weights={"format": 1.0}, metrics_named=("format",)
+)
 
 
 def malformed(draw: random.Random, case: Case) -> str:
@@ -81,8 +112,7 @@ def malformed(draw: random.Random, case: Case) -> str:
     if kind == "damaged":
         return _damaged(draw, case.right, pieces)
     text = {"soup": _soup, "nested": _nested, "number": _number, "tower": _tower, "long": _long}[kind](draw, pieces)
-    frame = draw.choice(("{}", "<answer>{}</answer>", "<answer>\n{}\n</answer>", "<answer>\\boxed{{{}}}</answer>"))
-    return frame.format(text)
+    return draw.choice(case.frames).format(text)
 
 
 def _soup(draw: random.Random, pieces: tuple[str, ...]) -> str:
@@ -188,6 +218,29 @@ def run(task: Task, case: Case, count: int, seed: int = 0, batch: int = 1000) ->
     return Report(task.name, count, lost, over, slowest, time.perf_counter() - start, megabytes, failures)
 
 
+def run_programs(count: int, seed: int = 0) -> dict:
+    """Runs `count` answers to `CODE` in the sandbox, and checks each time that all tests have a verdict."""
+
+    def judged(answer: str) -> tuple[float, list[sandbox.Verdict]]:
+        start = time.perf_counter()
+        (verdicts,) = sandbox.judge([code.program_from(answer, CODE.row)])
+        return time.perf_counter() - start, verdicts
+
+    sandbox.find()
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        found = list(threads.map(judged, answers(CODE, count, seed)))
+    counts = collections.Counter(verdict.name for _, verdicts in found for verdict in verdicts)
+    return {
+        "programs": len(found),
+        "verdicts": dict(counts),
+        "failures": sum(len(verdicts) != len(CODE.row["tests"]) for _, verdicts in found) + counts["REFUSED"],
+        "slowest": max(seconds for seconds, _ in found),
+        "seconds": time.perf_counter() - start,
+        "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
 def _here(function: workers.Score, item: tuple) -> workers.Outcome:
     start = time.thread_time()
     values = dict(function(*item))  # an exception ends the run: the traceback is what one wants to see
@@ -197,12 +250,14 @@ def _here(function: workers.Score, item: tuple) -> workers.Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="answers per task")
-    parser.add_argument("--tasks", default=",".join(CASES))
+    parser.add_argument("--tasks", default=",".join([*CASES, "code"]))
+    parser.add_argument("--programs", type=int, default=0, help="answers that run in the sandbox")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     failed = False
     for name in flags.tasks.split(","):
-        report = run(TASKS[name], CASES[name], flags.count, flags.seed)
+        task, case = (CODE_FORMAT, CODE) if name == "code" else (TASKS[name], CASES[name])
+        report = run(task, case, flags.count, flags.seed)
         failed |= report.over > 0 or bool(report.failures)
         print(
             json.dumps({**report._asdict(), "failures": len(report.failures)}),
@@ -210,6 +265,10 @@ def main() -> None:
             sep="\n  ",
             flush=True,
         )
+    if flags.programs:
+        found = run_programs(flags.programs, flags.seed)
+        failed |= found["failures"] > 0
+        print(json.dumps(found))
     sys.exit(failed)
 
 

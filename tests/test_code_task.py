@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 
+import fuzz
 import numpy as np
 import pytest
 import tiny_run
@@ -88,22 +89,17 @@ def test_reading_rows_refuses_without_a_sandbox(tmp_path, monkeypatch):
     sandbox.find.cache_clear()
 
 
-def malformed(draw: random.Random) -> str:
-    """A completion of fences, Python and what Python cannot read."""
-    pieces = ["```", "```python\n", "```\n", "`", "\n", "def f(x):\n    return ", "(", ")", "[", "{", "f'{",
-              "'''", "\\", "\0", "\ud800", "٣", "x=", "1", "lambda:", "\t", "if x:\n", "#",
-              "-", "await ", "9" * 5000]  # fmt: skip
-    text = "".join(draw.choices(pieces, k=draw.randrange(30)))
-    kind = draw.randrange(40)
-    if kind == 0:
-        text = draw.choice("([{-~'a.#") * draw.choice((1000, 100_000)) + text
-    return f"prose\n```python\n{text}\n```" if kind % 2 else text
-
-
-def test_malformed_completions_cost_nothing_but_their_format():
+def test_malformed_answers():
+    """The small count of what `python tests/fuzz.py --tasks code` runs at any size."""
     draw = random.Random(0)
-    texts = [malformed(draw) for _ in range(300)]
+    texts = [fuzz.malformed(draw, fuzz.CODE) for _ in range(300)]
     assert {code.format_reward(text) for text in texts} == {0.0, 0.5, 1.0}
+
+
+@pytest.mark.slow
+def test_malformed_programs():
+    found = fuzz.run_programs(40)
+    assert found["failures"] == 0 and sum(found["verdicts"].values()) == 80
 
 
 def test_code_trains(tmp_path):

@@ -277,9 +277,11 @@ def _command(backend: str, settings: Mapping) -> list[str]:
         for path, link in _read_only():
             inner += ["--ro-bind", path, path] if link is None else ["--symlink", link, path]
         inner += ["--proc", "/proc", "--dev", "/dev", "--dir", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
-    else:
+    elif backend == "unshare":
         inner = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--ipc", "--uts", "--cgroup"]
         inner += ["--fork", "--kill-child"]
+    else:
+        raise ValueError(f"no back end {backend!r}")
     inner += python
     if os.geteuid() != 0:
         return inner

@@ -142,7 +142,8 @@ class Remote:
         return _compare("eq", self, other)
 
     def __ne__(self, other):
-        return not _compare("eq", self, other)
+        equal = _compare("eq", self, other)
+        return equal if equal is NotImplemented else not equal
 
     def __hash__(self):
         return object.__getattribute__(self, "_ask")("hash", self)
@@ -189,7 +190,7 @@ def serve(program, connection):
         kind = type(value)
         if (kind.__module__, kind.__qualname__) in PLAIN:
             return None
-        if kind is type and (value.__module__, value.__qualname__) in PLAIN:
+        if isinstance(value, type) and (value.__module__, value.__qualname__) in PLAIN:
             return None
         if kind is type and getattr(builtins, value.__name__, None) is value:
             return "builtin", value.__name__
