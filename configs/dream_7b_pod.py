@@ -1,9 +1,9 @@
 """GDSD-TLC on Countdown or Sudoku, Dream-v0-Instruct-7B, on a slice of TPUs.
 
-    python -m gdsd_jax.train --config configs/dream_7b_pod.py:v5p-64_countdown --workdir gs://BUCKET/dream_countdown
+    python -m gdsd_jax.train --config configs/dream_7b_pod.py:v5p-64_countdown --workdir /mnt/gdsd/runs/dream_countdown
     python -m gdsd_jax.plan --config configs/dream_7b_pod.py:v5p-64_countdown --topology v5p:2x4x4
 
-Behind the colon stand the accelerator type and the task. Accelerator types of v5p count cores, two to a chip.
+Hardware: behind the colon stand the accelerator type and the task. Types of v5p count cores, two to a chip.
 
     v5e-8     v5e:2x4      8 chips, one host: what most people can rent
     v5e-64    v5e:8x8     64 chips
@@ -14,6 +14,7 @@ Behind the colon stand the accelerator type and the task. Accelerator types of v
 The recipes are those of configs/dream_7b_countdown.py and configs/dream_7b_sudoku.py; each shard of the mesh holds at
 least one of the 16 x 16 completions of a rollout, and one of each micro-batch. What `plan` says of memory and time
 stands in docs/pods_plan.md; none of them has been run.
+Published (arXiv 2605.29398, best over settings, from GDSD's plots): Countdown 84.8, Sudoku 91.7 % of the empty cells.
 """
 
 from gdsd_jax import config as settings

@@ -24,12 +24,23 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("gdsd_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 # The first example compiles: no deadline. Derandomized, so that a change fails or passes alike everywhere.
 hypothesis.settings.register_profile("gdsd_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gdsd_jax")
+
+
+NO_MESH = jax.sharding.get_mesh()
+
+
+@pytest.fixture(autouse=True)
+def _mesh_of_its_own():
+    """A command leaves the mesh of its process behind; the next test starts without one, whatever ran before it."""
+    yield
+    jax.set_mesh(NO_MESH)
 
 
 @pytest.fixture(scope="session")

@@ -126,10 +126,10 @@ class Task:
     def rewards(self, completions: list[str], rows: list[Row]) -> Scores:
         """Reward components of each completion for its row.
 
-        Never raises on account of a text: where `score` raises, leaves a component out or meets a limit, this item is
-        NaN and a warning is logged.
+        Never raises on account of a text: where `score` raises or leaves a component out, this item is NaN. A text that
+        cannot be judged within the limits earns 0. A warning is logged for both.
         """
-        return self._each(self.score, tuple(self.weights), completions, rows, lost=np.nan)
+        return self._each(self.score, tuple(self.weights), completions, rows)
 
     def reward(self, completions: list[str], rows: list[Row]) -> Float32[np.ndarray, "B"]:
         """The weighted sum of the components; a component that is NaN counts 0."""
@@ -138,9 +138,9 @@ class Task:
     def metrics(self, completions: list[str], rows: list[Row]) -> Scores:
         """Evaluation metrics of each completion for its row; NaN where `measure` raises.
 
-        An answer that cannot be judged within the limits is not right: it counts 0, and a warning is logged.
+        An answer that cannot be judged within the limits is not right: it counts 0. A warning is logged for both.
         """
-        return self._each(self.measure, self.metrics_named, completions, rows, lost=0.0)
+        return self._each(self.measure, self.metrics_named, completions, rows)
 
     def _each(
         self,
@@ -148,8 +148,6 @@ class Task:
         names: tuple[str, ...],
         completions: list[str],
         rows: list[Row],
-        *,
-        lost: float,
     ) -> Scores:
         if len(completions) != len(rows):
             raise ValueError(f"{len(completions)} completions for {len(rows)} rows")
@@ -161,7 +159,7 @@ class Task:
             if not missing:
                 table[index] = [outcome.values[name] for name in names]
             elif outcome.lost:
-                table[index] = lost
+                table[index] = 0.0
             if missing:
                 failures.append(outcome.error or f"no {missing[0]}")
         if failures:
