@@ -72,8 +72,10 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
         completion_length=config.sampler.completion_length, group_size=config.group_size,
     )  # fmt: skip
     embedded_start(config)
-    rows_per_iteration = config.prompts_per_iteration * config.group_size
-    spread = {"prompts_per_iteration x group_size": rows_per_iteration, "microbatch_rows": config.microbatch_rows}
+    spread = {
+        "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
+        "config.microbatch_rows": config.microbatch_rows,
+    }
     setup = commands.load(config, rows=spread)
     model, base, tokenizer, task = setup
     check_fits(model, max(config.prompt_buckets), config.sampler)
