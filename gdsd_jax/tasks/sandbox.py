@@ -230,7 +230,12 @@ def _run(backend: str, program: Program, limits: Limits) -> Mapping[str, float]:
             other.end()
         _running.clear()
         sandbox = _running[backend, limits] = _Sandbox(backend, limits)
-    return {str(number): float(verdict) for number, verdict in enumerate(sandbox.verdicts(program))}
+    try:
+        verdicts = sandbox.verdicts(program)
+    except RuntimeError:
+        _running.clear()  # it has ended, and the next program gets a new one
+        raise
+    return {str(number): float(verdict) for number, verdict in enumerate(verdicts)}
 
 
 def _settings(backend: str, limits: Limits) -> dict:

@@ -80,6 +80,7 @@ def _fork(function, *arguments):
     process = os.fork()
     if process == 0:
         try:
+            os.setsid()  # a signal to its group must not reach what started the sandbox
             function(*arguments)
         finally:
             os._exit(1)
