@@ -112,3 +112,10 @@ def test_code_trains(tmp_path):
     tiny_run.command(train, "--config", file, "--workdir", tmp_path / "run", *flags)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert sum("reward" in line for line in lines) >= 3
+
+
+def test_worked_examples_have_full_marks():
+    task, rows = TASKS["code"], list(TASKS["code"].examples)
+    answers = [f"One line does it.\n{task.answer(row)}" for row in rows]
+    np.testing.assert_array_equal(task.reward(answers, rows), [2.0, 2.0])
+    np.testing.assert_array_equal(task.metrics(answers, rows)["passed"], [1.0, 1.0])

@@ -146,6 +146,19 @@ def _held_out(row: Row) -> bool:
     return held_out(row["question"])
 
 
+_SHOWN = (
+    {
+        "question": "Write a function second_largest(values) that returns the second largest of the distinct values.",
+        "test_cases": ["assert second_largest([3, 1, 3, 2]) == 2", "assert second_largest([-1, -5]) == -5"],
+        "program": "def second_largest(values):\n    return sorted(set(values))[-2]",
+    },
+    {
+        "question": "Write a function count_words(text) that maps each word of the text to how often it occurs.",
+        "test_cases": ["assert count_words('a b a') == {'a': 2, 'b': 1}", "assert count_words('') == {}"],
+        "program": "from collections import Counter\n\ndef count_words(text):\n    return dict(Counter(text.split()))",
+    },
+)
+
 TASK = Task(
     name="code",
     source=_no_source,
@@ -157,6 +170,7 @@ TASK = Task(
     template="Write a Python program for this task.\n\n{question}\n\nIt must pass tests such as this one:\n{test}\n\n"
     "Explain your approach briefly, then end with the complete program in one fenced block:\n```python\n```",
     answer_template="```python\n{program}\n```",
+    examples=tuple(_row("a worked example", record) for record in _SHOWN),
     held_out=_held_out,
     threads=workers.Workers(_PARSING).count,
 )
