@@ -1,6 +1,6 @@
 """A training run in small: every step of a config's run, with its method and sampler, on a model made for the occasion.
 
-    python -m gdsd_jax.train --config configs/llada_8b_gsm8k.py --config.dry_run [--workdir DIR]
+    python -m gdsd_jax.train --config configs/RECIPE.py --config.dry_run [--workdir DIR]
 
 One iteration of the real training code on random weights of the checkpoint's family, with its tokenizer replaced by one
 of characters. Needs neither the checkpoint nor a network, and takes under a minute on a CPU. It shows that the settings

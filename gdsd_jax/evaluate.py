@@ -1,6 +1,6 @@
 """Evaluation of a run, a checkpoint or an adapter: the task's metrics with their standard errors, by completion length.
 
-    python -m gdsd_jax.evaluate --config configs/llada_8b_gsm8k.py --workdir runs/gsm8k [--best]
+    python -m gdsd_jax.evaluate --config configs/RECIPE.py --workdir runs/gsm8k [--best]
     python -m gdsd_jax.evaluate --config ... --checkpoint DIR [--adapter DIR] --output DIR --tasks gsm8k,sudoku=FILE
     python -m gdsd_jax.evaluate --config ... --workdir runs/b --compare runs/a/evaluation
 

@@ -33,9 +33,10 @@ def lower_bound(
 ) -> Float[Array, " B"]:
     """`E[n/l sum over l masked tokens of log p(token | the rest)]`, `l` uniform on 1..n: at most `log p(completion)`.
 
-    The evidence lower bound as LLaDA evaluates it (arXiv 2502.09992, its estimate of conditional likelihoods), in nats,
-    from `draws` views. Their `l` are spread evenly over 1..n, and all rows share the same draws: the estimate does not
-    depend on the batch, and differences between completions of one length are less noisy than the values.
+    The evidence lower bound by which masked diffusion models are evaluated (arXiv 2502.09992, the estimate of
+    conditional likelihoods), in nats, from `draws` views. Their `l` are spread evenly over 1..n, and all rows share the
+    same draws: the estimate does not depend on the batch, and differences between completions of one length are less
+    noisy than the values.
 
     Args:
       real: True on tokens, False on the pads before the prompt and behind the completion.
