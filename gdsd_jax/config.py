@@ -78,7 +78,7 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation: temperature 0, the rollout's strategy and blocks, no threshold or factor. Defaults: the papers'.
+    """Evaluation: temperature 0, the rollout's strategy and blocks, no threshold, factor, cache. Defaults: the papers'.
 
     Attributes:
       steps: denoising steps of a completion of the rollout's length, in proportion of any other; None: one for every
@@ -278,7 +278,7 @@ def freeze(kind: type, values: Mapping[str, Any] | ConfigDict, where: str = "con
 def greedy_sampler(config: TrainConfig, length: int | None = None, steps: int | None = None) -> SamplerConfig:
     """The run's sampler as it is evaluated, for another length or number of steps where given.
 
-    A sampler without blocks stays without; a threshold or factor is for rollouts and left out.
+    A sampler without blocks stays without; a threshold, factor or cache is for rollouts and left out.
     """
     sampler = config.sampler
     length = length or sampler.completion_length
@@ -292,6 +292,8 @@ def greedy_sampler(config: TrainConfig, length: int | None = None, steps: int | 
         temperature=0.0,
         threshold=None,
         factor=None,
+        cache="none",
+        refresh_every=None,
         completion_length=length,
         block_length=length if whole else sampler.block_length,
         steps=max(1, steps),

@@ -17,13 +17,15 @@ from gdsd_jax.denoiser import (
     DenoiserConfig,
     denoise,
     hidden_states,
+    hidden_states_at,
     init_base,
     init_lora,
     logical_axes,
     logits_from_hidden,
     ops,
+    pick,
 )
-from gdsd_jax.denoiser.model import real_tokens
+from gdsd_jax.denoiser.forward import real_tokens
 from gdsd_jax.errors import UserError
 
 CONFIG = DenoiserConfig(
@@ -253,17 +255,54 @@ def logits_and_gradient(config, base, lora, tokens, key):
     return logits, gradient
 
 
-def test_remat_and_unroll_change_nothing(small, dropping):
+@pytest.mark.parametrize("unroll", [1, CONFIG.num_layers], ids=["scanned", "unrolled"])
+def test_remat_changes_nothing(small, dropping, unroll):
     """With dropout on: what is recomputed in the backward pass must drop the same entries."""
     base, tokens, *_ = small
-    lora = dropping[1]
-    logits, gradient = logits_and_gradient(CONFIG, base, lora, tokens, jax.random.key(5))
+    lora, plain = dropping[1], dataclasses.replace(CONFIG, layer_unroll=unroll)
+    logits, gradient = logits_and_gradient(plain, base, lora, tokens, jax.random.key(5))
     assert all(np.any(x) for x in jax.tree.leaves(gradient))
-    for change in ({"remat": "full"}, {"remat": "dots", "layer_unroll": 2}):
-        config = dataclasses.replace(CONFIG, **change)
+    for remat in ("full", "dots"):
+        config = dataclasses.replace(plain, remat=remat)
         other_logits, other = logits_and_gradient(config, base, lora, tokens, jax.random.key(5))
         np.testing.assert_allclose(other_logits, logits, atol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, gradient)
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["aligned", "shifted"])
+def test_unrolled_layers_compute_what_is_read_as_the_scan_does(small, shifted):
+    """A slice, the same places in every row, each row's own: the last layer runs for these alone; and gradients."""
+    base, tokens, _, lora = small
+    tokens, rows = jnp.asarray(tokens), tokens.shape[0]
+    places = (slice(0, 3), slice(2, 5), jnp.array([4, 0, 1]), jnp.arange(2 * rows).reshape(rows, 2) % 5)
+    assert CONFIG.num_layers > 1
+    found = {}
+    for unroll in (1, CONFIG.num_layers):
+        config = dataclasses.replace(CONFIG, layer_unroll=unroll, next_token_logits=shifted)
+
+        @jax.jit
+        def read(base, lora, config=config):
+            states = hidden_states_at(config, base, lora, tokens)
+            return [states(at) for at in places], pick(hidden_states(config, base, lora, tokens), places[-1])
+
+        def total(base, lora, read=read):
+            return sum(jnp.sum(jnp.sin(states)) for states in read(base, lora)[0])
+
+        found[unroll] = read(base, lora), jax.jit(jax.grad(total, argnums=(0, 1)))(base, lora)
+    (states, whole), _ = found[CONFIG.num_layers]
+    np.testing.assert_allclose(states[-1], whole, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found.values())
+
+
+def test_low_rank_product_has_the_gradient_of_the_plain_one():
+    draws = np.random.default_rng(0)
+    x, a, b, g = (jnp.asarray(draws.standard_normal(s), jnp.float32) for s in ((2, 5, 6), (6, 3), (3, 4), (2, 5, 4)))
+    highest = jax.lax.Precision.HIGHEST
+    plain, pull_back = jax.vjp(lambda x, a, b: jnp.dot(jnp.dot(x, a, precision=highest), b, precision=highest), x, a, b)
+    ours, our_pull_back = jax.vjp(lambda x, a, b: ops.low_rank(x, a, b, highest), x, a, b)
+    np.testing.assert_allclose(ours, plain, rtol=1e-6)
+    for one, other in zip(our_pull_back(g), pull_back(g), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_full_fine_tuning_reaches_every_parameter(small):

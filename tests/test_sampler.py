@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdsd_jax.denoiser import DenoiserConfig, denoise, init_base, init_lora
+from gdsd_jax.denoiser import DenoiserConfig, denoise, init_base, init_lora, pick
 from gdsd_jax.diffusion import SamplerConfig, draws, sample, sampler, strategies
+from gdsd_jax.diffusion.draws import propose, propose_at
 from gdsd_jax.errors import UserError
 from gdsd_jax.hub import load_checkpoint
 
@@ -143,13 +144,14 @@ def test_origin_commits_each_token_by_itself(base):
 
 @pytest.mark.parametrize("cut", [{}, {"top_p": 0.7}, {"top_k": 4}, {"top_p": 0.8, "top_k": 3}], ids=str)
 def test_draws_follow_the_cut_distribution(cut):
-    count, vocab = 100_000, 300
+    count, vocab = 1_000_000, 300
     logits = 3 * jax.random.normal(jax.random.key(3), (vocab,))
     logits = logits.at[7].set(-jnp.inf)
     run = settings(temperature=1.5, **cut)
     uniform = jax.random.uniform(jax.random.key(4), (count,))
     # One distribution for all draws: the vocabulary is cut once, the draw is repeated.
-    tokens = np.asarray(jax.jit(jax.vmap(lambda u: draws.candidates(logits, u, run)[0]))(uniform))
+    draw = lambda u: draws.candidates(logits, u, run)[0]  # noqa: E731
+    tokens = np.asarray(jax.jit(lambda u: jax.lax.map(draw, u, batch_size=50_000))(uniform))
 
     scaled = np.asarray(logits, np.float64) / 1.5
     probs = np.exp(scaled - scaled.max())
@@ -226,6 +228,30 @@ def test_sliced_head_proposes_the_same(base, monkeypatch):
         parts = jax.jit(lambda: draws.propose(TINY, base, hidden, uniform, run))()
         for part, expected in zip(parts, whole, strict=True):
             np.testing.assert_allclose(part, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("guided", [False, True])
+def test_candidates_at_masked_positions_are_those_of_all(base, masked, guided):
+    """However many are left: what stands elsewhere is not looked at, and every position keeps its random number."""
+    run = settings(temperature=0.8, cfg_scale=0.5 * guided)
+    draws = np.random.default_rng(masked)
+    hidden = jnp.asarray(draws.standard_normal((1 + guided, 2, 8, TINY.hidden_size)), jnp.float32)
+    uniform = jnp.asarray(draws.random((2, 8)), jnp.float32)
+    eligible = np.zeros((2, 8), bool)
+    eligible[0, draws.permutation(8)[:masked]] = True
+    eligible[1, draws.permutation(8)[: masked // 2]] = True
+    rows = jnp.moveaxis(hidden, 0, 1).reshape(-1, *hidden.shape[2:])
+
+    @jax.jit
+    def both(uniform, eligible):
+        return (
+            propose_at(TINY, base, lambda place: pick(rows, place), uniform, eligible, run),
+            propose(TINY, base, hidden, uniform, run),
+        )
+
+    for one, other in zip(*both(uniform, eligible), strict=True):
+        np.testing.assert_allclose(one[eligible], other[eligible], rtol=1e-5)
 
 
 def test_vanishing_guidance_is_none(base):
@@ -353,8 +379,9 @@ def test_does_not_stop_before_every_row_has_ended(flat):
         ({"threshold": 0.9, "factor": 1.0}, "threshold"),
         ({"threshold": -0.5}, "threshold"),
         ({"factor": 0.0}, "factor"),
-        ({"cache": "prefix"}, "cache"),
+        ({"cache": "suffix"}, "cache"),
         ({"refresh_every": 4}, "refresh_every"),
+        ({"cache": "dual", "refresh_every": 0}, "refresh_every"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ import pytest
 
 from gdsd_jax.denoiser import DenoiserConfig, init_base, init_lora
 from gdsd_jax.diffusion import masking
-from gdsd_jax.diffusion.scoring import Views, read_tokens, read_views
+from gdsd_jax.diffusion.scoring import Views, log_normaliser, read_tokens, read_views
 
 CONFIG = DenoiserConfig(
     family="llada",
@@ -136,6 +136,46 @@ def test_bfloat16_sums_in_float32():
         np.testing.assert_allclose(reads[name], expected[name], atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [16, 20, 64])
+def test_log_normaliser_has_the_gradient_of_logsumexp(chunk):
+    """Of hidden states and head alike, with logits whose maximum moves from chunk to chunk; the mean logit has none."""
+    head, hidden, _ = case(48)
+    head = head * jnp.linspace(1.0, 12.0, 48)[:, None]
+    weights = jnp.arange(1.0, 11.0).reshape(2, 5)
+    highest = jax.lax.Precision.HIGHEST
+
+    def plain(hidden, head):
+        z = jnp.einsum("...d,vd->...v", hidden, head, precision=highest)
+        return jnp.sum(weights * jax.nn.logsumexp(z, axis=-1))
+
+    def ours(hidden, head):
+        normaliser, mean_logit = log_normaliser(hidden, head, highest, chunk)
+        return jnp.sum(weights * (normaliser + jax.lax.stop_gradient(mean_logit))), mean_logit
+
+    (_, mean_logit), gradient = jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(hidden, head)
+    z = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    p = np.exp(z - z.max(axis=-1, keepdims=True))
+    np.testing.assert_allclose(mean_logit, (p * z).sum(axis=-1) / p.sum(axis=-1), rtol=1e-5)
+    for one, other in zip(gradient, jit(jax.grad(plain, argnums=(0, 1)))(hidden, head), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_value_is_entropy_without_a_gradient():
+    head, hidden, targets = case(48)
+
+    @functools.partial(jit, static_argnums=1)
+    def value(hidden, name):
+        read = lambda hidden: jnp.sum(  # noqa: E731
+            read_tokens(CONFIG, {"head": head}, hidden, targets, ("log_prob", name), chunk=16)[name]
+        )
+        return jax.value_and_grad(read)(hidden)
+
+    (one, gradient), (other, none) = value(hidden, "entropy"), value(hidden, "entropy_value")
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert np.abs(gradient).max() > 1e-3
+    np.testing.assert_array_equal(none, 0)
+
+
 # -------------------------------------------------------------------------------------------------------- coupled pairs
 
 
@@ -194,7 +234,7 @@ SMALL_CHUNK, LARGE_CHUNK = 3952, 31616  # both divide 126464 = 2^9 * 13 * 19, an
 
 
 @functools.cache
-def planned(gradient: bool, vocab: int, chunk: int) -> int:
+def planned(gradient: bool, vocab: int, chunk: int, entropy: str = "entropy") -> int:
     """Bytes of temporaries of the compiled scorer, or of its gradient in the hidden states, as XLA plans them."""
     config = dataclasses.replace(CONFIG, vocab_size=vocab, hidden_size=32)
     hidden = jax.ShapeDtypeStruct((2, TOKENS // 2, 32), jnp.float32)
@@ -202,20 +242,20 @@ def planned(gradient: bool, vocab: int, chunk: int) -> int:
     base = {"head": jax.ShapeDtypeStruct((vocab, 32), jnp.float32)}
 
     def total(hidden, base, targets):
-        reads = read_tokens(config, base, hidden, targets, ("log_prob", "centred", "entropy"), chunk=chunk)
+        reads = read_tokens(config, base, hidden, targets, ("log_prob", "centred", entropy), chunk=chunk)
         return sum(jnp.sum(value) for value in reads.values())
 
     program = jax.jit(jax.grad(total) if gradient else total)
     return program.lower(hidden, base, targets).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_memory_grows_with_the_chunk_not_with_the_vocabulary(gradient):
+@pytest.mark.parametrize(("gradient", "entropy"), [(False, "entropy"), (True, "entropy"), (True, "entropy_value")])
+def test_memory_grows_with_the_chunk_not_with_the_vocabulary(gradient, entropy):
     logits = TOKENS * VOCAB * 4
-    small, large = planned(gradient, VOCAB, SMALL_CHUNK), planned(gradient, VOCAB, LARGE_CHUNK)
+    small, large = (planned(gradient, VOCAB, chunk, entropy) for chunk in (SMALL_CHUNK, LARGE_CHUNK))
     of_chunk = TOKENS * SMALL_CHUNK * 4
     assert of_chunk < small < 5 * of_chunk
     assert 6 * small < large < 9 * small
     assert small < logits / 7
-    assert planned(gradient, 2 * VOCAB, SMALL_CHUNK) < 1.05 * small
-    assert planned(gradient, VOCAB, VOCAB) > logits
+    assert planned(gradient, 2 * VOCAB, SMALL_CHUNK, entropy) < 1.05 * small
+    assert planned(gradient, VOCAB, VOCAB, entropy) > logits

@@ -1,25 +1,35 @@
 """The masked denoiser: pure functions over plain pytrees, for every model family."""
 
 from gdsd_jax.denoiser.config import DenoiserConfig
-from gdsd_jax.denoiser.lora import TARGETS, LoRA, init_lora
-from gdsd_jax.denoiser.model import (
+from gdsd_jax.denoiser.forward import (
+    Read,
     denoise,
     head_weights,
     hidden_states,
-    init_base,
-    logical_axes,
+    hidden_states_at,
     logits_from_hidden,
+    refresh_cache,
+    unstacked,
+    window_states_at,
 )
+from gdsd_jax.denoiser.lora import TARGETS, LoRA, init_lora
+from gdsd_jax.denoiser.model import init_base, logical_axes, pick
 
 __all__ = [
     "TARGETS",
     "DenoiserConfig",
     "LoRA",
+    "Read",
     "denoise",
     "head_weights",
     "hidden_states",
+    "hidden_states_at",
     "init_base",
     "init_lora",
     "logical_axes",
     "logits_from_hidden",
+    "pick",
+    "refresh_cache",
+    "unstacked",
+    "window_states_at",
 ]

@@ -1,23 +1,22 @@
-"""The masked denoiser: Linen modules over the functions of `ops`, a scan over layers, and pure entry points.
+"""The masked denoiser's modules: Linen over the functions of `ops`, and a scan over layers.
 
 Parameters are plain nested dictionaries of arrays. The collection `params` is the base, the collection `lora` an
-adapter; a missing `lora` collection is the reference policy. Flax goes no further than this file.
+adapter; a missing `lora` collection is the reference policy. Flax goes no further than this file and `forward`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gdsd_jax.denoiser import ops, splash
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.lora import LoRA, target_shapes
-from gdsd_jax.errors import UserError
 from gdsd_jax.sharding import constrain
 
 # Logical names of the two axes of each matrix; `gdsd_jax.denoiser.logical_axes` hands them to whoever owns a mesh.
@@ -33,8 +32,15 @@ KERNEL_AXES = {
 RESIDUAL_AXES = ("rows", "tokens", "residual")
 
 
-def _precision(config: DenoiserConfig) -> jax.lax.Precision:
+def precision_of(config: DenoiserConfig) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if config.dtype == "float32" else jax.lax.Precision.DEFAULT
+
+
+class KeyValues(NamedTuple):
+    """Keys (rotated) and values of every layer, `[N, B, kv, T, K]` each: N layers in front, kv heads of size K."""
+
+    keys: Any
+    values: Any
 
 
 class Linear(nn.Module):
@@ -48,7 +54,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, dropout: bool) -> Array:
-        dtype, precision = jnp.dtype(self.config.dtype), _precision(self.config)
+        dtype, precision = jnp.dtype(self.config.dtype), precision_of(self.config)
         kernel_init = nn.with_logical_partitioning(nn.initializers.normal(self.features[0] ** -0.5), self.axes)
         kernel = self.param("kernel", kernel_init, self.features, jnp.float32)
         y = jnp.dot(x, kernel.astype(dtype), precision=precision)
@@ -60,20 +66,33 @@ class Linear(nn.Module):
                 x = nn.Dropout(self.adapter.dropout, deterministic=False, name="drop")(x)
             a = self.get_variable("lora", "a").astype(dtype)
             b = self.get_variable("lora", "b").astype(dtype)
-            scale = self.adapter.alpha / self.adapter.rank
-            y = y + scale * jnp.dot(jnp.dot(x, a, precision=precision), b, precision=precision)
+            y = y + ops.low_rank(x, a, self.adapter.alpha / self.adapter.rank * b, precision)
         return y
 
 
 class Layer(nn.Module):
-    """Pre-norm block: attention and SwiGLU, each added to the residual stream."""
+    """Pre-norm block: attention and SwiGLU, each added to the residual stream.
+
+    With a cache `x` is a window of the tokens, which sees itself where `real` says so and the cache where `outside`
+    does. With `at`, places in `x` (see `pick`), only these ask and are returned; all of `x` is asked. `keep` returns
+    keys and values.
+    """
 
     config: DenoiserConfig
     adapter: LoRA | None
     dropout: bool
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, real: Array | None, angles: Array) -> tuple[Array, None]:
+    def __call__(
+        self,
+        x: Array,
+        cache: KeyValues | None,
+        real: Array | None,
+        rope: tuple[Array, Array],
+        outside: Array | None = None,
+        at: slice | Array | None = None,
+    ) -> tuple[Array, KeyValues | None]:
         c = self.config
         shapes = target_shapes(c)
 
@@ -92,58 +111,84 @@ class Layer(nn.Module):
 
         with jax.named_scope("attention"):
             h = norm("attn_norm", x)
-            q, k, v = ops.rotate(heads("q", h), angles), ops.rotate(heads("k", h), angles), heads("v", h)
-            plain = functools.partial(ops.attention, precision=_precision(c))
-            mixed = (splash.attention if splash.chosen(c) else plain)(q, k, v, real)
+            k, v = ops.rotate(heads("k", h), rope), heads("v", h)
+            if at is not None:
+                x, h, rope = pick(x, at), pick(h, at), tuple(table[at] for table in rope)
+            q = ops.rotate(heads("q", h), rope)
+            # The kernel wants as many queries as keys.
+            if splash.chosen(c) and cache is None and at is None:
+                mixed = splash.attention(q, k, v, real)
+            else:
+                mixed = ops.attention(q, k, v, real, precision_of(c), None if cache is None else (*cache, outside))
             x = constrain(x + linear("o", mixed.reshape(*x.shape[:2], -1)), RESIDUAL_AXES)
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)
             inner = constrain(jax.nn.silu(linear("gate", h)) * linear("up", h), ("rows", "tokens", "mlp"))
             x = constrain(x + linear("down", inner), RESIDUAL_AXES)
-        return x, None
+        return x, KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2)) if self.keep else None
 
 
-def _remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
+def pick(x: Float[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """The places `at`, the same in every row or each row's own."""
+    return x[:, at] if isinstance(at, slice) or at.ndim == 1 else jnp.take_along_axis(x, at[..., None], axis=1)
+
+
+def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
     if policy == "none":
         return layer
     saveable = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "dots" else None
     return nn.remat(layer, policy=saveable, prevent_cse=False)
 
 
+def embed(config: DenoiserConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The residual stream before the first layer."""
+    return constrain(jnp.take(embedding, tokens, axis=0).astype(config.dtype), RESIDUAL_AXES)
+
+
 class Denoiser(nn.Module):
-    """Token ids to target-aligned hidden states."""
+    """Token ids to the residual stream after the last layer, and keys and values.
+
+    `rope`, `cache`, `outside` and `keep` as in `Layer`. The final norm and the head are parameters here and functions
+    of `forward`.
+    """
 
     config: DenoiserConfig
     adapter: LoRA | None = None
     dropout: bool = False
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, tokens: Array, real: Array | None) -> Array:
+    def __call__(
+        self,
+        tokens: Array,
+        real: Array | None,
+        rope: tuple[Array, Array],
+        cache: KeyValues | None = None,
+        outside: Array | None = None,
+    ) -> tuple[Array, KeyValues | None]:
         c = self.config
         table_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         embedding = self.param("embedding", table_init, (c.vocab_size, c.hidden_size), jnp.float32)
         if not c.tied_head:
             self.param("head", table_init, (c.vocab_size, c.hidden_size), jnp.float32)
-        x = constrain(jnp.take(embedding, tokens, axis=0).astype(c.dtype), RESIDUAL_AXES)
-        angles = ops.rope_angles(jnp.arange(tokens.shape[1]), c.head_dim, c.rope_theta)
+        x = embed(c, embedding, tokens)
         layers = nn.scan(
-            _remat(Layer, c.remat),
+            remat(Layer, c.remat),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             unroll=c.layer_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(c, self.adapter, self.dropout, name="layers")(x, real, angles)
         norm_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
-        x = ops.rms_norm(x, self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32), c.rms_norm_eps)
-        # The head acts on each position alone, so shifting what it reads shifts the logits (position 0 keeps its own).
-        return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if c.next_token_logits else x
+        self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
+        return layers(c, self.adapter, self.dropout, self.keep, name="layers")(x, cache, real, rope, outside)
 
 
 def _init(config: DenoiserConfig, key: jax.Array) -> Any:
-    return Denoiser(config).init(key, jnp.zeros((1, 2), jnp.int32), None)["params"]
+    tables = ops.rope_tables(jnp.arange(2), config.head_dim, config.rope_theta)
+    return Denoiser(config).init(key, jnp.zeros((1, 2), jnp.int32), None, tables)["params"]
 
 
 def init_base(config: DenoiserConfig, key: jax.Array) -> dict:
@@ -164,73 +209,3 @@ def logical_axes(config: DenoiserConfig, lora: LoRA | None = None) -> Any:
         }
     boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
-
-
-def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | None:
-    """`[B, T]` bool, True on real tokens, from a mask of the first `P` (or all `T`) positions; the rest is real."""
-    if prompt_mask is None:
-        return None
-    missing = length - prompt_mask.shape[1]
-    if missing < 0:
-        raise UserError(f"prompt mask of length {prompt_mask.shape[1]} is longer than the {length} tokens")
-    return jnp.concatenate([prompt_mask.astype(bool), jnp.ones((batch, missing), bool)], axis=1)
-
-
-def hidden_states(
-    config: DenoiserConfig,
-    base: Any,
-    lora: LoRA | None,
-    tokens: Int[Array, "B T"],
-    *,
-    prompt_mask: Bool[Array, "B P"] | None = None,
-    dropout_key: Array | None = None,
-) -> Float[Array, "B T D"]:
-    """Target-aligned hidden states after the final norm: index `i` predicts token `i`, for every family.
-
-    Args:
-      config: the denoiser; its `dtype` is the compute dtype and that of the result.
-      base: parameters as `init_base` or the hub's loader gives them, in any float dtype.
-      lora: an adapter, or None for the base alone (the reference policy).
-      tokens: `[B, T]` ids, mask ids where a token is to be predicted.
-      prompt_mask: `[B, P]` or `[B, T]`, True on real tokens; pads are never attended to. None: all are real.
-      dropout_key: switches the adapter's dropout on.
-    """
-    real = real_tokens(prompt_mask, *tokens.shape)
-    variables = {"params": base}
-    adapter = None
-    if lora is not None:
-        variables["lora"] = lora.weights
-        adapter = lora.replace(weights=None)
-    model = Denoiser(config, adapter, dropout=dropout_key is not None)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return model.apply(variables, tokens, real, rngs=rngs)
-
-
-def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
-    """The rows of the output head; the embedding itself where the two are tied."""
-    return base["embedding"] if config.tied_head else base["head"]
-
-
-def logits_from_hidden(config: DenoiserConfig, base: Any, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Logits in float32 over the whole vocabulary."""
-    head = head_weights(config, base).astype(hidden.dtype)
-    return jnp.einsum(
-        "...d,vd->...v", hidden, head, precision=_precision(config), preferred_element_type=jnp.float32
-    )
-
-
-def denoise(
-    config: DenoiserConfig,
-    base: Any,
-    lora: LoRA | None,
-    tokens: Int[Array, "B T"],
-    *,
-    prompt_mask: Bool[Array, "B P"] | None = None,
-    dropout_key: Array | None = None,
-) -> Float[Array, "B T V"]:
-    """Target-aligned float32 logits `[B, T, V]`; arguments as for `hidden_states`.
-
-    Training and sampling never call this: they put the head only where it is read.
-    """
-    hidden = hidden_states(config, base, lora, tokens, prompt_mask=prompt_mask, dropout_key=dropout_key)
-    return constrain(logits_from_hidden(config, base, hidden), ("rows", "tokens", "vocab"))

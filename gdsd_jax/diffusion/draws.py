@@ -3,13 +3,15 @@
 B rows, S positions that a step looks at, D hidden size, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from gdsd_jax.denoiser import DenoiserConfig, logits_from_hidden
+from gdsd_jax.denoiser import DenoiserConfig, Read, logits_from_hidden
 from gdsd_jax.diffusion.strategies import STRATEGIES, SamplerConfig
 from gdsd_jax.sharding import constrain, pieces
 
@@ -79,15 +81,20 @@ def draw(probs: Float[Array, "*S V"], uniform: Float[Array, "*S"]) -> Int[Array,
 def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, Array, Array]:
     """logits [..., V], uniform [...] -> candidate tokens, their probability under `logits`, the strategy's score."""
     strategy = STRATEGIES[settings.strategy]
-    cut = logits / settings.temperature if settings.temperature > 0 else logits
+    cut = logits if settings.temperature in (0, 1) else logits / settings.temperature
     if settings.top_p is not None and settings.top_p < 1:
         cut = keep_top_p(cut, settings.top_p)
     if settings.top_k is not None:
         cut = keep_top_k(cut, settings.top_k)
-    probs = jax.nn.softmax(cut)
-    # Not the argmax of `probs`: rounding can make the two best equal there.
-    token = draw(probs, uniform) if settings.temperature > 0 else jnp.argmax(cut, axis=-1).astype(jnp.int32)
-    confidence = jnp.exp(_take(logits, token) - jax.nn.logsumexp(logits, axis=-1))
+    # Weights, not probabilities: a draw needs no others, and their sum is the normaliser where nothing was cut.
+    highest = jnp.max(cut, axis=-1, keepdims=True)
+    weights = jnp.exp(cut - highest)
+    total = jnp.sum(weights, axis=-1)
+    # Not the argmax of the weights: rounding can make the two best equal there.
+    token = draw(weights, uniform) if settings.temperature > 0 else jnp.argmax(cut, axis=-1).astype(jnp.int32)
+    normaliser = highest[..., 0] + jnp.log(total) if cut is logits else jax.nn.logsumexp(logits, axis=-1)
+    confidence = jnp.exp(_take(logits, token) - normaliser)
+    probs = weights / total[..., None]
     score = strategy.score(probs, _take(probs, token)) if strategy.score else confidence
     return token, confidence, score
 
@@ -125,3 +132,33 @@ def propose(
         ),
     )
     return jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1).reshape(rows, positions), parts)
+
+
+def propose_at(
+    config: DenoiserConfig, base: dict, read: Read, uniform: Array, eligible: Array, settings: SamplerConfig
+) -> tuple[Array, Array, Array]:
+    """As `propose`, where `eligible` [B, S] says so; what stands elsewhere means nothing.
+
+    The fewer positions are still masked, the fewer are read: a quarter, half, three quarters or all of S, by the row
+    that has most.
+
+    Args:
+      read: gives hidden states [B, S', D] at places [B, S'] of S; with guidance [2B, S', D] at [2B, S'].
+    """
+    rows, positions = eligible.shape
+    sizes = sorted({-(-positions * quarters // 4) for quarters in (1, 2, 3, 4)})
+    order = jnp.argsort(~eligible, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    passes = 2 if settings.cfg_scale > 0 else 1
+
+    def propose_first(size: int) -> tuple[Array, Array, Array]:
+        place = order[:, :size]
+        hidden = read(jnp.repeat(place, passes, axis=0))
+        hidden = jnp.moveaxis(hidden.reshape(rows, passes, size, -1), 1, 0)
+        found = propose(config, base, hidden, jnp.take_along_axis(uniform, place, axis=1), settings)
+        beyond = [(0, 0), (0, positions - size)]
+        return jax.tree.map(lambda x: jnp.take_along_axis(jnp.pad(x, beyond), back, axis=1), found)
+
+    most = jnp.max(jnp.sum(eligible, axis=1))
+    chosen = jnp.sum(most > jnp.asarray(sizes[:-1], jnp.int32))
+    return lax.switch(chosen, [functools.partial(propose_first, size) for size in sizes])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, hidden_states, logits_from_hidden
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, hidden_states_at, logits_from_hidden
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, Views, read_views
 
@@ -83,7 +83,7 @@ def is_greedy(
     def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         masked, same = state
         noisy = jnp.where(masking.behind_prompt(masked, prompt_length), config.mask_token_id, tokens)
-        hidden = hidden_states(config, base, lora, noisy, prompt_mask=real)[:, prompt_length:]
+        hidden = hidden_states_at(config, base, lora, noisy, prompt_mask=real)(slice(prompt_length, tokens.shape[1]))
         logits = logits_from_hidden(config, base, hidden).at[..., config.mask_token_id].set(-jnp.inf)
         confidence = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
         position = jnp.argmax(jnp.where(masked, confidence, -jnp.inf), axis=1)

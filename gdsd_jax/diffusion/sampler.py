@@ -18,8 +18,9 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, hidden_states
-from gdsd_jax.diffusion.draws import propose
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, hidden_states_at, pick, unstacked
+from gdsd_jax.diffusion.cache import cached_states_at, refresh, region
+from gdsd_jax.diffusion.draws import propose_at
 from gdsd_jax.diffusion.strategies import LOWEST, STRATEGIES, SamplerConfig, select
 from gdsd_jax.errors import UserError
 from gdsd_jax.sharding import constrain
@@ -79,6 +80,8 @@ def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConf
             f"prompt ({prompt_length}) and completion_length ({settings.completion_length}) make {length} tokens, "
             f"the model holds {config.max_length}; shorten completion_length or the prompts"
         )
+    if settings.cache != "none" and config.next_token_logits and prompt_length == 0:
+        raise UserError("a cache needs a prompt where logits speak of the next token; give one, or set cache='none'")
     for name in ("suppress", "suppress_confidence"):
         if any(not 0 <= token < config.vocab_size for token in getattr(settings, name)):
             raise UserError(f"{name} {getattr(settings, name)} has ids outside the vocabulary of {config.vocab_size}")
@@ -101,43 +104,36 @@ def _finished(config: DenoiserConfig, completion: Array) -> Array:
     return jnp.any((completion == config.eos_token_id) & (masked_before == 0), axis=1)
 
 
-def _step(
-    config: DenoiserConfig,
-    base: dict,
-    lora: LoRA | None,
-    prompt_mask: Array | None,
-    key: Array,
-    settings: SamplerConfig,
-    state: _State,
+def _passes(
+    config: DenoiserConfig, settings: SamplerConfig, tokens: Array, prompt_mask: Array | None
+) -> tuple[Array, Array | None]:
+    """The rows that the denoiser sees, [B, T] or, with guidance, [2B, T]: the two passes of a row stand together."""
+    if settings.cfg_scale == 0:
+        return tokens, prompt_mask
+    in_prompt = jnp.arange(tokens.shape[1]) < tokens.shape[1] - settings.completion_length
+    both = jnp.stack([tokens, jnp.where(in_prompt, config.mask_token_id, tokens)], axis=1)
+    mask = None if prompt_mask is None else jnp.repeat(prompt_mask, 2, axis=0)
+    return both.reshape(-1, tokens.shape[1]), mask
+
+
+def _commit(
+    config: DenoiserConfig, base: dict, key: Array, settings: SamplerConfig, state: _State, read: Read
 ) -> _State:
+    """One step; `read` gives hidden states at places of its region."""
     rows = state.tokens.shape[0]
     prompt_length = state.tokens.shape[1] - settings.completion_length
     block_end = (state.block + 1) * settings.block_length
-    # Outside the active block the head can matter only if masks may be left behind there.
-    active_only = settings.forbid_mask and settings.blocks > 1
-    size = settings.block_length if active_only else settings.completion_length
-    start = block_end - size if active_only else jnp.zeros_like(block_end)
+    start, size = region(settings, state.block)
     token_key, order_key, select_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
 
-    with jax.named_scope("denoise"):
-        inputs, mask = state.tokens, prompt_mask
-        if settings.cfg_scale > 0:
-            # The two passes of a row stand together, and so on one device.
-            in_prompt = jnp.arange(inputs.shape[1]) < prompt_length
-            inputs = jnp.stack([inputs, jnp.where(in_prompt, config.mask_token_id, inputs)], axis=1)
-            inputs = inputs.reshape(-1, inputs.shape[-1])
-            mask = None if mask is None else jnp.repeat(mask, 2, axis=0)
-        hidden = hidden_states(config, base, lora, inputs, prompt_mask=mask)
-        hidden = lax.dynamic_slice_in_dim(hidden, prompt_length + start, size, axis=1)
-        hidden = jnp.moveaxis(hidden.reshape(rows, -1, *hidden.shape[1:]), 1, 0)
+    old = lax.dynamic_slice_in_dim(state.tokens, prompt_length + start, size, axis=1)
+    eligible = (old == config.mask_token_id) & (start + jnp.arange(size) < block_end)
 
     with jax.named_scope("propose"):
         uniform = jax.random.uniform(token_key, (rows, size))
-        token, confidence, score = propose(config, base, hidden, uniform, settings)
+        token, confidence, score = propose_at(config, base, read, uniform, eligible, settings)
 
     with jax.named_scope("commit"):
-        old = lax.dynamic_slice_in_dim(state.tokens, prompt_length + start, size, axis=1)
-        eligible = (old == config.mask_token_id) & (start + jnp.arange(size) < block_end)
         if STRATEGIES[settings.strategy].uniform:
             score = jax.random.uniform(order_key, score.shape)
         postponed = jnp.isin(token, jnp.asarray(settings.suppress_confidence, jnp.int32))
@@ -200,7 +196,34 @@ def compiled_sample(
             more &= ~jnp.all(_finished(config, state.tokens[:, prompt_length:]))
         return more
 
-    step = functools.partial(_step, config, base, lora, prompt_mask, key, settings)
+    base, lora = unstacked(config, base, lora)
+    commit = functools.partial(_commit, config, base, key, settings)
+
+    def exact_step(state: _State) -> _State:
+        with jax.named_scope("denoise"):
+            inputs, mask = _passes(config, settings, state.tokens, prompt_mask)
+            read = hidden_states_at(config, base, lora, inputs, prompt_mask=mask)
+            first, _ = region(settings, state.block)
+        return commit(state, lambda place: read(prompt_length + first + place))
+
+    def refreshed_steps(state: _State) -> _State:
+        """A full step, and the cached ones up to the next. The cache is a constant of their loop, never copied."""
+        with jax.named_scope("refresh"):
+            inputs, mask = _passes(config, settings, state.tokens, prompt_mask)
+            hidden, cache = refresh(config, base, lora, inputs, mask, state.block, settings)
+
+        def cached_step(state: _State) -> _State:
+            with jax.named_scope("denoise"):
+                inputs, _ = _passes(config, settings, state.tokens, prompt_mask)
+                read = cached_states_at(config, base, lora, hidden, cache, inputs, mask, state.block, settings)
+            return commit(state, read)
+
+        def fresh_enough(state: _State) -> Array:
+            return unfinished(state) & (state.step_in_block % (settings.refresh_every or settings.steps_per_block) > 0)
+
+        return lax.while_loop(fresh_enough, cached_step, commit(state, functools.partial(pick, hidden)))
+
+    step = exact_step if settings.cache == "none" else refreshed_steps
     tokens, commit_step, confidence, *_ = lax.while_loop(unfinished, step, start)
     if settings.stop_at_eos:
         completion = tokens[:, prompt_length:]

@@ -10,6 +10,7 @@ K denoiser passes, R reads per token, B rows, L completion tokens, D model size,
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at
 from gdsd_jax.sharding import constrain
 
 DEFAULT_CHUNK = 16384
@@ -67,10 +68,10 @@ def read_views(
     # The passes of a row stand together, and so on one device.
     noisy = jnp.where(jnp.moveaxis(views.masked, 0, 1), config.mask_token_id, tokens[:, None])
     repeated_mask = None if prompt_mask is None else jnp.repeat(prompt_mask, passes, axis=0)
-    hidden = hidden_states(
+    read = hidden_states_at(
         config, base, lora, noisy.reshape(rows * passes, total), prompt_mask=repeated_mask, dropout_key=dropout_key
     )
-    hidden = jnp.moveaxis(hidden.reshape(rows, passes, total, -1)[:, :, total - length :], 1, 0)
+    hidden = jnp.moveaxis(read(slice(total - length, total)).reshape(rows, passes, length, -1), 1, 0)
     masked = views.masked[:, :, total - length :, None]
     selected = []
     for source in views.sources:
@@ -95,7 +96,8 @@ def read_tokens(
 
     Reads: "log_prob" is `z_y - logsumexp(z)`; "centred" is `z_y - mean_v z_v` (GDSD, arXiv 2605.29398, Eq. 8), which
     is one dot product with `w_y - mean_v w_v` and needs no normaliser; `("centred_top_k", k)` is `z_y` minus the mean
-    of the k largest logits; "entropy" is that of `softmax(z)`, in nats.
+    of the k largest logits; "entropy" is that of `softmax(z)`, in nats, and "entropy_value" the same without a
+    gradient, which a metric does not need.
     """
     head = head_weights(config, base).astype(hidden.dtype)
     precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
@@ -112,59 +114,121 @@ def read_tokens(
     out = {}
     if "centred" in reads:
         out["centred"] = target - dot(jnp.mean(head, axis=0, dtype=jnp.float32).astype(hidden.dtype))
-    if top_k is None and not {"log_prob", "entropy"} & set(reads):
+    if top_k is None and not {"log_prob", "entropy", "entropy_value"} & set(reads):
         return out
     with jax.named_scope("vocabulary"):
-        stats = _vocabulary_statistics(hidden, head, precision, top_k, "entropy" in reads, chunk)
+        if top_k is None and "entropy" not in reads:
+            normaliser, mean_logit = log_normaliser(hidden, head, precision, chunk)
+        else:
+            stats = _vocabulary_statistics(hidden, head, precision, top_k, chunk)
+            normaliser, mean_logit = stats["log_normaliser"], stats["mean_logit"]
     if "log_prob" in reads:
-        out["log_prob"] = target - stats["log_normaliser"]
+        out["log_prob"] = target - normaliser
     if "entropy" in reads:
-        out["entropy"] = stats["log_normaliser"] - stats["mean_logit"]
+        out["entropy"] = normaliser - mean_logit
+    if "entropy_value" in reads:
+        out["entropy_value"] = jax.lax.stop_gradient(normaliser - mean_logit)
     if top_k is not None:
         out[("centred_top_k", top_k)] = target - jnp.mean(stats["top"], axis=-1)
     return out
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def log_normaliser(
+    hidden: Float[Array, "*N D"], head: Float[Array, "V D"], precision: Any, chunk: int
+) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
+    """`logsumexp(z)`, and `sum_v p_v z_v` without a gradient.
+
+    The gradient of the first is `sum_v p_v w_v`. Its sum runs beside that of the normaliser, rescaled as the maximum
+    grows, so that no logit is computed twice: two products with the head instead of three.
+    """
+    return _normaliser(hidden, head, precision, chunk, False)[:2]
+
+
+def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bool) -> tuple[Array, Array, Any]:
+    """Log-normaliser, mean logit, and with `pull` the mean row of the head, all under `softmax(z)`."""
+    shape = hidden.shape[:-1]
+    zero = jnp.zeros(shape, jnp.float32)
+    start = (jnp.full(shape, -jnp.inf, jnp.float32), zero, zero, jnp.zeros(hidden.shape, jnp.float32) if pull else None)
+
+    def step(carry: tuple, rows: Array) -> tuple:
+        highest, total, weighted, pulled = carry
+        z = _logits(hidden, rows, precision)
+        new = jnp.maximum(highest, jnp.max(z, axis=-1))
+        weights, kept = jnp.exp(z - new[..., None]), jnp.exp(highest - new)
+        total, weighted = kept * total + jnp.sum(weights, axis=-1), kept * weighted + jnp.sum(weights * z, axis=-1)
+        if pull:
+            rows = jnp.einsum(
+                "...v,vd->...d", weights.astype(rows.dtype), rows,
+                precision=precision, preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            pulled = kept[..., None] * pulled + rows
+        return new, total, weighted, pulled
+
+    highest, total, weighted, pulled = _over_chunks(step, start, head, chunk)
+    return highest + jnp.log(total), weighted / total, pulled / total[..., None] if pull else None
+
+
+def _normaliser_forward(hidden: Array, head: Array, precision: Any, chunk: int) -> tuple[tuple, tuple]:
+    normaliser, mean_logit, pulled = _normaliser(hidden, head, precision, chunk, True)
+    return (normaliser, mean_logit), (pulled, hidden, head)
+
+
+def _normaliser_backward(precision: Any, chunk: int, saved: tuple, gradients: tuple) -> tuple[Array, Array]:
+    pulled, hidden, head = saved
+    gradient, _ = gradients
+    # Needed, and computed, only where the head is trained.
+    of_head = lambda head: _vocabulary_statistics(hidden, head, precision, None, chunk)["log_normaliser"]  # noqa: E731
+    return (gradient[..., None] * pulled).astype(hidden.dtype), jax.vjp(of_head, head)[1](gradient)[0]
+
+
+log_normaliser.defvjp(_normaliser_forward, _normaliser_backward)
+
+
+def _logits(hidden: Array, rows: Array, precision: Any) -> Array:
+    z = jnp.einsum("...d,vd->...v", hidden, rows, precision=precision, preferred_element_type=jnp.float32)
+    return constrain(z, ("views", "rows", "tokens", "vocab"))
+
+
 def _vocabulary_statistics(
-    hidden: Array, head: Array, precision: Any, top_k: int | None, entropy: bool, chunk: int
+    hidden: Array, head: Array, precision: Any, top_k: int | None, chunk: int
 ) -> dict[str, Array]:
     """Log-normaliser, `sum_v p_v z_v` and the k largest logits, accumulated over chunks of the head's rows.
 
     The backward pass recomputes each chunk's logits, so that the gradient needs no more memory than the value.
     """
-    vocab, width = head.shape
     shape = hidden.shape[:-1]
-    start = {"log_normaliser": jnp.full(shape, -jnp.inf, jnp.float32)}
-    if entropy:
-        start["mean_logit"] = jnp.zeros(shape, jnp.float32)
+    start = {"log_normaliser": jnp.full(shape, -jnp.inf, jnp.float32), "mean_logit": jnp.zeros(shape, jnp.float32)}
     if top_k is not None:
         start["top"] = jnp.full((*shape, top_k), -jnp.inf, jnp.float32)
 
-    def step(carry: dict, rows: Array) -> tuple[dict, None]:
-        z = jnp.einsum("...d,vd->...v", hidden, rows, precision=precision, preferred_element_type=jnp.float32)
-        z = constrain(z, ("views", "rows", "tokens", "vocab"))
+    def step(carry: dict, rows: Array) -> dict:
+        z = _logits(hidden, rows, precision)
         new = {"log_normaliser": jnp.logaddexp(carry["log_normaliser"], jax.nn.logsumexp(z, axis=-1))}
-        if entropy:
-            kept = jnp.exp(carry["log_normaliser"] - new["log_normaliser"]) * carry["mean_logit"]
-            new["mean_logit"] = kept + jnp.sum(jnp.exp(z - new["log_normaliser"][..., None]) * z, axis=-1)
+        kept = jnp.exp(carry["log_normaliser"] - new["log_normaliser"]) * carry["mean_logit"]
+        new["mean_logit"] = kept + jnp.sum(jnp.exp(z - new["log_normaliser"][..., None]) * z, axis=-1)
         if top_k is not None:
             best = jax.lax.top_k(z, min(top_k, z.shape[-1]))[0]
             new["top"] = jax.lax.top_k(jnp.concatenate([carry["top"], best], axis=-1), top_k)[0]
-        return new, None
+        return new
 
+    return _over_chunks(step, start, head, chunk)
+
+
+def _over_chunks(step: Callable[[Any, Array], Any], carry: Any, head: Float[Array, "V D"], chunk: int) -> Any:
+    """Folds `step` over chunks of the head's rows."""
+    vocab, width = head.shape
     if chunk >= vocab:
-        return step(start, head)[0]
+        return step(carry, head)
     size = _chunk_size(vocab, chunk)
     count = vocab // size
     # A chunk takes every count-th row: where the vocabulary is cut over devices, each has its share of every chunk.
     chunks = head[: count * size].reshape(size, count, width)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def chunk_step(carry: dict, index: Array) -> tuple[dict, None]:
-        return step(carry, jax.lax.dynamic_index_in_dim(chunks, index, axis=1, keepdims=False))
-
-    stats, _ = jax.lax.scan(chunk_step, start, jnp.arange(count))
-    return stats if count * size == vocab else step(stats, head[count * size :])[0]
+    take = functools.partial(jax.lax.dynamic_index_in_dim, chunks, axis=1, keepdims=False)
+    # Without its checkpoint a gradient would keep each chunk of the head, and its logits.
+    one = jax.checkpoint(lambda carry, index: (step(carry, take(index)), None), prevent_cse=False)
+    carry, _ = jax.lax.scan(one, carry, jnp.arange(count))
+    return carry if count * size == vocab else step(carry, head[count * size :])
 
 
 def _chunk_size(vocab: int, chunk: int) -> int:

@@ -14,6 +14,7 @@ from jax import Array
 
 from gdsd_jax.errors import UserError
 
+CACHES = ("none", "prefix", "dual")
 LOWEST = jnp.finfo(jnp.float32).min
 
 
@@ -72,7 +73,10 @@ class SamplerConfig:
     factor: instead of a schedule, commit the n most probable candidates, n the largest with
         (n + 1)(1 - c_n) < factor, c_n the n-th highest probability (plain logits), always the strategy's first.
         Both take as many steps as they need, at most block_length a block, whatever `steps` says.
-    cache, refresh_every: only "none" and None; this version computes keys and values anew at every step.
+    cache: what keeps its keys and values while a block is decoded, an approximation. "none": nothing; "prefix": what
+        stands before the block; "dual": all that stands outside it.
+    refresh_every: steps of a block from one full pass to the next, which refreshes the cache; None: only the first
+        step of a block is one. 1 makes every step exact.
     stop_at_eos: stop once every row has committed an EOS with nothing masked before it; what is masked then becomes
         EOS.
     suppress: token ids that are never proposed.
@@ -140,10 +144,14 @@ class SamplerConfig:
                 f"threshold is {self.threshold}; it must be 0 or more, or None",
             ),
             (self.factor is not None and not self.factor > 0, f"factor is {self.factor}; it must be above 0, or None"),
-            (self.cache != "none", f"cache is {self.cache!r}, but this version has no KV cache; set cache='none'"),
+            (self.cache not in CACHES, f"cache is {self.cache!r}; choose one of {', '.join(CACHES)}"),
             (
-                self.refresh_every is not None,
-                "refresh_every needs a KV cache; this version has none, set it to None",
+                self.refresh_every is not None and self.cache == "none",
+                "refresh_every has no meaning without a cache; set cache to 'prefix' or 'dual', or refresh_every=None",
+            ),
+            (
+                self.refresh_every is not None and self.refresh_every < 1,
+                f"refresh_every is {self.refresh_every}; it must be at least 1, or None",
             ),
         ):
             if wrong:

@@ -92,10 +92,12 @@ def score(model: Model, passes: int, reads: Sequence, positions: int, length: in
 def gradient(model: Model, passes: int, reads: Sequence, positions: int, length: int) -> float:
     """One micro-batch of the update: forward, recomputation, backward, and the head, which entropy always reads.
 
-    The chunks of the vocabulary are computed again for their gradient, which nothing asks of "centred" and entropy.
+    The gradient of a log-normaliser costs one more product, that of the k largest logits two: their chunks of the
+    vocabulary are computed again, as they are for the gradient of the head itself.
     """
     layers = model.forward(passes, length) + model.recomputation(passes, length) + model.backward(passes, length)
     products = 1
     if walks_vocabulary(reads):
-        products += 2 if model.rank else 3
+        recomputed = any(isinstance(read, tuple) for read in reads)
+        products += (2 if recomputed else 1) if model.rank else 3
     return layers + products * model.head(positions)

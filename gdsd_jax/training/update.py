@@ -126,9 +126,9 @@ def make_inner_update(
 
         def losses_of(params: Any, index: jax.Array, piece: tuple, constants: Any) -> tuple[dict, dict]:
             key = jax.random.fold_in(stream_key(state.key, DROPOUT_STREAM, state.updates), index * microbatch_rows)
-            new, reads = score(base, params, *piece, key, ("entropy",))
+            new, reads = score(base, params, *piece, key, ("entropy_value",))
             losses, metrics = method.objective(new, constants)
-            entropy = jnp.mean(jax.lax.stop_gradient(reads["entropy"]), axis=0)
+            entropy = jnp.mean(reads["entropy_value"], axis=0)
             metrics = {name: jnp.sum(value) / rows for name, value in metrics.items()}
             metrics["entropy"] = jnp.sum(entropy * piece[0].completion_mask) / jnp.sum(batch.completion_mask)
             return {name: jnp.sum(value) for name, value in losses.items()}, metrics

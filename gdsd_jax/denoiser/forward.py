@@ -1,0 +1,237 @@
+"""The denoiser as pure functions of tokens: hidden states, whole or where they are read, under caches, and logits.
+
+A denoiser whose layers are all unrolled (`layer_unroll`) runs as a plain loop over them, and then its last layer
+computes only what is read. B rows, T tokens, D model size, V vocabulary, S positions that are read, W of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gdsd_jax.denoiser import ops
+from gdsd_jax.denoiser.config import DenoiserConfig
+from gdsd_jax.denoiser.lora import LoRA
+from gdsd_jax.denoiser.model import Denoiser, KeyValues, Layer, embed, pick, precision_of, remat
+from gdsd_jax.errors import UserError
+from gdsd_jax.sharding import constrain
+
+At = slice | Int[Array, " S"] | Int[Array, "B S"]
+Read = Callable[[At], Float[Array, "B S D"]]
+
+
+def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | None:
+    """`[B, T]` bool, True on real tokens, from a mask of the first `P` (or all `T`) positions; the rest is real."""
+    if prompt_mask is None:
+        return None
+    missing = length - prompt_mask.shape[1]
+    if missing < 0:
+        raise UserError(f"prompt mask of length {prompt_mask.shape[1]} is longer than the {length} tokens")
+    return jnp.concatenate([prompt_mask.astype(bool), jnp.ones((batch, missing), bool)], axis=1)
+
+
+def unstacked(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any, LoRA | None]:
+    """The parameters as a loop over unrolled layers takes them, a tuple of layers instead of stacked arrays.
+
+    The functions here do this by themselves; a loop of many forward passes does it once before.
+    """
+
+    def split(tree: Any) -> Any:
+        if isinstance(tree["layers"], tuple):
+            return tree
+        layers = tuple(jax.tree.map(lambda p: p[n], tree["layers"]) for n in range(config.num_layers))  # noqa: B023
+        return tree | {"layers": layers}
+
+    if config.layer_unroll < config.num_layers:
+        return base, lora
+    return split(base), None if lora is None else lora.replace(weights=split(lora.weights))
+
+
+def _rope(config: DenoiserConfig, length: int) -> tuple[Array, Array]:
+    return ops.rope_tables(jnp.arange(length), config.head_dim, config.rope_theta)
+
+
+def _run(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Array,
+    real: Array | None,
+    rope: tuple[Array, Array],
+    *,
+    cache: Any = None,
+    outside: Array | None = None,
+    keep: bool = False,
+    dropout_key: Array | None = None,
+) -> Callable[[At | None], tuple[Array, Any]]:
+    """Runs the layers, the last one but in part.
+
+    What comes back takes places in `tokens` (None: all) and gives their states after the final norm, not yet aligned,
+    and with `keep` the keys and values of all tokens: stacked, or a tuple with an entry for each unrolled layer.
+    """
+    base, lora = unstacked(config, base, lora)
+    adapter = None if lora is None else lora.replace(weights=None)
+    parts = {"params": base} | ({} if lora is None else {"lora": lora.weights})
+    dropout = dropout_key is not None
+
+    def normed(x: Array) -> Array:
+        return ops.rms_norm(x, base["final_norm"], config.rms_norm_eps)
+
+    if config.layer_unroll < config.num_layers:
+        model = Denoiser(config, adapter, dropout, keep)
+        rngs = {"dropout": dropout_key} if dropout else None
+        x, kept = model.apply(parts, tokens, real, rope, cache, outside, rngs=rngs)
+        return lambda at: (normed(x if at is None else pick(x, at)), kept)
+
+    module = remat(Layer, config.remat)(config, adapter, dropout, keep)
+
+    def layer(n: int, x: Array, at: At | None = None) -> tuple[Array, KeyValues | None]:
+        own = {name: tree["layers"][n] for name, tree in parts.items()}
+        rngs = {"dropout": jax.random.fold_in(dropout_key, n)} if dropout else None
+        return module.apply(own, x, None if cache is None else cache[n], real, rope, outside, at, rngs=rngs)
+
+    x, kept = embed(config, base["embedding"], tokens), []
+    for n in range(config.num_layers - 1):
+        x, key_values = layer(n, x)
+        kept.append(key_values)
+
+    def last(at: At | None) -> tuple[Array, Any]:
+        final, key_values = layer(config.num_layers - 1, x, at)
+        return normed(final), (*kept, key_values)
+
+    return last
+
+
+def _source(config: DenoiserConfig, at: At) -> At:
+    """The positions whose raw logits speak of the positions `at`; position 0 keeps its own."""
+    if not config.next_token_logits:
+        return at
+    if isinstance(at, slice) and at.start > 0:
+        return slice(at.start - 1, at.stop - 1)
+    return jnp.maximum((jnp.arange(at.start, at.stop) if isinstance(at, slice) else at) - 1, 0)
+
+
+def hidden_states_at(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    *,
+    prompt_mask: Bool[Array, "B P"] | None = None,
+    dropout_key: Array | None = None,
+) -> Read:
+    """Runs the denoiser; the result gives the target-aligned hidden states of the positions that it is asked for.
+
+    These are a slice, `[S]`, or `[B, S]` for each row's own. The states are those after the final norm: index `i`
+    predicts token `i`, for every family.
+
+    Args:
+      config: the denoiser; its `dtype` is the compute dtype and that of the result.
+      base: parameters as `init_base` or the hub's loader gives them, in any float dtype.
+      lora: an adapter, or None for the base alone (the reference policy).
+      tokens: `[B, T]` ids, mask ids where a token is to be predicted.
+      prompt_mask: `[B, P]` or `[B, T]`, True on real tokens; pads are never attended to. None: all are real.
+      dropout_key: switches the adapter's dropout on.
+    """
+    real = real_tokens(prompt_mask, *tokens.shape)
+    last = _run(config, base, lora, tokens, real, _rope(config, tokens.shape[1]), dropout_key=dropout_key)
+    return lambda at: last(_source(config, at))[0]
+
+
+def hidden_states(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    *,
+    prompt_mask: Bool[Array, "B P"] | None = None,
+    dropout_key: Array | None = None,
+) -> Float[Array, "B T D"]:
+    """`hidden_states_at` all positions."""
+    real = real_tokens(prompt_mask, *tokens.shape)
+    last = _run(config, base, lora, tokens, real, _rope(config, tokens.shape[1]), dropout_key=dropout_key)
+    x, _ = last(None)
+    # The head acts on each position alone, so shifting what it reads shifts the logits.
+    return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if config.next_token_logits else x
+
+
+def refresh_cache(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    at: At,
+    *,
+    prompt_mask: Bool[Array, "B P"] | None = None,
+) -> tuple[Float[Array, "B S D"], Any]:
+    """A full pass: `hidden_states_at` the positions `at`, and keys and values of all tokens for `window_states_at`."""
+    real = real_tokens(prompt_mask, *tokens.shape)
+    last = _run(config, base, lora, tokens, real, _rope(config, tokens.shape[1]), keep=True)
+    return last(_source(config, at))
+
+
+def window_states_at(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    cache: Any,
+    *,
+    start: Int[Array, ""],
+    size: int,
+    frozen: Int[Array, ""],
+    prompt_mask: Bool[Array, "B P"] | None = None,
+) -> Read:
+    """`hidden_states_at` from the `size` tokens from position `start` on alone; asked for places in this window.
+
+    Keys and values are those of `cache` outside the window and before position `frozen`, else those of `tokens`: with
+    a cache of these very tokens the states are those of `hidden_states`, otherwise an approximation.
+    `start` is at least 1 where the family's logits speak of the next token, and `frozen` at least `start`.
+    """
+    if config.next_token_logits:
+        # One more in front, so that a place in the window is the place in front of it here.
+        start, size = start - 1, size + 1
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)  # noqa: E731
+    # Each position is seen once: in the window from `frozen` on, in the cache elsewhere.
+    positions = jnp.arange(tokens.shape[1])
+    outside = ((positions < frozen) | (positions >= start + size))[None]
+    inside, real = cut(~outside), real_tokens(prompt_mask, *tokens.shape)
+    if real is not None:
+        inside, outside = inside & cut(real), outside & real
+    rope = tuple(jax.lax.dynamic_slice_in_dim(t, start, size) for t in _rope(config, tokens.shape[1]))
+    last = _run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside)
+    return lambda at: last(at)[0]
+
+
+def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
+    """The rows of the output head; the embedding itself where the two are tied."""
+    return base["embedding"] if config.tied_head else base["head"]
+
+
+def logits_from_hidden(config: DenoiserConfig, base: Any, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Logits in float32 over the whole vocabulary."""
+    head = head_weights(config, base).astype(hidden.dtype)
+    return jnp.einsum(
+        "...d,vd->...v", hidden, head, precision=precision_of(config), preferred_element_type=jnp.float32
+    )
+
+
+def denoise(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    *,
+    prompt_mask: Bool[Array, "B P"] | None = None,
+    dropout_key: Array | None = None,
+) -> Float[Array, "B T V"]:
+    """Target-aligned float32 logits `[B, T, V]`; arguments as for `hidden_states`.
+
+    Training and sampling never call this: they put the head only where it is read.
+    """
+    hidden = hidden_states(config, base, lora, tokens, prompt_mask=prompt_mask, dropout_key=dropout_key)
+    return constrain(logits_from_hidden(config, base, hidden), ("rows", "tokens", "vocab"))

@@ -1,0 +1,92 @@
+"""Approximate denoising: keys and values kept while a block is decoded (Fast-dLLM, arXiv:2505.22618).
+
+A refresh is a full pass. Until the next one only a window of the completion is computed: the active block ("dual"), or
+everything from the active block on ("prefix"). What lies outside keeps its keys, values and hidden states.
+
+The prefix cache's window shrinks from block to block, and an array's length is fixed when a program is compiled: the
+lengths are the completion's, halved again and again down to one block, and the shortest that reaches back to the active
+block is used. A program for eight blocks holds four windows, not eight, and they compute a fifth more tokens than
+windows of the exact length would. Where a window reaches back further than the block, what is before it stays frozen.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, pick, refresh_cache, window_states_at
+from gdsd_jax.diffusion.strategies import SamplerConfig
+
+
+def region(settings: SamplerConfig, block: Array) -> tuple[Array, int]:
+    """First position, in the completion, and number of the positions that a step looks at: S.
+
+    Outside the active block the head can matter only if masks may be left behind there.
+    """
+    if settings.forbid_mask and settings.blocks > 1:
+        return block * settings.block_length, settings.block_length
+    return jnp.zeros_like(block), settings.completion_length
+
+
+def window_lengths(settings: SamplerConfig) -> tuple[int, ...]:
+    """Lengths of the windows of a setting's program, the longest first."""
+    if settings.cache == "dual":
+        return (settings.block_length,)
+    blocks = [settings.blocks]
+    while blocks[-1] > 1:
+        blocks.append(-(-blocks[-1] // 2))
+    return tuple(count * settings.block_length for count in blocks)
+
+
+def refresh(
+    config: DenoiserConfig,
+    base: dict,
+    lora: LoRA | None,
+    tokens: Array,
+    prompt_mask: Array | None,
+    block: Array,
+    settings: SamplerConfig,
+) -> tuple[Array, Any]:
+    """A full pass over `tokens` [B, T]: hidden states of the region [B, S, D], keys and values of all tokens."""
+    first, size = region(settings, block)
+    at = tokens.shape[1] - settings.completion_length + first + jnp.arange(size)
+    return refresh_cache(config, base, lora, tokens, at, prompt_mask=prompt_mask)
+
+
+def cached_states_at(
+    config: DenoiserConfig,
+    base: dict,
+    lora: LoRA | None,
+    hidden: Array,
+    cache: Any,
+    tokens: Array,
+    prompt_mask: Array | None,
+    block: Array,
+    settings: SamplerConfig,
+) -> Read:
+    """Hidden states at places of the region, from `tokens` [B, T] in the window, outside it the refreshed `hidden`."""
+    length, active = settings.completion_length, block * settings.block_length
+    prompt_length = tokens.shape[1] - length
+    first, size = region(settings, block)
+
+    def window(start: Array, width: int) -> Read:
+        return window_states_at(
+            config, base, lora, tokens, cache,
+            start=prompt_length + start, size=width, frozen=prompt_length + active, prompt_mask=prompt_mask,
+        )  # fmt: skip
+
+    if size == settings.block_length and settings.cache == "dual":
+        return window(active, size)
+
+    def states(width: int) -> Array:
+        """Of the region, from a window of this width that ends with the block, or with the completion."""
+        start = active if settings.cache == "dual" else jnp.asarray(length - width, jnp.int32)
+        read = window(start, width)
+        if size == settings.block_length:
+            return read(active - start + jnp.arange(size))
+        return lax.dynamic_update_slice_in_dim(hidden, read(slice(0, width)), start - first, axis=1)
+
+    widths = window_lengths(settings)
+    reaching = sum((width >= length - active).astype(jnp.int32) for width in widths)
+    found = lax.switch(reaching - 1, [lambda width=width: states(width) for width in widths])
+    return lambda place: pick(found, place)
