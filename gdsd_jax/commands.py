@@ -343,6 +343,8 @@ def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig,
     known, free = [argv[0]], []
     for argument in argv[1:]:
         path = _override(argument)
+        if path is None:
+            argument = _underscored(argument, options)
         (free if path and _is_free(path) else known).append(argument)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=known)
@@ -368,6 +370,14 @@ def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig,
         raise UserError(f"--workdir {workdir} is no directory: mount the bucket and name the place where it is mounted")
     chosen = {name: values[name].value for name in options}
     return freeze(TrainConfig, config), None if workdir is None else Path(workdir), chosen
+
+
+def _underscored(argument: str, options: Mapping[str, Option]) -> str:
+    """A flag's name may be written with dashes for its underscores."""
+    name, equals, value = argument.partition("=")
+    plain = name.lstrip("-").replace("-", "_")
+    known = plain in options or plain.removeprefix("no") in options
+    return f"--{plain}{equals}{value}" if argument.startswith("--") and known else argument
 
 
 def _override(argument: str) -> list[str] | None:

@@ -3,6 +3,7 @@
     python -m gdsd_jax.evaluate --config configs/RECIPE.py --workdir runs/gsm8k [--best]
     python -m gdsd_jax.evaluate --config ... --checkpoint DIR [--adapter DIR] --output DIR --tasks gsm8k,sudoku=FILE
     python -m gdsd_jax.evaluate --config ... --workdir runs/b --compare runs/a/evaluation
+    python -m gdsd_jax.evaluate --config ... --workdir runs/gsm8k --compare-decoding
 
 Without further flags the newest checkpoint of the run in `--workdir` completes the test rows of the config's task under
 the papers' protocol: the task's evaluation prompt, lengths 128, 256 and 512, one step for two tokens, temperature 0,
@@ -22,14 +23,14 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import rich.console
 
-from gdsd_jax import commands
+from gdsd_jax import commands, decoding
 from gdsd_jax.config import TaskConfig, TrainConfig, greedy_sampler
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
@@ -95,15 +96,9 @@ def run(
     """
     output = output_directory(workdir, output)
     require_samples(samples, temperature, pass_at)
-    lengths = tuple(lengths) or config.evaluation.lengths
-    samplers = [dataclasses.replace(greedy_sampler(config, n, steps), temperature=temperature) for n in lengths]
+    samplers = _samplers(config, lengths, steps, temperature)
     policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
-    parts = list(plan(config, policy, samplers, tasks, split, count, samples))
-    if len({part.name for part in parts}) < len(parts):
-        raise UserError("a task or a length is named twice: change --tasks or --lengths")
-    for part in parts:
-        check_fits(policy.model, part.prompts.tokens.shape[1], part.sampler)
-
+    parts = fitting(policy, plan(config, policy, samplers, tasks, split, count, samples))
     batches = completions(config, policy, parts, output)
     results, records = [], []
     for part in parts:
@@ -127,6 +122,44 @@ def run(
         report.write(output, summary, records)
         (output / UNFINISHED).unlink()
     return summary
+
+
+def run_decodings(
+    config: TrainConfig,
+    workdir: Path | None,
+    output: Path,
+    *,
+    checkpoint: str | None,
+    adapter: str | None,
+    best: bool,
+    tasks: Sequence[tuple[str, str | None]],
+    lengths: Sequence[int],
+    steps: int | None,
+    split: str,
+    count: int | None,
+) -> str:
+    """The tables of `gdsd_jax.decoding`, which are written too; arguments as for `run`."""
+    samplers = _samplers(config, lengths, steps, 0.0)
+    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
+    parts = fitting(policy, plan(config, policy, samplers, tasks, split, count, 1))
+    return decoding.run(policy, parts, output, batch_rows=config.evaluation.batch_rows, seed=config.seed)
+
+
+def _samplers(
+    config: TrainConfig, lengths: Sequence[int], steps: int | None, temperature: float
+) -> list[SamplerConfig]:
+    lengths = lengths or config.evaluation.lengths
+    return [dataclasses.replace(greedy_sampler(config, n, steps), temperature=temperature) for n in lengths]
+
+
+def fitting(policy: commands.Policy, parts: Iterable[Part]) -> list[Part]:
+    """The parts; UserError if one is there twice or does not fit the model."""
+    parts = list(parts)
+    if len({part.name for part in parts}) < len(parts):
+        raise UserError("a task or a length is named twice: change --tasks or --lengths")
+    for part in parts:
+        check_fits(policy.model, part.prompts.tokens.shape[1], part.sampler)
+    return parts
 
 
 def output_directory(workdir: Path | None, output: Path | None) -> Path:
@@ -311,20 +344,28 @@ def main(
     lengths: str | None,
     pass_at: str | None,
     compare: str | None,
+    compare_decoding: bool,
     output: str | None,
+    samples: int,
+    temperature: float,
     **flags: Any,
 ) -> None:
     directory = output_directory(workdir, None if output is None else Path(output))
     console = rich.console.Console()
-    if compare is None:
-        named = [part.partition("=") for part in tasks.split(",")] if tasks else []
-        summary = run(
-            config, workdir, output=directory, tasks=[(name, file or None) for name, _, file in named],
-            lengths=numbers(lengths, "--lengths"), pass_at=numbers(pass_at, "--pass_at"), **flags,
-        )  # fmt: skip
-        console.print(report.table(summary))
-    else:
+    named = [part.partition("=") for part in tasks.split(",")] if tasks else []
+    flags |= {"tasks": [(name, file or None) for name, _, file in named], "lengths": numbers(lengths, "--lengths")}
+    if compare is not None:
         console.print(report.compare(directory, Path(compare)), highlight=False, markup=False)
+    elif compare_decoding:
+        if samples > 1 or temperature > 0 or pass_at:
+            raise UserError("--compare-decoding is greedy: leave --samples, --temperature and --pass_at out")
+        console.print(run_decodings(config, workdir, directory, **flags), highlight=False, markup=False)
+    else:
+        passes = numbers(pass_at, "--pass_at")
+        summary = run(
+            config, workdir, output=directory, samples=samples, temperature=temperature, pass_at=passes, **flags
+        )
+        console.print(report.table(summary))
     console.print(f"wrote {directory}", highlight=False)
 
 
@@ -338,6 +379,7 @@ OPTIONS = commands.POLICY_OPTIONS | {
     "temperature": commands.Option(float, 0.0, "Of the sampler; 0 takes the most probable token."),
     "pass_at": commands.Option(str, None, "Numbers k for pass@k, such as 1,4."),
     "compare": commands.Option(str, None, "Directory of an evaluation to hold the one in --output against."),
+    "compare_decoding": commands.Option(bool, False, "Several ways of decoding the rows, side by side."),
     "output": commands.Option(str, None, "Directory for the results."),
 }
 

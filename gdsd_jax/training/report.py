@@ -23,7 +23,7 @@ def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None
     title, header, body = describe(summary), *_grid(summary)
     legend = "Mean ± standard error of the mean over rows; in parentheses the denoising steps."
     _replace(directory / COMPLETIONS, "".join(json.dumps(record) + "\n" for record in records))
-    _replace(directory / TABLE, f"{title}\n\n{_markdown(header, body, left=2)}\n\n{legend}\n")
+    _replace(directory / TABLE, f"{title}\n\n{markdown(header, body, left=2)}\n\n{legend}\n")
     draft = directory / f".{FIGURE}"
     draw(draft, summary)
     draft.replace(directory / FIGURE)
@@ -64,7 +64,8 @@ def _grid(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, [[*names, *(line[length] for length in columns)] for names, line in cells.items()]
 
 
-def _markdown(header: list[str], body: list[list[str]], *, left: int) -> str:
+def markdown(header: list[str], body: list[list[str]], *, left: int) -> str:
+    """A table, its first `left` columns flush left."""
     rule = ["---" if index < left else "---:" for index in range(len(header))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 
@@ -128,7 +129,7 @@ def compare(directory: Path, other: Path) -> str:
     body = [_compared(line) for line in found]
     titles = f"this: {describe(summaries[0])}\n\nother: {describe(summaries[1])}"
     legend = "better, worse: items on which this does so. p: McNemar's exact test, for metrics that are 0 or 1."
-    text = f"{titles}\n\n{_markdown(header, body, left=3)}\n\n{legend}\n"
+    text = f"{titles}\n\n{markdown(header, body, left=3)}\n\n{legend}\n"
     _replace(directory / f"{COMPARISON}.json", json.dumps({"other": str(other), "results": found}, indent=1) + "\n")
     _replace(directory / f"{COMPARISON}.md", text)
     return text
