@@ -58,8 +58,8 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     model = with_compute(hub.architecture(config.checkpoint), config.model)
     method = build(config.method, **config.method_settings)
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
-    base, state = _parameters(config, model, mesh, optimizer)
-    batch, key = _batch(config, mesh), _place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
+    base, state = parameters(config, model, mesh, optimizer)
+    batch, key = _batch(config, mesh), place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
     weights, lora = policy(base, state.params)
     update = make_inner_update(
         model, method, optimizer, schedule,
@@ -99,7 +99,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     # ------------------------------------------------------------------------------------------ programs
     trained = bytes_per_chip(state)
     beside = trained - bytes_per_chip(state.params) + (0 if lora else bytes_per_chip(base))
-    prompts = _place(mesh, jax.ShapeDtypeStruct(batch.prompt_mask.shape, jnp.int32), ("rows", "tokens"))
+    prompts = place(mesh, jax.ShapeDtypeStruct(batch.prompt_mask.shape, jnp.int32), ("rows", "tokens"))
     denoising = config.sampler.blocks * config.sampler.steps_per_block
     programs = {
         "sampler": Program(
@@ -121,8 +121,8 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
             f"old policy, reference and gradient on {rows} completions in {steps} micro-batches",
         ),
     }
-    parameters = bytes_per_chip(state.params) + bytes_per_chip(base)
-    return Plan(programs, parameters, bytes_per_chip(state.opt_state))
+    stored = bytes_per_chip(state.params) + bytes_per_chip(base)
+    return Plan(programs, stored, bytes_per_chip(state.opt_state))
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -136,27 +136,28 @@ def base_shapes(model: DenoiserConfig) -> Any:
     return jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(STORED), init_base(model, jax.random.key(0))))
 
 
-def _place(mesh: Mesh, array: jax.ShapeDtypeStruct, axes: Sequence[str]) -> jax.ShapeDtypeStruct:
+def place(mesh: Mesh, array: jax.ShapeDtypeStruct, axes: Sequence[str]) -> jax.ShapeDtypeStruct:
+    """The shape with its sharding, from the logical names of its axes."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.named_sharding(mesh, axes, array.shape))
 
 
-def _parameters(
+def parameters(
     config: TrainConfig, model: DenoiserConfig, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> tuple[Any, TrainState]:
     """Shapes of the frozen base and of the training state, with their shardings."""
     shapes, axes = base_shapes(model), logical_axes(model)
-    base = jax.tree.map(lambda x, axes: _place(mesh, x, axes), shapes, axes)
+    base = jax.tree.map(lambda x, axes: place(mesh, x, axes), shapes, axes)
     params = shapes
     if config.lora.rank:
         params = jax.eval_shape(lambda: init_lora(model, jax.random.key(0), **dataclasses.asdict(config.lora)))
         axes = params.replace(weights=logical_axes(model, params))
     state = jax.eval_shape(lambda params: init_state(params, optimizer, config.seed), params)
     whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))  # noqa: E731
-    params = jax.tree.map(lambda x, axes: _place(mesh, x, axes), state.params, axes)
+    params = jax.tree.map(lambda x, axes: place(mesh, x, axes), state.params, axes)
     placed = jax.tree.map(lambda x: x.sharding, params)
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
         state.opt_state,
         placed,
         transform_non_params=whole,
@@ -170,7 +171,7 @@ def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
     completion = config.sampler.completion_length
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return _place(mesh, jax.ShapeDtypeStruct((rows, *shape), dtype), ("rows", "tokens")[: 1 + len(shape)])
+        return place(mesh, jax.ShapeDtypeStruct((rows, *shape), dtype), ("rows", "tokens")[: 1 + len(shape)])
 
     return Batch(
         tokens=array(jnp.int32, prompt + completion),

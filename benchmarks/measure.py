@@ -1,0 +1,175 @@
+"""Runs contestants side by side and reports what they took.
+
+Every contestant is a process of its own, pinned to the same cores, that sets itself up, warms up (which compiles) and
+then works only when its turn comes: A B A B, so that a machine that gets busier does so for all. Figures are medians
+over the turns with their spread (half the difference of the quartiles); CPU seconds are those of all threads of the
+process. The peak of resident memory is the process's, weights and compilation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REFERENCES = ("torch", "torch.compile")
+
+
+class Job(NamedTuple):
+    """One contestant of a bench: `variant` is one of `REFERENCES`, or names settings of our code."""
+
+    workload: str
+    variant: str
+    temperature: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.workload if self.temperature is None else f"{self.workload} T={self.temperature:g}"
+
+
+def add_flags(parser: argparse.ArgumentParser, *, variants: Iterable[str]) -> None:
+    """The flags of every bench."""
+    parser.add_argument("--workloads", default="W1,W2")
+    parser.add_argument("--variants", default=",".join(variants))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+
+
+class Contest(NamedTuple):
+    """What a contestant does.
+
+    work: one turn, which waits for its own results.
+    warm_up: compiles and fills caches; None does so by a turn.
+    temporary: XLA's temporary bytes of the program, None for others.
+    """
+
+    work: Callable[[], Any]
+    warm_up: Callable[[], Any] | None = None
+    temporary: Callable[[], int | None] = lambda: None
+
+
+def serve(prepare: Callable[[Job], Contest], job: Job) -> None:
+    """The contestant's side: sets up, says so, then works once for each line that it reads."""
+    start = time.perf_counter()
+    work, warm_up, temporary = prepare(job)
+    built = time.perf_counter()
+    (warm_up or work)()
+    report = {"setup_seconds": built - start, "warm_up_seconds": time.perf_counter() - built}
+    print(json.dumps(report | {"temporary_bytes": temporary()}), flush=True)
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        taken = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+        taken["peak_rss_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps(taken), flush=True)
+
+
+class Contestant:
+    """A process that works on demand."""
+
+    def __init__(self, module: str, job: Job, threads: int):
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        command = [sys.executable, "-m", module, "--contestant", json.dumps(job)]
+        self.job, self.turns = job, []
+        # The cores are set before Python starts: XLA and PyTorch make their threads by what they find then.
+        self.process = subprocess.Popen(
+            ["taskset", "-c", ",".join(map(str, cores)), *command],
+            cwd=Path(__file__).parents[1], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.setup = self._read()
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.job} ended with exit code {self.process.wait()}; its own words stand above")
+        return json.loads(line)
+
+    def turn(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.turns.append(self._read())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def median(self, name: str) -> float:
+        return statistics.median(turn[name] for turn in self.turns)
+
+    def spread(self, name: str) -> float:
+        values = [turn[name] for turn in self.turns]
+        if len(values) == 1:
+            return 0.0
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        return (high - low) / 2
+
+
+def race(module: str, jobs: Sequence[Job], *, threads: int, turns: int) -> list[dict]:
+    """Rows of one comparison; `jobs` hold the references, of which the one with fewer CPU seconds counts."""
+    contestants: list[Contestant] = []
+    try:
+        for job in jobs:
+            contestants.append(Contestant(module, job, threads))
+        for _ in range(turns):
+            for contestant in contestants:
+                contestant.turn()
+    finally:
+        for contestant in contestants:
+            contestant.close()
+    reference = min(
+        (c for c in contestants if c.job.variant in REFERENCES), key=lambda contestant: contestant.median("cpu_seconds")
+    )
+    return [row(contestant, reference) for contestant in contestants]
+
+
+def row(contestant: Contestant, reference: Contestant) -> dict:
+    """One line of the table; a ratio above 1 says that it is faster, or smaller, than the reference."""
+    median, spread, job = contestant.median, contestant.spread, contestant.job
+    return {
+        "workload": job.label,
+        "variant": job.variant,
+        "cpu_seconds": median("cpu_seconds"),
+        "cpu_spread": spread("cpu_seconds"),
+        "wall_seconds": median("wall_seconds"),
+        "wall_spread": spread("wall_seconds"),
+        "reference": reference.job.variant,
+        "reference_cpu_seconds": reference.median("cpu_seconds"),
+        "ratio": reference.median("cpu_seconds") / median("cpu_seconds"),
+        "wall_ratio": reference.median("wall_seconds") / median("wall_seconds"),
+        "peak_rss_bytes": int(median("peak_rss_bytes")),
+        "reference_peak_rss_bytes": int(reference.median("peak_rss_bytes")),
+        **contestant.setup,
+    }
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| workload | variant | CPU s | wall s | ratio | peak RSS, MB | memory | XLA temporary, MB | warm-up, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        temporary = "-" if r["temporary_bytes"] is None else f"{r['temporary_bytes'] / 1e6:.0f}"
+        lines.append(
+            f"| {r['workload']} | {r['variant']} | {r['cpu_seconds']:.2f} ± {r['cpu_spread']:.2f} | "
+            f"{r['wall_seconds']:.2f} ± {r['wall_spread']:.2f} | {r['ratio']:.2f} | {r['peak_rss_bytes'] / 1e6:.0f} | "
+            f"{r['peak_rss_bytes'] / r['reference_peak_rss_bytes']:.2f} | {temporary} | {r['warm_up_seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def save(rows: Sequence[dict], file: Path | None) -> None:
+    """Writes the rows as JSON, so that what is measured stays when a later workload fails."""
+    if file is not None:
+        file.write_text(json.dumps(list(rows), indent=1) + "\n")

@@ -1,0 +1,138 @@
+"""The PyTorch counterpart: Hugging Face's Llama under full attention, sampled and trained the plain way.
+
+Plain is what the public trainers do (logits of all positions, a Gumbel number for each, a top-k for each row), without
+their float64 noise, which nothing here needs and which would only slow this side down.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import peft
+import torch
+import transformers
+
+from benchmarks.workloads import Workload, weights
+
+NAMES = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(shape: Workload) -> transformers.LlamaForCausalLM:
+    """The model with the weights of `workloads.weights`, frozen."""
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
+        max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False, use_cache=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, attn_implementation="sdpa",
+    )  # fmt: skip
+    config.is_causal = False
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    # The rotary frequencies are no weights, so nothing below would fill them.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    ours = weights(shape)
+    tensors = {"model.embed_tokens.weight": ours["embedding"], "lm_head.weight": ours["head"]}
+    tensors["model.norm.weight"] = ours["final_norm"]
+    for n in range(shape.layers):
+        block = f"model.layers.{n}"
+        tensors[f"{block}.input_layernorm.weight"] = ours["layers"]["attn_norm"][n]
+        tensors[f"{block}.post_attention_layernorm.weight"] = ours["layers"]["mlp_norm"][n]
+        for name, theirs in NAMES.items():
+            tensors[f"{block}.{theirs}.weight"] = ours["layers"][name]["kernel"][n].T
+    model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    return model.requires_grad_(False).eval().to(DEVICE)
+
+
+def propose(
+    model: torch.nn.Module, x: torch.Tensor, mask_id: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates and their probabilities at all positions."""
+    logits = model(input_ids=x).logits
+    logits[..., mask_id] = -torch.inf
+    probs = torch.softmax(logits, dim=-1)
+    if temperature > 0:
+        # Dividing by the power of an exponential number is adding temperature times a Gumbel number to the logits.
+        noise = torch.rand_like(logits).log_().neg_()
+        noise = noise if temperature == 1 else noise**temperature
+        candidates = torch.argmax(probs / noise, dim=-1)
+    else:
+        candidates = torch.argmax(logits, dim=-1)
+    return candidates, torch.gather(probs, -1, candidates[..., None])[..., 0]
+
+
+@torch.inference_mode()
+def sample(
+    model: torch.nn.Module,
+    propose: Callable,
+    prompts: torch.Tensor,
+    shape: Workload,
+    temperature: float,
+    limit: int | None = None,
+) -> torch.Tensor:
+    """Low-confidence remasking in blocks with a fixed number of tokens per step: `[B, P+L]`.
+
+    Args:
+      propose: the function above, compiled or not.
+      limit: steps after which it stops unfinished.
+    """
+    rows, length = prompts.shape
+    x = torch.full((rows, length + shape.completion), shape.mask_id, device=prompts.device)
+    x[:, :length] = prompts
+    blocks = shape.completion // shape.block
+    steps = max(1, shape.steps // blocks)
+    each, extra = divmod(shape.block, steps)
+    for count, (block, step) in enumerate(itertools.product(range(blocks), range(steps))):
+        if count == limit:
+            break
+        candidates, confidence = propose(model, x, shape.mask_id, temperature)
+        confidence = torch.where(x == shape.mask_id, confidence, -torch.inf)
+        confidence[:, length + (block + 1) * shape.block :] = -torch.inf
+        for row in range(rows):
+            chosen = torch.topk(confidence[row], k=each + (step < extra)).indices
+            x[row, chosen] = candidates[row, chosen]
+    return x
+
+
+def adapted(shape: Workload, rank: int, targets: tuple[str, ...]) -> torch.nn.Module:
+    """The model under LoRA adapters."""
+    names = [NAMES[target].rpartition(".")[2] for target in targets]
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
+    return peft.get_peft_model(build(shape), settings)
+
+
+def update(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, advantages: torch.Tensor,
+    shape: Workload, clip_norm: float,
+) -> float:  # fmt: skip
+    """One GDSD update from one coupled pair of views: both through the head, every token read where it is masked.
+
+    The head reads the completion only; the public trainers put the prompt through it too.
+    """
+    rows, length = tokens.shape[0], shape.completion
+    masked = torch.zeros_like(tokens, dtype=torch.bool)
+    count = int(torch.randint(0, length + 1, ()))
+    order = torch.rand(rows, length, device=tokens.device).argsort(dim=-1)
+    masked[:, shape.prompt :] = order < count
+    complement = ~masked
+    complement[:, : shape.prompt] = False
+    views = torch.cat([masked, complement])
+    twice = torch.cat([tokens, tokens])
+    logits = model(input_ids=torch.where(views, shape.mask_id, twice), logits_to_keep=length).logits
+    targets = twice[:, shape.prompt :]
+    log_probs = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    score = (log_probs.view_as(targets) * views[:, shape.prompt :]).sum(dim=-1).view(2, rows).sum(dim=0)
+    loss = (((score - score.detach()) / length - advantages) ** 2).sum() / rows
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), clip_norm)
+    optimizer.step()
+    return loss.item()

@@ -1,0 +1,66 @@
+"""GDSD trained on exact and on approximate rollouts: the tiny model, one start, several seeds, equal iterations.
+
+    python -m benchmarks.rollouts --workdir runs/rollouts [--seeds 3] [--ways exact,dual,threshold]
+
+Everything but the sampler is configs/compare_tiny.py. Completions of 20 tokens in blocks of 5, at most one token a
+step: `exact` takes 20 full passes, `dual` keeps keys and values outside the block and takes 4 full passes and 16 of
+the block, `threshold` commits at once what is above 0.9. The final accuracy is that of exact greedy decoding for all.
+An interrupted study goes on where it stopped. Writes `table.json`, `table.md` and `curves.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+from gdsd_jax import commands, compare
+from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+WAYS = {"exact": {}, "dual": {"cache": "dual"}, "threshold": {"threshold": 0.9}}
+
+
+def base_config() -> TrainConfig:
+    """configs/compare_tiny.py, without its threshold and in blocks."""
+    spec = importlib.util.spec_from_file_location("compare_tiny", ROOT / "configs" / "compare_tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = freeze(TrainConfig, module.get_config())
+    return dataclasses.replace(
+        config, sampler=dataclasses.replace(config.sampler, block_length=5, threshold=None), method="gdsd"
+    )
+
+
+def study(config: TrainConfig, workdir: Path, ways: list[str], seeds: int) -> dict:
+    """Runs what is missing, and returns the table of `gdsd_jax.compare` with a row for each way."""
+    tables, curves = {}, {}
+    for way in ways:
+        run = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **WAYS[way]))
+        tables[way] = compare.compare(run, workdir / way, ["gdsd"], seeds)
+        curves[way] = [read_metrics(workdir / way / "gdsd" / f"seed{config.seed + n}") for n in range(seeds)]
+    first = tables[ways[0]]
+    rows = compare.summarise({way: table["methods"][0]["runs"] for way, table in tables.items()})
+    counts = {name: sum(table[name] for table in tables.values()) for name in ("runs", "runs_in")}
+    table = first | counts | {"methods": rows}
+    (workdir / compare.TABLE_JSON).write_text(json.dumps(table, indent=1) + "\n")
+    (workdir / compare.TABLE_MD).write_text(compare.markdown(table))
+    compare.draw(workdir / compare.CURVES, table, curves, config.evaluation.split)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    flags = parser.parse_args()
+    commands.enable_compilation_cache()
+    print(compare.markdown(study(base_config(), flags.workdir, flags.ways.split(","), flags.seeds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The sampler beside plain PyTorch, on random weights in float32.
+
+    python -m benchmarks.sampler [--workloads W1,W2] [--temperatures 0,1] [--variants exact,prefix,dual]
+        [--threads 1] [--turns 3] [--json FILE]
+
+Low-confidence remasking in blocks of 32, 64 completion tokens. W1: width 256, 6 layers, vocabulary 4096, 64 steps, 8
+rows; W2: 4 layers, vocabulary 126464, 32 steps, 4 rows. `exact` samples what PyTorch samples (at temperature 0 the same
+tokens); `prefix` and `dual` are the approximate caches, refreshed once per block. PyTorch runs with and without
+`torch.compile`, and the ratio is to the one that takes fewer CPU seconds. Needs `requirements-torch.txt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+
+from benchmarks import measure
+from benchmarks.workloads import WORKLOADS, prompts, weights
+
+VARIANTS = {"exact": "none", "prefix": "prefix", "dual": "dual"}
+
+
+def prepare_reference(job: measure.Job) -> measure.Contest:
+    import torch
+
+    from benchmarks import reference
+
+    shape = WORKLOADS[job.workload]
+    model, propose = reference.build(shape), reference.propose
+    if job.variant == "torch.compile":
+        propose = torch.compile(propose)
+    tokens = torch.tensor(prompts(shape), dtype=torch.long, device=reference.DEVICE)
+    run = functools.partial(reference.sample, model, propose, tokens, shape, job.temperature)
+    return measure.Contest(lambda: run().cpu(), warm_up=lambda: run(limit=2).cpu())
+
+
+def prepare_ours(job: measure.Job) -> measure.Contest:
+    import jax
+
+    from benchmarks import ours
+    from gdsd_jax.diffusion import SamplerConfig
+    from gdsd_jax.diffusion.sampler import compiled_sample
+
+    shape = WORKLOADS[job.workload]
+    config = ours.denoiser(shape)
+    settings = SamplerConfig(
+        completion_length=shape.completion, steps=shape.steps, block_length=shape.block, strategy="low_confidence",
+        temperature=job.temperature, cache=VARIANTS[job.variant],
+    )  # fmt: skip
+    base, tokens = jax.device_put((weights(shape), prompts(shape)))
+    arguments = (config, base, None, tokens, None, jax.random.key(0), settings)
+    temporary = lambda: compiled_sample.lower(*arguments).compile().memory_analysis().temp_size_in_bytes  # noqa: E731
+    return measure.Contest(lambda: jax.device_get(compiled_sample(*arguments).tokens), temporary=temporary)
+
+
+def prepare(job: measure.Job) -> measure.Contest:
+    return (prepare_reference if job.variant in measure.REFERENCES else prepare_ours)(job)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measure.add_flags(parser, variants=VARIANTS)
+    parser.add_argument("--temperatures", default="0,1")
+    flags = parser.parse_args()
+    if flags.contestant:
+        measure.serve(prepare, measure.Job(*json.loads(flags.contestant)))
+        return
+    rows = []
+    for workload in flags.workloads.split(","):
+        for temperature in map(float, flags.temperatures.split(",")):
+            variants = (*measure.REFERENCES, *flags.variants.split(","))
+            jobs = [measure.Job(workload, variant, temperature) for variant in variants]
+            rows += measure.race("benchmarks.sampler", jobs, threads=flags.threads, turns=flags.turns)
+            measure.save(rows, flags.json)
+    print(measure.table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""One denoising step of LLaDA-8B on TPU slices that are not here: full, prefix and dual, on several meshes.
+
+    .venv-tpu/bin/python -m benchmarks.steps_8b [--topologies v5p:2x2x4,v5e:8x8] [--json FILE]
+
+Each step is compiled by libtpu at the real size (320 completions, prompt 400, completion 256, blocks of 32, bfloat16,
+LoRA rank 128, the head on the block alone) and held against the chip's published figures, as `gdsd_jax.plan` does: no
+step can be faster than the slowest of compute, HBM and network. A prefix step computes half of the completion, which
+is the mean over its blocks; a cached step reads keys and values of a refresh at each block's start, whose full step
+`cycle` spreads over the 32 steps of a block, at one token a step. Nothing here has run on a TPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax import commands, hub
+from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.denoiser import hidden_states_at, refresh_cache, window_states_at
+from gdsd_jax.diffusion.draws import propose
+from gdsd_jax.planning import chips
+from gdsd_jax.planning.compiler import compile_program
+from gdsd_jax.planning.cost import program_cost
+from gdsd_jax.planning.pods import load
+from gdsd_jax.planning.programs import parameters, place
+from gdsd_jax.sharding import MeshConfig, make_mesh
+from gdsd_jax.training.state import make_optimizer, policy
+
+ROOT = Path(__file__).parents[1]
+STEPS = ("full", "prefix", "dual")
+TENSOR = (1, 4, 8)
+
+
+def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """The lowered programs of one step by their names."""
+    model = commands.with_compute(hub.architecture(config.checkpoint), config.model)
+    optimizer, _ = make_optimizer(config.optimizer, 1)
+    base, state = parameters(config, model, mesh, optimizer)
+    base, lora = policy(base, state.params)
+    rows, prompt = config.prompts_per_iteration * config.group_size, max(config.prompt_buckets)
+    settings = dataclasses.replace(config.sampler, temperature=1.0)
+    size, total = settings.block_length, prompt + settings.completion_length
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return place(mesh, jax.ShapeDtypeStruct(shape, dtype), ("rows", "tokens")[: len(shape)])
+
+    scalar = place(mesh, jax.ShapeDtypeStruct((), jnp.int32), ())
+    tokens, mask, uniform = array(jnp.int32, rows, total), array(bool, rows, prompt), array(jnp.float32, rows, size)
+
+    def commit(base: Any, hidden: jax.Array, uniform: jax.Array) -> tuple:
+        return propose(model, base, hidden[None], uniform, settings)
+
+    @jax.jit
+    def full(base: Any, lora: Any, tokens: jax.Array, mask: jax.Array, start: jax.Array, uniform: jax.Array) -> tuple:
+        read = hidden_states_at(model, base, lora, tokens, prompt_mask=mask)
+        return commit(base, read(prompt + start + jnp.arange(size)), uniform)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def cached(
+        width: int, base: Any, lora: Any, tokens: jax.Array, mask: jax.Array, cache: Any, start: jax.Array,
+        uniform: jax.Array,
+    ) -> tuple:  # fmt: skip
+        read = window_states_at(
+            model, base, lora, tokens, cache,
+            start=prompt + start, size=width, frozen=prompt + start, prompt_mask=mask,
+        )  # fmt: skip
+        return commit(base, read(jnp.arange(size)), uniform)
+
+    _, kept = jax.eval_shape(
+        lambda base, lora, tokens: refresh_cache(model, base, lora, tokens, jnp.arange(size)), base, lora, tokens
+    )
+    cache = jax.tree.map(lambda x: place(mesh, x, ("layers", "rows", "kv_heads", "tokens", "head_dim")), kept)
+    window = functools.partial(cached.lower, base=base, lora=lora, tokens=tokens, mask=mask, cache=cache, start=scalar)
+    return {
+        "full": lambda: full.lower(base, lora, tokens, mask, scalar, uniform),
+        "prefix": lambda: window(settings.completion_length // 2, uniform=uniform),
+        "dual": lambda: window(size, uniform=uniform),
+    }
+
+
+def rows(topology: chips.Slice, config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """A row for each mesh and step."""
+    completions = config.prompts_per_iteration * config.group_size
+    for tensor in TENSOR:
+        mesh = make_mesh(MeshConfig(1, topology.chips // tensor, tensor), chips.devices(topology))
+        full = None
+        for name, lower in steps(config, mesh).items():
+            with jax.set_mesh(mesh):
+                compiled = compile_program(lower(), topology.name)
+            row = {"topology": topology.name, "mesh": dict(mesh.shape), "step": name, "fits": compiled.fits}
+            row["peak_bytes"] = compiled.peak_bytes
+            if compiled.fits:
+                cost = program_cost(compiled.text)
+                seconds = {
+                    "compute": cost.flops / topology.chip.flops,
+                    "hbm": cost.hbm / topology.chip.hbm_bandwidth,
+                    "network": sum(cost.sent.values()) / topology.network_bandwidth,
+                }
+                longest = max(seconds.values())
+                full = full or longest
+                block = config.sampler.block_length
+                cycle = longest if name == "full" else (full + (block - 1) * longest) / block
+                row |= {"flops": cost.flops, "seconds": seconds, "seconds_roofline": longest, "cycle": cycle}
+                row |= {"bound_by": max(seconds, key=seconds.get)}
+                row["tokens_per_second_per_chip"] = completions / cycle / topology.chips
+            yield row
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The rows in Markdown; the best mesh of each step is marked."""
+    lines = [
+        "| slice | step | fsdp x tensor | TFLOP | compute ms | HBM ms | network ms | tokens/s/chip | best |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        mesh = f"{row['mesh']['fsdp']} x {row['mesh']['tensor']}"
+        if not row["fits"]:
+            lines.append(f"| {row['topology']} | {row['step']} | {mesh} | does not fit | | | | | |")
+            continue
+        rivals = [r for r in found if (r["topology"], r["step"]) == (row["topology"], row["step"]) and r["fits"]]
+        best = max(rivals, key=lambda r: r["tokens_per_second_per_chip"]) is row
+        seconds = (f"{1e3 * row['seconds'][kind]:.1f}" for kind in ("compute", "hbm", "network"))
+        lines.append(
+            f"| {row['topology']} | {row['step']} | {mesh} | {row['flops'] / 1e12:.2f} | {' | '.join(seconds)} | "
+            f"{row['tokens_per_second_per_chip']:.0f} | {'*' if best else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topologies", default="v5p:2x2x4,v5e:8x8")
+    parser.add_argument("--json", type=Path)
+    flags = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    commands.enable_compilation_cache()
+    config = freeze(TrainConfig, load(ROOT / "configs" / "llada_8b_pod.py").get_config("v5p-32_countdown"))
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, block_length=32))
+    found = []
+    for name in flags.topologies.split(","):
+        for row in rows(chips.parse_topology(name), config):
+            found.append(row)
+            print(json.dumps(row), flush=True)
+            if flags.json:
+                flags.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
