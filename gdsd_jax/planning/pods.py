@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,7 @@ class Row(NamedTuple):
 
 COLUMNS = (
     "model, trained", "slice", "chips", "rows, micro-batch", "sampler GiB", "score GiB", "update GiB", "usable GiB",
-    "sampler ratio", "score ratio", "update ratio", "rollout s", "update s", "iteration s", "fits",
+    "sampler ratio", "score ratio", "update ratio", "rollout s", "update s", "iteration s", "fits", "commit",
 )  # fmt: skip
 INTRODUCTION = """# What the pod configs take, by `plan`
 
@@ -50,7 +51,8 @@ Nothing here has run on a TPU: memory is what the TPU compiler says, FLOPs are c
 the roofline's, below which no run can go.
 
 GiB are peaks per chip with what lives beside the program; ratios are counted over analytic FLOPs; an iteration is a
-rollout and 8 inner updates. Completion 256, prompt 400, G = 16, 256 denoising steps.
+rollout and 8 inner updates. Completion 256, prompt 400, G = 16, 256 denoising steps. Each row was compiled from the
+programs of the commit that it names; a later one may have changed them.
 
 """
 
@@ -96,9 +98,15 @@ def line(report: dict[str, Any]) -> str:
         *("" if part["flops"] is None else f"{part['flops_ratio']:.3f}" for part in parts),
         *("" if value is None else f"{value:.1f}" for value in (rollout, update)),
         f"{rollout + report['inner_updates'] * update:.0f}" if known else "",
-        "yes" if report["fits"] else "no",
+        "yes" if report["fits"] else "no", f"`{report['commit']}`",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+def commit() -> str:
+    """The checkout's commit, marked where files differ from it; "unknown" outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def main(store: Path, page: Path, chosen: list[str]) -> None:
@@ -109,7 +117,8 @@ def main(store: Path, page: Path, chosen: list[str]) -> None:
     for row in rows():
         if row.name not in reports and (not chosen or row.name in chosen):
             print(f"planning {row.name}", flush=True)
-            reports[row.name] = report_of(row_config(row), chips.parse_topology(row.topology), list(PROGRAMS))
+            report = report_of(row_config(row), chips.parse_topology(row.topology), list(PROGRAMS))
+            reports[row.name] = report | {"commit": commit()}
             store.write_text(json.dumps(reports, indent=1) + "\n")
         draw(reports, page, versions)
 
