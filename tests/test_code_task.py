@@ -8,6 +8,7 @@ import fuzz
 import numpy as np
 import pytest
 import tiny_run
+from test_commands import surroundings  # noqa: F401  (a fixture that acts by itself)
 
 from gdsd_jax import train
 from gdsd_jax.errors import UserError

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference_answers
 import tiny_run
+from test_commands import surroundings  # noqa: F401  (a fixture that acts by itself)
 
 from gdsd_jax import train
 from gdsd_jax.tasks import TASKS
