@@ -27,7 +27,7 @@ compare: .venv/.installed
 	.venv/bin/python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,gdsd_tlc,espo,diffu_grpo,wd1,spg --seeds 3
 
 test: .venv/.installed
-	.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: .venv-slow/.installed
 	.venv-slow/bin/python -m pytest -m "slow and not libtpu" $(PYTEST_ARGS)

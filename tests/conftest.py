@@ -1,5 +1,6 @@
 """Settings for every test. They stand before the first import of JAX and of the package; imports below are late."""
 
+import collections
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Compiled programs are kept between runs; the first run, without them, must meet the time limit too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
 # No test may reach a network: whatever transformers does not find on disk is an error at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +32,17 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 # The first example compiles: no deadline. Derandomized, so that a change fails or passes alike everywhere.
 hypothesis.settings.register_profile("gdsd_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gdsd_jax")
+
+
+# Files of few tests that take long: training runs, whole commands, interpreted kernels.
+LONG = ("attention", "resume", "one_program", "compare", "evaluate", "math_tasks", "commands", "launch", "code_task")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which workers take files: the long ones, then by the number of tests, so that none begins late."""
+    counts = collections.Counter(item.path for item in items)
+    long = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (long.get(item.path.name, len(long)), -counts[item.path], item.path.name))
 
 
 NO_MESH = jax.sharding.get_mesh()
