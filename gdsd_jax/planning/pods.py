@@ -104,21 +104,23 @@ def line(report: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where files differ from it; "unknown" outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    """The checkout's commit, marked where its programs differ from it; "unknown" outside of one."""
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    dirty = "-dirty" if git("status", "--porcelain", "--", "gdsd_jax", "configs") else ""
+    return git("rev-parse", "--short", "HEAD") + dirty or "unknown"
 
 
 def main(store: Path, page: Path, chosen: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     commands.enable_compilation_cache()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    at = commit()
     reports = json.loads(store.read_text()) if store.exists() else {}
     for row in rows():
         if row.name not in reports and (not chosen or row.name in chosen):
             print(f"planning {row.name}", flush=True)
             report = report_of(row_config(row), chips.parse_topology(row.topology), list(PROGRAMS))
-            reports[row.name] = report | {"commit": commit()}
+            reports[row.name] = report | {"commit": at}
             store.write_text(json.dumps(reports, indent=1) + "\n")
         draw(reports, page, versions)
 
