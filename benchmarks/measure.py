@@ -24,7 +24,7 @@ REFERENCES = ("torch", "torch.compile")
 
 
 class Job(NamedTuple):
-    """One contestant of a bench: `variant` is one of `REFERENCES`, or names settings of our code."""
+    """One contestant of a bench: `variant` is one of `REFERENCES`, another of PyTorch's, or settings of ours."""
 
     workload: str
     variant: str
@@ -39,6 +39,7 @@ def add_flags(parser: argparse.ArgumentParser, *, variants: Iterable[str]) -> No
     """The flags of every bench."""
     parser.add_argument("--workloads", default="W1,W2")
     parser.add_argument("--variants", default=",".join(variants))
+    parser.add_argument("--references", default=",".join(REFERENCES), help="torch.compile needs a C++ compiler")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path)

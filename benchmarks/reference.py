@@ -111,11 +111,12 @@ def adapted(shape: Workload, rank: int, targets: tuple[str, ...]) -> torch.nn.Mo
 
 def update(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, advantages: torch.Tensor,
-    shape: Workload, clip_norm: float,
+    shape: Workload, clip_norm: float, *, whole: bool = True,
 ) -> float:  # fmt: skip
     """One GDSD update from one coupled pair of views: both through the head, every token read where it is masked.
 
-    The head reads the completion only; the public trainers put the prompt through it too.
+    Args:
+      whole: puts the prompt through the head too, as the public trainers do.
     """
     rows, length = tokens.shape[0], shape.completion
     masked = torch.zeros_like(tokens, dtype=torch.bool)
@@ -126,7 +127,8 @@ def update(
     complement[:, : shape.prompt] = False
     views = torch.cat([masked, complement])
     twice = torch.cat([tokens, tokens])
-    logits = model(input_ids=torch.where(views, shape.mask_id, twice), logits_to_keep=length).logits
+    kept = 0 if whole else length
+    logits = model(input_ids=torch.where(views, shape.mask_id, twice), logits_to_keep=kept).logits[:, -length:]
     targets = twice[:, shape.prompt :]
     log_probs = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     score = (log_probs.view_as(targets) * views[:, shape.prompt :]).sum(dim=-1).view(2, rows).sum(dim=0)

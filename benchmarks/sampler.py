@@ -69,7 +69,7 @@ def main() -> None:
     rows = []
     for workload in flags.workloads.split(","):
         for temperature in map(float, flags.temperatures.split(",")):
-            variants = (*measure.REFERENCES, *flags.variants.split(","))
+            variants = (*flags.references.split(","), *flags.variants.split(","))
             jobs = [measure.Job(workload, variant, temperature) for variant in variants]
             rows += measure.race("benchmarks.sampler", jobs, threads=flags.threads, turns=flags.turns)
             measure.save(rows, flags.json)

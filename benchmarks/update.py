@@ -6,7 +6,8 @@ GDSD on rank-16 adapters of all seven matrices, one coupled pair of views, all r
 the shapes are those of `benchmarks.sampler`. PyTorch (with PEFT) puts both views through the head and differentiates
 whole logits; ours selects the view in which a token is masked first, walks the vocabulary in chunks, and logs the
 entropy besides. PyTorch runs with and without `torch.compile`, and the ratio is to the one that takes fewer CPU
-seconds. Needs `requirements-torch.txt`.
+seconds; `torch.lean` is what its advocate would change, the head on the completion alone, and no reference. Needs
+`requirements-torch.txt`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def prepare_reference(job: measure.Job) -> measure.Contest:
     if job.variant == "torch.compile":
         model = torch.compile(model)
     tokens, advantages = (torch.tensor(x, device=reference.DEVICE) for x in batch(shape))
-    return measure.Contest(lambda: reference.update(model, optimizer, tokens.long(), advantages, shape, CLIP))
+    whole = job.variant != "torch.lean"
+    return measure.Contest(
+        lambda: reference.update(model, optimizer, tokens.long(), advantages, shape, CLIP, whole=whole)
+    )
 
 
 def prepare_ours(job: measure.Job) -> measure.Contest:
@@ -81,19 +85,20 @@ def prepare_ours(job: measure.Job) -> measure.Contest:
 
 
 def prepare(job: measure.Job) -> measure.Contest:
-    return (prepare_reference if job.variant in measure.REFERENCES else prepare_ours)(job)
+    return (prepare_reference if job.variant.startswith("torch") else prepare_ours)(job)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measure.add_flags(parser, variants=("update",))
+    measure.add_flags(parser, variants=("torch.lean", "update"))
     flags = parser.parse_args()
     if flags.contestant:
         measure.serve(prepare, measure.Job(*json.loads(flags.contestant)))
         return
     rows = []
     for workload in flags.workloads.split(","):
-        jobs = [measure.Job(workload, variant) for variant in (*measure.REFERENCES, *flags.variants.split(","))]
+        variants = (*flags.references.split(","), *flags.variants.split(","))
+        jobs = [measure.Job(workload, variant) for variant in variants]
         rows += measure.race("benchmarks.update", jobs, threads=flags.threads, turns=flags.turns)
         measure.save(rows, flags.json)
     print(measure.table(rows))

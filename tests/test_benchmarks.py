@@ -30,10 +30,12 @@ def test_pytorch_minimises_the_same_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bench", "flags", "count"), [("sampler", ["--temperatures=0"], 5), ("update", [], 3)])
+@pytest.mark.parametrize(("bench", "flags", "count"), [("sampler", ["--temperatures=0"], 4), ("update", [], 3)])
 def test_a_bench_reports_every_contestant(tmp_path, bench, flags, count):
     file = tmp_path / "rows.json"
-    command = [sys.executable, "-m", f"benchmarks.{bench}", "--workloads=tiny", "--turns=2", f"--json={file}", *flags]
+    command = [sys.executable, "-m", f"benchmarks.{bench}", "--workloads=tiny", "--turns=2", f"--json={file}"]
+    # Without torch.compile, which takes a minute and a C++ compiler.
+    command += ["--references=torch", *flags]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(file.read_text())
     assert len(rows) == count and run.stdout.count("| tiny") == count

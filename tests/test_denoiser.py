@@ -277,8 +277,8 @@ def test_unrolled_layers_compute_what_is_read_as_the_scan_does(small, shifted):
     places = (slice(0, 3), slice(2, 5), jnp.array([4, 0, 1]), jnp.arange(2 * rows).reshape(rows, 2) % 5)
     assert CONFIG.num_layers > 1
     found = {}
-    for unroll in (1, CONFIG.num_layers):
-        config = dataclasses.replace(CONFIG, layer_unroll=unroll, next_token_logits=shifted)
+    for unroll, remat in ((1, "none"), (CONFIG.num_layers, "none"), (CONFIG.num_layers, "full")):
+        config = dataclasses.replace(CONFIG, layer_unroll=unroll, remat=remat, next_token_logits=shifted)
 
         @jax.jit
         def read(base, lora, config=config):
@@ -288,10 +288,12 @@ def test_unrolled_layers_compute_what_is_read_as_the_scan_does(small, shifted):
         def total(base, lora, read=read):
             return sum(jnp.sum(jnp.sin(states)) for states in read(base, lora)[0])
 
-        found[unroll] = read(base, lora), jax.jit(jax.grad(total, argnums=(0, 1)))(base, lora)
-    (states, whole), _ = found[CONFIG.num_layers]
+        found[unroll, remat] = read(base, lora), jax.jit(jax.grad(total, argnums=(0, 1)))(base, lora)
+    (states, whole), _ = found[CONFIG.num_layers, "none"]
     np.testing.assert_allclose(states[-1], whole, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found.values())
+    scanned, *unrolled = found.values()
+    for other in unrolled:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), scanned, other)
 
 
 def test_low_rank_product_has_the_gradient_of_the_plain_one():

@@ -92,6 +92,9 @@ def _run(
     def layer(n: int, x: Array, at: At | None = None) -> tuple[Array, KeyValues | None]:
         own = {name: tree["layers"][n] for name, tree in parts.items()}
         rngs = {"dropout": jax.random.fold_in(dropout_key, n)} if dropout else None
+        if isinstance(at, slice) and config.remat != "none":
+            # What is recomputed takes arrays only.
+            at = jnp.arange(at.start, at.stop)
         return module.apply(own, x, None if cache is None else cache[n], real, rope, outside, at, rngs=rngs)
 
     x, kept = embed(config, base["embedding"], tokens), []
