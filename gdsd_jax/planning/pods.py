@@ -42,7 +42,8 @@ class Row(NamedTuple):
 
 COLUMNS = (
     "model, trained", "slice", "chips", "rows, micro-batch", "sampler GiB", "score GiB", "update GiB", "usable GiB",
-    "sampler ratio", "score ratio", "update ratio", "rollout s", "update s", "iteration s", "fits", "commit",
+    "sampler ratio", "score ratio", "update ratio", "rollout s", "update s", "iteration s", "chip-hours", "fits",
+    "commit",
 )  # fmt: skip
 INTRODUCTION = """# What the pod configs take, by `plan`
 
@@ -51,8 +52,9 @@ Nothing here has run on a TPU: memory is what the TPU compiler says, FLOPs are c
 the roofline's, below which no run can go.
 
 GiB are peaks per chip with what lives beside the program; ratios are counted over analytic FLOPs; an iteration is a
-rollout and 8 inner updates. Completion 256, prompt 400, G = 16, 256 denoising steps. Each row was compiled from the
-programs of the commit that it names; a later one may have changed them.
+rollout and 8 inner updates, chip-hours are those of 1000 of them. Completion 256,
+prompt 400, G = 16, 256 denoising steps. Each row was compiled from the programs of the commit that it names; a later
+one may have changed them.
 
 """
 
@@ -90,6 +92,7 @@ def line(report: dict[str, Any]) -> str:
     parts = [report[name] for name in PROGRAMS]
     known = all(part["flops"] is not None for part in parts)
     rollout, update = parts[0]["seconds_roofline"], parts[2]["seconds_roofline"]
+    iteration = rollout + report["inner_updates"] * update if known else None
     trained = f"LoRA {report['lora_rank']}" if report["lora_rank"] else "all"
     cells = [
         f"{report['model']}, {trained}", report["topology"], report["chips"],
@@ -97,7 +100,7 @@ def line(report: dict[str, Any]) -> str:
         *(gib(part["peak_bytes"]) for part in parts), gib(parts[0]["hbm_bytes"]),
         *("" if part["flops"] is None else f"{part['flops_ratio']:.3f}" for part in parts),
         *("" if value is None else f"{value:.1f}" for value in (rollout, update)),
-        f"{rollout + report['inner_updates'] * update:.0f}" if known else "",
+        f"{iteration:.0f}" if known else "", f"{report['chips'] * 1000 * iteration / 3600:.0f}" if known else "",
         "yes" if report["fits"] else "no", f"`{report['commit']}`",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |\n"
