@@ -1,6 +1,7 @@
 """Loading over a mesh and from a bucket: who reads which bytes, what stays in memory, and exporting it again."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -32,8 +33,8 @@ def tool(*arguments):
 
 
 def reports(output):
-    """The tool's lines; the collectives of several processes print their own between them."""
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    """The tool's lines; the collectives of several processes print their own between them, not always on new lines."""
+    return [json.JSONDecoder().raw_decode(output, found.start())[0] for found in re.finditer(r'\{"mesh"', output)]
 
 
 @pytest.fixture(scope="module")
