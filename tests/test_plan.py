@@ -328,9 +328,10 @@ def test_table_of_the_pod_configs(monkeypatch, tmp_path, compiler):
     where = chips.parse_topology("v5e:1x1")
     found = json.loads(json.dumps(report.report_of(tiny(tmp_path / "base"), where, list(report.PROGRAMS))))
     page = tmp_path / "page.md"
-    pods.draw({rows[0].name: found}, page, {"jax": "1", "libtpu": "2"})
+    pods.draw({rows[0].name: found | {"commit": "abc123"}}, page, {"jax": "1", "libtpu": "2"})
     text = page.read_text()
     assert text.count("\n| base, LoRA 4 | v5e:1x1 | 1 | 8, 4 |") == 1
+    assert "| yes | `abc123` |" in text
     assert all((f"`{row.name}`" in text) == (row != rows[0]) for row in rows)
 
 
