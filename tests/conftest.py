@@ -27,6 +27,7 @@ install_import_hook("gdsd_jax", "beartype.beartype(conf=beartype.BeartypeConf(is
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from compilation import optimised  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 # The first example compiles: no deadline. Derandomized, so that a change fails or passes alike everywhere.
@@ -53,6 +54,13 @@ def _mesh_of_its_own():
     """A command leaves the mesh of its process behind; the next test starts without one, whatever ran before it."""
     yield
     jax.set_mesh(NO_MESH)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules of many small programs."""
+    with optimised(False):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -34,11 +34,7 @@ PROMPTS = jnp.arange(1, 16).reshape(3, 5)
 PADDED = jnp.arange(5) >= jnp.array([[0], [2], [4]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

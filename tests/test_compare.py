@@ -4,12 +4,11 @@ import dataclasses
 import json
 import math
 import runpy
-import signal
 import statistics
 from pathlib import Path
 
-import jax
 import pytest
+from test_commands import surroundings  # noqa: F401  (a fixture that acts by itself)
 from tiny_run import build, command
 
 from gdsd_jax import compare, evaluate, train
@@ -21,17 +20,6 @@ from gdsd_jax.training.metrics import read_metrics
 
 METHODS, SEEDS = ("gdsd", "wd1"), (42, 43)
 FLAGS = ("--methods", ",".join(METHODS), "--seeds", 2, "--metric", "cells")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings():
-    """Gives back the signals that training takes over; and compiles faster, for programs that run once or twice."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

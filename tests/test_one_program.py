@@ -22,6 +22,8 @@ from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.hub import tiny
 from gdsd_jax.training import checkpoint, evaluation, rollout
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ITERATIONS, EVERY, HELD_OUT, EVAL_ROWS = 50, 10, 5, 2
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -115,6 +117,8 @@ class Watch:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of fifty iterations under watch, and its config."""
+    # Another test's run of the same shapes would have compiled for this one.
+    jax.clear_caches()
     directory = tmp_path_factory.mktemp("run")
     config = tiny_run(directory / "start")
     samplers = compiled_sample._cache_size()

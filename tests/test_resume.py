@@ -59,6 +59,8 @@ def start(directory: Path, workdir: Path) -> subprocess.Popen:
     config = directory / "config.py"
     command = [sys.executable, "-m", "gdsd_jax.train", "--config", str(config), "--workdir", str(workdir)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(directory), os.environ["PYTHONPATH"]])}
+    # As this process compiles, see `runs`.
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     with open(f"{workdir}.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -109,8 +111,8 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    # Programs that other tests compiled in this process without optimisation round differently.
+def runs(tmp_path_factory, quick_compilation):
+    # Programs that other tests compiled in this process with optimisations round differently.
     jax.clear_caches()
     directory = tmp_path_factory.mktemp("runs")
     tiny.build(directory / "start", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)

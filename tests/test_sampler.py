@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import optimised
 
 from gdsd_jax.denoiser import DenoiserConfig, denoise, init_base, init_lora, pick
 from gdsd_jax.diffusion import SamplerConfig, draws, sample, sampler, strategies
@@ -32,12 +33,7 @@ TINY = DenoiserConfig(
 PROMPTS = jnp.arange(1, 10).reshape(3, 3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Fifty small programs run once each: what costs is to compile them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +147,8 @@ def test_draws_follow_the_cut_distribution(cut):
     uniform = jax.random.uniform(jax.random.key(4), (count,))
     # One distribution for all draws: the vocabulary is cut once, the draw is repeated.
     draw = lambda u: draws.candidates(logits, u, run)[0]  # noqa: E731
-    tokens = np.asarray(jax.jit(lambda u: jax.lax.map(draw, u, batch_size=50_000))(uniform))
+    with optimised(True):
+        tokens = np.asarray(jax.jit(lambda u: jax.lax.map(draw, u, batch_size=50_000))(uniform))
 
     scaled = np.asarray(logits, np.float64) / 1.5
     probs = np.exp(scaled - scaled.max())
