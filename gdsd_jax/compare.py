@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
 # Settings that change what is kept and shown, not what a run computes.
-FREE_TO_CHANGE = ("save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation")
+FREE_TO_CHANGE = ("save_every", "keep", "completions_logged", "tensorboard", "wandb", "profile", "evaluation")
 # An accuracy counts puzzles: two differences are easily equal, and their interval has then no width.
 FEWEST_PAIRS = 3
 WIDTH = 80

@@ -174,6 +174,7 @@ class TrainConfig:
       prompt_buckets: lengths that prompts are left-padded to.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
       save_every: iterations between checkpoints; `keep` of them are kept.
+      profile: iteration whose timeline is recorded, see `gdsd_jax.training.timeline`; 0: none.
       dry_run: run one iteration in small instead, see `gdsd_jax.dry_run`.
     """
 
@@ -205,6 +206,7 @@ class TrainConfig:
     completions_logged: int = 8
     tensorboard: bool = False
     wandb: bool = False
+    profile: int = 0
     dry_run: bool = False
 
     def __post_init__(self):

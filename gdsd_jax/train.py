@@ -45,6 +45,7 @@ from gdsd_jax.training.rollout import (
     seed_key,
 )
 from gdsd_jax.training.state import TrainState, make_optimizer, policy, start_state
+from gdsd_jax.training.timeline import Profile, phase
 from gdsd_jax.training.update import ROLLOUT_STREAM, make_inner_update, stream_key
 from gdsd_jax.training.warnings import precursors
 
@@ -119,9 +120,11 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     copies = {"tensorboard": config.tensorboard, "wandb": config.wandb}
     writer = multihost.first_only(MetricWriter, workdir, **copies, resume_step=first or -1)
     progress = multihost.first_only(Progress, config.iterations, start=first, label=config.method)
+    profile = multihost.first_only(Profile, workdir, config.profile)
     warned: set[str] = set()
-    with writer, checkpoints, best, progress, StopSignal() as stop, jax.transfer_guard("disallow"):
+    with writer, checkpoints, best, progress, profile, StopSignal() as stop, jax.transfer_guard("disallow"):
         for iteration in range(first + 1, config.iterations + 1):
+            profile.begin(iteration)
             start = time.perf_counter()
 
             # ---------------------------------------------------------------- prompts, rollout, reward
@@ -135,20 +138,23 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
 
             # ---------------------------------------------------------------------------------- update
             update_start = time.perf_counter()
-            old_params = snapshot(state.params) if config.inner_updates > 1 and method.old != "unused" else None
-            by_component = due(iteration, config.component_norms_every)
-            reports = []
-            for inner in range(config.inner_updates):
-                old = old_params if inner else None
-                state, report = update(state, base, old, rewarded.batch, by_component=by_component)
-                reports.append(report)
-            state = finish(state)
+            with phase("send update"):
+                old_params = snapshot(state.params) if config.inner_updates > 1 and method.old != "unused" else None
+                by_component = due(iteration, config.component_norms_every)
+                reports = []
+                for inner in range(config.inner_updates):
+                    old = old_params if inner else None
+                    state, report = update(state, base, old, rewarded.batch, by_component=by_component)
+                    reports.append(report)
+                state = finish(state)
 
             # --------------------------------------------------------------------------------- metrics
             # First what the host knows already, while the devices are at the update.
-            metrics = reward_metrics(rewarded)
-            writer.completions(iteration, logged_completions(rewarded, tokenizer, config.completions_logged))
-            reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
+            with phase("log completions"):
+                metrics = reward_metrics(rewarded)
+                writer.completions(iteration, logged_completions(rewarded, tokenizer, config.completions_logged))
+            with phase("await update"):
+                reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
             now = time.perf_counter()
             metrics |= {k: float(v) for k, v in lengths_now.items()}
             metrics |= {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
@@ -159,8 +165,10 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
             metrics["time/rewards_per_second"] = len(rewarded.rewards) / rewarded.seconds["reward"]
             if iteration == config.iterations or due(iteration, config.evaluation.every):
-                metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
-            writer.write(iteration, metrics)
+                with phase("evaluate"):
+                    metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
+            with phase("log metrics"):
+                writer.write(iteration, metrics)
             shown = {name.split("/")[1]: metrics[name] for name in metrics if name.startswith("eval/")}
             progress.update(iteration, reward=metrics["reward/mean"], **shown)
             for line in precursors(metrics):
@@ -172,11 +180,14 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                 raise commands.diverged(workdir, iteration, rewarded, tokenizer, checkpoints.latest)
 
             # ------------------------------------------------------------------------------ checkpoint
-            if best_metric in metrics:
-                best.offer(iteration, state.params, best_metric, metrics[best_metric])
-            done = multihost.any_process(stop.requested) or iteration == config.iterations
-            if done or iteration % config.save_every == 0:
-                checkpoints.save(iteration, state, position)
+            with phase("checkpoint"):
+                if best_metric in metrics:
+                    best.offer(iteration, state.params, best_metric, metrics[best_metric])
+                done = multihost.any_process(stop.requested) or iteration == config.iterations
+                if done or iteration % config.save_every == 0:
+                    checkpoints.save(iteration, state, position)
+            if recorded := profile.end():
+                progress.note(f"timeline of iteration {iteration}, recorded in {profile.directory}:\n{recorded}")
             if done:
                 break
     if multihost.first():

@@ -21,12 +21,10 @@ from gdsd_jax.hub.files import read_header
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings():
-    """Gives back the signals that training takes over; and compiles faster, for programs that run once or twice."""
+def surroundings(quick_compilation):
+    """Gives back the signals that training takes over."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     for number, handler in kept.items():
         signal.signal(number, handler)
 
@@ -38,9 +36,9 @@ def config_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def workdir(config_file, tmp_path_factory) -> Path:
-    """A finished run."""
+    """A finished run, its second iteration profiled."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    command(train, "--config", config_file, "--workdir", directory)
+    command(train, "--config", config_file, "--workdir", directory, "--config.profile=2")
     return directory
 
 
@@ -111,6 +109,16 @@ def test_exports_say_how_they_were_made_and_reload(config_file, exported):
     assert hub.load_adapter(exported / "adapter", model).rank == 2
     assert hub.load_tokenizer(exported / "merged").mask_token_id == model.mask_token_id
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(base))
+
+
+def test_a_profiled_iteration_leaves_its_timeline(workdir):
+    lines = (workdir / "timeline.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    names = "rollout, reward, send update, log completions, await update, evaluate, log metrics, checkpoint, whole"
+    assert [row[0] for row in cells[2:]] == names.split(", ")
+    busy = {name: float(share.rstrip("%")) for name, *_, share in cells[2:]}
+    assert busy["rollout"] > 10 and busy["await update"] > 10, "XLA's threads were not found in the profile"
+    assert all(0 <= share <= 100 for share in busy.values())
 
 
 def test_all_parameters_trained_keep_the_dtype_of_the_source(config_file, tmp_path, capsys):

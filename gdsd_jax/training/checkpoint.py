@@ -23,8 +23,8 @@ from gdsd_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved and the run that resumes.
 FREE_TO_CHANGE = (
-    "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "evaluation", "mesh", "hosts",
-    "dry_run",
+    "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "profile", "evaluation", "mesh",
+    "hosts", "dry_run",
 )  # fmt: skip
 
 BEST = "best"

@@ -19,6 +19,7 @@ from gdsd_jax.methods import Batch
 from gdsd_jax.sharding import named_sharding, place, replicated
 from gdsd_jax.tasks.task import Task, weighted_sum
 from gdsd_jax.training import multihost
+from gdsd_jax.training.timeline import phase
 
 
 def fetch(tree: Any) -> Any:
@@ -108,15 +109,17 @@ def roll_out(
     Every process decodes and rewards groups of its own, and learns what the others made of theirs.
     """
     start = time.perf_counter()
-    tokens, mask = put((np.repeat(prompts.tokens, group_size, axis=0), np.repeat(prompts.mask, group_size, axis=0)))
-    rollout = sample(config, base, lora, tokens, mask, key, sampler)
-    completions = fetch(rollout.tokens)[:, prompts.tokens.shape[1] :]
+    with phase("rollout"):
+        tokens, mask = put((np.repeat(prompts.tokens, group_size, axis=0), np.repeat(prompts.mask, group_size, axis=0)))
+        rollout = sample(config, base, lora, tokens, mask, key, sampler)
+        completions = fetch(rollout.tokens)[:, prompts.tokens.shape[1] :]
     sampled = time.perf_counter()
     seen = completion_mask(completions, config.eos_token_id)
     completions = np.where(seen, completions, config.eos_token_id)
     rows = [row for row in prompts.rows for _ in range(group_size)]
     judge = lambda completions, rows: task.rewards(tokenizer.decode(completions), rows)  # noqa: E731
-    components = multihost.share_out(judge, completions, rows, group_size=group_size)
+    with phase("reward"):
+        components = multihost.share_out(judge, completions, rows, group_size=group_size)
     rewards = weighted_sum(components, task.weights)
     batch = Batch(
         tokens=rollout.tokens,

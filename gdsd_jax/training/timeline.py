@@ -1,0 +1,112 @@
+"""Where the time of an iteration goes: its phases on the host, and for how much of each the devices were busy.
+
+`config.profile=N` records iteration N with `jax.profiler` into `WORKDIR/profile`, prints its timeline and leaves it as
+`WORKDIR/timeline.md`; the profile itself opens in xprof. Recording costs time of its own: nothing but shares should be
+read from it, and an iteration that compiles (the first) shows little else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+PREFIX = "gdsd:"
+
+
+def phase(name: str) -> jax.profiler.TraceAnnotation:
+    """Names what runs inside it in a profile; costs nothing while none is recorded. Phases do not overlap."""
+    return jax.profiler.TraceAnnotation(PREFIX + name)
+
+
+class Phase(NamedTuple):
+    """Seconds from the start of the record to that of the phase, of the phase, and of busy devices inside it."""
+
+    name: str
+    start: float
+    seconds: float
+    busy: float
+
+
+class Profile:
+    """Records one iteration of a run; 0: none."""
+
+    def __init__(self, workdir: Path, iteration: int):
+        self.directory, self.file, self.iteration = workdir / "profile", workdir / "timeline.md", iteration
+        self._running = False
+
+    def begin(self, iteration: int) -> None:
+        if iteration == self.iteration:
+            options = jax.profiler.ProfileOptions()
+            # Python's own calls would be most of the record.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self.directory), profiler_options=options)
+            self._running = True
+
+    def end(self) -> str | None:
+        """Ends the record; the timeline of the recorded iteration as Markdown, None after any other."""
+        if not self._running:
+            return None
+        self._running = False
+        jax.profiler.stop_trace()
+        newest = max(self.directory.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+        table = markdown(timeline(jax.profiler.ProfileData.from_file(str(newest)).planes))
+        self.file.write_text(table + "\n")
+        return table
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+
+def timeline(planes: Iterable[Any]) -> list[Phase]:
+    """The phases in the planes of a `jax.profiler.ProfileData`, in the order of time.
+
+    A device is busy while one of its operations runs: on TPU and GPU what stands under `/device:`, on CPUs what runs in
+    XLA's own threads. Of several devices, the moments count in which at least one is busy.
+    """
+    phases, operations = [], []
+    for plane in planes:
+        for line in plane.lines:
+            spans = [(e.start_ns, e.start_ns + e.duration_ns, e.name) for e in line.events]
+            if plane.name.startswith("/device:") or line.name.startswith("tf_XLA"):
+                operations += [(start, end) for start, end, _ in spans]
+            else:
+                phases += [span for span in spans if span[2].startswith(PREFIX)]
+    busy = _union(operations)
+    phases.sort()
+    return [
+        Phase(
+            name.removeprefix(PREFIX),
+            (start - phases[0][0]) / 1e9,
+            (end - start) / 1e9,
+            sum(max(0, min(end, stop) - max(start, begin)) for begin, stop in busy) / 1e9,
+        )
+        for start, end, name in phases
+    ]
+
+
+def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def markdown(phases: Sequence[Phase]) -> str:
+    """The timeline as a table of milliseconds; the last row is the whole, time between phases included."""
+    whole = max(phase.start + phase.seconds for phase in phases)
+    rows = [(p.name, p.start, p.seconds, p.busy) for p in phases]
+    rows.append(("whole", 0.0, whole, sum(phase.busy for phase in phases)))
+    lines = ["| phase           | start, ms |      ms | devices busy |", "|---|---:|---:|---:|"]
+    for name, start, seconds, busy in rows:
+        lines.append(f"| {name:<15} | {1e3 * start:9.1f} | {1e3 * seconds:7.1f} | {busy / seconds:12.0%} |")
+    return "\n".join(lines)
