@@ -21,7 +21,7 @@ from gdsd_jax.errors import UserError
 from gdsd_jax.sharding import constrain
 
 At = slice | Int[Array, " S"] | Int[Array, "B S"]
-Read = Callable[[At], Float[Array, "B S D"]]
+Read = Callable[[At | None], Float[Array, "B S D"]]
 
 
 def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | None:
@@ -129,8 +129,8 @@ def hidden_states_at(
 ) -> Read:
     """Runs the denoiser; the result gives the target-aligned hidden states of the positions that it is asked for.
 
-    These are a slice, `[S]`, or `[B, S]` for each row's own. The states are those after the final norm: index `i`
-    predicts token `i`, for every family.
+    These are a slice, `[S]`, `[B, S]` for each row's own, or None for all. The states are those after the final norm:
+    index `i` predicts token `i`, for every family.
 
     Args:
       config: the denoiser; its `dtype` is the compute dtype and that of the result.
@@ -142,7 +142,15 @@ def hidden_states_at(
     """
     real = real_tokens(prompt_mask, *tokens.shape)
     last = _run(config, base, lora, tokens, real, _rope(config, tokens.shape[1]), dropout_key=dropout_key)
-    return lambda at: last(_source(config, at))[0]
+
+    def read(at: At | None) -> Array:
+        if at is not None:
+            return last(_source(config, at))[0]
+        x, _ = last(None)
+        # The head acts on each position alone, so shifting what it reads shifts the logits.
+        return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if config.next_token_logits else x
+
+    return read
 
 
 def hidden_states(
@@ -155,11 +163,7 @@ def hidden_states(
     dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """`hidden_states_at` all positions."""
-    real = real_tokens(prompt_mask, *tokens.shape)
-    last = _run(config, base, lora, tokens, real, _rope(config, tokens.shape[1]), dropout_key=dropout_key)
-    x, _ = last(None)
-    # The head acts on each position alone, so shifting what it reads shifts the logits.
-    return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if config.next_token_logits else x
+    return hidden_states_at(config, base, lora, tokens, prompt_mask=prompt_mask, dropout_key=dropout_key)(None)
 
 
 def refresh_cache(
