@@ -2,13 +2,16 @@
 
 Every contestant is a process of its own, pinned to the same cores, that sets itself up, warms up (which compiles) and
 then works only when its turn comes: A B A B, so that a machine that gets busier does so for all. Figures are medians
-over the turns with their spread (half the difference of the quartiles); CPU seconds are those of all threads of the
-process. The peak of resident memory is the process's, weights and compilation included.
+over the turns with their spread (half the difference of the quartiles); CPU seconds are those of all threads and of
+the processes that it started. The peak of resident memory is the process's own, weights and compilation included.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import itertools
 import json
 import os
 import resource
@@ -16,15 +19,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-REFERENCES = ("torch", "torch.compile")
-
 
 class Job(NamedTuple):
-    """One contestant of a bench: `variant` is one of `REFERENCES`, another of PyTorch's, or settings of ours."""
+    """One contestant of a bench: `variant` names one of its references, or settings of ours."""
 
     workload: str
     variant: str
@@ -33,17 +34,6 @@ class Job(NamedTuple):
     @property
     def label(self) -> str:
         return self.workload if self.temperature is None else f"{self.workload} T={self.temperature:g}"
-
-
-def add_flags(parser: argparse.ArgumentParser, *, variants: Iterable[str]) -> None:
-    """The flags of every bench."""
-    parser.add_argument("--workloads", default="W1,W2")
-    parser.add_argument("--variants", default=",".join(variants))
-    parser.add_argument("--references", default=",".join(REFERENCES), help="torch.compile needs a C++ compiler")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
 
 
 class Contest(NamedTuple):
@@ -59,6 +49,70 @@ class Contest(NamedTuple):
     temporary: Callable[[], int | None] = lambda: None
 
 
+class Bench(NamedTuple):
+    """A command that compares.
+
+    module: what `python -m` runs, `description` says what it compares.
+    prepare: sets a contestant up.
+    references: variants to which the others are held, the one with the fewest CPU seconds of them.
+    variants: the others.
+    workloads: what it runs unless it is told otherwise.
+    temperatures: values that multiply the workloads; none where there is no such thing.
+    """
+
+    module: str
+    description: str
+    prepare: Callable[[Job], Contest]
+    references: Sequence[str]
+    variants: Sequence[str]
+    workloads: Sequence[str] = ("W1", "W2")
+    temperatures: Sequence[str] = ()
+
+
+def main(bench: Bench) -> None:
+    """Runs a bench's command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m {bench.module}", description=bench.description, formatter_class=raw)
+    flag = functools.partial(parser.add_argument, type=lambda text: text.split(","), metavar="A,B")
+    flag("--workloads", default=bench.workloads)
+    flag("--references", default=bench.references)
+    flag("--variants", default=bench.variants)
+    if bench.temperatures:
+        flag("--temperatures", default=bench.temperatures)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.contestant:
+        serve(bench.prepare, Job(*json.loads(flags.contestant)))
+        return
+    rows = []
+    temperatures = [float(text) for text in flags.temperatures] if bench.temperatures else [None]
+    for workload, temperature in itertools.product(flags.workloads, temperatures):
+        jobs = [Job(workload, variant, temperature) for variant in (*flags.references, *flags.variants)]
+        rows += race(bench.module, jobs, flags.references, threads=flags.threads, turns=flags.turns)
+        # What is measured stays when a later workload fails.
+        if flags.json:
+            flags.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of all that it started, whether they have ended or still run."""
+    total, ended = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    total += ended.ru_utime + ended.ru_stime
+    family, ticks = {os.getpid()}, os.sysconf("SC_CLK_TCK")
+    # Processes get higher numbers than their parents' but where numbers wrap around: then some are missed.
+    for process in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) in family:
+                family.add(process)
+                total += sum(map(int, fields[11:15])) / ticks
+    return total
+
+
 def serve(prepare: Callable[[Job], Contest], job: Job) -> None:
     """The contestant's side: sets up, says so, then works once for each line that it reads."""
     start = time.perf_counter()
@@ -68,9 +122,9 @@ def serve(prepare: Callable[[Job], Contest], job: Job) -> None:
     report = {"setup_seconds": built - start, "warm_up_seconds": time.perf_counter() - built}
     print(json.dumps(report | {"temporary_bytes": temporary()}), flush=True)
     for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), cpu_seconds()
         work()
-        taken = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+        taken = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
         taken["peak_rss_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps(taken), flush=True)
 
@@ -116,8 +170,8 @@ class Contestant:
         return (high - low) / 2
 
 
-def race(module: str, jobs: Sequence[Job], *, threads: int, turns: int) -> list[dict]:
-    """Rows of one comparison; `jobs` hold the references, of which the one with fewer CPU seconds counts."""
+def race(module: str, jobs: Sequence[Job], references: Sequence[str], *, threads: int, turns: int) -> list[dict]:
+    """Rows of one comparison; of the `references` among the variants the one with fewest CPU seconds counts."""
     contestants: list[Contestant] = []
     try:
         for job in jobs:
@@ -128,9 +182,8 @@ def race(module: str, jobs: Sequence[Job], *, threads: int, turns: int) -> list[
     finally:
         for contestant in contestants:
             contestant.close()
-    reference = min(
-        (c for c in contestants if c.job.variant in REFERENCES), key=lambda contestant: contestant.median("cpu_seconds")
-    )
+    rivals = [contestant for contestant in contestants if contestant.job.variant in references]
+    reference = min(rivals, key=lambda contestant: contestant.median("cpu_seconds"))
     return [row(contestant, reference) for contestant in contestants]
 
 
@@ -168,9 +221,3 @@ def table(rows: Sequence[dict]) -> str:
             f"{r['peak_rss_bytes'] / r['reference_peak_rss_bytes']:.2f} | {temporary} | {r['warm_up_seconds']:.1f} |"
         )
     return "\n".join(lines)
-
-
-def save(rows: Sequence[dict], file: Path | None) -> None:
-    """Writes the rows as JSON, so that what is measured stays when a later workload fails."""
-    if file is not None:
-        file.write_text(json.dumps(list(rows), indent=1) + "\n")

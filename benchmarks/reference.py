@@ -1,7 +1,8 @@
 """The PyTorch counterpart: Hugging Face's Llama under full attention, sampled and trained the plain way.
 
 Plain is what the public trainers do (logits of all positions, a Gumbel number for each, a top-k for each row), without
-their float64 noise, which nothing here needs and which would only slow this side down.
+their float64 noise, which nothing here needs and which would only slow this side down. Lean is what an advocate of
+PyTorch would change first.
 """
 
 from __future__ import annotations
@@ -52,18 +53,33 @@ def build(shape: Workload) -> transformers.LlamaForCausalLM:
     return model.requires_grad_(False).eval().to(DEVICE)
 
 
+Proposal = Callable[[torch.nn.Module, torch.Tensor, slice, int, float], tuple[torch.Tensor, torch.Tensor]]
+
+
 def propose(
-    model: torch.nn.Module, x: torch.Tensor, mask_id: int, temperature: float
+    model: torch.nn.Module, x: torch.Tensor, block: slice, mask_id: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates and their probabilities at all positions."""
+    """Candidates and their probabilities at the positions of the active block, by the plain formula at all."""
     logits = model(input_ids=x).logits
     logits[..., mask_id] = -torch.inf
     probs = torch.softmax(logits, dim=-1)
     if temperature > 0:
-        # Dividing by the power of an exponential number is adding temperature times a Gumbel number to the logits.
+        logits = logits - temperature * torch.log(-torch.log(torch.rand_like(logits)))
+    candidates = torch.argmax(logits, dim=-1)
+    return candidates[:, block], torch.gather(probs, -1, candidates[..., None])[:, block, 0]
+
+
+def propose_leanly(
+    model: torch.nn.Module, x: torch.Tensor, block: slice, mask_id: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from the head on the block alone, and with a race of exponential numbers, one logarithm for each."""
+    logits = model.lm_head(model.model(input_ids=x).last_hidden_state[:, block])
+    logits[..., mask_id] = -torch.inf
+    probs = torch.softmax(logits, dim=-1)
+    if temperature > 0:
         noise = torch.rand_like(logits).log_().neg_()
-        noise = noise if temperature == 1 else noise**temperature
-        candidates = torch.argmax(probs / noise, dim=-1)
+        noise = noise if temperature == 1 else noise.pow_(temperature)
+        candidates = torch.argmax(noise.reciprocal_().mul_(probs), dim=-1)
     else:
         candidates = torch.argmax(logits, dim=-1)
     return candidates, torch.gather(probs, -1, candidates[..., None])[..., 0]
@@ -72,7 +88,7 @@ def propose(
 @torch.inference_mode()
 def sample(
     model: torch.nn.Module,
-    propose: Callable,
+    propose: Proposal,
     prompts: torch.Tensor,
     shape: Workload,
     temperature: float,
@@ -81,7 +97,7 @@ def sample(
     """Low-confidence remasking in blocks with a fixed number of tokens per step: `[B, P+L]`.
 
     Args:
-      propose: the function above, compiled or not.
+      propose: one of the functions above, compiled or not.
       limit: steps after which it stops unfinished.
     """
     rows, length = prompts.shape
@@ -93,12 +109,13 @@ def sample(
     for count, (block, step) in enumerate(itertools.product(range(blocks), range(steps))):
         if count == limit:
             break
-        candidates, confidence = propose(model, x, shape.mask_id, temperature)
-        confidence = torch.where(x == shape.mask_id, confidence, -torch.inf)
-        confidence[:, length + (block + 1) * shape.block :] = -torch.inf
+        where = slice(length + block * shape.block, length + (block + 1) * shape.block)
+        candidates, confidence = propose(model, x, where, shape.mask_id, temperature)
+        active = x[:, where]
+        confidence = torch.where(active == shape.mask_id, confidence, -torch.inf)
         for row in range(rows):
             chosen = torch.topk(confidence[row], k=each + (step < extra)).indices
-            x[row, chosen] = candidates[row, chosen]
+            active[row, chosen] = candidates[row, chosen]
     return x
 
 

@@ -1,19 +1,19 @@
 """The sampler beside plain PyTorch, on random weights in float32.
 
-    python -m benchmarks.sampler [--workloads W1,W2] [--temperatures 0,1] [--variants exact,prefix,dual]
+    python -m benchmarks.sampler [--workloads W1,W2] [--temperatures 0,1] [--variants torch.lean,exact,prefix,dual]
         [--threads 1] [--turns 3] [--json FILE]
 
 Low-confidence remasking in blocks of 32, 64 completion tokens. W1: width 256, 6 layers, vocabulary 4096, 64 steps, 8
 rows; W2: 4 layers, vocabulary 126464, 32 steps, 4 rows. `exact` samples what PyTorch samples (at temperature 0 the same
 tokens); `prefix` and `dual` are the approximate caches, refreshed once per block. PyTorch runs with and without
-`torch.compile`, and the ratio is to the one that takes fewer CPU seconds. Needs `requirements-torch.txt`.
+`torch.compile`, and the ratio is to the one that takes fewer CPU seconds; `torch.lean` is what its advocate would
+change, the head on the active block alone and cheaper noise, and no reference. `8B` is one layer of LLaDA-8B's shape
+with its whole vocabulary, and takes 5 GB for each contestant. Needs `requirements-torch.txt`.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 
 from benchmarks import measure
 from benchmarks.workloads import WORKLOADS, prompts, weights
@@ -27,7 +27,8 @@ def prepare_reference(job: measure.Job) -> measure.Contest:
     from benchmarks import reference
 
     shape = WORKLOADS[job.workload]
-    model, propose = reference.build(shape), reference.propose
+    model = reference.build(shape)
+    propose = reference.propose_leanly if job.variant == "torch.lean" else reference.propose
     if job.variant == "torch.compile":
         propose = torch.compile(propose)
     tokens = torch.tensor(prompts(shape), dtype=torch.long, device=reference.DEVICE)
@@ -55,26 +56,13 @@ def prepare_ours(job: measure.Job) -> measure.Contest:
 
 
 def prepare(job: measure.Job) -> measure.Contest:
-    return (prepare_reference if job.variant in measure.REFERENCES else prepare_ours)(job)
+    return (prepare_reference if job.variant.startswith("torch") else prepare_ours)(job)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measure.add_flags(parser, variants=VARIANTS)
-    parser.add_argument("--temperatures", default="0,1")
-    flags = parser.parse_args()
-    if flags.contestant:
-        measure.serve(prepare, measure.Job(*json.loads(flags.contestant)))
-        return
-    rows = []
-    for workload in flags.workloads.split(","):
-        for temperature in map(float, flags.temperatures.split(",")):
-            variants = (*flags.references.split(","), *flags.variants.split(","))
-            jobs = [measure.Job(workload, variant, temperature) for variant in variants]
-            rows += measure.race("benchmarks.sampler", jobs, threads=flags.threads, turns=flags.turns)
-            measure.save(rows, flags.json)
-    print(measure.table(rows))
-
+BENCH = measure.Bench(
+    "benchmarks.sampler", __doc__, prepare, references=("torch", "torch.compile"), variants=("torch.lean", *VARIANTS),
+    temperatures=("0", "1"),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    measure.main(BENCH)

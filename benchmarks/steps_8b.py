@@ -6,7 +6,8 @@ Each step is compiled by libtpu at the real size (320 completions, prompt 400, c
 LoRA rank 128, the head on the block alone) and held against the chip's published figures, as `gdsd_jax.plan` does: no
 step can be faster than the slowest of compute, HBM and network. A prefix step computes half of the completion, which
 is the mean over its blocks; a cached step reads keys and values of a refresh at each block's start, whose full step
-`cycle` spreads over the 32 steps of a block, at one token a step. Nothing here has run on a TPU.
+`cycle` spreads over the 32 steps of a block, at one token a step. The update stands below them as docs/pods_plan.json
+has it, on the mesh of the slice's config. Nothing here has run on a TPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +37,7 @@ from gdsd_jax.sharding import MeshConfig, make_mesh
 from gdsd_jax.training.state import make_optimizer, policy
 
 ROOT = Path(__file__).parents[1]
-STEPS = ("full", "prefix", "dual")
+PLANS = ROOT / "docs" / "pods_plan.json"
 TENSOR = (1, 4, 8)
 
 
@@ -114,8 +116,15 @@ def rows(topology: chips.Slice, config: TrainConfig) -> Iterator[dict[str, Any]]
             yield row
 
 
+def update(topology: str) -> dict[str, Any]:
+    """The row of one inner update, as it is planned: an update computes no tokens of a rollout."""
+    plans = json.loads(PLANS.read_text()).values()
+    plan = next(p for p in plans if p["topology"] == topology and p["model"].startswith("LLaDA") and p["lora_rank"])
+    return plan["update"] | {"topology": topology, "mesh": plan["mesh"], "step": "update"}
+
+
 def table(found: list[dict[str, Any]]) -> str:
-    """The rows in Markdown; the best mesh of each step is marked."""
+    """The rows in Markdown; the best mesh of each step is marked, and what binds it is in bold."""
     lines = [
         "| slice | step | fsdp x tensor | TFLOP | compute ms | HBM ms | network ms | tokens/s/chip | best |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -126,11 +135,13 @@ def table(found: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['topology']} | {row['step']} | {mesh} | does not fit | | | | | |")
             continue
         rivals = [r for r in found if (r["topology"], r["step"]) == (row["topology"], row["step"]) and r["fits"]]
-        best = max(rivals, key=lambda r: r["tokens_per_second_per_chip"]) is row
-        seconds = (f"{1e3 * row['seconds'][kind]:.1f}" for kind in ("compute", "hbm", "network"))
+        best = len(rivals) > 1 and max(rivals, key=lambda r: r["tokens_per_second_per_chip"]) is row
+        bold = lambda kind: "**" * (kind == row["bound_by"])  # noqa: B023, E731
+        seconds = (f"{bold(k)}{1e3 * row['seconds'][k]:.1f}{bold(k)}" for k in ("compute", "hbm", "network"))
+        tokens = f"{row['tokens_per_second_per_chip']:.0f}" if "tokens_per_second_per_chip" in row else ""
         lines.append(
             f"| {row['topology']} | {row['step']} | {mesh} | {row['flops'] / 1e12:.2f} | {' | '.join(seconds)} | "
-            f"{row['tokens_per_second_per_chip']:.0f} | {'*' if best else ''} |"
+            f"{tokens} | {'*' if best else ''} |"
         )
     return "\n".join(lines)
 
@@ -146,7 +157,7 @@ def main() -> None:
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, block_length=32))
     found = []
     for name in flags.topologies.split(","):
-        for row in rows(chips.parse_topology(name), config):
+        for row in itertools.chain(rows(chips.parse_topology(name), config), [update(name)]):
             found.append(row)
             print(json.dumps(row), flush=True)
             if flags.json:

@@ -12,9 +12,6 @@ seconds; `torch.lean` is what its advocate would change, the head on the complet
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import numpy as np
 
 from benchmarks import measure
@@ -88,21 +85,9 @@ def prepare(job: measure.Job) -> measure.Contest:
     return (prepare_reference if job.variant.startswith("torch") else prepare_ours)(job)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measure.add_flags(parser, variants=("torch.lean", "update"))
-    flags = parser.parse_args()
-    if flags.contestant:
-        measure.serve(prepare, measure.Job(*json.loads(flags.contestant)))
-        return
-    rows = []
-    for workload in flags.workloads.split(","):
-        variants = (*flags.references.split(","), *flags.variants.split(","))
-        jobs = [measure.Job(workload, variant) for variant in variants]
-        rows += measure.race("benchmarks.update", jobs, threads=flags.threads, turns=flags.turns)
-        measure.save(rows, flags.json)
-    print(measure.table(rows))
-
+BENCH = measure.Bench(
+    "benchmarks.update", __doc__, prepare, references=("torch", "torch.compile"), variants=("torch.lean", "update")
+)
 
 if __name__ == "__main__":
-    main()
+    measure.main(BENCH)

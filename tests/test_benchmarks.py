@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import measure, sampler, update
+from benchmarks import measure, rewards, sampler, update
 from benchmarks.workloads import WORKLOADS
+from gdsd_jax.tasks import resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,19 +31,55 @@ def test_pytorch_minimises_the_same_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bench", "flags", "count"), [("sampler", ["--temperatures=0"], 4), ("update", [], 3)])
-def test_a_bench_reports_every_contestant(tmp_path, bench, flags, count):
+@pytest.mark.parametrize(
+    ("bench", "workload", "flags", "count"),
+    [
+        # Without torch.compile, which takes a minute and a C++ compiler.
+        ("sampler", "tiny", ["--references=torch", "--temperatures=1"], 5),
+        ("update", "tiny", ["--references=torch"], 3),
+        ("load", "tiny", [], 2),
+        ("rewards", "math", [], 2),
+        ("rewards", "code", [], 2),
+    ],
+)
+def test_a_bench_reports_every_contestant(tmp_path, bench, workload, flags, count):
     file = tmp_path / "rows.json"
-    command = [sys.executable, "-m", f"benchmarks.{bench}", "--workloads=tiny", "--turns=2", f"--json={file}"]
-    # Without torch.compile, which takes a minute and a C++ compiler.
-    command += ["--references=torch", *flags]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", f"benchmarks.{bench}", f"--workloads={workload}", "--turns=2", f"--json={file}"]
+    run = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(file.read_text())
-    assert len(rows) == count and run.stdout.count("| tiny") == count
+    assert len(rows) == count and run.stdout.count(f"| {workload}") == count
     for row in rows:
         assert row["cpu_seconds"] > 0 and row["wall_seconds"] > 0 and row["peak_rss_bytes"] > 1e7
         assert row["ratio"] == pytest.approx(row["reference_cpu_seconds"] / row["cpu_seconds"])
-    assert min(r["cpu_seconds"] for r in rows if r["variant"] in measure.REFERENCES) == rows[0]["reference_cpu_seconds"]
+    assert {row["reference_cpu_seconds"] for row in rows} == {rows[0]["cpu_seconds"]}
+
+
+@pytest.mark.slow
+def test_lean_pytorch_samples_the_same_tokens_too():
+    plain, lean = (sampler.prepare(measure.Job("tiny", variant, 0.0)).work() for variant in ("torch", "torch.lean"))
+    np.testing.assert_array_equal(plain, lean)
+
+
+@pytest.mark.parametrize("name", rewards.COUNTS)
+def test_half_of_the_completions_that_are_rewarded_are_right(name, monkeypatch):
+    """What the bench times is what it says: right answers and wrong ones in turn."""
+    monkeypatch.setitem(rewards.COUNTS, name, 4)
+    task, pairs = resolve(name), rewards.items(name)
+    scores = task.rewards([completion for completion, _ in pairs], [row for _, row in pairs])
+    component = scores[{"code": "tests"}.get(name, list(task.weights)[0])]
+    assert component[0] == component[2] > component[1]
+
+
+def test_cpu_seconds_count_processes_that_still_run():
+    before = measure.cpu_seconds()
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time\nwhile time.process_time() < 1: pass\nprint(flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    child.stdout.readline()
+    running = measure.cpu_seconds() - before
+    child.communicate(b"\n")
+    assert 0.9 < running <= measure.cpu_seconds() - before + 0.05
 
 
 def test_spread_is_half_the_distance_of_the_quartiles():
