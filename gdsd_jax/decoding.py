@@ -37,6 +37,8 @@ WAYS = {
     "dual": {"cache": "dual"},
     "dual, every 4": {"cache": "dual", "refresh_every": 4},
     "threshold 0.9": {"threshold": 0.9},
+    "threshold 0.7": {"threshold": 0.7},
+    "threshold 0.5": {"threshold": 0.5},
     "threshold, dual": {"threshold": 0.9, "cache": "dual"},
     "factor 1": {"factor": 1.0},
 }
