@@ -211,7 +211,7 @@ def test_coupled_pair_read_once_equals_both_views_read_apart(base):
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     assert scale > 1e-3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * scale, rtol=0), gradient, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale, rtol=0), gradient, expected)
 
 
 def test_a_token_that_no_view_masks_is_read_in_the_last(base):
