@@ -11,6 +11,7 @@ Everything above names the axes of its arrays and leaves the rest to this file. 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -85,14 +86,19 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     shape = _resolve(config, len(devices), tuple(dimensions))
     if config.slices == 1:
-        arranged = mesh_utils.create_device_mesh(shape, devices)
+        arrange = functools.partial(mesh_utils.create_device_mesh, shape, devices)
     else:
         inside = (shape[0] // config.slices, *shape[1:])
         # Devices that know no slices, CPUs, stand in for them by process.
         by_process = not hasattr(devices[0], "slice_index")
-        arranged = mesh_utils.create_hybrid_device_mesh(
-            inside, (config.slices, 1, 1), devices, process_is_granule=by_process
+        arrange = functools.partial(
+            mesh_utils.create_hybrid_device_mesh, inside, (config.slices, 1, 1), devices, process_is_granule=by_process
         )
+    try:
+        arranged = arrange()
+    except NotImplementedError:
+        # No size is a product of the slice's own, such as 16 x 4 on 8 x 8 chips: a row of chips has to be cut.
+        arranged = arrange(allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -400,6 +400,16 @@ def test_a_real_program_for_chips_that_are_not_here(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.libtpu
+def test_a_mesh_may_cut_a_row_of_chips():
+    """Sizes need not be products of those of the slice: 16 x 4 of 8 x 8 chips, each of them once."""
+    devices = chips.devices(chips.parse_topology("v5e:8x8"))
+    mesh = make_mesh(MeshConfig(1, 16, 4), devices)
+    assert mesh.devices.shape == (1, 16, 4)
+    assert set(mesh.devices.flat) == set(devices)
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
 def test_the_real_compiler_refuses_what_does_not_fit():
     """And says by how much."""
     where = chips.parse_topology("v5e:2x4")
