@@ -30,9 +30,8 @@ def left_padded(rows, length):
     return jnp.arange(length) >= 5 * jnp.arange(rows)[:, None]
 
 
-@pytest.mark.parametrize(
-    ("length", "kv_heads", "padded"), [pytest.param(128, 2, False, marks=pytest.mark.slow), (200, 1, True)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "kv_heads", "padded"), [(128, 2, False), (200, 1, True)])
 def test_values_and_gradients_equal_the_plain_path(monkeypatch, length, kv_heads, padded):
     """One tile that the tokens fill, and several that they do not, with grouped heads and pads."""
     monkeypatch.setattr(splash, "LARGEST_BLOCK", splash.LANES)

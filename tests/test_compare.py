@@ -60,6 +60,7 @@ def table_of(workdir: Path) -> dict:
     return json.loads((workdir / "table.json").read_text())
 
 
+@pytest.mark.slow
 def test_runs_are_seed_major_and_share_the_compiled_sampler(bench):
     _, calls, compiled = bench
     assert [call[:2] for call in calls] == [(method, seed) for seed in SEEDS for method in METHODS]
@@ -67,6 +68,7 @@ def test_runs_are_seed_major_and_share_the_compiled_sampler(bench):
     assert calls[1][2] == compiled
 
 
+@pytest.mark.slow
 def test_table_holds_what_the_runs_wrote(bench):
     workdir, _, _ = bench
     table = table_of(workdir)
@@ -93,6 +95,7 @@ def test_table_holds_what_the_runs_wrote(bench):
     assert difference["high"] - difference["mean"] == pytest.approx(half)
 
 
+@pytest.mark.slow
 def test_report_is_readable_and_drawn(bench):
     workdir, _, _ = bench
     text = (workdir / "table.md").read_text()
@@ -103,6 +106,7 @@ def test_report_is_readable_and_drawn(bench):
     assert not list(workdir.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_finished_bench_runs_nothing_and_says_the_same(bench, config_file, monkeypatch, capsys):
     workdir, _, _ = bench
     before = table_of(workdir)
@@ -113,6 +117,7 @@ def test_a_finished_bench_runs_nothing_and_says_the_same(bench, config_file, mon
     assert "run 4/4: wd1 seed 43 (done before)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_open_run_is_taken_up_and_a_share_is_left_to_its_host(bench, config, tmp_path, monkeypatch):
     """Host 1 of 2 has wd1 alone; a stop within the first run ends its share, with a true partial table."""
     started = []
@@ -173,6 +178,7 @@ def test_bad_input_is_refused_before_any_run(config, tmp_path, monkeypatch, chan
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_runs_of_another_config_are_refused(bench, config):
     workdir, _, _ = bench
     with pytest.raises(UserError, match="config.group_size"):

@@ -141,6 +141,7 @@ def killed(arguments: list[object], output: Path) -> int:
         process.kill()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_same_files(config_file, base, tmp_path, capsys):
     arguments = [*base, "--count=200", "--config.evaluation.batch_rows=1", "--lengths=4,8"]
     assert killed(arguments, tmp_path / "killed") == -signal.SIGKILL

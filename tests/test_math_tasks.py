@@ -137,7 +137,7 @@ def test_normalisation_is_linear_in_hostile_text():
 
 
 @pytest.mark.parametrize(
-    "name", ["gsm8k", "math", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gsm8k_xml", "math_xml"))]
+    "name", ["gsm8k", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gsm8k_xml", "math", "math_xml"))]
 )
 def test_training_from_local_files(tmp_path, name):
     config = tiny_run.build(tmp_path)

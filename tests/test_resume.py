@@ -149,6 +149,7 @@ def test_killed_between_iterations(runs):
     check_same(runs.train("killed"), runs.whole)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_running_iteration(runs, monkeypatch):
     write, handler = walk.MetricWriter.write, signal.getsignal(signal.SIGTERM)
 
