@@ -1,8 +1,8 @@
 """The PyTorch counterpart: Hugging Face's Llama under full attention, sampled and trained the plain way.
 
 Plain is what the public trainers do (logits of all positions, a Gumbel number for each, a top-k for each row), without
-their float64 noise, which nothing here needs and which would only slow this side down. Lean is what an advocate of
-PyTorch would change first.
+their float64 noise, which nothing here needs and which stands apart. Lean is what an advocate of PyTorch would change
+first.
 """
 
 from __future__ import annotations
@@ -65,6 +65,20 @@ def propose(
     probs = torch.softmax(logits, dim=-1)
     if temperature > 0:
         logits = logits - temperature * torch.log(-torch.log(torch.rand_like(logits)))
+    candidates = torch.argmax(logits, dim=-1)
+    return candidates[:, block], torch.gather(probs, -1, candidates[..., None])[:, block, 0]
+
+
+def propose_in_float64(
+    model: torch.nn.Module, x: torch.Tensor, block: slice, mask_id: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as the public samplers write it, the noise and what it divides in float64."""
+    logits = model(input_ids=x).logits
+    logits[..., mask_id] = -torch.inf
+    probs = torch.softmax(logits, dim=-1)
+    if temperature > 0:
+        logits = logits.double()
+        logits = logits.exp() / (-torch.log(torch.rand_like(logits))) ** temperature
     candidates = torch.argmax(logits, dim=-1)
     return candidates[:, block], torch.gather(probs, -1, candidates[..., None])[:, block, 0]
 

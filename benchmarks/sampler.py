@@ -1,14 +1,15 @@
 """The sampler beside plain PyTorch, on random weights in float32.
 
-    python -m benchmarks.sampler [--workloads W1,W2] [--temperatures 0,1] [--variants torch.lean,exact,prefix,dual]
-        [--threads 1] [--turns 3] [--json FILE]
+    python -m benchmarks.sampler [--workloads W1,W2] [--temperatures 0,1] [--threads 1] [--turns 3] [--json FILE]
+        [--variants torch.lean,torch.float64,exact,prefix,dual]
 
 Low-confidence remasking in blocks of 32, 64 completion tokens. W1: width 256, 6 layers, vocabulary 4096, 64 steps, 8
 rows; W2: 4 layers, vocabulary 126464, 32 steps, 4 rows. `exact` samples what PyTorch samples (at temperature 0 the same
 tokens); `prefix` and `dual` are the approximate caches, refreshed once per block. PyTorch runs with and without
-`torch.compile`, and the ratio is to the one that takes fewer CPU seconds; `torch.lean` is what its advocate would
-change, the head on the active block alone and cheaper noise, and no reference. `8B` is one layer of LLaDA-8B's shape
-with its whole vocabulary, and takes 5 GB for each contestant. Needs `requirements-torch.txt`.
+`torch.compile`, and the ratio is to the one that takes fewer CPU seconds. No references: `torch.lean` is what PyTorch's
+advocate would change, the head on the active block alone and cheaper noise, and `torch.float64` draws in float64, as
+the public samplers do. `8B` is one layer of LLaDA-8B's shape with its whole vocabulary, and takes 5 GB for each
+contestant. Needs `requirements-torch.txt`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def prepare_reference(job: measure.Job) -> measure.Contest:
 
     shape = WORKLOADS[job.workload]
     model = reference.build(shape)
-    propose = reference.propose_leanly if job.variant == "torch.lean" else reference.propose
+    ways = {"torch.lean": reference.propose_leanly, "torch.float64": reference.propose_in_float64}
+    propose = ways.get(job.variant, reference.propose)
     if job.variant == "torch.compile":
         propose = torch.compile(propose)
     tokens = torch.tensor(prompts(shape), dtype=torch.long, device=reference.DEVICE)
@@ -60,8 +62,8 @@ def prepare(job: measure.Job) -> measure.Contest:
 
 
 BENCH = measure.Bench(
-    "benchmarks.sampler", __doc__, prepare, references=("torch", "torch.compile"), variants=("torch.lean", *VARIANTS),
-    temperatures=("0", "1"),
+    "benchmarks.sampler", __doc__, prepare, references=("torch", "torch.compile"),
+    variants=("torch.lean", "torch.float64", *VARIANTS), temperatures=("0", "1"),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from gdsd_jax.training.state import make_optimizer, policy
 
 ROOT = Path(__file__).parents[1]
 PLANS = ROOT / "docs" / "pods_plan.json"
-TENSOR = (1, 4, 8)
+TENSOR = (1, 4)
 
 
 def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:

@@ -35,10 +35,9 @@ def test_pytorch_minimises_the_same_loss():
     ("bench", "workload", "flags", "count"),
     [
         # Without torch.compile, which takes a minute and a C++ compiler.
-        ("sampler", "tiny", ["--references=torch", "--temperatures=1"], 5),
+        ("sampler", "tiny", ["--references=torch", "--temperatures=1"], 6),
         ("update", "tiny", ["--references=torch"], 3),
         ("load", "tiny", [], 2),
-        ("rewards", "math", [], 2),
         ("rewards", "code", [], 2),
     ],
 )
@@ -55,9 +54,10 @@ def test_a_bench_reports_every_contestant(tmp_path, bench, workload, flags, coun
 
 
 @pytest.mark.slow
-def test_lean_pytorch_samples_the_same_tokens_too():
-    plain, lean = (sampler.prepare(measure.Job("tiny", variant, 0.0)).work() for variant in ("torch", "torch.lean"))
-    np.testing.assert_array_equal(plain, lean)
+@pytest.mark.parametrize("variant", ["torch.lean", "torch.float64"])
+def test_pytorch_in_other_ways_samples_the_same_tokens_too(variant):
+    plain, other = (sampler.prepare(measure.Job("tiny", name, 0.0)).work() for name in ("torch", variant))
+    np.testing.assert_array_equal(plain, other)
 
 
 @pytest.mark.parametrize("name", rewards.COUNTS)
