@@ -10,6 +10,7 @@ import os
 import sys
 import textwrap
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -337,15 +338,16 @@ def fail(error: object) -> None:
 def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, Path | None, dict[str, Any]]:
     """The frozen config, the workdir and the options' values.
 
-    Settings of methods and tasks (`--config.settings.gdsd.psi=3`) have no fixed names, so they are taken out before
-    ml_collections sees them and put into the config that it made.
+    Settings of methods and tasks (`--config.settings.gdsd.psi=3`) have no fixed names, and ml_collections clears no
+    setting that has a value (`--config.sampler.threshold=None`), so these are taken out before it sees them and put
+    into the config that it made.
     """
     known, free = [argv[0]], []
     for argument in argv[1:]:
         path = _override(argument)
         if path is None:
             argument = _underscored(argument, options)
-        (free if path and _is_free(path) else known).append(argument)
+        (free if path and _is_free(path, argument.partition("=")[2]) else known).append(argument)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=known)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -386,8 +388,11 @@ def _override(argument: str) -> list[str] | None:
     return name.split(".")[1:] if argument.startswith("-") and name.startswith(("config.", "noconfig.")) else None
 
 
-def _is_free(path: list[str]) -> bool:
-    """Whether `path` leads into a mapping without fixed keys; UserError if it leads nowhere."""
+def _is_free(path: list[str], text: str) -> bool:
+    """Whether ml_collections has to be spared it: a key of a mapping, or None for what may be None.
+
+    Raises UserError where the path leads nowhere.
+    """
     kind: Any = TrainConfig
     for depth, name in enumerate(path):
         if not dataclasses.is_dataclass(kind):
@@ -399,7 +404,7 @@ def _is_free(path: list[str]) -> bool:
             where = ".".join(["config", *path[:depth]])
             raise UserError(f"unknown setting {where}.{name}: {where} knows {', '.join(hints)}")
         kind = hints[name]
-    return False
+    return text == "None" and types.NoneType in typing.get_args(kind)
 
 
 def _set_free(config: dict[str, Any], argument: str) -> None:

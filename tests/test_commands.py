@@ -17,6 +17,7 @@ from tiny_run import ROWS, build, command
 from gdsd_jax import commands, evaluate, export, generate, hub, train
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.diffusion.sampler import replay
+from gdsd_jax.errors import UserError
 from gdsd_jax.hub.files import read_header
 
 
@@ -119,6 +120,16 @@ def test_a_profiled_iteration_leaves_its_timeline(workdir):
     busy = {name: float(share.rstrip("%")) for name, *_, share in cells[2:]}
     assert busy["rollout"] > 10 and busy["await update"] > 10, "XLA's threads were not found in the profile"
     assert all(0 <= share <= 100 for share in busy.values())
+
+
+def test_what_may_be_none_is_cleared():
+    tiny = f"--config={Path(__file__).parents[1]}/configs/tiny_sudoku.py"
+    config, _, _ = commands._parse(["test", tiny], {})
+    assert config.sampler.threshold == 0.9
+    config, _, _ = commands._parse(["test", tiny, "--config.sampler.threshold=None"], {})
+    assert config.sampler.threshold is None
+    with pytest.raises(UserError, match="config.seed"):
+        commands._parse(["test", tiny, "--config.seed=None"], {})
 
 
 def test_all_parameters_trained_keep_the_dtype_of_the_source(config_file, tmp_path, capsys):
