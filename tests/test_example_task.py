@@ -7,6 +7,7 @@ import example_task
 import numpy as np
 import pytest
 import tiny_run
+from test_commands import surroundings  # noqa: F401  (a fixture that acts by itself)
 
 from gdsd_jax import evaluate, train
 from gdsd_jax.tasks import resolve
