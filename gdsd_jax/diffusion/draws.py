@@ -4,8 +4,6 @@ B rows, S positions that a step looks at, D hidden size, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,7 @@ from gdsd_jax.sharding import constrain, pieces
 # A device holds logits of at most this many elements at once, 1 GiB in float32; a larger region is read in slices of
 # positions.
 MAX_LOGITS = 2**28
-GROUP = 128  # tokens per group
-LEAST = 4  # positions; a program for fewer gains too little to be compiled
+GROUP = 128  # tokens per group of the two-level draw
 
 
 def keep_top_p(logits: Array, top_p: float) -> Array:
@@ -63,49 +60,22 @@ def _invert(weights: Array, target: Array) -> Array:
     return jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(weights, axis=-1))
 
 
-class Groups(NamedTuple):
-    """Logits in groups of tokens, so that whatever looks for one token reads the vocabulary once, and then one group.
-
-    logits: [..., G, GROUP], padded with -inf.
-    peak: [..., G], the highest of each group.
-    mass: [..., G], the sum of each group's exp(logit - highest of all).
-    """
-
-    logits: Array
-    peak: Array
-    mass: Array
-
-
-def grouped(logits: Float[Array, "*S V"]) -> Groups:
-    beyond = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % GROUP)]
-    groups = jnp.pad(logits, beyond, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, GROUP)
-    peak = jnp.max(groups, axis=-1)
-    return Groups(groups, peak, jnp.sum(jnp.exp(groups - jnp.max(peak, axis=-1)[..., None, None]), axis=-1))
-
-
-def _in_group(groups: Groups, group: Array, choose: Callable[[Array], Array]) -> Int[Array, "*S"]:
-    """The token that `choose` finds in the logits [..., GROUP] of one group [...]."""
-    within = jnp.take_along_axis(groups.logits, group[..., None, None], axis=-2)[..., 0, :]
-    return (group * GROUP + choose(within)).astype(jnp.int32)
-
-
-def best(groups: Groups) -> Int[Array, "*S"]:
-    """The token with the highest logit, of equal ones the first."""
-    return _in_group(groups, jnp.argmax(groups.peak, axis=-1), functools.partial(jnp.argmax, axis=-1))
-
-
-def draw(groups: Groups, uniform: Float[Array, "*S"]) -> Int[Array, "*S"]:
-    """One token per distribution by inverting its cumulative sum at a number in [0, 1).
+def draw(probs: Float[Array, "*S V"], uniform: Float[Array, "*S"]) -> Int[Array, "*S"]:
+    """One token per distribution, which need not be normalised, by inverting its cumulative sum at a number in [0, 1).
 
     The same distribution as the argmax of logits plus Gumbel noise, at one random number instead of V. The sum is
-    inverted in two levels, groups and then the tokens of one group. Never draws a token of probability zero.
+    inverted in two levels, groups of tokens and then the tokens of one group: one pass over the vocabulary instead of
+    log V. Never draws a token of probability zero.
     """
-    total = jnp.cumsum(groups.mass, axis=-1)
+    padded = jnp.pad(probs, [(0, 0)] * (probs.ndim - 1) + [(0, -probs.shape[-1] % GROUP)])
+    groups = padded.reshape(*probs.shape[:-1], -1, GROUP)
+    mass = jnp.sum(groups, axis=-1)
+    total = jnp.cumsum(mass, axis=-1)
     target = uniform * total[..., -1]
-    group = _invert(groups.mass, target)
-    rest = target - (_take(total, group) - _take(groups.mass, group))
-    highest = jnp.max(groups.peak, axis=-1)
-    return _in_group(groups, group, lambda within: _invert(jnp.exp(within - highest[..., None]), rest))
+    group = _invert(mass, target)
+    within = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
+    token = _invert(within, target - (_take(total, group) - _take(mass, group)))
+    return (group * GROUP + token).astype(jnp.int32)
 
 
 def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, Array, Array]:
@@ -116,31 +86,25 @@ def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[
         cut = keep_top_p(cut, settings.top_p)
     if settings.top_k is not None:
         cut = keep_top_k(cut, settings.top_k)
-    groups = grouped(cut)
-    token = draw(groups, uniform) if settings.temperature > 0 else best(groups)
-    normaliser = jnp.max(groups.peak, axis=-1) + jnp.log(jnp.sum(groups.mass, axis=-1))
-    plain = normaliser if cut is logits else jax.nn.logsumexp(logits, axis=-1)
-    confidence = jnp.exp(_take(logits, token) - plain)
-    if strategy.score is None:
-        return token, confidence, confidence
-    probs = jnp.exp(cut - normaliser[..., None])
-    return token, confidence, strategy.score(probs, _take(probs, token))
-
-
-def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S V"]:
-    """Probability zero to these tokens."""
-    if not tokens:
-        return logits
-    # One index twice: XLA makes a select of a single one and fuses it into every reader, which costs a CPU more than
-    # the reading.
-    return logits.at[..., np.array([*tokens, tokens[0]])].set(-jnp.inf, mode="promise_in_bounds")
+    # Weights, not probabilities: a draw needs no others, and their sum is the normaliser where nothing was cut.
+    highest = jnp.max(cut, axis=-1, keepdims=True)
+    weights = jnp.exp(cut - highest)
+    total = jnp.sum(weights, axis=-1)
+    # Not the argmax of the weights: rounding can make the two best equal there.
+    token = draw(weights, uniform) if settings.temperature > 0 else jnp.argmax(cut, axis=-1).astype(jnp.int32)
+    normaliser = highest[..., 0] + jnp.log(total) if cut is logits else jax.nn.logsumexp(logits, axis=-1)
+    confidence = jnp.exp(_take(logits, token) - normaliser)
+    probs = weights / total[..., None]
+    score = strategy.score(probs, _take(probs, token)) if strategy.score else confidence
+    return token, confidence, score
 
 
 def propose(
     config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
 ) -> tuple[Array, Array, Array]:
     """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S] -> as `candidates`, [B, S]."""
-    banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask)
+    banned = np.zeros(config.vocab_size, bool)
+    banned[list(settings.suppress) + [config.mask_token_id] * settings.forbid_mask] = True
 
     def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         hidden, uniform = slices
@@ -149,7 +113,7 @@ def propose(
         logits = constrain(logits, ("views", "rows", "positions", "candidates"))
         if logits.shape[0] == 2:
             logits = logits[1:] + (settings.cfg_scale + 1) * (logits[:1] - logits[1:])
-        return candidates(ban(logits[0], banned), uniform, settings)
+        return candidates(jnp.where(banned, -jnp.inf, logits[0]), uniform, settings)
 
     passes, rows, positions, width = hidden.shape
     at_one_position = passes * rows // pieces("rows", rows) * config.vocab_size
@@ -175,15 +139,14 @@ def propose_at(
 ) -> tuple[Array, Array, Array]:
     """As `propose`, where `eligible` [B, S] says so; what stands elsewhere means nothing.
 
-    The fewer positions are still masked, the fewer are read: as many eighths of S as the row that has most needs, an
-    eighth being no fewer than `LEAST` positions.
+    The fewer positions are still masked, the fewer are read: a quarter, half, three quarters or all of S, by the row
+    that has most.
 
     Args:
       read: gives hidden states [B, S', D] at places [B, S'] of S; with guidance [2B, S', D] at [2B, S'].
     """
     rows, positions = eligible.shape
-    eighth = max(LEAST, -(-positions // 8))
-    sizes = [*range(eighth, positions, eighth), positions]
+    sizes = sorted({-(-positions * quarters // 4) for quarters in (1, 2, 3, 4)})
     order = jnp.argsort(~eligible, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     passes = 2 if settings.cfg_scale > 0 else 1
