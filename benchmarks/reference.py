@@ -53,33 +53,28 @@ def build(shape: Workload) -> transformers.LlamaForCausalLM:
     return model.requires_grad_(False).eval().to(DEVICE)
 
 
+Noise = Callable[[torch.Tensor, float], torch.Tensor]
 Proposal = Callable[[torch.nn.Module, torch.Tensor, slice, int, float], tuple[torch.Tensor, torch.Tensor]]
 
 
+def gumbel(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits - temperature * torch.log(-torch.log(torch.rand_like(logits)))
+
+
+def gumbel_in_float64(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The same order of tokens as the public samplers write it, the noise and what it divides in float64."""
+    logits = logits.double()
+    return logits.exp() / (-torch.log(torch.rand_like(logits))) ** temperature
+
+
 def propose(
-    model: torch.nn.Module, x: torch.Tensor, block: slice, mask_id: int, temperature: float
+    model: torch.nn.Module, x: torch.Tensor, block: slice, mask_id: int, temperature: float, noisy: Noise = gumbel
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates and their probabilities at the positions of the active block, by the plain formula at all."""
     logits = model(input_ids=x).logits
     logits[..., mask_id] = -torch.inf
     probs = torch.softmax(logits, dim=-1)
-    if temperature > 0:
-        logits = logits - temperature * torch.log(-torch.log(torch.rand_like(logits)))
-    candidates = torch.argmax(logits, dim=-1)
-    return candidates[:, block], torch.gather(probs, -1, candidates[..., None])[:, block, 0]
-
-
-def propose_in_float64(
-    model: torch.nn.Module, x: torch.Tensor, block: slice, mask_id: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as the public samplers write it, the noise and what it divides in float64."""
-    logits = model(input_ids=x).logits
-    logits[..., mask_id] = -torch.inf
-    probs = torch.softmax(logits, dim=-1)
-    if temperature > 0:
-        logits = logits.double()
-        logits = logits.exp() / (-torch.log(torch.rand_like(logits))) ** temperature
-    candidates = torch.argmax(logits, dim=-1)
+    candidates = torch.argmax(noisy(logits, temperature) if temperature > 0 else logits, dim=-1)
     return candidates[:, block], torch.gather(probs, -1, candidates[..., None])[:, block, 0]
 
 
@@ -111,7 +106,7 @@ def sample(
     """Low-confidence remasking in blocks with a fixed number of tokens per step: `[B, P+L]`.
 
     Args:
-      propose: one of the functions above, compiled or not.
+      propose: a proposal of those above, compiled or not.
       limit: steps after which it stops unfinished.
     """
     rows, length = prompts.shape

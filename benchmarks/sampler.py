@@ -29,7 +29,8 @@ def prepare_reference(job: measure.Job) -> measure.Contest:
 
     shape = WORKLOADS[job.workload]
     model = reference.build(shape)
-    ways = {"torch.lean": reference.propose_leanly, "torch.float64": reference.propose_in_float64}
+    in_float64 = functools.partial(reference.propose, noisy=reference.gumbel_in_float64)
+    ways = {"torch.lean": reference.propose_leanly, "torch.float64": in_float64}
     propose = ways.get(job.variant, reference.propose)
     if job.variant == "torch.compile":
         propose = torch.compile(propose)

@@ -89,7 +89,8 @@ def test_reads_against_float64_and_gradients_against_unchunked(vocab, chunk, unc
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(value, expected[name], atol=1e-5, rtol=0, err_msg=str(name))
     for a, b in zip(gradient, unchunked[vocab][1], strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+        # Sums in another order, rounded as the largest of them are.
+        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max(), rtol=0)
 
 
 def test_gradient_against_finite_differences_in_float64(unchunked):
