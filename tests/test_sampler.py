@@ -172,10 +172,23 @@ def test_draws_follow_the_cut_distribution(cut):
 def test_draw_at_the_edges_takes_no_impossible_token():
     probs = jnp.zeros((2, 300)).at[:, 131].set(0.25).at[:, 290].set(0.75)
     almost_one = np.nextafter(np.float32(1), np.float32(0))
-    draw = jax.jit(draws.draw)
+    draw = jax.jit(lambda probs, uniform: draws.draw(jnp.log(probs), draws.grouped(jnp.log(probs)), uniform))
     np.testing.assert_array_equal(draw(probs, jnp.array([0.0, almost_one])), [131, 290])
     many = jnp.full((126_464,), 1e-5).at[-5:].set(0)
     assert draw(many, jnp.asarray(almost_one)) < 126_459
+
+
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_best_token_and_its_probability(size):
+    """Of equal logits the first, in whichever group it stands; never a banned one."""
+    logits = np.random.default_rng(size).integers(0, 4, (50, size)).astype(np.float32)
+    logits[:, 2] = 9.0
+    banned = jax.jit(lambda logits: draws.ban(logits, (2,)))(logits)
+    logits[:, 2] = -np.inf
+    np.testing.assert_array_equal(banned, logits)
+    token, confidence, _ = jax.jit(lambda logits: draws.candidates(logits, jnp.zeros(50), settings()))(banned)
+    np.testing.assert_array_equal(token, logits.argmax(-1))
+    np.testing.assert_allclose(confidence, jax.nn.softmax(logits)[np.arange(50), token], rtol=1e-6)
 
 
 def test_sampled_tokens_follow_the_model(base):

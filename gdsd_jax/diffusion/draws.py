@@ -4,6 +4,8 @@ B rows, S positions that a step looks at, D hidden size, V vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ from gdsd_jax.sharding import constrain, pieces
 # A device holds logits of at most this many elements at once, 1 GiB in float32; a larger region is read in slices of
 # positions.
 MAX_LOGITS = 2**28
-GROUP = 128  # tokens per group of the two-level draw
+LEAST = 4  # positions; a program for fewer gains too little to be compiled
+GROUP = 128  # tokens per group
 
 
 def keep_top_p(logits: Array, top_p: float) -> Array:
@@ -60,21 +63,47 @@ def _invert(weights: Array, target: Array) -> Array:
     return jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(weights, axis=-1))
 
 
-def draw(probs: Float[Array, "*S V"], uniform: Float[Array, "*S"]) -> Int[Array, "*S"]:
-    """One token per distribution, which need not be normalised, by inverting its cumulative sum at a number in [0, 1).
+class Groups(NamedTuple):
+    """Logits [..., V] summed up by groups of GROUP tokens: what looks for one token reads V once, and then one group.
+
+    peak: [..., G], the highest logit of each group.
+    mass: [..., G], the sum of each group's exp(logit - highest of all).
+    """
+
+    peak: Array
+    mass: Array
+
+
+def grouped(logits: Float[Array, "*S V"]) -> Groups:
+    beyond = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % GROUP)]
+    groups = jnp.pad(logits, beyond, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, GROUP)
+    peak = jnp.max(groups, axis=-1)
+    return Groups(peak, jnp.sum(jnp.exp(groups - jnp.max(peak, axis=-1)[..., None, None]), axis=-1))
+
+
+def _read(logits: Array, group: Array) -> Array:
+    """The logits [..., GROUP] of one group [...]."""
+    place = group[..., None] * GROUP + jnp.arange(GROUP)
+    return jnp.take_along_axis(logits, place, axis=-1, mode="fill", fill_value=-jnp.inf)
+
+
+def best(logits: Float[Array, "*S V"], groups: Groups) -> Int[Array, "*S"]:
+    """The token with the highest logit, of equal ones the first."""
+    group = jnp.argmax(groups.peak, axis=-1)
+    return (group * GROUP + jnp.argmax(_read(logits, group), axis=-1)).astype(jnp.int32)
+
+
+def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S"]) -> Int[Array, "*S"]:
+    """One token per distribution by inverting its cumulative sum at a number in [0, 1).
 
     The same distribution as the argmax of logits plus Gumbel noise, at one random number instead of V. The sum is
-    inverted in two levels, groups of tokens and then the tokens of one group: one pass over the vocabulary instead of
-    log V. Never draws a token of probability zero.
+    inverted in two levels, groups and then the tokens of one group. Never draws a token of probability zero.
     """
-    padded = jnp.pad(probs, [(0, 0)] * (probs.ndim - 1) + [(0, -probs.shape[-1] % GROUP)])
-    groups = padded.reshape(*probs.shape[:-1], -1, GROUP)
-    mass = jnp.sum(groups, axis=-1)
-    total = jnp.cumsum(mass, axis=-1)
+    total = jnp.cumsum(groups.mass, axis=-1)
     target = uniform * total[..., -1]
-    group = _invert(mass, target)
-    within = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
-    token = _invert(within, target - (_take(total, group) - _take(mass, group)))
+    group = _invert(groups.mass, target)
+    weights = jnp.exp(_read(logits, group) - jnp.max(groups.peak, axis=-1, keepdims=True))
+    token = _invert(weights, target - (_take(total, group) - _take(groups.mass, group)))
     return (group * GROUP + token).astype(jnp.int32)
 
 
@@ -86,25 +115,37 @@ def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[
         cut = keep_top_p(cut, settings.top_p)
     if settings.top_k is not None:
         cut = keep_top_k(cut, settings.top_k)
-    # Weights, not probabilities: a draw needs no others, and their sum is the normaliser where nothing was cut.
-    highest = jnp.max(cut, axis=-1, keepdims=True)
-    weights = jnp.exp(cut - highest)
-    total = jnp.sum(weights, axis=-1)
-    # Not the argmax of the weights: rounding can make the two best equal there.
-    token = draw(weights, uniform) if settings.temperature > 0 else jnp.argmax(cut, axis=-1).astype(jnp.int32)
-    normaliser = highest[..., 0] + jnp.log(total) if cut is logits else jax.nn.logsumexp(logits, axis=-1)
-    confidence = jnp.exp(_take(logits, token) - normaliser)
-    probs = weights / total[..., None]
-    score = strategy.score(probs, _take(probs, token)) if strategy.score else confidence
-    return token, confidence, score
+    groups = grouped(cut)
+    token = draw(cut, groups, uniform) if settings.temperature > 0 else best(cut, groups)
+    normaliser = jnp.max(groups.peak, axis=-1) + jnp.log(jnp.sum(groups.mass, axis=-1))
+    plain = normaliser if cut is logits else jax.nn.logsumexp(logits, axis=-1)
+    confidence = jnp.exp(_take(logits, token) - plain)
+    if strategy.score is None:
+        return token, confidence, confidence
+    probs = jnp.exp(cut - normaliser[..., None])
+    return token, confidence, strategy.score(probs, _take(probs, token))
+
+
+def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S V"]:
+    """Probability zero to these tokens."""
+    if not tokens:
+        return logits
+    banned = np.zeros(logits.shape[-1], bool)
+    banned[list(tokens)] = True
+    # An accelerator selects while it reads, and would copy everything to write a few numbers. A CPU does better to
+    # write them; the index stands twice, as XLA makes a select of a single one.
+    return lax.platform_dependent(
+        logits,
+        cpu=lambda logits: logits.at[..., np.array([*tokens, tokens[0]])].set(-jnp.inf, mode="promise_in_bounds"),
+        default=lambda logits: jnp.where(banned, -jnp.inf, logits),
+    )
 
 
 def propose(
     config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
 ) -> tuple[Array, Array, Array]:
     """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S] -> as `candidates`, [B, S]."""
-    banned = np.zeros(config.vocab_size, bool)
-    banned[list(settings.suppress) + [config.mask_token_id] * settings.forbid_mask] = True
+    banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask)
 
     def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         hidden, uniform = slices
@@ -113,7 +154,7 @@ def propose(
         logits = constrain(logits, ("views", "rows", "positions", "candidates"))
         if logits.shape[0] == 2:
             logits = logits[1:] + (settings.cfg_scale + 1) * (logits[:1] - logits[1:])
-        return candidates(jnp.where(banned, -jnp.inf, logits[0]), uniform, settings)
+        return candidates(ban(logits[0], banned), uniform, settings)
 
     passes, rows, positions, width = hidden.shape
     at_one_position = passes * rows // pieces("rows", rows) * config.vocab_size
@@ -139,14 +180,15 @@ def propose_at(
 ) -> tuple[Array, Array, Array]:
     """As `propose`, where `eligible` [B, S] says so; what stands elsewhere means nothing.
 
-    The fewer positions are still masked, the fewer are read: a quarter, half, three quarters or all of S, by the row
-    that has most.
+    The fewer positions are still masked, the fewer are read: as many eighths of S as the row that has most needs, an
+    eighth being no fewer than `LEAST` positions.
 
     Args:
       read: gives hidden states [B, S', D] at places [B, S'] of S; with guidance [2B, S', D] at [2B, S'].
     """
     rows, positions = eligible.shape
-    sizes = sorted({-(-positions * quarters // 4) for quarters in (1, 2, 3, 4)})
+    eighth = max(LEAST, -(-positions // 8))
+    sizes = [*range(eighth, positions, eighth), positions]
     order = jnp.argsort(~eligible, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     passes = 2 if settings.cfg_scale > 0 else 1
