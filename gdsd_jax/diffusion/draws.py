@@ -20,7 +20,7 @@ from gdsd_jax.sharding import constrain, pieces
 # A device holds logits of at most this many elements at once, 1 GiB in float32; a larger region is read in slices of
 # positions.
 MAX_LOGITS = 2**28
-LEAST = 4  # positions; a program for fewer gains too little to be compiled
+LEAST = 2  # positions; a program for fewer gains too little to be compiled
 GROUP = 128  # tokens per group
 
 
@@ -180,15 +180,16 @@ def propose_at(
 ) -> tuple[Array, Array, Array]:
     """As `propose`, where `eligible` [B, S] says so; what stands elsewhere means nothing.
 
-    The fewer positions are still masked, the fewer are read: as many eighths of S as the row that has most needs, an
-    eighth being no fewer than `LEAST` positions.
+    The fewer positions are still masked, the fewer are read: as many eighths of S as the row that has most needs, or
+    sixteenths where the head outweighs the layers, in steps of no fewer than `LEAST` positions.
 
     Args:
       read: gives hidden states [B, S', D] at places [B, S'] of S; with guidance [2B, S', D] at [2B, S'].
     """
     rows, positions = eligible.shape
-    eighth = max(LEAST, -(-positions // 8))
-    sizes = [*range(eighth, positions, eighth), positions]
+    layers = config.num_layers * (4 * config.hidden_size + 3 * config.intermediate_size)
+    step = max(LEAST, -(-positions // (16 if config.vocab_size > layers else 8)))
+    sizes = [*range(step, positions, step), positions]
     order = jnp.argsort(~eligible, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     passes = 2 if settings.cfg_scale > 0 else 1
