@@ -36,6 +36,8 @@ def get_config():
         config.evaluation.update(count=8, split="test", batch_rows=8)
         config.update(iterations=1, prompts_per_iteration=4, group_size=4, inner_updates=1, microbatch_rows=8)
         config.update(save_every=1, keep=3, completions_logged=16)
+        # Before the patience of the tests ends, so that a job that hangs says where.
+        config.hosts.stall_seconds = 600.0
     return config
 """
 
