@@ -30,6 +30,17 @@ FREE_TO_CHANGE = (
 BEST = "best"
 
 
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    """Saves in the background. A run has two that save at once: processes that meet for one must not meet the other."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=True,
+        enable_async_checkpointing=True,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
+    )
+    return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -51,8 +62,7 @@ class Checkpoints:
         if multihost.first():
             check_disk(workdir, size * max(config.keep + 1 - saved, 1) + best, "its checkpoints")
             self._record(workdir, config)
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self._manager = _manager(workdir / "checkpoints", config.keep)
 
     def _record(self, workdir: Path, config: TrainConfig) -> None:
         """Writes `run.json` for a new run, compares with it for an old one."""
@@ -115,8 +125,7 @@ class Best:
     """
 
     def __init__(self, workdir: Path, iteration: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((workdir / BEST).absolute(), options=options)
+        self._manager = _manager(workdir / BEST, 1)
         for later in (step for step in self._manager.all_steps() if step > iteration):
             self._manager.delete(later)
         self._value = -math.inf
