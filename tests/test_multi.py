@@ -46,14 +46,18 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
+def hosts(processes: int) -> list[dict[str, str]]:
+    """What the environment of each process says of the job."""
+    job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
+    return [job | {"JAX_PROCESS_ID": str(index)} for index in range(processes)]
+
+
 def start_job(processes: int, record: Path, run: list[str], **environment: str) -> list[tuple[subprocess.Popen, Path]]:
     """The processes of one job on eight devices, with their logs."""
-    where = f"localhost:{free_port()}"
     started = []
-    for index in range(processes):
+    for index, host in enumerate(hosts(processes)):
         log = record.with_name(f"{record.name}_{index}.log")
-        hosts = {"JAX_COORDINATOR_ADDRESS": where, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
-        started.append((launch(8 // processes, record, run, log=log, **hosts, **environment), log))
+        started.append((launch(8 // processes, record, run, log=log, **host, **environment), log))
     return started
 
 
@@ -203,6 +207,19 @@ def test_one_process_resumes_on_another_mesh(jobs, restarted):
     finish([(launch(8, jobs.directory / "other", run, log=log), log)])
     check_same(read(jobs.directory / "other"), jobs.expected | {"rollouts": jobs.expected["rollouts"][2:]})
     check_same_record(workdir, jobs.directory / "whole", steps=3)
+
+
+def test_two_saves_at_once_do_not_wait_for_each_other(jobs, tmp_path):
+    command = [sys.executable, str(TESTS / "multi_saves.py"), str(jobs.file), str(tmp_path)]
+    job = []
+    for index, host in enumerate(hosts(4)):
+        log = tmp_path / f"{index}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | host)
+        job.append((process, log))
+    finish(job)
+    assert saved(tmp_path) == [8, 9, 10]
+    assert [entry.name for entry in (tmp_path / "best").iterdir()] == ["10"]
 
 
 def test_a_wrong_mesh_is_refused(jobs, tmp_path):
