@@ -75,6 +75,7 @@ class Groups(NamedTuple):
 
 
 def grouped(logits: Float[Array, "*S V"]) -> Groups:
+    """Peaks and masses of the G = ceil(V / GROUP) groups; what the last one lacks counts as impossible."""
     beyond = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % GROUP)]
     groups = jnp.pad(logits, beyond, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, GROUP)
     peak = jnp.max(groups, axis=-1)
@@ -187,6 +188,7 @@ def propose_at(
       read: gives hidden states [B, S', D] at places [B, S'] of S; with guidance [2B, S', D] at [2B, S'].
     """
     rows, positions = eligible.shape
+    # Parameters over the hidden size, as those of the head are vocab_size.
     layers = config.num_layers * (4 * config.hidden_size + 3 * config.intermediate_size)
     step = max(LEAST, -(-positions // (16 if config.vocab_size > layers else 8)))
     sizes = [*range(step, positions, step), positions]
