@@ -110,6 +110,39 @@ def test_a_window_over_its_own_cache_is_a_part_of_the_whole(config, unroll):
     assert (window(active, 9, 12) != window(tokens, 9, 12)).any(axis=-1)[:, after:].all()
 
 
+@pytest.mark.parametrize(("kind", "config"), [("none", TINY), ("dual", SHIFTED)])
+def test_unrolled_layers_roll_out_as_the_scan_does(kind, config):
+    # Unrolled, a rollout reads the head by columns, and the first layer's projections from a table of its 23 tokens.
+    run = settings(cache=kind, temperature=1.0)
+    scanned, unrolled = (dataclasses.replace(config, num_layers=2, layer_unroll=n) for n in (1, 2))
+    lora = random_adapter(scanned)
+    same(roll_out(run, scanned, lora), roll_out(run, unrolled, lora))
+
+
+@pytest.mark.parametrize("mask", [PADDED, None], ids=["padded", "all real"])
+@pytest.mark.parametrize("unroll", [1, 2], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("config", [TINY, SHIFTED], ids=["aligned", "shifted"])
+def test_a_cache_around_the_window_lacks_only_what_is_never_read(config, unroll, mask):
+    config = dataclasses.replace(config, num_layers=2, layer_unroll=unroll)
+    base, lora = random_base(config), random_adapter(config)
+    tokens = jax.random.randint(jax.random.key(3), (3, 17), 0, 23)
+    later = tokens.at[:, 8:12].set(5)
+
+    @functools.partial(jax.jit, static_argnames="cut")
+    def window(start, cut):
+        around, frozen = ((start, 6), None) if cut else (None, start)
+        _, kept = refresh_cache(config, base, lora, tokens, jnp.arange(3), around=around, prompt_mask=mask)
+        read = window_states_at(
+            config, base, lora, later, kept, start=start, size=6, frozen=frozen, prompt_mask=mask
+        )
+        return read(jnp.array([5, 0, 3])), sum(x.size for x in jax.tree.leaves(kept))
+
+    for start in (7, 9):
+        (whole, size), (cut, smaller) = window(start, False), window(start, True)
+        np.testing.assert_allclose(cut, whole, atol=1e-5)
+        assert smaller * 17 == size * 11
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "changes"),
     [

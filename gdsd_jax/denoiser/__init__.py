@@ -9,7 +9,7 @@ from gdsd_jax.denoiser.forward import (
     hidden_states_at,
     logits_from_hidden,
     refresh_cache,
-    unstacked,
+    repeated,
     window_states_at,
 )
 from gdsd_jax.denoiser.lora import TARGETS, LoRA, init_lora
@@ -30,6 +30,6 @@ __all__ = [
     "logits_from_hidden",
     "pick",
     "refresh_cache",
-    "unstacked",
+    "repeated",
     "window_states_at",
 ]

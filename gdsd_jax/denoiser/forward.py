@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gdsd_jax.denoiser import ops
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.lora import LoRA
-from gdsd_jax.denoiser.model import Denoiser, KeyValues, Layer, embed, pick, precision_of, remat
+from gdsd_jax.denoiser.model import Denoiser, KeyValues, Layer, embed, linear_of, pick, precision_of, remat
 from gdsd_jax.errors import UserError
 from gdsd_jax.sharding import constrain
 
@@ -37,7 +37,7 @@ def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | N
 def unstacked(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any, LoRA | None]:
     """The parameters as a loop over unrolled layers takes them, a tuple of layers instead of stacked arrays.
 
-    The functions here do this by themselves; a loop of many forward passes does it once before.
+    The functions here do this by themselves; a loop of many passes does it once before, see `repeated`.
     """
 
     def split(tree: Any) -> Any:
@@ -49,6 +49,36 @@ def unstacked(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any
     if config.layer_unroll < config.num_layers:
         return base, lora
     return split(base), None if lora is None else lora.replace(weights=split(lora.weights))
+
+
+def repeated(config: DenoiserConfig, base: Any, lora: LoRA | None, tokens: int) -> tuple[Any, LoRA | None]:
+    """The parameters as a loop of passes over so many `tokens` takes them, and what is computed of them but once.
+
+    Where layers are unrolled, that is the head by columns, as a CPU multiplies up to a third faster, and queries, keys
+    and values of the first layer for every entry of the vocabulary, if that is smaller than `tokens`.
+    """
+    base, lora = unstacked(config, base, lora)
+    if config.layer_unroll < config.num_layers:
+        return base, lora
+    # Without the barrier the compiler would put the transposition back into every product.
+    base |= {"head_columns": jax.lax.optimization_barrier(head_weights(config, base).astype(config.dtype).T)}
+    if config.vocab_size < tokens and config.num_layers > 1:
+        base |= {"first_projections": _first_projections(config, base, lora)}
+    return base, lora
+
+
+def _first_projections(config: DenoiserConfig, base: Any, lora: LoRA | None) -> dict[str, Float[Array, "V O"]]:
+    """Queries, keys and values that the first layer makes of each entry of the vocabulary, not rotated yet."""
+    own = {"params": base["layers"][0]} | ({} if lora is None else {"lora": lora.weights["layers"][0]})
+    x = embed(config, base["embedding"], jnp.arange(config.vocab_size)[None])
+    h = ops.rms_norm(x, own["params"]["attn_norm"], config.rms_norm_eps)
+    adapter = None if lora is None else lora.replace(weights=None)
+
+    def projected(name: str) -> Array:
+        variables = {kind: tree.get(name, {}) for kind, tree in own.items()}
+        return linear_of(config, name, adapter).apply(variables, h, False)[0]
+
+    return {name: projected(name) for name in "qkv"}
 
 
 def _rope(config: DenoiserConfig, length: int) -> tuple[Array, Array]:
@@ -66,12 +96,14 @@ def _run(
     cache: Any = None,
     outside: Array | None = None,
     keep: bool = False,
+    kept: Array | None = None,
     dropout_key: Array | None = None,
 ) -> Callable[[At | None], tuple[Array, Any]]:
     """Runs the layers, the last one but in part.
 
     What comes back takes places in `tokens` (None: all) and gives their states after the final norm, not yet aligned,
-    and with `keep` the keys and values of all tokens: stacked, or a tuple with an entry for each unrolled layer.
+    and with `keep` the keys and values of the places `kept` (None: of all tokens): stacked, or a tuple with an entry
+    for each unrolled layer.
     """
     base, lora = unstacked(config, base, lora)
     adapter = None if lora is None else lora.replace(weights=None)
@@ -84,27 +116,31 @@ def _run(
     if config.layer_unroll < config.num_layers:
         model = Denoiser(config, adapter, dropout, keep)
         rngs = {"dropout": dropout_key} if dropout else None
-        x, kept = model.apply(parts, tokens, real, rope, cache, outside, rngs=rngs)
-        return lambda at: (normed(x if at is None else pick(x, at)), kept)
+        x, key_values = model.apply(parts, tokens, real, rope, cache, outside, kept, rngs=rngs)
+        return lambda at: (normed(x if at is None else pick(x, at)), key_values)
 
     module = remat(Layer, config.remat)(config, adapter, dropout, keep)
 
-    def layer(n: int, x: Array, at: At | None = None) -> tuple[Array, KeyValues | None]:
+    def layer(
+        n: int, x: Array, at: At | None = None, known: dict[str, Array] | None = None
+    ) -> tuple[Array, KeyValues | None]:
         own = {name: tree["layers"][n] for name, tree in parts.items()}
         rngs = {"dropout": jax.random.fold_in(dropout_key, n)} if dropout else None
         if isinstance(at, slice) and config.remat != "none":
             # What is recomputed takes arrays only.
             at = jnp.arange(at.start, at.stop)
-        return module.apply(own, x, None if cache is None else cache[n], real, rope, outside, at, rngs=rngs)
+        seen = None if cache is None else cache[n]
+        return module.apply(own, x, seen, real, rope, outside, kept, at, known, rngs=rngs)
 
-    x, kept = embed(config, base["embedding"], tokens), []
+    x, before = embed(config, base["embedding"], tokens), []
+    known = {name: jnp.take(table, tokens, axis=0) for name, table in base.get("first_projections", {}).items()}
     for n in range(config.num_layers - 1):
-        x, key_values = layer(n, x)
-        kept.append(key_values)
+        x, key_values = layer(n, x, known=known or None if n == 0 else None)
+        before.append(key_values)
 
     def last(at: At | None) -> tuple[Array, Any]:
         final, key_values = layer(config.num_layers - 1, x, at)
-        return normed(final), (*kept, key_values)
+        return normed(final), (*before, key_values)
 
     return last
 
@@ -173,12 +209,25 @@ def refresh_cache(
     tokens: Int[Array, "B T"],
     at: At,
     *,
+    around: tuple[Int[Array, ""], int] | None = None,
     prompt_mask: Bool[Array, "B P"] | None = None,
 ) -> tuple[Float[Array, "B S D"], Any]:
-    """A full pass: `hidden_states_at` the positions `at`, and keys and values of all tokens for `window_states_at`."""
+    """A full pass: `hidden_states_at` the positions `at`, and keys and values for `window_states_at`.
+
+    Args:
+      around: start and size of the only window for which they are kept: those of its own tokens are left out. None
+        keeps all.
+    """
+    length = tokens.shape[1]
+    kept = None if around is None else _around(*around, length)
     real = real_tokens(prompt_mask, *tokens.shape)
-    last = _run(config, base, lora, tokens, real, _rope(config, tokens.shape[1]), keep=True)
+    last = _run(config, base, lora, tokens, real, _rope(config, length), keep=True, kept=kept)
     return last(_source(config, at))
+
+
+def _around(start: Array, size: int, length: int) -> Array:
+    """The positions outside of a window, from its end on and round to its start."""
+    return (start + size + jnp.arange(length - size)) % length
 
 
 def window_states_at(
@@ -190,26 +239,35 @@ def window_states_at(
     *,
     start: Int[Array, ""],
     size: int,
-    frozen: Int[Array, ""],
+    frozen: Int[Array, ""] | None = None,
     prompt_mask: Bool[Array, "B P"] | None = None,
 ) -> Read:
     """`hidden_states_at` from the `size` tokens from position `start` on alone; asked for places in this window.
 
     Keys and values are those of `cache` outside the window and before position `frozen`, else those of `tokens`: with
     a cache of these very tokens the states are those of `hidden_states`, otherwise an approximation.
-    `start` is at least 1 where the family's logits speak of the next token, and `frozen` at least `start`.
+    `start` is at least 1 where the family's logits speak of the next token.
+
+    Args:
+      cache: of `refresh_cache`; without `frozen` that of all around this window, with it that of all tokens.
+      frozen: at least `start`.
     """
+    length, first, width = tokens.shape[1], start, size
     if config.next_token_logits:
         # One more in front, so that a place in the window is the place in front of it here.
-        start, size = start - 1, size + 1
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)  # noqa: E731
+        first, width = start - 1, size + 1
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, width, axis=-1)  # noqa: E731
     # Each position is seen once: in the window from `frozen` on, in the cache elsewhere.
-    positions = jnp.arange(tokens.shape[1])
-    outside = ((positions < frozen) | (positions >= start + size))[None]
-    inside, real = cut(~outside), real_tokens(prompt_mask, *tokens.shape)
+    positions, real = jnp.arange(length), real_tokens(prompt_mask, *tokens.shape)
+    inside = None if width == size else cut(positions >= start)[None]
+    outside = None
+    if frozen is not None:
+        outside = ((positions < frozen) | (positions >= start + size))[None]
+        inside = cut(~outside)
     if real is not None:
-        inside, outside = inside & cut(real), outside & real
-    rope = tuple(jax.lax.dynamic_slice_in_dim(t, start, size) for t in _rope(config, tokens.shape[1]))
+        inside = cut(real) if inside is None else inside & cut(real)
+        outside = real[:, _around(start, size, length)] if outside is None else outside & real
+    rope = tuple(jax.lax.dynamic_slice_in_dim(t, first, width) for t in _rope(config, length))
     last = _run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside)
     return lambda at: last(at)[0]
 
@@ -221,10 +279,12 @@ def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
 
 def logits_from_hidden(config: DenoiserConfig, base: Any, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits in float32 over the whole vocabulary."""
-    head = head_weights(config, base).astype(hidden.dtype)
+    by_columns = "head_columns" in base
+    head = base["head_columns"] if by_columns else head_weights(config, base).astype(hidden.dtype)
     return jnp.einsum(
-        "...d,vd->...v", hidden, head, precision=precision_of(config), preferred_element_type=jnp.float32
-    )
+        "...d,dv->...v" if by_columns else "...d,vd->...v", hidden, head,
+        precision=precision_of(config), preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 def denoise(

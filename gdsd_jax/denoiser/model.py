@@ -37,7 +37,7 @@ def precision_of(config: DenoiserConfig) -> jax.lax.Precision:
 
 
 class KeyValues(NamedTuple):
-    """Keys (rotated) and values of every layer, `[N, B, kv, T, K]` each: N layers in front, kv heads of size K."""
+    """Keys (rotated) `[N, B, kv, K, T]` and values `[N, B, kv, T, K]`: N layers in front, kv heads of size K."""
 
     keys: Any
     values: Any
@@ -70,12 +70,19 @@ class Linear(nn.Module):
         return y
 
 
+def linear_of(config: DenoiserConfig, name: str, adapter: LoRA | None) -> Linear:
+    """The matrix of this name in a layer."""
+    bias = config.qkv_bias and name in ("q", "k", "v")
+    return Linear(config, target_shapes(config)[name], KERNEL_AXES[name], bias, adapter, name=name)
+
+
 class Layer(nn.Module):
     """Pre-norm block: attention and SwiGLU, each added to the residual stream.
 
     With a cache `x` is a window of the tokens, which sees itself where `real` says so and the cache where `outside`
-    does. With `at`, places in `x` (see `pick`), only these ask and are returned; all of `x` is asked. `keep` returns
-    keys and values.
+    does (None: everywhere). With `at`, places in `x` (see `pick`), only these ask and are returned; all of `x` is
+    asked. `keep` returns keys and values, those of the places `kept` in `x` or of all. `known` are queries, keys and
+    values of `x` before their rotation, where they need not be computed.
     """
 
     config: DenoiserConfig
@@ -91,22 +98,22 @@ class Layer(nn.Module):
         real: Array | None,
         rope: tuple[Array, Array],
         outside: Array | None = None,
+        kept: Array | None = None,
         at: slice | Array | None = None,
+        known: dict[str, Array] | None = None,
     ) -> tuple[Array, KeyValues | None]:
         c = self.config
-        shapes = target_shapes(c)
 
         def linear(name: str, inputs: Array) -> Array:
-            bias = c.qkv_bias and name in ("q", "k", "v")
-            module = Linear(c, shapes[name], KERNEL_AXES[name], bias, self.adapter, name=name)
-            return module(inputs, self.dropout)
+            return linear_of(c, name, self.adapter)(inputs, self.dropout)
 
         def norm(name: str, inputs: Array) -> Array:
             init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
             return ops.rms_norm(inputs, self.param(name, init, (c.hidden_size,), jnp.float32), c.rms_norm_eps)
 
         def heads(name: str, inputs: Array) -> Array:
-            split = linear(name, inputs).reshape(*inputs.shape[:2], -1, c.head_dim)
+            flat = linear(name, inputs) if known is None else known[name]
+            split = flat.reshape(*inputs.shape[:2], -1, c.head_dim)
             return constrain(split, ("rows", "tokens", KERNEL_AXES[name][1], "head_dim"))
 
         with jax.named_scope("attention"):
@@ -123,9 +130,17 @@ class Layer(nn.Module):
             x = constrain(x + linear("o", mixed.reshape(*x.shape[:2], -1)), RESIDUAL_AXES)
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)
-            inner = constrain(jax.nn.silu(linear("gate", h)) * linear("up", h), ("rows", "tokens", "mlp"))
+            if c.remat == "none":
+                # The widest arrays of a layer: to compute them again costs less than to keep them.
+                inner = jax.checkpoint(ops.gated, prevent_cse=False)(linear("gate", h), linear("up", h))
+            else:
+                inner = jax.nn.silu(linear("gate", h)) * linear("up", h)
+            inner = constrain(inner, ("rows", "tokens", "mlp"))
             x = constrain(x + linear("down", inner), RESIDUAL_AXES)
-        return x, KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2)) if self.keep else None
+        if not self.keep:
+            return x, None
+        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+        return x, KeyValues(k, v) if kept is None else KeyValues(k[..., kept], v[:, :, kept])
 
 
 def pick(x: Float[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -148,8 +163,8 @@ def embed(config: DenoiserConfig, embedding: Float[Array, "V D"], tokens: Int[Ar
 class Denoiser(nn.Module):
     """Token ids to the residual stream after the last layer, and keys and values.
 
-    `rope`, `cache`, `outside` and `keep` as in `Layer`. The final norm and the head are parameters here and functions
-    of `forward`.
+    `rope`, `cache`, `outside`, `keep` and `kept` as in `Layer`. The final norm and the head are parameters here and
+    functions of `forward`.
     """
 
     config: DenoiserConfig
@@ -165,6 +180,7 @@ class Denoiser(nn.Module):
         rope: tuple[Array, Array],
         cache: KeyValues | None = None,
         outside: Array | None = None,
+        kept: Array | None = None,
     ) -> tuple[Array, KeyValues | None]:
         c = self.config
         table_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -176,14 +192,14 @@ class Denoiser(nn.Module):
             remat(Layer, c.remat),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=c.num_layers,
             unroll=c.layer_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         norm_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
-        return layers(c, self.adapter, self.dropout, self.keep, name="layers")(x, cache, real, rope, outside)
+        return layers(c, self.adapter, self.dropout, self.keep, name="layers")(x, cache, real, rope, outside, kept)
 
 
 def _init(config: DenoiserConfig, key: jax.Array) -> Any:

@@ -10,11 +10,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+def sum_of_products(x: Float[Array, "*B N"], y: Float[Array, "*B N"]) -> Float[Array, "*B"]:
+    """`sum(x * y)` over the last axis. XLA takes forty times longer for it on a CPU than for a dot product."""
+    return jax.lax.platform_dependent(
+        x, y,
+        cpu=functools.partial(jnp.einsum, "...n,...n->...", precision=jax.lax.Precision.HIGHEST),
+        default=lambda x, y: jnp.sum(x * y, axis=-1),
+    )  # fmt: skip
+
+
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
     """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32, returned in the dtype of `x` (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def gated(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """What SwiGLU puts between its matrices, `silu(gate) * up` (arXiv 2002.05202)."""
+    return jax.nn.silu(gate) * up
 
 
 def rope_tables(positions: Int[Array, " T"], head_dim: int, theta: float) -> tuple[Array, Array]:
@@ -65,28 +79,34 @@ def attention(
     value: Float[Array, "B T kv K"],
     real: Bool[Array, "#B T"] | None,
     precision: jax.lax.Precision,
-    cached: tuple[Float[Array, "B kv C K"], Float[Array, "B kv C K"], Bool[Array, "#B C"]] | None = None,
+    cached: tuple[Float[Array, "B kv K C"], Float[Array, "B kv C K"], Bool[Array, "#B C"] | None] | None = None,
 ) -> Float[Array, "B S H K"]:
     """Full (bidirectional) attention of S queries over the T real tokens; the softmax is float32.
 
-    `real` is False on pads: no token attends to them. What pad queries themselves compute is never read.
-    Each key/value head serves `H / kv` consecutive query heads. `cached` adds keys and values, and which of them are
-    seen; they are read where they lie, never copied.
+    `real` is False on pads: no token attends to them; None: all are real. What pad queries themselves compute is never
+    read. Each key/value head serves `H / kv` consecutive query heads. `cached` adds keys and values, and which of them
+    are seen; they are read where they lie, never copied. Values are summed before the normaliser divides.
     """
     b, s, h, k = query.shape
-    grouped = query.reshape(b, s, key.shape[2], h // key.shape[2], k)
-    parts = [(key.swapaxes(1, 2), value.swapaxes(1, 2), real)] + ([] if cached is None else [cached])
+    kv = key.shape[2]
+    # Every product below is one of plain matrices, rows times columns, for each batch row and key/value head.
+    grouped = query.reshape(b, s, kv, h // kv, k).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, k)
+    parts = [(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2), real)] + ([] if cached is None else [cached])
 
     def score(key: Array, seen: Array | None) -> Array:
-        scores = jnp.einsum("bsngk,bntk->bngst", grouped, key, precision=precision, preferred_element_type=jnp.float32)
-        scores = scores * (k**-0.5)
-        return scores if seen is None else jnp.where(seen[:, None, None, None, :], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.einsum("bnsk,bnkt->bnst", grouped, key, precision=precision, preferred_element_type=jnp.float32)
+        return scores if seen is None else jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
-    scores = jnp.concatenate([score(key, seen) for key, _, seen in parts], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = jnp.split(weights, [key.shape[1]], axis=-1) if len(parts) > 1 else [weights]
-    mixed = sum(
-        jnp.einsum("bngst,bntk->bsngk", part, value, precision=precision)
-        for part, (_, value, _) in zip(weights, parts, strict=True)
-    )
+    def mix(weights: Array, value: Array) -> Array:
+        return jnp.einsum(
+            "bnst,bntk->bnsk", weights.astype(value.dtype), value,
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    scores = [score(key, seen) for key, _, seen in parts]
+    highest = [jnp.max(jax.lax.stop_gradient(part), axis=-1, keepdims=True) for part in scores]
+    weights = [jnp.exp((part - functools.reduce(jnp.maximum, highest)) * k**-0.5) for part in scores]
+    total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
+    mixed = sum(mix(part, value) for part, (_, value, _) in zip(weights, parts, strict=True)) / total
+    mixed = mixed.astype(query.dtype).reshape(b, kv, h // kv, s, k).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(b, s, h, k)

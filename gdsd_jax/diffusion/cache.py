@@ -47,10 +47,16 @@ def refresh(
     block: Array,
     settings: SamplerConfig,
 ) -> tuple[Array, Any]:
-    """A full pass over `tokens` [B, T]: hidden states of the region [B, S, D], keys and values of all tokens."""
+    """A full pass over `tokens` [B, T]: hidden states of the region [B, S, D], and keys and values.
+
+    Those are of all tokens, or with "dual", whose only window is the active block, of all around it.
+    """
     first, size = region(settings, block)
-    at = tokens.shape[1] - settings.completion_length + first + jnp.arange(size)
-    return refresh_cache(config, base, lora, tokens, at, prompt_mask=prompt_mask)
+    prompt_length = tokens.shape[1] - settings.completion_length
+    window = prompt_length + block * settings.block_length, settings.block_length
+    around = window if settings.cache == "dual" else None
+    at = prompt_length + first + jnp.arange(size)
+    return refresh_cache(config, base, lora, tokens, at, around=around, prompt_mask=prompt_mask)
 
 
 def cached_states_at(
@@ -72,7 +78,8 @@ def cached_states_at(
     def window(start: Array, width: int) -> Read:
         return window_states_at(
             config, base, lora, tokens, cache,
-            start=prompt_length + start, size=width, frozen=prompt_length + active, prompt_mask=prompt_mask,
+            start=prompt_length + start, size=width, prompt_mask=prompt_mask,
+            frozen=None if settings.cache == "dual" else prompt_length + active,
         )  # fmt: skip
 
     if size == settings.block_length and settings.cache == "dual":

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, hidden_states_at, pick, unstacked
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, hidden_states_at, pick, repeated
 from gdsd_jax.diffusion.cache import cached_states_at, refresh, region
 from gdsd_jax.diffusion.draws import propose_at
 from gdsd_jax.diffusion.strategies import LOWEST, STRATEGIES, SamplerConfig, select
@@ -196,7 +196,8 @@ def compiled_sample(
             more &= ~jnp.all(_finished(config, state.tokens[:, prompt_length:]))
         return more
 
-    base, lora = unstacked(config, base, lora)
+    # A step passes a block at least.
+    base, lora = repeated(config, base, lora, tokens=settings.step_limit * rows * settings.block_length)
     commit = functools.partial(_commit, config, base, key, settings)
 
     def exact_step(state: _State) -> _State:

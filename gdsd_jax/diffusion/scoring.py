@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, ops
 from gdsd_jax.sharding import constrain
 
 DEFAULT_CHUNK = 16384
@@ -156,7 +156,7 @@ def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bo
         z = _logits(hidden, rows, precision)
         new = jnp.maximum(highest, jnp.max(z, axis=-1))
         weights, kept = jnp.exp(z - new[..., None]), jnp.exp(highest - new)
-        total, weighted = kept * total + jnp.sum(weights, axis=-1), kept * weighted + jnp.sum(weights * z, axis=-1)
+        total, weighted = kept * total + jnp.sum(weights, axis=-1), kept * weighted + ops.sum_of_products(weights, z)
         if pull:
             rows = jnp.einsum(
                 "...v,vd->...d", weights.astype(rows.dtype), rows,
@@ -206,7 +206,7 @@ def _vocabulary_statistics(
         z = _logits(hidden, rows, precision)
         new = {"log_normaliser": jnp.logaddexp(carry["log_normaliser"], jax.nn.logsumexp(z, axis=-1))}
         kept = jnp.exp(carry["log_normaliser"] - new["log_normaliser"]) * carry["mean_logit"]
-        new["mean_logit"] = kept + jnp.sum(jnp.exp(z - new["log_normaliser"][..., None]) * z, axis=-1)
+        new["mean_logit"] = kept + ops.sum_of_products(jnp.exp(z - new["log_normaliser"][..., None]), z)
         if top_k is not None:
             best = jax.lax.top_k(z, min(top_k, z.shape[-1]))[0]
             new["top"] = jax.lax.top_k(jnp.concatenate([carry["top"], best], axis=-1), top_k)[0]
