@@ -4,6 +4,9 @@ Every contestant is a process of its own, pinned to the same cores, that sets it
 then works only when its turn comes: A B A B, so that a machine that gets busier does so for all. Figures are medians
 over the turns with their spread (half the difference of the quartiles); CPU seconds are those of all threads and of
 the processes that it started. The peak of resident memory is the process's own, weights and compilation included.
+
+XLA is told to use vectors of 512 bits where the CPU has them, as PyTorch's libraries do unasked, and to multiply with
+Eigen (`ENVIRONMENT`). What the caller's environment says goes before that and before a bench's own settings.
 """
 
 from __future__ import annotations
@@ -19,9 +22,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+ENVIRONMENT = {
+    "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512 --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
 
 
 class Job(NamedTuple):
@@ -58,6 +66,7 @@ class Bench(NamedTuple):
     variants: the others.
     workloads: what it runs unless it is told otherwise.
     temperatures: values that multiply the workloads; none where there is no such thing.
+    environment: of all contestants, beside `ENVIRONMENT`.
     """
 
     module: str
@@ -67,6 +76,7 @@ class Bench(NamedTuple):
     variants: Sequence[str]
     workloads: Sequence[str] = ("W1", "W2")
     temperatures: Sequence[str] = ()
+    environment: Mapping[str, str] = {}
 
 
 def main(bench: Bench) -> None:
@@ -91,7 +101,7 @@ def main(bench: Bench) -> None:
     temperatures = [float(text) for text in flags.temperatures] if bench.temperatures else [None]
     for workload, temperature in itertools.product(flags.workloads, temperatures):
         jobs = [Job(workload, variant, temperature) for variant in (*flags.references, *flags.variants)]
-        rows += race(bench.module, jobs, flags.references, threads=flags.threads, turns=flags.turns)
+        rows += race(bench, jobs, flags.references, threads=flags.threads, turns=flags.turns)
         # What is measured stays when a later workload fails.
         if flags.json:
             flags.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -132,10 +142,10 @@ def serve(prepare: Callable[[Job], Contest], job: Job) -> None:
 class Contestant:
     """A process that works on demand."""
 
-    def __init__(self, module: str, job: Job, threads: int):
+    def __init__(self, bench: Bench, job: Job, threads: int):
         cores = sorted(os.sched_getaffinity(0))[:threads]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        command = [sys.executable, "-m", module, "--contestant", json.dumps(job)]
+        environment = ENVIRONMENT | bench.environment | os.environ | {"OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", bench.module, "--contestant", json.dumps(job)]
         self.job, self.turns = job, []
         # The cores are set before Python starts: XLA and PyTorch make their threads by what they find then.
         self.process = subprocess.Popen(
@@ -170,12 +180,12 @@ class Contestant:
         return (high - low) / 2
 
 
-def race(module: str, jobs: Sequence[Job], references: Sequence[str], *, threads: int, turns: int) -> list[dict]:
+def race(bench: Bench, jobs: Sequence[Job], references: Sequence[str], *, threads: int, turns: int) -> list[dict]:
     """Rows of one comparison; of the `references` among the variants the one with fewest CPU seconds counts."""
     contestants: list[Contestant] = []
     try:
         for job in jobs:
-            contestants.append(Contestant(module, job, threads))
+            contestants.append(Contestant(bench, job, threads))
         for _ in range(turns):
             for contestant in contestants:
                 contestant.turn()
