@@ -148,6 +148,8 @@ def log_normaliser(
 def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bool) -> tuple[Array, Array, Any]:
     """Log-normaliser, mean logit, and with `pull` the mean row of the head, all under `softmax(z)`."""
     shape = hidden.shape[:-1]
+    # The mean logit is the mean row's, which bfloat16 would round too much.
+    by_row = pull and hidden.dtype == jnp.float32
     zero = jnp.zeros(shape, jnp.float32)
     start = (jnp.full(shape, -jnp.inf, jnp.float32), zero, zero, jnp.zeros(hidden.shape, jnp.float32) if pull else None)
 
@@ -156,7 +158,9 @@ def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bo
         z = _logits(hidden, rows, precision)
         new = jnp.maximum(highest, jnp.max(z, axis=-1))
         weights, kept = jnp.exp(z - new[..., None]), jnp.exp(highest - new)
-        total, weighted = kept * total + jnp.sum(weights, axis=-1), kept * weighted + ops.sum_of_products(weights, z)
+        total = kept * total + jnp.sum(weights, axis=-1)
+        if not by_row:
+            weighted = kept * weighted + jnp.sum(weights * z, axis=-1)
         if pull:
             rows = jnp.einsum(
                 "...v,vd->...d", weights.astype(rows.dtype), rows,
@@ -166,7 +170,9 @@ def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bo
         return new, total, weighted, pulled
 
     highest, total, weighted, pulled = _over_chunks(step, start, head, chunk)
-    return highest + jnp.log(total), weighted / total, pulled / total[..., None] if pull else None
+    normaliser, mean_logit = highest + jnp.log(total), weighted / total
+    mean_row = pulled / total[..., None] if pull else None
+    return normaliser, ops.sum_of_products(hidden, mean_row) if by_row else mean_logit, mean_row
 
 
 def _normaliser_forward(hidden: Array, head: Array, precision: Any, chunk: int) -> tuple[tuple, tuple]:
