@@ -65,26 +65,36 @@ def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[]
         read = hidden_states_at(model, base, lora, tokens, prompt_mask=mask)
         return commit(base, read(prompt + start + jnp.arange(size)), uniform)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def cached(
-        width: int, base: Any, lora: Any, tokens: jax.Array, mask: jax.Array, cache: Any, start: jax.Array,
-        uniform: jax.Array,
+        width: int, whole: bool, base: Any, lora: Any, tokens: jax.Array, mask: jax.Array, cache: Any,
+        start: jax.Array, uniform: jax.Array,
     ) -> tuple:  # fmt: skip
         read = window_states_at(
             model, base, lora, tokens, cache,
-            start=prompt + start, size=width, frozen=prompt + start, prompt_mask=mask,
+            start=prompt + start, size=width, frozen=prompt + start if whole else None, prompt_mask=mask,
         )  # fmt: skip
         return commit(base, read(jnp.arange(size)), uniform)
 
-    _, kept = jax.eval_shape(
-        lambda base, lora, tokens: refresh_cache(model, base, lora, tokens, jnp.arange(size)), base, lora, tokens
-    )
-    cache = jax.tree.map(lambda x: place(mesh, x, ("layers", "rows", "kv_heads", "tokens", "head_dim")), kept)
-    window = functools.partial(cached.lower, base=base, lora=lora, tokens=tokens, mask=mask, cache=cache, start=scalar)
+    def window(width: int, whole: bool) -> jax.stages.Lowered:
+        """A step under a cache of all tokens, or of those around the window."""
+
+        def refreshed(base: Any, lora: Any, tokens: jax.Array, start: jax.Array) -> Any:
+            around = None if whole else (start, width)
+            return refresh_cache(model, base, lora, tokens, jnp.arange(size), around=around)[1]
+
+        kept = jax.eval_shape(refreshed, base, lora, tokens, scalar)
+        front = ("layers", "rows", "kv_heads")
+        cache = kept._replace(
+            keys=place(mesh, kept.keys, (*front, "head_dim", "tokens")),
+            values=place(mesh, kept.values, (*front, "tokens", "head_dim")),
+        )
+        return cached.lower(width, whole, base, lora, tokens, mask, cache, scalar, uniform)
+
     return {
         "full": lambda: full.lower(base, lora, tokens, mask, scalar, uniform),
-        "prefix": lambda: window(settings.completion_length // 2, uniform=uniform),
-        "dual": lambda: window(size, uniform=uniform),
+        "prefix": lambda: window(settings.completion_length // 2, True),
+        "dual": lambda: window(size, False),
     }
 
 
