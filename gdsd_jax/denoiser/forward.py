@@ -135,7 +135,7 @@ def _run(
     x, before = embed(config, base["embedding"], tokens), []
     known = {name: jnp.take(table, tokens, axis=0) for name, table in base.get("first_projections", {}).items()}
     for n in range(config.num_layers - 1):
-        x, key_values = layer(n, x, known=known or None if n == 0 else None)
+        x, key_values = layer(n, x, known=(known or None) if n == 0 else None)
         before.append(key_values)
 
     def last(at: At | None) -> tuple[Array, Any]:
