@@ -126,7 +126,7 @@ class SFTConfig:
 class TinyConfig:
     """The embedded model.
 
-    With a `family` (a key of `gdsd_jax.hub.names.FAMILIES`), a `config.checkpoint` that does not exist yet is made:
+    With a `family` (a key of `gdsd_jax.families.FAMILIES`), a `config.checkpoint` that does not exist yet is made:
     random weights in that family's format, then `gdsd_jax.sft`. Empty: the checkpoint must be there.
     """
 

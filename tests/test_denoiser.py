@@ -28,6 +28,7 @@ from gdsd_jax.denoiser import (
 )
 from gdsd_jax.denoiser.forward import real_tokens
 from gdsd_jax.errors import UserError
+from gdsd_jax.families import read_config
 
 CONFIG = DenoiserConfig(
     family="dream",
@@ -371,7 +372,7 @@ def test_bad_config(change, message):
 )
 def test_bad_config_json(hf, message):
     with pytest.raises(UserError, match=message):
-        DenoiserConfig.from_hf(hf)
+        read_config(hf)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from gdsd_jax import hub
 from gdsd_jax.denoiser import TARGETS, DenoiserConfig, init_base, init_lora
 from gdsd_jax.errors import UserError
+from gdsd_jax.families import FAMILIES
 from gdsd_jax.hub import names
 
 pytestmark = pytest.mark.slow
@@ -62,7 +63,7 @@ def torch_model(config, base):
     return root
 
 
-@pytest.mark.parametrize("family", sorted(names.FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("targets", [("q", "v", "gate"), ("down",), TARGETS])
 def test_peft_loads_our_adapter_into_the_blocks_alone(family, targets, tmp_path):
     import peft

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from gdsd_jax import hub
 from gdsd_jax.denoiser import TARGETS, DenoiserConfig, denoise, init_base, init_lora
 from gdsd_jax.errors import UserError
+from gdsd_jax.families import FAMILIES as KNOWN
 from gdsd_jax.hub import names, save, tiny
 
 GOLDEN = Path()
@@ -71,7 +72,7 @@ def small_config(family, **changes):
 
 
 @given(
-    family=st.sampled_from(sorted(names.FAMILIES)),
+    family=st.sampled_from(sorted(KNOWN)),
     layers=st.integers(1, 13),
     qkv_bias=st.booleans(),
     tied_head=st.booleans(),

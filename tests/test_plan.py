@@ -14,8 +14,8 @@ from tiny_run import command
 from gdsd_jax import config as settings
 from gdsd_jax import hub, plan, sharding
 from gdsd_jax.config import TrainConfig, freeze
-from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.errors import UserError
+from gdsd_jax.families import read_config
 from gdsd_jax.hub.names import hf_config
 from gdsd_jax.hub.published import PUBLISHED
 from gdsd_jax.planning import chips, cost, pods, programs, report
@@ -172,7 +172,7 @@ def test_sizes_of_models_that_are_not_here(tmp_path):
     """By the directory's name, and from its config.json where there is one."""
     for name, published in PUBLISHED.items():
         assert hub.architecture(tmp_path / name) == published
-        assert DenoiserConfig.from_hf(hf_config(published)) == published
+        assert read_config(hf_config(published)) == published
     parameters = {"LLaDA-8B-Instruct": 8.02e9, "Dream-v0-Instruct-7B": 7.62e9}
     for name, count in parameters.items():
         sizes = jax.tree.leaves(programs.base_shapes(hub.architecture(name)))

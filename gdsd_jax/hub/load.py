@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.errors import UserError
@@ -188,7 +189,7 @@ def read_config(directory: str | os.PathLike) -> DenoiserConfig:
     Raises:
       UserError: no such directory, no usable `config.json` in it.
     """
-    return DenoiserConfig.from_hf(read_json(checked_directory(directory) / "config.json"))
+    return families.read_config(read_json(checked_directory(directory) / "config.json"))
 
 
 def load_checkpoint(

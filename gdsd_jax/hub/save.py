@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.errors import UserError
@@ -253,14 +254,14 @@ def export_checkpoint(
     else:
         source = checked_directory(source)
         hf = read_json(source / "config.json")
-        if names.slots(DenoiserConfig.from_hf(hf)) != names.slots(config):
+        if names.slots(families.read_config(hf)) != names.slots(config):
             raise UserError(f"{source} is a model of other shapes than the parameters: name the base they came from")
         side = _side_files(source)
     before = dict(hf)
     _record_dtype(hf, tensors)
     unchanged = source is not None and lora is None and training is None and hf == before
     if "auto_map" in hf and source is not None:
-        hf["auto_map"] = _hub_code(hf["auto_map"], names.family(config).repository, source)
+        hf["auto_map"] = _hub_code(hf["auto_map"], families.family_of(config).repository, source)
     shards = _shards(tensors, max_shard_bytes)
 
     def write(partial: Path) -> None:
@@ -329,7 +330,7 @@ def export_adapter(
                 "peft_type": "LORA",
                 "r": lora.rank,
                 "target_modules": names.target_modules(config, lora.targets),
-                "task_type": "CAUSAL_LM",
+                "task_type": families.family_of(config).task_type,
             },
         )
         _write_safetensors(partial / "adapter_model.safetensors", tensors)
@@ -368,7 +369,7 @@ tags:
 
 # {title}
 
-A masked diffusion language model ({names.family(config).model_type}, {config.num_layers} layers, width \
+A masked diffusion language model ({families.family_of(config).model_type}, {config.num_layers} layers, width \
 {config.hidden_size}), written by gdsd_jax.
 
 Base model: {base}

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, init_base
 from gdsd_jax.hub import names
 from gdsd_jax.hub.save import export_checkpoint
@@ -76,7 +77,7 @@ def build(
 
     Args:
       directory: where to; must be absent or empty.
-      family: "llada" or "dream".
+      family: name of a family, a key of `gdsd_jax.families.FAMILIES`.
       num_kv_heads: None for as many as `num_heads`.
       seed: of the weights.
 
@@ -95,12 +96,11 @@ def build(
         max_length=max_length,
         rope_theta=10000.0,
         rms_norm_eps=1e-5,
-        qkv_bias=family == "dream",
         tied_head=False,
-        next_token_logits=family == "dream",
         mask_token_id=tokenizer.mask_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **({"qkv_bias": False, "next_token_logits": False} | families.family_named(family).quirks),
     )
     hf = names.hf_config(config)
     with tempfile.TemporaryDirectory() as folder:

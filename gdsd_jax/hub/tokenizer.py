@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from gdsd_jax.errors import UserError
+from gdsd_jax.families import FAMILIES
 from gdsd_jax.hub.files import checked_directory, on_disk, read_json
 
 # Tokenizer classes that exist only as Python files beside a checkpoint, and the class of transformers that computes the
 # same from the same files; so no code of a checkpoint is ever run.
-_EQUIVALENT = {"DreamTokenizer": "Qwen2Tokenizer"}
+_EQUIVALENT = {name: known for family in FAMILIES.values() for name, known in family.tokenizer_classes.items()}
 # Whatever a tokenizer may be made of, for the copy of a directory in a bucket.
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 

@@ -1,0 +1,96 @@
+"""The contract between a model family's file and everything else: `Family`, and readers that several files share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.errors import UserError
+
+
+class Row(NamedTuple):
+    """A line of a name table: stored name (`{n}` is the layer), path in the base, symbols of the stored axes.
+
+    Axes: V vocabulary, D model, F feed-forward, Q all query heads, K all key/value heads, H size of one head.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    axes: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A checkpoint format and what is peculiar to it. The files of this folder each export some as `FAMILIES`.
+
+    Attributes:
+      name: value of `DenoiserConfig.family`.
+      model_type: value of `model_type` in `config.json`.
+      repository: the hub repository that carries the modelling code, for `auto_map`.
+      rows: the name table, one to one in both directions.
+      read: `config.json` -> `DenoiserConfig`. A KeyError becomes an error that names the absent key.
+      write: `DenoiserConfig` -> a complete `config.json`.
+      quirks: fields of `DenoiserConfig` that are the same in every checkpoint of the family.
+      tokens: texts of special tokens, by the key of `config.json` that would hold their id, for ids that only the
+        tokenizer knows.
+      tokenizer_classes: tokenizer classes that exist only as Python files beside a checkpoint -> the class of
+        transformers that computes the same from the same files.
+      task_type: of PEFT adapters; None where PEFT's wrapper of causal language models does not fit the class.
+      sampler: fields of `SamplerConfig` that the authors use by default.
+      published: sizes of published checkpoints by the name of their directory.
+      autoregressive: `model_type` of causal language models with the same tensors, from which a run can start.
+    """
+
+    name: str
+    model_type: str
+    repository: str
+    rows: tuple[Row, ...]
+    read: Callable[[Mapping[str, Any]], DenoiserConfig]
+    write: Callable[[DenoiserConfig], dict[str, Any]]
+    quirks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tokenizer_classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    task_type: str | None = "CAUSAL_LM"
+    sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, DenoiserConfig] = dataclasses.field(default_factory=dict)
+    autoregressive: str | None = None
+
+
+def refuse(hf: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
+    """Raises UserError if an option that changes the mathematics is set to something that is not computed here."""
+    for key, allowed in supported.items():
+        if key in hf and hf[key] not in allowed:
+            raise UserError(f"config.json sets {key} to {hf[key]!r}; this denoiser computes only {allowed[0]!r}")
+
+
+def rope_theta(hf: Mapping[str, Any]) -> float:
+    """Reads the base of the rotary embedding from `rope_theta`, or from `rope_parameters` (transformers 5).
+
+    Raises:
+      UserError: two bases that disagree, or a scaling of the positions, which is not computed here.
+      KeyError: no base.
+    """
+    found = {} if hf.get("rope_theta") is None else {"rope_theta": hf["rope_theta"]}
+    for key in ("rope_parameters", "rope_scaling"):
+        entry = hf.get(key) or {}
+        if not isinstance(entry, Mapping):
+            raise UserError(f"config.json sets {key} to {entry!r}: an object is needed")
+        # Transformers 5 nests the parameters by kind of layer where a model has several.
+        nested = bool(entry) and all(isinstance(value, Mapping) for value in entry.values())
+        for parameters in entry.values() if nested else (entry,):
+            kinds = {parameters.get("rope_type", "default"), parameters.get("type", "default")} - {None}
+            extra = set(parameters) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+            if kinds - {"default"} or extra or parameters.get("partial_rotary_factor", 1) != 1:
+                raise UserError(
+                    f"config.json sets {key} to {dict(parameters)!r}; this denoiser computes only 'default' positions: "
+                    "use a checkpoint without scaled positions"
+                )
+            if parameters.get("rope_theta") is not None:
+                found[f"{key}.rope_theta"] = parameters["rope_theta"]
+    if not found:
+        raise KeyError("rope_theta")
+    if len({float(value) for value in found.values()}) > 1:
+        raise UserError(f"config.json holds bases that disagree, {found}: remove the wrong one")
+    return float(next(iter(found.values())))
