@@ -130,14 +130,14 @@ def test_a_sandbox_that_is_killed_is_replaced(backend):
 
 
 def test_without_a_sandbox_it_refuses_and_names_the_unsafe_task(monkeypatch):
-    monkeypatch.setattr(sandbox, "_programs", lambda backend: [f"no-{backend}"])
+    monkeypatch.setattr(sandbox, "executables", lambda backend: [f"no-{backend}"])
     with pytest.raises(UserError, match="bwrap: no-bwrap is not installed.*unshare.*apt-get.*code:UNSAFE"):
         sandbox.find.__wrapped__()
 
 
 def test_a_limit_that_does_not_hold_is_named(monkeypatch, backend):
     probes = {"patience": ("assert True", Verdict.TIMED_OUT)}
-    monkeypatch.setattr(sandbox, "_probes", lambda *arguments: probes)
+    monkeypatch.setattr(sandbox.probes, "probes", lambda *arguments: probes)
     assert sandbox.check(backend) == "the limit on patience does not hold (passed)"
 
 

@@ -1,0 +1,104 @@
+"""Runs programs that nobody has read, against tests, and says what became of each test.
+
+`judge` is all that callers need. A program and its tests run in namespaces of their own, made by bubblewrap (`bwrap`)
+or, where that is absent or fails, by `unshare` of util-linux: no network (not even a loopback), the system's programs
+and libraries read-only and nothing else of the machine's files, a small private `/tmp`, an environment of four
+variables, limits on time, memory, processes, files and disk, and every process ended after every test. Started as root,
+the sandbox first becomes a user without rights, whom the process limit binds. `gdsd_jax.tasks.sandbox.guest` is
+what runs inside.
+
+What a verdict is worth. Tests and program run in two processes, and only the one that runs the tests can report: a
+program that patches `assert` or builtins, exits, prints or kills does not pass. What the program returns is compared as
+plain data, so an `__eq__` of its own does not count against a value of the test. Not guaranteed: a test that asks an
+object of the program for the decision (`assert answer.is_right()`), or that compares two of its objects, believes it;
+programs see the arguments they are called with; there is the standard library and nothing more; tests cannot hand over
+functions or classes of their own. A kernel bug is out of scope, as for every namespace sandbox.
+
+The programs run under worker processes (`gdsd_jax.tasks.workers`): started afresh, without JAX, replaced when they die.
+"""
+
+import functools
+import logging
+import shutil
+import socket
+import tempfile
+from collections.abc import Sequence
+
+from gdsd_jax.errors import UserError
+from gdsd_jax.tasks import workers
+from gdsd_jax.tasks.sandbox import host, probes
+from gdsd_jax.tasks.sandbox.command import BACKENDS, UNSAFE, executables
+from gdsd_jax.tasks.sandbox.programs import Limits, Program, Verdict
+
+__all__ = ["BACKENDS", "UNSAFE", "Limits", "Program", "Verdict", "check", "find", "judge"]
+
+_LIMITS = Limits()
+_log = logging.getLogger(__name__)
+
+
+def judge(
+    programs: Sequence[Program], *, limits: Limits = _LIMITS, backend: str | None = None, processes: int | None = None
+) -> list[list[Verdict]]:
+    """A verdict for each test of each program, in order.
+
+    Args:
+      backend: "bwrap" or "unshare"; "none" runs the programs without a sandbox, under resource limits alone; None:
+        the first sandbox that proves its limits on this machine (see `find`).
+      processes: programs at a time; None: one per core.
+
+    Raises UserError where there is no sandbox. Never raises on account of a program.
+    """
+    backend = backend or find()
+    pool = workers.shared(_pool_limits(processes))
+    outcomes = pool.map(host.run, [(backend, program, limits) for program in programs])
+    refused = [outcome for outcome in outcomes if outcome.values is None]
+    if refused:
+        _log.warning("sandbox: %d of %d programs refused; the first: %s", len(refused), len(programs), refused[0].error)
+    return [
+        [Verdict.REFUSED] * len(program.tests)
+        if outcome.values is None
+        else [Verdict(int(code)) for code in outcome.values.values()]
+        for program, outcome in zip(programs, outcomes, strict=True)
+    ]
+
+
+@functools.cache
+def find() -> str:
+    """The first back end that is installed and proves every limit on this machine; UserError where there is none."""
+    failures = []
+    for backend in BACKENDS:
+        failure = check(backend)
+        if failure is None:
+            return backend
+        failures.append(f"{backend}: {failure}")
+    raise UserError(
+        f"no sandbox for running code ({'; '.join(failures)}). Install bubblewrap (apt-get install bubblewrap) and "
+        "allow user namespaces, or, on a machine that you can afford to lose, name the task that has no sandbox: "
+        "--config.task.name=gdsd_jax.tasks.code:UNSAFE"
+    )
+
+
+def check(backend: str) -> str | None:
+    """Why this back end cannot be used here: not installed, did not start, or which limit did not hold. None: it can.
+
+    Every limit is tried by a program that goes against it.
+    """
+    needed = [name for name in executables(backend) if shutil.which(name) is None]
+    if needed:
+        return f"{needed[0]} is not installed"
+    limits = Limits(seconds=3.0, total_megabytes=256)
+    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile() as secret:
+        proofs = probes.probes(server.getsockname()[1], secret.name, limits)
+        pool = workers.shared(_pool_limits(None))
+        items = [(backend, Program(probes.PROBE, (test,)), limits) for test, _ in proofs.values()]
+        for (name, (_, wanted)), outcome in zip(proofs.items(), pool.map(host.run, items), strict=True):
+            if outcome.values is None:
+                return f"did not start: {outcome.error}"
+            (verdict,) = outcome.values.values()
+            if verdict != wanted:
+                return f"the limit on {name} does not hold ({Verdict(int(verdict)).name.lower()})"
+    return None
+
+
+def _pool_limits(processes: int | None) -> workers.Limits:
+    return workers.Limits(seconds=3600.0, megabytes=2048, processes=processes)

@@ -1,0 +1,1 @@
+"""The modules that run inside a sandbox, handed over as text: standard library only, and no other module of ours."""

@@ -1,0 +1,97 @@
+"""Programs that go against each limit of a sandbox, so that a back end is used only where its limits hold."""
+
+from pathlib import Path
+
+from gdsd_jax.tasks.sandbox import command
+from gdsd_jax.tasks.sandbox.programs import Limits, Verdict
+
+PROBE = """
+import ctypes, errno, os, socket, time
+
+def connects(family, address):
+    with socket.socket(family) as client:
+        client.settimeout(0.3)
+        return client.connect_ex(address) == 0
+
+def exists(path):
+    return os.path.exists(path)
+
+def written(paths):
+    found = []
+    for path in paths:
+        try:
+            with open(path + "/probe", "w") as file:
+                file.write("x")
+            found.append(path)
+        except OSError:
+            continue
+    return found
+
+def fork(count, megabytes=0):
+    made = 0
+    for _ in range(count):
+        try:
+            process = os.fork()
+        except OSError:
+            return made
+        if process == 0:
+            held = b"x" * (megabytes << 20)
+            time.sleep(60)
+        made += 1
+    if megabytes:
+        time.sleep(60)
+    return made
+
+def fill(files, size):
+    try:
+        for number in range(files):
+            with open(f"/tmp/{number}", "wb") as file:
+                file.write(bytes(size))
+    except OSError as error:
+        return errno.errorcode[error.errno]
+
+def allocate(megabytes):
+    return len(bytearray(megabytes << 20))
+
+def spin():
+    while True:
+        pass
+
+def environment():
+    return sorted(os.environ)
+
+def privileges():
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    return [int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "NoNewPrivs")]
+
+def namespaces():
+    return ctypes.CDLL(None).unshare(0x10000000)
+
+def kill_parent():
+    os.kill(os.getppid(), 9)
+    return os.getppid()
+"""
+
+
+def probes(port: int, secret: str, limits: Limits) -> dict[str, tuple[str, Verdict]]:
+    """{limit: (test on `PROBE`, the verdict where it holds)}."""
+    passed = Verdict.PASSED
+    hidden = [secret, str(Path(__file__).resolve()), str(Path.home() / ".bashrc"), "/etc/passwd"]
+    read_only = ["/", "/usr", "/dev", "/dev/shm", "/proc", "/etc", command.prefix()]
+    environment = sorted({*command.ENVIRONMENT, "LC_CTYPE", "PWD"})
+    return {
+        "network": (f"assert not connects(2, ('127.0.0.1', {port}))", passed),
+        "files that are seen": (f"assert not any(map(exists, {hidden!r}))", passed),
+        "files that are written": (f"assert written({read_only!r}) == [] and written(['/tmp']) == ['/tmp']", passed),
+        "environment": (f"assert set(environment()) <= set({environment!r})", passed),
+        "processes": (f"assert fork({4 * limits.processes}) < {limits.processes}", passed),
+        "memory of a process": (f"allocate({2 * limits.megabytes})", Verdict.OUT_OF_MEMORY),
+        "memory of all processes": (f"fork(5, {limits.total_megabytes // 4})", Verdict.OUT_OF_MEMORY),
+        "file size": (f"assert fill(1, {2 * limits.file_megabytes} << 20) == 'EFBIG'", passed),
+        "disk": (f"assert fill(2 * {limits.disk_megabytes}, 1 << 20) == 'ENOSPC'", passed),
+        "number of files": (f"assert fill(2 * {limits.files}, 0) == 'ENOSPC'", passed),
+        "time": ("spin()", Verdict.TIMED_OUT),
+        "privileges": ("assert privileges() == [0, 0, 0, 1] and namespaces() != 0", passed),
+        "process 1": ("assert kill_parent() == 1", passed),
+    }

@@ -1,0 +1,51 @@
+"""A program with its tests, what it may take, and what can become of a test."""
+
+import dataclasses
+import enum
+from typing import NamedTuple
+
+from gdsd_jax.tasks.sandbox.guest import objects
+
+
+class Verdict(enum.IntEnum):
+    """What became of one test."""
+
+    PASSED = objects.PASSED
+    FAILED = objects.FAILED
+    TIMED_OUT = objects.TIMED_OUT
+    OUT_OF_MEMORY = objects.OUT_OF_MEMORY
+    CRASHED = objects.CRASHED
+    REFUSED = objects.CRASHED + 1  # the sandbox did not come up for it
+
+
+class Program(NamedTuple):
+    """One program and its tests.
+
+    source: Python; executed afresh before each test, whose names are the program's, the tests' and the builtins.
+    tests: Python statements; one that runs to its end has passed.
+    shadowed: names under which the program may replace a builtin in the tests (a tested function named `sum`).
+    """
+
+    source: str
+    tests: tuple[str, ...]
+    shadowed: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one test may take.
+
+    Attributes:
+      seconds: wall clock of program and test together.
+      megabytes: address space of each process; `total_megabytes`: resident memory of all.
+      processes: processes and threads, the tester's two included.
+      disk_megabytes, files: of the private /tmp; `file_megabytes`: of each file.
+    """
+
+    seconds: float = 1.0
+    megabytes: int = 512
+    total_megabytes: int = 1024
+    processes: int = 16
+    disk_megabytes: int = 16
+    files: int = 1024
+    file_megabytes: int = 8
