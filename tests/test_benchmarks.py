@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import measure, rewards, sampler, update
+from benchmarks import adapter_slope, measure, rewards, sampler, update
 from benchmarks.workloads import WORKLOADS
 from gdsd_jax.tasks import resolve
 
@@ -87,3 +87,11 @@ def test_spread_is_half_the_distance_of_the_quartiles():
     contestant.turns = [{"cpu_seconds": value} for value in (1.0, 2.0, 3.0, 4.0, 50.0)]
     assert contestant.median("cpu_seconds") == 3.0
     assert contestant.spread("cpu_seconds") == 1.0
+
+
+@pytest.mark.slow
+def test_bfloat16_sees_an_adapter_from_its_first_update_on():
+    """At the recipes' learning rate; with the base's product rounded first it is 0.09 and 0.21."""
+    found = adapter_slope.slopes(6, 256, 32, (1, 8), 3e-6, ways=("once, float32 sum",))["once, float32 sum"]
+    for updates, (slope, error) in found.items():
+        assert slope > 0.9 and error < 0.1, (updates, slope, error)

@@ -23,6 +23,7 @@ from gdsd_jax.denoiser import (
     init_lora,
     logical_axes,
     logits_from_hidden,
+    model,
     ops,
     pick,
 )
@@ -301,6 +302,41 @@ def test_low_rank_product_has_the_gradient_of_the_plain_one():
     highest = jax.lax.Precision.HIGHEST
     plain, pull_back = jax.vjp(lambda x, a, b: jnp.dot(jnp.dot(x, a, precision=highest), b, precision=highest), x, a, b)
     ours, our_pull_back = jax.vjp(lambda x, a, b: ops.low_rank(x, a, b, highest), x, a, b)
+    np.testing.assert_allclose(ours, plain, rtol=1e-6)
+    for one, other in zip(our_pull_back(g), pull_back(g), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["q", "gate"])
+def test_bfloat16_keeps_a_change_far_below_its_rounding(name):
+    """Rounded apart, a change below half a unit in the last place of the base's product is lost in every entry."""
+    config = dataclasses.replace(CONFIG, hidden_size=128)
+    base = {"kernel": jax.random.normal(jax.random.key(0), model.target_shapes(config)[name]).astype(jnp.bfloat16)}
+    base |= {"bias": jnp.ones(base["kernel"].shape[1])} if name == "q" else {}
+    x = jax.random.normal(jax.random.key(1), (8192, 128)).astype(jnp.bfloat16)
+    lora = init_lora(config, jax.random.key(2), rank=8, alpha=16.0, targets=(name,))
+    moved = {"a": lora.weights["layers"][name]["a"][0]}
+    moved["b"] = 1e-4 * jax.random.normal(jax.random.key(3), (8, base["kernel"].shape[1]))
+
+    def change(dtype):
+        linear = model.linear_of(dataclasses.replace(config, dtype=dtype), name, lora.replace(weights=None))
+        product = lambda b: linear.apply({"params": base, "lora": moved | {"b": b}}, x.astype(dtype), False)  # noqa: E731
+        return np.asarray(product(moved["b"]), np.float64) - np.asarray(product(0 * moved["b"]), np.float64)
+
+    seen, true = change("bfloat16").ravel(), change("float32").ravel()
+    # Half a unit in the last place of a number of the product's size, 11, is 0.03.
+    assert np.abs(true).max() < 0.01
+    np.testing.assert_allclose(seen @ true / (true @ true), 1, atol=0.1)
+
+
+def test_product_with_addends_has_the_gradient_of_the_plain_one():
+    draws = np.random.default_rng(0)
+    x, w, bias, low, g = (
+        jnp.asarray(draws.standard_normal(s), jnp.float32) for s in ((2, 5, 6), (6, 4), (4,), (2, 5, 4), (2, 5, 4))
+    )
+    highest = jax.lax.Precision.HIGHEST
+    plain, pull_back = jax.vjp(lambda x, w, bias, low: jnp.dot(x, w, precision=highest) + bias + low, x, w, bias, low)
+    ours, our_pull_back = jax.vjp(lambda x, w, *addends: ops.product_plus(x, w, addends, highest), x, w, bias, low)
     np.testing.assert_allclose(ours, plain, rtol=1e-6)
     for one, other in zip(our_pull_back(g), pull_back(g), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gdsd_jax.denoiser import ops, splash
@@ -57,17 +58,19 @@ class Linear(nn.Module):
         dtype, precision = jnp.dtype(self.config.dtype), precision_of(self.config)
         kernel_init = nn.with_logical_partitioning(nn.initializers.normal(self.features[0] ** -0.5), self.axes)
         kernel = self.param("kernel", kernel_init, self.features, jnp.float32)
-        y = jnp.dot(x, kernel.astype(dtype), precision=precision)
+        addends = []
         if self.bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            y = y + self.param("bias", bias_init, self.features[1:], jnp.float32).astype(dtype)
+            addends.append(self.param("bias", bias_init, self.features[1:], jnp.float32).astype(dtype))
         if self.adapter is not None and self.has_variable("lora", "a"):
+            seen = x
             if dropout and self.adapter.dropout:
-                x = nn.Dropout(self.adapter.dropout, deterministic=False, name="drop")(x)
+                seen = nn.Dropout(self.adapter.dropout, deterministic=False, name="drop")(x)
             a = self.get_variable("lora", "a").astype(dtype)
-            b = self.get_variable("lora", "b").astype(dtype)
-            y = y + ops.low_rank(x, a, self.adapter.alpha / self.adapter.rank * b, precision)
-        return y
+            b = (self.adapter.alpha / self.adapter.rank * self.get_variable("lora", "b")).astype(dtype)
+            addends.append(ops.low_rank(seen, a, b, precision))
+        # What remat="dots" keeps: the rounded sum, half as wide as the float32 product inside.
+        return checkpoint_name(ops.product_plus(x, kernel.astype(dtype), tuple(addends), precision), "product")
 
 
 def linear_of(config: DenoiserConfig, name: str, adapter: LoRA | None) -> Linear:
@@ -151,7 +154,7 @@ def pick(x: Float[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B 
 def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
     if policy == "none":
         return layer
-    saveable = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "dots" else None
+    saveable = jax.checkpoint_policies.save_only_these_names("product") if policy == "dots" else None
     return nn.remat(layer, policy=saveable, prevent_cse=False)
 
 

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -51,6 +52,35 @@ def rotate(x: Float[Array, "B T H K"], tables: tuple[Array, Array]) -> Float[Arr
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product_plus(
+    x: Float[Array, "*B I"], w: Float[Array, "I O"], addends: tuple[Array, ...], precision: jax.lax.Precision
+) -> Float[Array, "*B O"]:
+    """`x W` plus the addends (broadcast to it), summed in float32 and rounded once to the dtype of `x`.
+
+    Were `x W` rounded first, bfloat16 would drop every addend below half a unit in the last place of `x W`, always and
+    in every entry: a young adapter would change nothing. A sum that is rounded once keeps it on average. The addends
+    come in the dtype of `x`, so that a GPU adds them inside of the wide product. Gradients have the dtype of `x`.
+    """
+    y = jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+    return sum((addend.astype(jnp.float32) for addend in addends), y).astype(x.dtype)
+
+
+def _product_plus_forward(x: Array, w: Array, addends: tuple, precision: jax.lax.Precision) -> tuple[Array, tuple]:
+    # Of an addend only its number of axes is wanted: a bias is kept, being small, a whole one is not.
+    return product_plus(x, w, addends, precision), (x, w, [None if a.ndim == x.ndim else a for a in addends])
+
+
+def _product_plus_backward(precision: jax.lax.Precision, saved: tuple, g: Array) -> tuple[Array, Array, tuple]:
+    x, w, biases = saved
+    of_w = jnp.einsum("...i,...o->io", x, g, precision=precision)
+    of_addends = tuple(g if bias is None else jnp.sum(g, axis=tuple(range(g.ndim - bias.ndim))) for bias in biases)
+    return jnp.dot(g, w.T, precision=precision), of_w, of_addends
+
+
+product_plus.defvjp(_product_plus_forward, _product_plus_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def low_rank(
     x: Float[Array, "*B I"], a: Float[Array, "I R"], b: Float[Array, "R O"], precision: jax.lax.Precision
 ) -> Float[Array, "*B O"]:
@@ -59,7 +89,7 @@ def low_rank(
 
 
 def _low_rank_forward(x: Array, a: Array, b: Array, precision: jax.lax.Precision) -> tuple[Array, tuple]:
-    inner = jnp.dot(x, a, precision=precision)
+    inner = checkpoint_name(jnp.dot(x, a, precision=precision), "product")
     return jnp.dot(inner, b, precision=precision), (x, inner, a, b)
 
 

@@ -1,0 +1,153 @@
+"""How much of a small adapter survives bfloat16, and what it costs to keep it.
+
+    python -m benchmarks.adapter_slope [--layers 6] [--width 256] [--updates 1,8,24,64] [--rows 32] [--products]
+
+A fresh adapter takes steps of the learning rate along the sign of a float32 gradient, as Adam's first ones are. After
+so many updates the slope is the regression of what bfloat16 sees of the change of every token's log-probability on what
+float32 sees of it: 1 where nothing is lost, 0 where the adapter does not exist. The error beside it is that of the
+regression. Each row is another way to add the adapter's product to the base's (`WAYS`); the first one is the library's.
+With `--products` also the time of one wide product with an adapter, and of a forward pass of the model, in each way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdsd_jax.denoiser import TARGETS, DenoiserConfig, init_base, init_lora, ops
+from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.scoring import read_views
+from gdsd_jax.methods import Batch, common
+
+PROMPT, COMPLETION, RANK = 16, 112, 32
+
+
+def _apart(x: jax.Array, w: jax.Array, addends: tuple, precision: Any) -> jax.Array:
+    return sum(addends, jnp.dot(x, w, precision=precision))
+
+
+def _addend_first(x: jax.Array, w: jax.Array, addends: tuple, precision: Any) -> jax.Array:
+    """Leaves it to the compiler to start the wide product's sum with the addends, as cuBLAS can."""
+    return sum(jax.lax.optimization_barrier(addends), jnp.dot(x, w, precision=precision))
+
+
+# The library's own is the one that was imported; the others are put in its place.
+WAYS: dict[str, Callable] = {
+    "once, float32 sum": ops.product_plus,
+    "base rounded first": _apart,
+    "addend ready before": _addend_first,
+}
+
+
+def model(layers: int, width: int, dtype: str) -> DenoiserConfig:
+    return DenoiserConfig(
+        family="llada", vocab_size=2048, hidden_size=width, num_layers=layers, num_heads=width // 64,
+        num_kv_heads=width // 64, intermediate_size=3 * width, max_length=512, rope_theta=10000.0, rms_norm_eps=1e-5,
+        qkv_bias=False, tied_head=False, next_token_logits=False, mask_token_id=3, eos_token_id=1, pad_token_id=0,
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def scorer(config: DenoiserConfig, base: Any, rows: int) -> tuple[Callable, Callable]:
+    """`lora -> log-probabilities [B, L]`, and the gradient of a weighted sum of them; the same views for all."""
+    draws = np.random.default_rng(0)
+    tokens = jnp.asarray(draws.integers(4, config.vocab_size, (rows, PROMPT + COMPLETION)), jnp.int32)
+    masked = masking.stratified(jax.random.key(2), rows, COMPLETION, stratum=rows)
+    batch = Batch(tokens, None, jnp.ones((rows, COMPLETION)), group_size=rows)
+    views = common.coupled_views(masking.behind_prompt(masked, PROMPT)[None], batch, weighted=False)
+    advantages = jnp.asarray(draws.standard_normal((rows, 1)), jnp.float32)
+
+    def scores(base: Any, lora: Any) -> jax.Array:
+        return read_views(config, base, lora, tokens, views, ("log_prob",), chunk=config.vocab_size)["log_prob"][0]
+
+    gradient = jax.grad(lambda lora, base: jnp.sum(advantages * scores(base, lora)))
+    return jax.jit(functools.partial(scores, base)), jax.jit(lambda lora: gradient(lora, base))
+
+
+def slope(seen: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+    """Regression through the origin of one change on the other, and its standard error."""
+    x, y = (np.asarray(value, np.float64).ravel() for value in (true, seen))
+    found = x @ y / (x @ x)
+    return float(found), float(np.sqrt(np.mean((y - found * x) ** 2) / (x @ x)))
+
+
+def slopes(
+    layers: int, width: int, rows: int, updates: Sequence[int], rate: float, ways: Sequence[str] = tuple(WAYS)
+) -> dict[str, dict[int, tuple[float, float]]]:
+    """`{way: {updates: (slope, error)}}`."""
+    exact = model(layers, width, "float32")
+    # A base as checkpoints store it: exact in bfloat16.
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_base(exact, jax.random.key(0)))
+    lora = init_lora(exact, jax.random.key(1), rank=RANK, alpha=2.0 * RANK, targets=TARGETS)
+    true, gradient = scorer(exact, base, rows)
+    adapters = {0: lora}
+    for count in range(1, max(updates) + 1):
+        lora = jax.tree.map(lambda x, g: x + rate * jnp.sign(g), lora, gradient(lora))
+        if count in updates:
+            adapters[count] = lora
+    expected = {count: np.asarray(true(lora)) for count, lora in adapters.items()}
+    found = {}
+    for way in ways:
+        ops.product_plus = WAYS[way]
+        seen, _ = scorer(model(layers, width, "bfloat16"), base, rows)
+        values = {count: np.asarray(seen(lora)) for count, lora in adapters.items()}
+        found[way] = {n: slope(values[n] - values[0], expected[n] - expected[0]) for n in updates}
+    ops.product_plus = WAYS[next(iter(WAYS))]
+    return found
+
+
+def seconds(work: Callable[[], Any], turns: int = 20) -> float:
+    """Median over turns after one that compiles."""
+    jax.block_until_ready(work())
+    taken = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def product_seconds(rows: int, size: tuple[int, int], rank: int) -> dict[str, float]:
+    """Seconds of `x W` with an adapter of `rank`, by way."""
+    draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape, jnp.bfloat16)  # noqa: E731
+    x, w, a, b = draw(0, rows, size[0]), draw(1, *size), draw(2, size[0], rank), draw(3, rank, size[1])
+    plain = jax.lax.Precision.DEFAULT
+
+    def timed(way: Callable) -> float:
+        program = jax.jit(lambda x, w, a, b: way(x, w, (ops.low_rank(x, a, b, plain),), plain))
+        return seconds(lambda: program(x, w, a, b))
+
+    return {name: timed(way) for name, way in WAYS.items()}
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--layers", type=int, default=6)
+    flags.add_argument("--width", type=int, default=256)
+    flags.add_argument("--rows", type=int, default=32)
+    flags.add_argument("--rate", type=float, default=3e-6)
+    flags.add_argument("--updates", default="1,8,24,64")
+    flags.add_argument("--products", action="store_true")
+    given = flags.parse_args()
+    updates = [int(count) for count in given.updates.split(",")]
+    print(f"{jax.devices()[0].device_kind}, {given.layers} layers, width {given.width}, rate {given.rate:g}")
+    found = slopes(given.layers, given.width, given.rows, updates, given.rate)
+    print("| way | " + " | ".join(f"{n} updates" for n in updates) + " |\n|" + "---|" * (len(updates) + 1))
+    for way, by_count in found.items():
+        print(f"| {way} | " + " | ".join(f"{by_count[n][0]:.3f} +- {by_count[n][1]:.3f}" for n in updates) + " |")
+    if given.products:
+        for size in ((4096, 4096), (4096, 12288), (12288, 4096)):
+            for way, taken in product_seconds(8192, size, 128).items():
+                print(f"8192 rows through {size[0]} x {size[1]}, {way}: {1e3 * taken:.3f} ms")
+
+
+if __name__ == "__main__":
+    main()
