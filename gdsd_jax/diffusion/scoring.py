@@ -99,7 +99,7 @@ def read_tokens(
     of the k largest logits; "entropy" is that of `softmax(z)`, in nats, and "entropy_value" the same without a
     gradient, which a metric does not need.
     """
-    head = head_weights(config, base).astype(hidden.dtype)
+    head = head_weights(config, base)
     precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
     top_k = next((r[1] for r in reads if isinstance(r, tuple)), None)
     if top_k is not None and top_k >= config.vocab_size:
@@ -107,21 +107,17 @@ def read_tokens(
         values = read_tokens(config, base, hidden, targets, tuple(plain.values()), chunk=chunk)
         return {read: values[name] for read, name in plain.items()}
 
-    def dot(rows: Array) -> Array:
-        return jnp.einsum("...d,...d->...", hidden, rows, precision=precision, preferred_element_type=jnp.float32)
-
-    target = dot(jnp.take(head, targets, axis=0))
+    with jax.named_scope("vocabulary"):
+        if top_k is not None or "entropy" in reads:
+            stats = _vocabulary_statistics(hidden, head, targets, precision, top_k, chunk)
+            target, normaliser, mean_logit = stats["target"], stats["log_normaliser"], stats["mean_logit"]
+        elif {"log_prob", "entropy_value"} & set(reads):
+            target, normaliser, mean_logit = target_and_normaliser(hidden, head, targets, precision, chunk)
+        else:
+            target = _row_logits(hidden, jnp.take(head, targets, axis=0), precision)
     out = {}
     if "centred" in reads:
-        out["centred"] = target - dot(jnp.mean(head, axis=0, dtype=jnp.float32).astype(hidden.dtype))
-    if top_k is None and not {"log_prob", "entropy", "entropy_value"} & set(reads):
-        return out
-    with jax.named_scope("vocabulary"):
-        if top_k is None and "entropy" not in reads:
-            normaliser, mean_logit = log_normaliser(hidden, head, precision, chunk)
-        else:
-            stats = _vocabulary_statistics(hidden, head, precision, top_k, chunk)
-            normaliser, mean_logit = stats["log_normaliser"], stats["mean_logit"]
+        out["centred"] = target - _row_logits(hidden, jnp.mean(head, axis=0, dtype=jnp.float32), precision)
     if "log_prob" in reads:
         out["log_prob"] = target - normaliser
     if "entropy" in reads:
@@ -133,16 +129,26 @@ def read_tokens(
     return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def log_normaliser(
-    hidden: Float[Array, "*N D"], head: Float[Array, "V D"], precision: Any, chunk: int
-) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
-    """`logsumexp(z)`, and `sum_v p_v z_v` without a gradient.
+def _row_logits(hidden: Float[Array, "*N D"], rows: Array, precision: Any) -> Float[Array, "*N"]:
+    """Logits of one head row each. Rows are cast here, after they are picked, so that the head's gradient is not."""
+    return jnp.einsum(
+        "...d,...d->...", hidden, rows.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
+    )
 
-    The gradient of the first is `sum_v p_v w_v`. Its sum runs beside that of the normaliser, rescaled as the maximum
-    grows, so that no logit is computed twice: two products with the head instead of three.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def target_and_normaliser(
+    hidden: Float[Array, "*N D"], head: Float[Array, "V D"], targets: Int[Array, "*N"], precision: Any, chunk: int
+) -> tuple[Float[Array, "*N"], Float[Array, "*N"], Float[Array, "*N"]]:
+    """`z_y`, `logsumexp(z)`, and `sum_v p_v z_v` without a gradient.
+
+    The gradient of `z_y - logsumexp(z)` is `w_y - sum_v p_v w_v`, the difference of two nearly equal rows where a token
+    is confident: both stay float32 until one is taken from the other. The second row's sum runs beside that of the
+    normaliser, rescaled as the maximum grows, so that no logit is computed twice: two products with the head instead of
+    three. The gradient of a trained head sums `onehot - p` over tokens, in float32.
     """
-    return _normaliser(hidden, head, precision, chunk, False)[:2]
+    normaliser, mean_logit, _ = _normaliser(hidden, head, precision, chunk, False)
+    return _row_logits(hidden, jnp.take(head, targets, axis=0), precision), normaliser, mean_logit
 
 
 def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bool) -> tuple[Array, Array, Any]:
@@ -153,9 +159,10 @@ def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bo
     zero = jnp.zeros(shape, jnp.float32)
     start = (jnp.full(shape, -jnp.inf, jnp.float32), zero, zero, jnp.zeros(hidden.shape, jnp.float32) if pull else None)
 
-    def step(carry: tuple, rows: Array) -> tuple:
+    def step(carry: tuple, rows: Array, _: Array) -> tuple:
         highest, total, weighted, pulled = carry
-        z = _logits(hidden, rows, precision)
+        rows = rows.astype(hidden.dtype)
+        z = _logits(hidden, rows, hidden.dtype, precision)
         new = jnp.maximum(highest, jnp.max(z, axis=-1))
         weights, kept = jnp.exp(z - new[..., None]), jnp.exp(highest - new)
         total = kept * total + jnp.sum(weights, axis=-1)
@@ -175,42 +182,79 @@ def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bo
     return normaliser, ops.sum_of_products(hidden, mean_row) if by_row else mean_logit, mean_row
 
 
-def _normaliser_forward(hidden: Array, head: Array, precision: Any, chunk: int) -> tuple[tuple, tuple]:
+def _target_and_normaliser_forward(
+    hidden: Array, head: Array, targets: Array, precision: Any, chunk: int
+) -> tuple[tuple, tuple]:
     normaliser, mean_logit, pulled = _normaliser(hidden, head, precision, chunk, True)
-    return (normaliser, mean_logit), (pulled, hidden, head)
+    target = _row_logits(hidden, jnp.take(head, targets, axis=0), precision)
+    return (target, normaliser, mean_logit), (pulled, hidden, head, targets)
 
 
-def _normaliser_backward(precision: Any, chunk: int, saved: tuple, gradients: tuple) -> tuple[Array, Array]:
-    pulled, hidden, head = saved
-    gradient, _ = gradients
-    # Needed, and computed, only where the head is trained.
-    of_head = lambda head: _vocabulary_statistics(hidden, head, precision, None, chunk)["log_normaliser"]  # noqa: E731
-    return (gradient[..., None] * pulled).astype(hidden.dtype), jax.vjp(of_head, head)[1](gradient)[0]
+def _target_and_normaliser_backward(
+    precision: Any, chunk: int, saved: tuple, gradients: tuple
+) -> tuple[Array, Array, None]:
+    pulled, hidden, head, targets = saved
+    of_target, of_normaliser, _ = gradients
+    rows = jnp.take(head, targets, axis=0).astype(hidden.dtype).astype(jnp.float32)
+    of_hidden = of_target[..., None] * rows + of_normaliser[..., None] * pulled
+
+    def of_head(head: Array) -> tuple[Array, Array]:
+        stats = _vocabulary_statistics(hidden, head, targets, precision, None, chunk)
+        return stats["target"], stats["log_normaliser"]
+
+    # The second is needed, and computed, only where the head is trained.
+    return of_hidden.astype(hidden.dtype), jax.vjp(of_head, head)[1]((of_target, of_normaliser))[0], None
 
 
-log_normaliser.defvjp(_normaliser_forward, _normaliser_backward)
+target_and_normaliser.defvjp(_target_and_normaliser_forward, _target_and_normaliser_backward)
 
 
-def _logits(hidden: Array, rows: Array, precision: Any) -> Array:
-    z = jnp.einsum("...d,vd->...v", hidden, rows, precision=precision, preferred_element_type=jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _logits(hidden: Float[Array, "*N D"], rows: Float[Array, "C D"], dtype: Any, precision: Any) -> Array:
+    """Logits `[*N, C]` in float32 of factors that are cast to `dtype`; gradients have the dtypes of the arguments."""
+    z = jnp.einsum(
+        "...d,vd->...v", hidden.astype(dtype), rows.astype(dtype),
+        precision=precision, preferred_element_type=jnp.float32,
+    )  # fmt: skip
     return constrain(z, ("views", "rows", "tokens", "vocab"))
 
 
+def _logits_forward(hidden: Array, rows: Array, dtype: Any, precision: Any) -> tuple[Array, tuple]:
+    return _logits(hidden, rows, dtype, precision), (hidden, rows)
+
+
+def _logits_backward(dtype: Any, precision: Any, saved: tuple, gradient: Array) -> tuple[Array, Array]:
+    hidden, rows = saved
+    # All that a logit counts in is summed up by now (`onehot - p`), so that the cast rounds the difference.
+    gradient = gradient.astype(dtype)
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    of_hidden = product("...v,vd->...d", gradient, rows.astype(dtype))
+    of_rows = product("...v,...d->vd", gradient, hidden.astype(dtype))
+    return of_hidden.astype(hidden.dtype), of_rows.astype(rows.dtype)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
+
+
 def _vocabulary_statistics(
-    hidden: Array, head: Array, precision: Any, top_k: int | None, chunk: int
+    hidden: Array, head: Array, targets: Array, precision: Any, top_k: int | None, chunk: int
 ) -> dict[str, Array]:
-    """Log-normaliser, `sum_v p_v z_v` and the k largest logits, accumulated over chunks of the head's rows.
+    """The target's logit, log-normaliser, `sum_v p_v z_v` and the k largest logits, accumulated over chunks of rows.
 
     The backward pass recomputes each chunk's logits, so that the gradient needs no more memory than the value.
     """
-    shape = hidden.shape[:-1]
-    start = {"log_normaliser": jnp.full(shape, -jnp.inf, jnp.float32), "mean_logit": jnp.zeros(shape, jnp.float32)}
+    shape, dtype = hidden.shape[:-1], hidden.dtype
+    zero = jnp.zeros(shape, jnp.float32)
+    start = {"target": zero, "log_normaliser": jnp.full(shape, -jnp.inf, jnp.float32), "mean_logit": zero}
     if top_k is not None:
         start["top"] = jnp.full((*shape, top_k), -jnp.inf, jnp.float32)
+    # In float32 the gradients of all chunks add up unrounded.
+    wide = hidden.astype(jnp.float32)
 
-    def step(carry: dict, rows: Array) -> dict:
-        z = _logits(hidden, rows, precision)
-        new = {"log_normaliser": jnp.logaddexp(carry["log_normaliser"], jax.nn.logsumexp(z, axis=-1))}
+    def step(carry: dict, rows: Array, ids: Array) -> dict:
+        z = _logits(wide, rows, dtype, precision)
+        new = {"target": carry["target"] + jnp.sum(jnp.where(ids == targets[..., None], z, 0.0), axis=-1)}
+        new["log_normaliser"] = jnp.logaddexp(carry["log_normaliser"], jax.nn.logsumexp(z, axis=-1))
         kept = jnp.exp(carry["log_normaliser"] - new["log_normaliser"]) * carry["mean_logit"]
         new["mean_logit"] = kept + ops.sum_of_products(jnp.exp(z - new["log_normaliser"][..., None]), z)
         if top_k is not None:
@@ -221,20 +265,22 @@ def _vocabulary_statistics(
     return _over_chunks(step, start, head, chunk)
 
 
-def _over_chunks(step: Callable[[Any, Array], Any], carry: Any, head: Float[Array, "V D"], chunk: int) -> Any:
-    """Folds `step` over chunks of the head's rows."""
+def _over_chunks(step: Callable[[Any, Array, Array], Any], carry: Any, head: Float[Array, "V D"], chunk: int) -> Any:
+    """Folds `step(carry, rows, their ids)` over chunks of the head's rows."""
     vocab, width = head.shape
     if chunk >= vocab:
-        return step(carry, head)
+        return step(carry, head, jnp.arange(vocab))
     size = _chunk_size(vocab, chunk)
     count = vocab // size
     # A chunk takes every count-th row: where the vocabulary is cut over devices, each has its share of every chunk.
     chunks = head[: count * size].reshape(size, count, width)
     take = functools.partial(jax.lax.dynamic_index_in_dim, chunks, axis=1, keepdims=False)
+    ids = count * jnp.arange(size)
     # Without its checkpoint a gradient would keep each chunk of the head, and its logits.
-    one = jax.checkpoint(lambda carry, index: (step(carry, take(index)), None), prevent_cse=False)
+    one = jax.checkpoint(lambda carry, index: (step(carry, take(index), ids + index), None), prevent_cse=False)
     carry, _ = jax.lax.scan(one, carry, jnp.arange(count))
-    return carry if count * size == vocab else step(carry, head[count * size :])
+    done = count * size
+    return carry if done == vocab else step(carry, head[done:], jnp.arange(done, vocab))
 
 
 def _chunk_size(vocab: int, chunk: int) -> int:
