@@ -76,10 +76,13 @@ def small_config(family, **changes):
     layers=st.integers(1, 13),
     qkv_bias=st.booleans(),
     tied_head=st.booleans(),
+    qk_norm=st.booleans(),
 )
 @settings(max_examples=15, deadline=None)
-def test_names_are_one_to_one_and_cover_the_parameters(family, layers, qkv_bias, tied_head):
+def test_names_are_one_to_one_and_cover_the_parameters(family, layers, qkv_bias, tied_head, qk_norm):
     config = small_config(family, num_layers=layers, qkv_bias=qkv_bias, tied_head=tied_head)
+    if "q_norm" in {row.path[-1] for row in KNOWN[family].rows}:
+        config = dataclasses.replace(config, qk_norm=qk_norm, head_size=6)
     slots = names.slots(config)
     assert len({(slot.path, slot.layer) for slot in slots.values()}) == len(slots)
     base = jax.eval_shape(lambda key: init_base(config, key), jax.random.key(0))

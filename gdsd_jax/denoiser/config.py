@@ -12,7 +12,7 @@ from gdsd_jax.errors import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-BLOCK_ORIGINS = ("sequence", "completion")
+BLOCK_ORIGINS = ("sequence", "column")
 ATTENTION = ("auto", "plain", "splash")
 
 
@@ -31,7 +31,8 @@ class DenoiserConfig:
       block_size: None: every token attends to every other. Else attention is block-causal: a token attends to its own
         block of so many tokens and to the blocks before it, and text is written block after block.
       block_origin: where the blocks are counted from. "sequence": the first real token, so that a prompt may share a
-        block with its completion; "completion": the completion, whatever the length of the prompt.
+        block with its completion; "column": the first column, pads or not, of prompts padded to a multiple of the
+        block size, so that every completion begins with a block.
       dtype: compute dtype of activations and matmuls, "float32" or "bfloat16". Norms, RoPE, softmax and
         log-normalisers are float32 in either case, and "float32" asks for full-precision matmuls on every platform.
       remat: what the backward pass recomputes: "none" keeps everything, "dots" keeps matmul outputs, "full" keeps

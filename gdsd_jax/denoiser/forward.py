@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gdsd_jax.denoiser import ops
 from gdsd_jax.denoiser.config import DenoiserConfig
+from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA
 from gdsd_jax.denoiser.model import Denoiser, KeyValues, Layer, embed, linear_of, pick, precision_of, remat
 from gdsd_jax.errors import UserError
@@ -81,11 +82,14 @@ def _first_projections(config: DenoiserConfig, base: Any, lora: LoRA | None) -> 
     return {name: projected(name) for name in "qkv"}
 
 
-def _rope(config: DenoiserConfig, length: int) -> tuple[Array, Array]:
-    return ops.rope_tables(jnp.arange(length), config.head_dim, config.rope_theta)
+def rope_of(config: DenoiserConfig, length: int, layout: Layout | None = None) -> tuple[Array, Array]:
+    """Returns the rotation tables of the columns of a pass."""
+    columns = jnp.arange(length)
+    positions = columns if layout is None else layout.place(columns)
+    return ops.rope_tables(positions, config.head_dim, config.rope_theta)
 
 
-def _run(
+def run(
     config: DenoiserConfig,
     base: Any,
     lora: LoRA | None,
@@ -97,6 +101,7 @@ def _run(
     outside: Array | None = None,
     keep: bool = False,
     kept: Array | None = None,
+    layout: Layout | None = None,
     dropout_key: Array | None = None,
 ) -> Callable[[At | None], tuple[Array, Any]]:
     """Runs the layers, the last one but in part.
@@ -114,12 +119,12 @@ def _run(
         return ops.rms_norm(x, base["final_norm"], config.rms_norm_eps)
 
     if config.layer_unroll < config.num_layers:
-        model = Denoiser(config, adapter, dropout, keep)
+        model = Denoiser(config, adapter, dropout, keep, layout)
         rngs = {"dropout": dropout_key} if dropout else None
         x, key_values = model.apply(parts, tokens, real, rope, cache, outside, kept, rngs=rngs)
         return lambda at: (normed(x if at is None else pick(x, at)), key_values)
 
-    module = remat(Layer, config.remat)(config, adapter, dropout, keep)
+    module = remat(Layer, config.remat)(config, adapter, dropout, keep, layout)
 
     def layer(
         n: int, x: Array, at: At | None = None, known: dict[str, Array] | None = None
@@ -145,7 +150,7 @@ def _run(
     return last
 
 
-def _source(config: DenoiserConfig, at: At) -> At:
+def source(config: DenoiserConfig, at: At) -> At:
     """The positions whose raw logits speak of the positions `at`; position 0 keeps its own."""
     if not config.next_token_logits:
         return at
@@ -176,12 +181,23 @@ def hidden_states_at(
       prompt_mask: `[B, P]` or `[B, T]`, True on real tokens; pads are never attended to. None: all are real.
       dropout_key: switches the adapter's dropout on.
     """
-    real = real_tokens(prompt_mask, *tokens.shape)
-    last = _run(config, base, lora, tokens, real, _rope(config, tokens.shape[1]), dropout_key=dropout_key)
+    length, real, shift = tokens.shape[1], real_tokens(prompt_mask, *tokens.shape), None
+    layout = None if config.block_size is None else Layout(config.block_size, length)
+    if layout is not None and real is not None and config.block_origin == "sequence":
+        # Each row begins at a multiple of the block size; pads in front that this leaves over go to the end.
+        shift = jnp.argmax(real, axis=1, keepdims=True) % config.block_size
+        columns = (jnp.arange(length) + shift) % length
+        tokens, real = (jnp.take_along_axis(x, columns, axis=1) for x in (tokens, real))
+    tables = rope_of(config, length, layout)
+    last = run(config, base, lora, tokens, real, tables, layout=layout, dropout_key=dropout_key)
 
     def read(at: At | None) -> Array:
+        if shift is not None:
+            at = slice(None) if at is None else at
+            places = jnp.arange(length)[at] if isinstance(at, slice) else at
+            return last((source(config, places) - shift) % length)[0]
         if at is not None:
-            return last(_source(config, at))[0]
+            return last(source(config, at))[0]
         x, _ = last(None)
         # The head acts on each position alone, so shifting what it reads shifts the logits.
         return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if config.next_token_logits else x
@@ -221,8 +237,8 @@ def refresh_cache(
     length = tokens.shape[1]
     kept = None if around is None else _around(*around, length)
     real = real_tokens(prompt_mask, *tokens.shape)
-    last = _run(config, base, lora, tokens, real, _rope(config, length), keep=True, kept=kept)
-    return last(_source(config, at))
+    last = run(config, base, lora, tokens, real, rope_of(config, length), keep=True, kept=kept)
+    return last(source(config, at))
 
 
 def _around(start: Array, size: int, length: int) -> Array:
@@ -267,8 +283,8 @@ def window_states_at(
     if real is not None:
         inside = cut(real) if inside is None else inside & cut(real)
         outside = real[:, _around(start, size, length)] if outside is None else outside & real
-    rope = tuple(jax.lax.dynamic_slice_in_dim(t, first, width) for t in _rope(config, length))
-    last = _run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside)
+    rope = tuple(jax.lax.dynamic_slice_in_dim(t, first, width) for t in rope_of(config, length))
+    last = run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside)
     return lambda at: last(at)[0]
 
 

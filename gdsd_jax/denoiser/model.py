@@ -13,10 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gdsd_jax.denoiser import ops, splash
 from gdsd_jax.denoiser.config import DenoiserConfig
+from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA, target_shapes
 from gdsd_jax.sharding import constrain
 
@@ -85,13 +86,14 @@ class Layer(nn.Module):
     With a cache `x` is a window of the tokens, which sees itself where `real` says so and the cache where `outside`
     does (None: everywhere). With `at`, places in `x` (see `pick`), only these ask and are returned; all of `x` is
     asked. `keep` returns keys and values, those of the places `kept` in `x` or of all. `known` are queries, keys and
-    values of `x` before their rotation, where they need not be computed.
+    values of `x` before norm and rotation, where they need not be computed. A `layout` restricts who attends to whom.
     """
 
     config: DenoiserConfig
     adapter: LoRA | None
     dropout: bool
     keep: bool = False
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -112,12 +114,13 @@ class Layer(nn.Module):
 
         def norm(name: str, inputs: Array) -> Array:
             init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
-            return ops.rms_norm(inputs, self.param(name, init, (c.hidden_size,), jnp.float32), c.rms_norm_eps)
+            return ops.rms_norm(inputs, self.param(name, init, inputs.shape[-1:], jnp.float32), c.rms_norm_eps)
 
         def heads(name: str, inputs: Array) -> Array:
             flat = linear(name, inputs) if known is None else known[name]
             split = flat.reshape(*inputs.shape[:2], -1, c.head_dim)
-            return constrain(split, ("rows", "tokens", KERNEL_AXES[name][1], "head_dim"))
+            split = constrain(split, ("rows", "tokens", KERNEL_AXES[name][1], "head_dim"))
+            return norm(f"{name}_norm", split) if c.qk_norm and name != "v" else split
 
         with jax.named_scope("attention"):
             h = norm("attn_norm", x)
@@ -127,9 +130,11 @@ class Layer(nn.Module):
             q = ops.rotate(heads("q", h), rope)
             # The kernel wants as many queries as keys.
             if splash.chosen(c) and cache is None and at is None:
-                mixed = splash.attention(q, k, v, real)
+                mixed = splash.attention(q, k, v, real, layout=self.layout)
             else:
-                mixed = ops.attention(q, k, v, real, precision_of(c), None if cache is None else (*cache, outside))
+                cached = None if cache is None else (*cache, outside)
+                allowed = None if self.layout is None else allowed_of(self.layout, k.shape[1], at)
+                mixed = ops.attention(q, k, v, real, precision_of(c), cached, allowed)
             x = constrain(x + linear("o", mixed.reshape(*x.shape[:2], -1)), RESIDUAL_AXES)
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)
@@ -144,6 +149,13 @@ class Layer(nn.Module):
             return x, None
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         return x, KeyValues(k, v) if kept is None else KeyValues(k[..., kept], v[:, :, kept])
+
+
+def allowed_of(layout: Layout, length: int, at: slice | Array | None) -> Bool[Array, "#B S T"]:
+    """Returns who attends to whom: all columns, or those at the places `at` (see `pick`), over all columns."""
+    keys = jnp.arange(length)
+    queries = keys if at is None else keys[at] if isinstance(at, slice) else at
+    return layout.attends(jnp.atleast_2d(queries)[..., None], keys)
 
 
 def pick(x: Float[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -166,14 +178,15 @@ def embed(config: DenoiserConfig, embedding: Float[Array, "V D"], tokens: Int[Ar
 class Denoiser(nn.Module):
     """Token ids to the residual stream after the last layer, and keys and values.
 
-    `rope`, `cache`, `outside`, `keep` and `kept` as in `Layer`. The final norm and the head are parameters here and
-    functions of `forward`.
+    `rope`, `cache`, `outside`, `keep`, `kept` and `layout` as in `Layer`. The final norm and the head are parameters
+    here and functions of `forward`.
     """
 
     config: DenoiserConfig
     adapter: LoRA | None = None
     dropout: bool = False
     keep: bool = False
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -202,7 +215,8 @@ class Denoiser(nn.Module):
         )
         norm_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
-        return layers(c, self.adapter, self.dropout, self.keep, name="layers")(x, cache, real, rope, outside, kept)
+        stack = layers(c, self.adapter, self.dropout, self.keep, self.layout, name="layers")
+        return stack(x, cache, real, rope, outside, kept)
 
 
 def _init(config: DenoiserConfig, key: jax.Array) -> Any:

@@ -110,8 +110,9 @@ def attention(
     real: Bool[Array, "#B T"] | None,
     precision: jax.lax.Precision,
     cached: tuple[Float[Array, "B kv K C"], Float[Array, "B kv C K"], Bool[Array, "#B C"] | None] | None = None,
+    allowed: Bool[Array, "#B S T"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Full (bidirectional) attention of S queries over the T real tokens; the softmax is float32.
+    """Attention of S queries over the T real tokens, to all or to those `allowed`; the softmax is float32.
 
     `real` is False on pads: no token attends to them; None: all are real. What pad queries themselves compute is never
     read. Each key/value head serves `H / kv` consecutive query heads. `cached` adds keys and values, and which of them
@@ -123,9 +124,11 @@ def attention(
     grouped = query.reshape(b, s, kv, h // kv, k).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, k)
     parts = [(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2), real)] + ([] if cached is None else [cached])
 
+    lowest = jnp.finfo(jnp.float32).min
+
     def score(key: Array, seen: Array | None) -> Array:
         scores = jnp.einsum("bnsk,bnkt->bnst", grouped, key, precision=precision, preferred_element_type=jnp.float32)
-        return scores if seen is None else jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        return scores if seen is None else jnp.where(seen[:, None, None], scores, lowest)
 
     def mix(weights: Array, value: Array) -> Array:
         return jnp.einsum(
@@ -134,6 +137,9 @@ def attention(
         )  # fmt: skip
 
     scores = [score(key, seen) for key, _, seen in parts]
+    if allowed is not None:
+        by_head = scores[0].reshape(b, kv, h // kv, s, -1)
+        scores[0] = jnp.where(allowed[:, None, None], by_head, lowest).reshape(scores[0].shape)
     highest = [jnp.max(jax.lax.stop_gradient(part), axis=-1, keepdims=True) for part in scores]
     weights = [jnp.exp((part - functools.reduce(jnp.maximum, highest)) * k**-0.5) for part in scores]
     total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)

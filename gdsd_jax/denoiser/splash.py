@@ -11,10 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
 from gdsd_jax import sharding
 from gdsd_jax.denoiser.config import DenoiserConfig
+from gdsd_jax.denoiser.layout import Layout
 
 LANES = 128
 # Tiles of queries and keys. A tile of float32 scores is at most 1 MiB, and the kernels keep a handful of them in VMEM.
@@ -45,6 +47,7 @@ def attention(
     value: Float[Array, "B T kv K"],
     real: Bool[Array, "B T"] | None,
     *,
+    layout: Layout | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
     """As `ops.attention`, on a TPU; the softmax is float32, the products are those of the arrays' dtype.
@@ -53,13 +56,14 @@ def attention(
     kernel on its own rows and heads.
 
     Args:
+      layout: who attends to whom; the kernel computes it from indices and skips tiles of which nothing is seen.
       interpret: runs the kernel's arithmetic in JAX, on any platform.
     """
     length, head_dim = query.shape[1], query.shape[3]
     beyond = padded_length(length) - length
     segments = jnp.ones(query.shape[:2], jnp.int32) if real is None else real.astype(jnp.int32)
     arrays = [(query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), key, value]
-    run = functools.partial(_local_attention, interpret=interpret)
+    run = functools.partial(_local_attention, layout=layout, interpret=interpret)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
@@ -74,12 +78,32 @@ def attention(
     return run(*padded)[:, :length]
 
 
-def _local_attention(query: Array, key: Array, value: Array, segments: Array, *, interpret: bool) -> Array:
+class _LayoutMask(splash_attention_mask._ComputableMask):
+    """A layout as the kernel's mask, computed in the kernel from the indices of queries and keys."""
+
+    def __init__(self, layout: Layout, length: int):
+        super().__init__(shape=(length, length), mask_function=layout.attends)
+        self._identity = (layout, length)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _LayoutMask) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+
+def _mask(layout: Layout | None, length: int) -> splash_attention_mask.Mask:
+    return splash_attention.FullMask((length, length)) if layout is None else _LayoutMask(layout, length)
+
+
+def _local_attention(
+    query: Array, key: Array, value: Array, segments: Array, *, layout: Layout | None, interpret: bool
+) -> Array:
     """The kernel on one device's rows and heads; T is padded."""
     length, heads = query.shape[1:3]
     block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if length % size == 0)
     kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([splash_attention.FullMask((length, length))] * heads),
+        splash_attention.MultiHeadMask([_mask(layout, length)] * heads),
         block_sizes=splash_attention.BlockSizes(
             block_q=block,
             block_kv=block,

@@ -51,9 +51,10 @@ def read(hf: Mapping[str, Any], family: str, quirks: Mapping[str, Any]) -> Denoi
     )
     if set(hf.get("layer_types") or ()) - {"full_attention"}:
         refuse(hf, {"layer_types": ("full_attention in every layer",)})
-    heads, hidden, eos = hf["num_attention_heads"], hf["hidden_size"], hf["eos_token_id"]
+    heads, hidden, size = hf["num_attention_heads"], hf["hidden_size"], hf.get("head_dim")
+    eos = hf["eos_token_id"]
     fields = {
-        "head_size": None if hf.get("head_dim") in (None, hidden // heads) else hf["head_dim"],
+        "head_size": None if size is None or size * heads == hidden else size,
         "qkv_bias": False,
         "next_token_logits": False,
         "tied_head": bool(hf.get("tie_word_embeddings", False)),

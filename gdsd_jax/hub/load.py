@@ -10,13 +10,14 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -183,17 +184,58 @@ class _Loader(NamedTuple):
         return lambda index: pieces[_box(slot, index)][:, 0] if vector else pieces[_box(slot, index)]
 
 
-def read_config(directory: str | os.PathLike) -> DenoiserConfig:
-    """What the model in a checkpoint directory is.
+def read_config(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> DenoiserConfig:
+    """Reads what the model in a checkpoint directory is.
+
+    Token ids that `config.json` lacks are looked up in the tokenizer's files.
+
+    Args:
+      overrides: keys of `config.json` to set or replace, such as a `mask_token_id` that no file declares.
 
     Raises:
-      UserError: no such directory, no usable `config.json` in it.
+      UserError: no such directory, no usable `config.json` in it, a token id that is declared nowhere.
     """
-    return families.read_config(read_json(checked_directory(directory) / "config.json"))
+    directory = checked_directory(directory)
+    hf = read_json(directory / "config.json") | {k: v for k, v in (overrides or {}).items() if v is not None}
+    for key, value in declared_ids(directory, families.family_of_type(hf.get("model_type"))).items():
+        if hf.get(key) is None:
+            hf[key] = value
+    return families.read_config(hf)
+
+
+def declared_ids(directory: epath.Path, family: families.Family) -> dict[str, int]:
+    """Finds the ids of a family's special tokens in the tokenizer's files, by the key of `config.json` they stand for.
+
+    The texts are the family's, or those that `tokenizer_config.json` names as its mask, EOS and pad token.
+    """
+    by_text: dict[str, int] = {}
+    named = dict(family.tokens)
+    for file in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
+        if not (directory / file).is_file():
+            continue
+        content = read_json(directory / file)
+        if file == "tokenizer.json":
+            by_text |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
+        elif file == "added_tokens.json":
+            by_text |= content
+        else:
+            added = content.get("added_tokens_decoder") or {}
+            by_text |= {entry["content"]: int(index) for index, entry in added.items()}
+            for key in ("mask_token", "eos_token", "pad_token"):
+                entry = content.get(key)
+                text = entry.get("content") if isinstance(entry, Mapping) else entry
+                if isinstance(text, str):
+                    named.setdefault(f"{key}_id", text)
+    return {key: by_text[text] for key, text in named.items() if text in by_text}
 
 
 def load_checkpoint(
-    directory: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None, reader: Reader | None = None
+    directory: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    reader: Reader | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[DenoiserConfig, dict]:
     """Reads a checkpoint directory: `config.json` and one safetensors file, or shards with their index.
 
@@ -206,6 +248,7 @@ def load_checkpoint(
       mesh: every parameter is cut over it by the rules of `gdsd_jax.sharding`, and each process reads what its own
         devices hold; None puts the parameters on the default device.
       reader: counts the bytes that are read; None for one of its own.
+      overrides: as for `read_config`.
 
     Returns:
       The configuration and the base: a nested dictionary of arrays, kernels `[N, in, out]`.
@@ -215,7 +258,7 @@ def load_checkpoint(
         missing, unknown, repeated, misshapen or non-float tensor.
     """
     directory, reader = checked_directory(directory), reader or Reader()
-    config = read_config(directory)
+    config = read_config(directory, overrides)
     tensors = checkpoint_tensors(directory, reader)
     slots, axes = names.slots(config), None if mesh is None else logical_axes(config)
     _match(tensors, {name: slot.shape for name, slot in slots.items()}, directory, "it does not fit its config.json")

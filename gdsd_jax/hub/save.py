@@ -254,7 +254,8 @@ def export_checkpoint(
     else:
         source = checked_directory(source)
         hf = read_json(source / "config.json")
-        if names.slots(families.read_config(hf)) != names.slots(config):
+        ids = {name: getattr(config, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+        if names.slots(families.read_config(hf | ids)) != names.slots(config):
             raise UserError(f"{source} is a model of other shapes than the parameters: name the base they came from")
         side = _side_files(source)
     before = dict(hf)
