@@ -1,6 +1,7 @@
 """Splash attention against the plain path, with the kernel interpreted, and when it is chosen."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from gdsd_jax import sharding
 from gdsd_jax.denoiser import DenoiserConfig, hidden_states, init_base, ops, splash
+from gdsd_jax.denoiser.layout import Layout
+from gdsd_jax.denoiser.model import allowed_of
 from gdsd_jax.errors import UserError
 
 CONFIG = DenoiserConfig(
@@ -31,9 +34,20 @@ def left_padded(rows, length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "kv_heads", "padded"), [(128, 2, False), (200, 1, True)])
-def test_values_and_gradients_equal_the_plain_path(monkeypatch, length, kv_heads, padded):
-    """One tile that the tokens fill, and several that they do not, with grouped heads and pads."""
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "padded", "layout"),
+    [
+        (128, 2, False, None),
+        (200, 1, True, None),
+        (200, 1, True, Layout(8, 120, 40)),
+        (280, 2, False, Layout(12, 160, 48)),
+    ],
+)
+def test_values_and_gradients_equal_the_plain_path(monkeypatch, length, kv_heads, padded, layout):
+    """One tile that the tokens fill, and several that they do not, with grouped heads, pads, and two copies of a text.
+
+    The kernel computes the mask of the copies from indices.
+    """
     monkeypatch.setattr(splash, "LARGEST_BLOCK", splash.LANES)
     q, k, v, weight = arrays(2, length, 2, kv_heads)
     real = left_padded(2, length) if padded else None
@@ -41,10 +55,11 @@ def test_values_and_gradients_equal_the_plain_path(monkeypatch, length, kv_heads
     weight = weight if real is None else weight * real[:, :, None, None]
 
     def plain(q, k, v):
-        return ops.attention(q, k, v, real, jax.lax.Precision.HIGHEST)
+        allowed = None if layout is None else allowed_of(layout, length, None)
+        return ops.attention(q, k, v, real, jax.lax.Precision.HIGHEST, allowed=allowed)
 
     def kernel(q, k, v):
-        return splash.attention(q, k, v, real, interpret=True)
+        return splash.attention(q, k, v, real, layout=layout, interpret=True)
 
     def value_and_gradients(f):
         value, pull = jax.vjp(f, q, k, v)
@@ -71,7 +86,7 @@ def test_no_token_reads_a_pad():
 
 def test_the_denoiser_under_recomputation(monkeypatch):
     """A layer with the kernel and its gradient through the scan over layers, recomputed."""
-    monkeypatch.setattr(splash, "attention", lambda *args, original=splash.attention: original(*args, interpret=True))
+    monkeypatch.setattr(splash, "attention", functools.partial(splash.attention, interpret=True))
     base = init_base(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, 32)
     mask = left_padded(2, 16)
