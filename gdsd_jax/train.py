@@ -70,8 +70,9 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     method = build(config.method, **config.method_settings)
     check(
         method, name=config.method, prompt_length=max(config.prompt_buckets),
-        completion_length=config.sampler.completion_length, group_size=config.group_size,
+        completion_length=config.sampler.completion_length, group_size=config.group_size, sampler=config.sampler,
     )  # fmt: skip
+    sampler = dataclasses.replace(config.sampler, record=config.sampler.record or method.records)
     embedded_start(config)
     spread = {
         "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
@@ -132,7 +133,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             position += config.prompts_per_iteration
             asked = Prompts(prompts.tokens[chosen], prompts.mask[chosen], [rows[i] for i in chosen])
             rewarded = roll_out(
-                model, *policy(base, state.params), asked, rollout_key(state), config.sampler, task, tokenizer,
+                model, *policy(base, state.params), asked, rollout_key(state), sampler, task, tokenizer,
                 group_size=config.group_size,
             )  # fmt: skip
 

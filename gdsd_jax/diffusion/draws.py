@@ -4,7 +4,7 @@ B rows, S positions that a step looks at, D hidden size, V vocabulary.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,21 +27,33 @@ GROUP = 128  # tokens per group
 def keep_top_p(logits: Array, top_p: float) -> Array:
     """Cuts to the most probable tokens, up to and including the first one that takes their mass beyond top_p.
 
-    A token stays when the mass strictly above it is at most top_p. Non-negative floats order like their bits, so
-    bisecting the integers finds the cut exactly in 31 passes, a fraction of what sorting a large vocabulary costs.
+    A token stays when the mass strictly above it is at most top_p.
     """
     probs = jax.nn.softmax(logits)
     bits = lax.bitcast_convert_type(probs, jnp.int32)
+    mass_above = lambda middle: jnp.sum(jnp.where(bits > middle[..., None], probs, 0), axis=-1)  # noqa: E731
+    cut = top_p_cut(mass_above, jnp.max(bits, axis=-1), top_p)
+    return jnp.where(bits >= cut[..., None], logits, -jnp.inf)
+
+
+def top_p_cut(mass_above: Callable[[Array], Array], highest: Array, top_p: float) -> Array:
+    """The bits of the least probability that a cut at mass `top_p` keeps.
+
+    Non-negative floats order like their bits, so bisecting the integers finds the cut exactly in 31 passes, a fraction
+    of what sorting a large vocabulary costs.
+
+    Args:
+      mass_above: gives the mass of the tokens whose probability has greater bits than these.
+      highest: the bits of the largest probability.
+    """
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         too_low, enough = bounds
         middle = too_low + (enough - too_low) // 2
-        fits = jnp.sum(jnp.where(bits > middle[..., None], probs, 0), axis=-1) <= top_p
+        fits = mass_above(middle) <= top_p
         return jnp.where(fits, too_low, middle), jnp.where(fits, middle, enough)
 
-    highest = jnp.max(bits, axis=-1)
-    _, cut = lax.fori_loop(0, 31, halve, (jnp.full_like(highest, -1), highest))
-    return jnp.where(bits >= cut[..., None], logits, -jnp.inf)
+    return lax.fori_loop(0, 31, halve, (jnp.full_like(highest, -1), highest))[1]
 
 
 def keep_top_k(logits: Array, top_k: int) -> Array:
@@ -108,8 +120,11 @@ def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S
     return (group * GROUP + token).astype(jnp.int32)
 
 
-def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, Array, Array]:
-    """logits [..., V], uniform [...] -> candidate tokens, their probability under `logits`, the strategy's score."""
+def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, ...]:
+    """logits [..., V], uniform [...] -> candidate tokens, their probability under `logits`, the strategy's score.
+
+    With `settings.record` also the log-probability at which the candidate was drawn, and the entropy of `logits`.
+    """
     strategy = STRATEGIES[settings.strategy]
     cut = logits if settings.temperature in (0, 1) else logits / settings.temperature
     if settings.top_p is not None and settings.top_p < 1:
@@ -122,9 +137,17 @@ def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[
     plain = normaliser if cut is logits else jax.nn.logsumexp(logits, axis=-1)
     confidence = jnp.exp(_take(logits, token) - plain)
     if strategy.score is None:
-        return token, confidence, confidence
-    probs = jnp.exp(cut - normaliser[..., None])
-    return token, confidence, strategy.score(probs, _take(probs, token))
+        score = confidence
+    else:
+        probs = jnp.exp(cut - normaliser[..., None])
+        score = strategy.score(probs, _take(probs, token))
+    if not settings.record:
+        return token, confidence, score
+    # The argmax is not drawn: at temperature 0 its log-probability is 0.
+    drawn = _take(cut, token) - normaliser if settings.temperature > 0 else jnp.zeros_like(confidence)
+    probs = jnp.exp(logits - plain[..., None])
+    entropy = plain - jnp.sum(jnp.where(probs > 0, probs * logits, 0.0), axis=-1)
+    return token, confidence, score, drawn, entropy
 
 
 def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S V"]:
@@ -144,11 +167,11 @@ def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S
 
 def propose(
     config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S] -> as `candidates`, [B, S]."""
     banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask)
 
-    def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, ...]:
         hidden, uniform = slices
         logits = constrain(logits_from_hidden(config, base, hidden), ("views", "rows", "tokens", "vocab"))
         # From here on no sum over the vocabulary crosses devices: a draw does not depend on their number.
@@ -178,7 +201,7 @@ def propose(
 
 def propose_at(
     config: DenoiserConfig, base: dict, read: Read, uniform: Array, eligible: Array, settings: SamplerConfig
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """As `propose`, where `eligible` [B, S] says so; what stands elsewhere means nothing.
 
     The fewer positions are still masked, the fewer are read: as many eighths of S as the row that has most needs, or
@@ -196,7 +219,7 @@ def propose_at(
     back = jnp.argsort(order, axis=1)
     passes = 2 if settings.cfg_scale > 0 else 1
 
-    def propose_first(size: int) -> tuple[Array, Array, Array]:
+    def propose_first(size: int) -> tuple[Array, ...]:
         place = order[:, :size]
         hidden = read(jnp.repeat(place, passes, axis=0))
         hidden = jnp.moveaxis(hidden.reshape(rows, passes, size, -1), 1, 0)

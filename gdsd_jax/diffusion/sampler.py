@@ -34,17 +34,24 @@ class Rollout(NamedTuple):
         `SamplerConfig.step_limit` (that is, `steps`) if none did.
     confidence: [B, L] float32, the committed token's softmax probability at that step, under the logits without noise,
         temperature, top_p and top_k (but after guidance, `suppress` and `forbid_mask`); -inf if no step wrote it.
+    log_prob: [B, L] float32 or None, the committed token's log-probability at its draw, that is, after temperature,
+        top_p and top_k; 0 if no step wrote it.
+    entropy: [B, L] float32 or None, of the distribution of which `confidence` is a probability, in nats; 0 if no step
+        wrote it. Both are None without `SamplerConfig.record`.
     """
 
     tokens: Array
     commit_step: Array
     confidence: Array
+    log_prob: Array | None = None
+    entropy: Array | None = None
 
 
 class _State(NamedTuple):
     tokens: Array  # [B, T]
     commit_step: Array  # [B, L]
     confidence: Array  # [B, L]
+    recorded: tuple[Array, ...]  # log_prob and entropy [B, L], or nothing
     step: Array  # steps taken
     block: Array
     step_in_block: Array
@@ -131,7 +138,7 @@ def _commit(
 
     with jax.named_scope("propose"):
         uniform = jax.random.uniform(token_key, (rows, size))
-        token, confidence, score = propose_at(config, base, read, uniform, eligible, settings)
+        token, confidence, score, *recorded = propose_at(config, base, read, uniform, eligible, settings)
 
     with jax.named_scope("commit"):
         if STRATEGIES[settings.strategy].uniform:
@@ -159,6 +166,7 @@ def _commit(
             tokens,
             write(state.commit_step, state.step),
             write(state.confidence, confidence),
+            tuple(map(write, state.recorded, recorded)),
             state.step + 1,
             state.block + done,
             jnp.where(done, 0, state.step_in_block + 1),
@@ -185,6 +193,7 @@ def compiled_sample(
         jnp.concatenate([prompts.astype(jnp.int32), jnp.full(shape, config.mask_token_id, jnp.int32)], axis=1),
         jnp.full(shape, settings.step_limit, jnp.int32),
         jnp.full(shape, -jnp.inf, jnp.float32),
+        (jnp.zeros(shape),) * (2 if settings.record else 0),
         zero,
         zero,
         zero,
@@ -225,9 +234,10 @@ def compiled_sample(
         return lax.while_loop(fresh_enough, cached_step, commit(state, functools.partial(pick, hidden)))
 
     step = exact_step if settings.cache == "none" else refreshed_steps
-    tokens, commit_step, confidence, *_ = lax.while_loop(unfinished, step, start)
+    tokens, commit_step, confidence, recorded, *_ = lax.while_loop(unfinished, step, start)
     if settings.stop_at_eos:
         completion = tokens[:, prompt_length:]
         fill = (completion == config.mask_token_id) & _finished(config, completion)[:, None]
         tokens = tokens.at[:, prompt_length:].set(jnp.where(fill, config.eos_token_id, completion))
-    return Rollout(*(constrain(array, ("rows", "tokens")) for array in (tokens, commit_step, confidence)))
+    arrays = (tokens, commit_step, confidence, *recorded)
+    return Rollout(*(constrain(array, ("rows", "tokens")) for array in arrays))

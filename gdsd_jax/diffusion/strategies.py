@@ -83,6 +83,7 @@ class SamplerConfig:
     suppress_confidence: token ids that are committed only when nothing else is left to commit.
     forbid_mask: never propose the mask token. False reproduces the public samplers, which may: such a position counts
         as committed, stays masked, and may be written again later.
+    record: returns `Rollout.log_prob` and `Rollout.entropy` too; the tokens are the same.
 
     Raises UserError on settings that are out of range or contradict each other.
     """
@@ -105,6 +106,7 @@ class SamplerConfig:
     suppress: Sequence[int] = ()
     suppress_confidence: Sequence[int] = ()
     forbid_mask: bool = True
+    record: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "suppress", tuple(self.suppress))
@@ -201,18 +203,27 @@ def select(
         return eligible & (((place + 2) * (1 - confidence) < settings.factor) | (rank == 0))
 
     last = step_in_block == settings.steps_per_block - 1
-    if not strategy.timed:
-        each, extra = divmod(settings.block_length, settings.steps_per_block)
-        return eligible & (rank < each + (step_in_block < extra))
-
-    times = np.linspace(1, settings.eps, settings.steps_per_block + 1, dtype=np.float32)
-    share = jnp.asarray(1 - times[1:] / times[:-1])[step_in_block]
     if strategy.independent:
+        share = time_shares(settings)[step_in_block]
         return eligible & (last | (jax.random.uniform(coin_key, score.shape) < share))
-    masked = jnp.sum(eligible)
-    rows = eligible.shape[0]
-    # Rows differ in their number of masked tokens only when masks can be proposed; then the last step too goes by the
-    # mean over the batch, as in the reference.
-    rest = eligible.shape[1] if settings.forbid_mask else masked // rows
-    count = jnp.where(last, rest, jnp.floor(masked.astype(jnp.float32) / rows * share).astype(jnp.int32))
+    masked, rows = jnp.sum(eligible), eligible.shape[0]
+    count = scheduled_count(settings, masked.astype(jnp.float32) / rows, step_in_block)
+    if strategy.timed:
+        # Rows differ in their number of masked tokens only when masks can be proposed; then the last step too goes by
+        # the mean over the batch, as in the reference.
+        count = jnp.where(last, eligible.shape[1] if settings.forbid_mask else masked // rows, count)
     return eligible & (rank < count)
+
+
+def time_shares(settings: SamplerConfig) -> Array:
+    """`1 - s/t` of every step of a block, from time t to time s."""
+    times = np.linspace(1, settings.eps, settings.steps_per_block + 1, dtype=np.float32)
+    return jnp.asarray(1 - times[1:] / times[:-1])
+
+
+def scheduled_count(settings: SamplerConfig, masked: Array, step_in_block: Array) -> Array:
+    """How many of `masked` tokens a step commits, but for the last one of a time schedule, which commits all."""
+    if STRATEGIES[settings.strategy].timed:
+        return jnp.floor(masked * time_shares(settings)[step_in_block]).astype(jnp.int32)
+    each, extra = divmod(settings.block_length, settings.steps_per_block)
+    return each + (step_in_block < extra)

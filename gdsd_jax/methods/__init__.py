@@ -11,12 +11,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
+from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, read_views
 from gdsd_jax.errors import UserError
 from gdsd_jax.methods import coupled_grpo, dmpo, espo, gdsd, grpo, spg, teacher, tracerl, unigrpo, wd1
@@ -89,6 +89,11 @@ def loss_on_views(
     rewards: ArrayLike | None = None,
     group_size: int | None = None,
     commit_step: ArrayLike | None = None,
+    confidence: ArrayLike | None = None,
+    rollout_log_prob: ArrayLike | None = None,
+    rollout_entropy: ArrayLike | None = None,
+    step_rewards: ArrayLike | None = None,
+    sampler: SamplerConfig | None = None,
     chunk: int = DEFAULT_CHUNK,
     **settings: Any,
 ) -> tuple[Float[Array, ""], Array]:
@@ -105,6 +110,7 @@ def loss_on_views(
       prompt_mask: True on real prompt tokens; None: everything is attended to, pads too.
       completion_mask: `[B, L]`, 1 through the first EOS; None: all ones.
       commit_step: `[B, L]`, the denoising step that committed each token.
+      confidence, rollout_log_prob, rollout_entropy, step_rewards, sampler: further fields of `Batch`.
       chunk: vocabulary entries whose logits exist at one time.
       **settings: fields of the method's settings class.
 
@@ -121,7 +127,12 @@ def loss_on_views(
         rewards=array(rewards),
         advantages=array(advantages),
         commit_step=array(commit_step, jnp.int32),
+        confidence=array(confidence),
+        log_prob=array(rollout_log_prob),
+        entropy=array(rollout_entropy),
+        step_rewards=array(step_rewards),
         group_size=group_size or rows,
+        sampler=sampler,
     )
     views = method.views(array(masked, bool), batch)
     reads = read_views(
@@ -129,10 +140,10 @@ def loss_on_views(
     )
     new = method.score(reads, views)
     old_scores = None if old is None else Scores(array(old), array(old))
-    if old is None and method.old == "always":
-        old_scores = jax.lax.stop_gradient(new)
+    if old is None and method.old in ("always", "own_masks"):
+        old_scores = new
     ref_scores = None if ref is None else Scores(array(ref), array(ref))
-    constants = jax.lax.stop_gradient(method.prepare(batch, old_scores, ref_scores))
+    constants = method.constants(batch, old_scores, ref_scores, new)
     losses, _ = method.objective(new, constants)
     return jnp.sum(sum(losses.values())), new.guided
 

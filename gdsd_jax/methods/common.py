@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion import SamplerConfig, masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.errors import UserError
 
@@ -41,7 +41,12 @@ class Batch:
       advantages: `[B]` float32, or None: the method computes its own from the rewards.
       commit_step: `[B, L]` int32, the denoising step at which the sampler committed each token, or None.
       confidence: `[B, L]` float32, the probability that the token had then, or None.
+      log_prob: `[B, L]` float32, the log-probability at which the sampler drew it, after temperature, top_p and top_k,
+        or None.
+      entropy: `[B, L]` float32, the entropy of the distribution of which `confidence` is a probability, or None.
+      step_rewards: `[B, S]` float32, rewards of partial completions, where a method uses them, or None.
       group_size: static, G.
+      sampler: static, the settings that the completions were sampled with, or None.
     """
 
     tokens: Any
@@ -51,7 +56,11 @@ class Batch:
     advantages: Any = None
     commit_step: Any = None
     confidence: Any = None
+    log_prob: Any = None
+    entropy: Any = None
+    step_rewards: Any = None
     group_size: int = flax.struct.field(pytree_node=False, default=1)
+    sampler: SamplerConfig | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def completion_length(self) -> int:
@@ -83,13 +92,17 @@ class Method(NamedTuple):
     masks: `(key, batch) -> masked [M, B, T]`, drawn once per inner update and used by old, reference and new alike.
     views: `(masked, batch) -> Views`, adds what follows from the masks: coupled views and weights.
     score: `({read: [R, B, L]}, views) -> Scores`.
-    prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first.
+    prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first. With
+      `current` it takes a fourth argument, the detached scores of the policy as it is before this inner update.
     objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum of its components and
       of rows; components are named ("objective", "kl"), so that the gradient of each can be measured. Where the
       constants hold no old scores, old is the stop-gradient of new: the first inner update after a rollout, exactly.
     needs_reference: whether `prepare` uses the reference's scores.
     old: "unused" (no old policy), "ratio" (old only enters differences with new, so the first inner update needs no
-      forward for it) or "always" (`prepare` couples rows through it).
+      forward for it), "always" (`prepare` couples rows through it), or "own_masks": always, and on masks of its own,
+      drawn once for all inner updates of a rollout.
+    current: whether `prepare` couples rows through the scores of the policy that is being updated.
+    records: whether the batch must hold the rollout's `log_prob` and `entropy`.
     """
 
     reads: tuple
@@ -100,6 +113,13 @@ class Method(NamedTuple):
     objective: Callable
     needs_reference: bool
     old: str = "ratio"
+    current: bool = False
+    records: bool = False
+
+    def constants(self, batch: Batch, old: Scores | None, ref: Scores | None, current: Scores | None) -> Any:
+        """Calls `prepare` with what it takes, and cuts every gradient."""
+        scores = (old, ref, current) if self.current else (old, ref)
+        return jax.lax.stop_gradient(self.prepare(batch, *jax.lax.stop_gradient(scores)))
 
 
 def require(condition: bool, what: str) -> None:

@@ -7,21 +7,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.errors import UserError
 from gdsd_jax.methods.common import Batch, Method
 
 READS = ("log_prob", "centred", "entropy", ("centred_top_k", "k"))
-OLD = ("unused", "ratio", "always")
+OLD = ("unused", "ratio", "always", "own_masks")
 
 
-def check(method: Method, *, name: str, prompt_length: int, completion_length: int, group_size: int) -> None:
+def check(
+    method: Method,
+    *,
+    name: str,
+    prompt_length: int,
+    completion_length: int,
+    group_size: int,
+    sampler: SamplerConfig | None = None,
+) -> None:
     """Traces masks, views, score, prepare and objective on a batch of two groups, without computing anything.
 
     Args:
       method: what `build` returned.
       name: how the user calls it; the messages name it.
       prompt_length, completion_length, group_size: P, L and G of the run.
+      sampler: of the rollouts; None: one token a step, without blocks.
 
     Raises:
       UserError: a function that does not take its arguments, or returns another shape than the contract says.
@@ -65,7 +75,10 @@ def check(method: Method, *, name: str, prompt_length: int, completion_length: i
         rewards=_array((rows,)),
         commit_step=_array(completion, jnp.int32),
         confidence=_array(completion),
+        log_prob=_array(completion) if method.records else None,
+        entropy=_array(completion) if method.records else None,
         group_size=group_size,
+        sampler=sampler or one_by_one(completion_length),
     )
     masked = run("masks", "(key, batch)", jax.eval_shape(lambda: jax.random.key(0)), batch)
     good = hasattr(masked, "shape") and masked.shape[1:] == (rows, total) and masked.dtype == bool
@@ -85,9 +98,11 @@ def check(method: Method, *, name: str, prompt_length: int, completion_length: i
     rows_first("score", scores, "Scores")
 
     # As the trainer calls it: without old scores at a first inner update, unless the method always needs them.
-    absent = [] if method.old == "always" else [None]
+    absent = [] if method.old in ("always", "own_masks") else [None]
+    prepare_of = "(batch, old, ref, current)" if method.current else "(batch, old, ref)"
     for old in absent + ([] if method.old == "unused" else [scores]):
-        constants = run("prepare", "(batch, old, ref)", batch, old, scores if method.needs_reference else None)
+        known = (old, scores if method.needs_reference else None, *[scores] * method.current)
+        constants = run("prepare", prepare_of, batch, *known)
         rows_first("prepare", constants, "constants")
         returned = run("objective", "(new, constants)", scores, constants)
         pair = isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(x, dict) for x in returned)
@@ -95,6 +110,11 @@ def check(method: Method, *, name: str, prompt_length: int, completion_length: i
         for what, value in [*returned[0].items(), *returned[1].items()]:
             good = getattr(value, "shape", None) == (rows,)
             expect(good, "objective", f"one value per row, [{rows}], as {what!r}", value)
+
+
+def one_by_one(completion_length: int) -> SamplerConfig:
+    """The plainest sampler: the most confident token of each step, at temperature 1, without blocks."""
+    return SamplerConfig(completion_length, completion_length, completion_length, "low_confidence", temperature=1.0)
 
 
 def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

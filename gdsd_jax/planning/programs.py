@@ -18,7 +18,7 @@ from gdsd_jax.config import TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora, logical_axes
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.diffusion.scoring import read_views
-from gdsd_jax.methods import Batch, Scores, build
+from gdsd_jax.methods import Batch, Method, Scores, build
 from gdsd_jax.planning import flops
 from gdsd_jax.training.state import TrainState, init_state, make_optimizer, policy
 from gdsd_jax.training.update import make_inner_update, micro_batches
@@ -59,7 +59,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     method = build(config.method, **config.method_settings)
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
     base, state = parameters(config, model, mesh, optimizer)
-    batch, key = _batch(config, mesh), place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
+    batch, key = _batch(config, mesh, method), place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
     weights, lora = policy(base, state.params)
     update = make_inner_update(
         model, method, optimizer, schedule,
@@ -165,8 +165,8 @@ def parameters(
     return base, jax.tree.map(whole, state).replace(params=params, opt_state=opt_state)
 
 
-def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    """Shapes of a rewarded rollout on prompts of the largest bucket."""
+def _batch(config: TrainConfig, mesh: Mesh, method: Method) -> Batch:
+    """Shapes of a rewarded rollout, as the method needs it, on prompts of the largest bucket."""
     rows, prompt = config.prompts_per_iteration * config.group_size, max(config.prompt_buckets)
     completion = config.sampler.completion_length
 
@@ -180,5 +180,8 @@ def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
         rewards=array(jnp.float32),
         commit_step=array(jnp.int32, completion),
         confidence=array(jnp.float32, completion),
+        log_prob=array(jnp.float32, completion) if method.records else None,
+        entropy=array(jnp.float32, completion) if method.records else None,
         group_size=config.group_size,
+        sampler=config.sampler,
     )

@@ -128,7 +128,10 @@ def roll_out(
         rewards=put(rewards),
         commit_step=rollout.commit_step,
         confidence=rollout.confidence,
+        log_prob=rollout.log_prob,
+        entropy=rollout.entropy,
         group_size=group_size,
+        sampler=sampler,
     )
     seconds = {"rollout": sampled - start, "reward": time.perf_counter() - sampled}
     return Rewarded(batch, completions, rewards, components, seconds)

@@ -21,7 +21,7 @@ from gdsd_jax.sharding import constrain
 from gdsd_jax.training.state import TrainState, parameter_axes, policy
 
 # Folded into the run's key with the count of updates or iterations, so that every draw has a stream of its own.
-ROLLOUT_STREAM, MASK_STREAM, DROPOUT_STREAM = range(3)
+ROLLOUT_STREAM, MASK_STREAM, DROPOUT_STREAM, OLD_MASK_STREAM = range(4)
 
 
 def stream_key(key: jax.Array, stream: int, count: jax.Array) -> jax.Array:
@@ -99,6 +99,11 @@ def make_inner_update(
         )
         return method.score(reads, views), reads
 
+    def views_of(key: jax.Array, batch: Batch) -> tuple[Batch, Views]:
+        """Batch and views, drawn with this key, in micro-batches."""
+        views = method.views(method.masks(key, batch), batch)
+        return micro_batches(batch, microbatch_rows), micro_batches(views, microbatch_rows, axis=1)
+
     @functools.partial(
         jax.jit, donate_argnums=0, static_argnames="by_component", out_shardings=(shardings, None)
     )
@@ -108,21 +113,22 @@ def make_inner_update(
         rows = batch.tokens.shape[0]
         steps = rows // microbatch_rows
         with jax.named_scope("views"):
-            masked = method.masks(stream_key(state.key, MASK_STREAM, state.updates), batch)
-            views = method.views(masked, batch)
-        pieces = micro_batches(batch, microbatch_rows), micro_batches(views, microbatch_rows, axis=1)
+            pieces = views_of(stream_key(state.key, MASK_STREAM, state.updates), batch)
 
-        def score_all(params: Any) -> Scores:
+        def score_all(params: Any, pieces: tuple = pieces) -> Scores:
             scores = jax.lax.map(lambda piece: score(base, params, *piece)[0], pieces)
             return jax.tree.map(lambda x: whole(x).reshape(rows, *x.shape[2:]), scores)
 
         with jax.named_scope("old_and_reference"):
-            if method.old == "always":
-                old = score_all(state.params if old_params is None else old_params)
-            else:
-                old = score_all(old_params) if method.old == "ratio" and old_params is not None else None
+            old = None
+            before = state.params if old_params is None else old_params
+            if method.old == "own_masks":
+                old = score_all(before, views_of(stream_key(state.key, OLD_MASK_STREAM, state.iteration), batch))
+            elif method.old == "always" or (method.old == "ratio" and old_params is not None):
+                old = score_all(before)
             ref = score_all(None) if method.needs_reference else None
-        constants = method.prepare(batch, old, ref)
+            current = score_all(state.params) if method.current else None
+        constants = method.constants(batch, old, ref, current)
 
         def losses_of(params: Any, index: jax.Array, piece: tuple, constants: Any) -> tuple[dict, dict]:
             key = jax.random.fold_in(stream_key(state.key, DROPOUT_STREAM, state.updates), index * microbatch_rows)
