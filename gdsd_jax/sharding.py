@@ -215,6 +215,21 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fitted_spec(mesh, axes, x.shape))
 
 
+def gathered(weights: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Parameters with these logical axes, whole along fsdp: for the product that reads them next.
+
+    A matrix that is cut along the axis that a product contracts makes the TPU compiler pass shards around in a loop,
+    which reads and writes the whole result once for each shard and adds partial sums in the result's dtype.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return weights
+    # First as they lie, and so in the gradient last: what is summed over the shards is scattered over them again.
+    weights = jax.lax.with_sharding_constraint(weights, fitted_spec(mesh, axes, weights.shape))
+    kept = ([n for n in _leading(mesh, RULES[a], s) if n != "fsdp"] for a, s in zip(axes, weights.shape, strict=True))
+    return jax.lax.with_sharding_constraint(weights, PartitionSpec(*(tuple(names) or None for names in kept)))
+
+
 def pieces(axis: str, size: int) -> int:
     """Into how many pieces the current mesh cuts a dimension of logical axis `axis`."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,4 +1,4 @@
-"""Splash attention against the plain path, with the kernel interpreted, and when it is chosen."""
+"""Attention kernels against the plain path, and when they are chosen: splash interpreted, cuDNN's call through XLA."""
 
 import dataclasses
 import functools
@@ -10,7 +10,16 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from gdsd_jax import sharding
-from gdsd_jax.denoiser import DenoiserConfig, hidden_states, init_base, ops, splash
+from gdsd_jax.denoiser import (
+    DenoiserConfig,
+    attention,
+    hidden_states,
+    init_base,
+    ops,
+    refresh_cache,
+    splash,
+    window_states_at,
+)
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.model import allowed_of
 from gdsd_jax.errors import UserError
@@ -106,14 +115,80 @@ def test_the_denoiser_under_recomputation(monkeypatch):
 def test_the_devices_decide():
     """The chips that a program is compiled for, not the machine that compiles, and only where the kernel is right."""
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    assert not splash.chosen(config)
+    assert attention.chosen(config) == "plain"
     tpu = AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
     mesh = AbstractMesh((1, 4, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=tpu)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert splash.chosen(config)
-        assert not splash.chosen(dataclasses.replace(config, attention="plain"))
-        assert not splash.chosen(dataclasses.replace(config, dtype="float32"))
-        assert not splash.chosen(dataclasses.replace(config, num_heads=4))
-    assert splash.chosen(dataclasses.replace(CONFIG, attention="splash"))
+        assert attention.chosen(config) == "splash"
+        for other in ({"attention": "plain"}, {"dtype": "float32"}, {"num_heads": 4}):
+            assert attention.chosen(dataclasses.replace(config, **other)) == "plain"
+    assert attention.chosen(dataclasses.replace(CONFIG, attention="splash")) == "splash"
     with pytest.raises(UserError, match="config.model.attention"):
         dataclasses.replace(CONFIG, attention="flash")
+
+
+@pytest.mark.parametrize(("capability", "kind"), [("9.0", "cudnn"), ("7.5", "plain"), ("gfx90a", "plain")])
+def test_gpus_attend_through_cudnn_where_it_has_the_kernel(monkeypatch, capability, kind):
+    class Device:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    assert attention.chosen(config) == kind
+    assert attention.chosen(CONFIG) == "plain"
+    assert attention.chosen(dataclasses.replace(config, hidden_size=24)) == "plain"
+
+
+@pytest.mark.parametrize(("length", "window"), [(41, None), (40, 7)])
+def test_the_call_for_cudnn_equals_the_plain_path(monkeypatch, length, window):
+    """Pads, grouped heads, odd lengths, blocks, and a window under a cache of which it sees a part."""
+    monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")
+    q, k, v, weight = arrays(2, length, 4, 2, head_dim=16)
+    real = left_padded(2, length)
+    if window is None:
+        blocks = allowed_of(Layout(size=8, clean=length), length, None)
+        plain = lambda *qkv: ops.attention(*qkv, real, jax.lax.Precision.HIGHEST, None, blocks)  # noqa: E731
+        call = lambda *qkv: attention.cudnn(*qkv, real, None, blocks)  # noqa: E731
+    else:
+        q, weight = q[:, :window], weight[:, :window]
+
+        def split(k, v):
+            return k[:, -window:], v[:, -window:], None
+
+        def plain(q, k, v):
+            cache = k[:, :-window].transpose(0, 2, 3, 1), v[:, :-window].swapaxes(1, 2), real[:, :-window]
+            return ops.attention(q, *split(k, v), jax.lax.Precision.HIGHEST, cache)
+
+        def call(q, k, v):
+            return attention.cudnn(q, *split(k, v), (k[:, :-window], v[:, :-window], real[:, :-window]))
+
+        real = real.at[:, -window:].set(True)
+    read = real[:, : q.shape[1], None, None] if window is None else True
+    both = [jax.vjp(f, q, k, v) for f in (call, plain)]
+    np.testing.assert_allclose(*(np.where(read, value, 0) for value, _ in both), atol=2e-6)
+    for found, expected in zip(*(pull(jnp.where(read, weight, 0)) for _, pull in both), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_cached_denoiser_under_the_call_for_cudnn(monkeypatch, shifted):
+    """A window whose tokens the cache has seen gives the states of the full pass, for either kind of logits."""
+    monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")
+    config = dataclasses.replace(CONFIG, attention="cudnn", num_layers=2, next_token_logits=shifted)
+    base = init_base(config, jax.random.key(0))
+    tokens, mask = jax.random.randint(jax.random.key(1), (2, 24), 0, 32), left_padded(2, 12)
+    start, size = jnp.int32(16), 4
+    # Under a prefix cache what lies before the block is frozen, under a dual one all that lies around it.
+    frozen, around = (start, None) if shifted else (None, (start, size))
+
+    @jax.jit
+    def both(base):
+        whole = hidden_states(dataclasses.replace(config, attention="plain"), base, None, tokens, prompt_mask=mask)
+        _, cache = refresh_cache(config, base, None, tokens, jnp.arange(2), around=around, prompt_mask=mask)
+        read = window_states_at(
+            config, base, None, tokens, cache, start=start, size=size, frozen=frozen, prompt_mask=mask
+        )
+        return read(jnp.arange(size)), whole[:, 16:20]
+
+    np.testing.assert_allclose(*both(base), atol=1e-4)

@@ -13,7 +13,7 @@ from gdsd_jax.errors import UserError
 REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 BLOCK_ORIGINS = ("sequence", "column")
-ATTENTION = ("auto", "plain", "splash")
+ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ class DenoiserConfig:
         log-normalisers are float32 in either case, and "float32" asks for full-precision matmuls on every platform.
       remat: what the backward pass recomputes: "none" keeps everything, "dots" keeps matmul outputs, "full" keeps
         only the residual stream between layers.
-      attention: "plain" is `ops.attention`, "splash" the TPU kernel, "auto" what fits the devices: see
-        `gdsd_jax.denoiser.splash.chosen`.
+      attention: "plain" is `ops.attention`, "splash" the kernel for TPUs, "cudnn" the one for NVIDIA GPUs, "auto" what
+        fits the devices: see `gdsd_jax.denoiser.attention.chosen`.
       layer_unroll: layers per iteration of the scan over layers. 1 compiles fastest and is right for deep models;
         `num_layers` removes the loop, which small models on a CPU like best.
     """

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from gdsd_jax.denoiser import ops, splash
+from gdsd_jax.denoiser import attention, ops, splash
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA, target_shapes
-from gdsd_jax.sharding import constrain
+from gdsd_jax.sharding import constrain, gathered
 
 # Logical names of the two axes of each matrix; `gdsd_jax.denoiser.logical_axes` hands them to whoever owns a mesh.
 KERNEL_AXES = {
@@ -39,10 +39,19 @@ def precision_of(config: DenoiserConfig) -> jax.lax.Precision:
 
 
 class KeyValues(NamedTuple):
-    """Keys (rotated) `[N, B, kv, K, T]` and values `[N, B, kv, T, K]`: N layers in front, kv heads of size K."""
+    """Keys (rotated) and values: N layers in front, kv heads of size K.
+
+    Plain attention takes them as `[N, B, kv, K, T]` and `[N, B, kv, T, K]`, cuDNN both as `[N, B, T, kv, K]`.
+    """
 
     keys: Any
     values: Any
+
+
+def adapter_axes(into: str, out: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Returns the logical names of the axes of A and of B beside a kernel with the axes `into` and `out`."""
+    rank = lambda other: "lora_rank" if other == "embed" else "lora_rank_split"  # noqa: E731
+    return (into, rank(into)), (rank(out), out)
 
 
 class Linear(nn.Module):
@@ -59,7 +68,7 @@ class Linear(nn.Module):
         dtype, precision = jnp.dtype(self.config.dtype), precision_of(self.config)
         kernel_init = nn.with_logical_partitioning(nn.initializers.normal(self.features[0] ** -0.5), self.axes)
         kernel = self.param("kernel", kernel_init, self.features, jnp.float32)
-        addends = []
+        kernel, addends = gathered(kernel.astype(dtype), self.axes), []
         if self.bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
             addends.append(self.param("bias", bias_init, self.features[1:], jnp.float32).astype(dtype))
@@ -67,11 +76,12 @@ class Linear(nn.Module):
             seen = x
             if dropout and self.adapter.dropout:
                 seen = nn.Dropout(self.adapter.dropout, deterministic=False, name="drop")(x)
-            a = self.get_variable("lora", "a").astype(dtype)
-            b = (self.adapter.alpha / self.adapter.rank * self.get_variable("lora", "b")).astype(dtype)
+            scales = {"a": 1.0, "b": self.adapter.alpha / self.adapter.rank}
+            factors = [(scale * self.get_variable("lora", n)).astype(dtype) for n, scale in scales.items()]
+            a, b = map(gathered, factors, adapter_axes(*self.axes))
             addends.append(ops.low_rank(seen, a, b, precision))
         # What remat="dots" keeps: the rounded sum, half as wide as the float32 product inside.
-        return checkpoint_name(ops.product_plus(x, kernel.astype(dtype), tuple(addends), precision), "product")
+        return checkpoint_name(ops.product_plus(x, kernel, tuple(addends), precision), "product")
 
 
 def linear_of(config: DenoiserConfig, name: str, adapter: LoRA | None) -> Linear:
@@ -128,13 +138,16 @@ class Layer(nn.Module):
             if at is not None:
                 x, h, rope = pick(x, at), pick(h, at), tuple(table[at] for table in rope)
             q = ops.rotate(heads("q", h), rope)
-            # The kernel wants as many queries as keys.
-            if splash.chosen(c) and cache is None and at is None:
+            kind, cached = attention.chosen(c), None if cache is None else (*cache, outside)
+            if kind == "splash" and cache is None and at is None:
+                # The kernel wants as many queries as keys.
                 mixed = splash.attention(q, k, v, real, layout=self.layout)
             else:
-                cached = None if cache is None else (*cache, outside)
                 allowed = None if self.layout is None else allowed_of(self.layout, k.shape[1], at)
-                mixed = ops.attention(q, k, v, real, precision_of(c), cached, allowed)
+                if kind == "cudnn":
+                    mixed = attention.cudnn(q, k, v, real, cached, allowed)
+                else:
+                    mixed = ops.attention(q, k, v, real, precision_of(c), cached, allowed)
             x = constrain(x + linear("o", mixed.reshape(*x.shape[:2], -1)), RESIDUAL_AXES)
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)
@@ -147,8 +160,9 @@ class Layer(nn.Module):
             x = constrain(x + linear("down", inner), RESIDUAL_AXES)
         if not self.keep:
             return x, None
-        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-        return x, KeyValues(k, v) if kept is None else KeyValues(k[..., kept], v[:, :, kept])
+        if kept is not None:
+            k, v = k[:, kept], v[:, kept]
+        return x, KeyValues(k, v) if kind == "cudnn" else KeyValues(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
 
 def allowed_of(layout: Layout, length: int, at: slice | Array | None) -> Bool[Array, "#B S T"]:
@@ -232,13 +246,7 @@ def init_base(config: DenoiserConfig, key: jax.Array) -> dict:
 def logical_axes(config: DenoiserConfig, lora: LoRA | None = None) -> Any:
     """Logical axis names of every parameter, as tuples in the structure of the base (or of the adapter's weights)."""
     if lora is not None:
-        rank = lambda other: "lora_rank" if other == "embed" else "lora_rank_split"  # noqa: E731
-        sides = {target: KERNEL_AXES[target] for target in lora.targets}
-        return {
-            "layers": {
-                target: {"a": ("layers", into, rank(into)), "b": ("layers", rank(out), out)}
-                for target, (into, out) in sides.items()
-            }
-        }
+        stacked = lambda factors: {name: ("layers", *axes) for name, axes in zip("ab", factors, strict=True)}  # noqa: E731
+        return {"layers": {target: stacked(adapter_axes(*KERNEL_AXES[target])) for target in lora.targets}}
     boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))

@@ -51,6 +51,13 @@ def rotate(x: Float[Array, "B T H K"], tables: tuple[Array, Array]) -> Float[Arr
     return (halves * cos + halves[..., ::-1, :] * sin).astype(x.dtype).reshape(x.shape)
 
 
+def over_rows(
+    x: Float[Array, "*B I"], y: Float[Array, "*B O"], precision: jax.lax.Precision
+) -> Float[Array, "I O"]:
+    """Returns `x^T y` in float32: where rows are cut over devices, their sums are then added in float32 too."""
+    return jnp.einsum("...i,...o->io", x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product_plus(
     x: Float[Array, "*B I"], w: Float[Array, "I O"], addends: tuple[Array, ...], precision: jax.lax.Precision
@@ -72,7 +79,7 @@ def _product_plus_forward(x: Array, w: Array, addends: tuple, precision: jax.lax
 
 def _product_plus_backward(precision: jax.lax.Precision, saved: tuple, g: Array) -> tuple[Array, Array, tuple]:
     x, w, biases = saved
-    of_w = jnp.einsum("...i,...o->io", x, g, precision=precision)
+    of_w = over_rows(x, g, precision).astype(w.dtype)
     of_addends = tuple(g if bias is None else jnp.sum(g, axis=tuple(range(g.ndim - bias.ndim))) for bias in biases)
     return jnp.dot(g, w.T, precision=precision), of_w, of_addends
 
@@ -95,9 +102,9 @@ def _low_rank_forward(x: Array, a: Array, b: Array, precision: jax.lax.Precision
 
 def _low_rank_backward(precision: jax.lax.Precision, saved: tuple, g: Array) -> tuple[Array, Array, Array]:
     x, inner, a, b = saved
-    over_rows = lambda narrow, wide: jnp.einsum("...r,...o->ro", narrow, wide, precision=precision)  # noqa: E731
     inner_g = jnp.dot(g, b.T, precision=precision)
-    return jnp.dot(inner_g, a.T, precision=precision), over_rows(inner_g, x).T, over_rows(inner, g)
+    of_a, of_b = over_rows(inner_g, x, precision).T.astype(a.dtype), over_rows(inner, g, precision).astype(b.dtype)
+    return jnp.dot(inner_g, a.T, precision=precision), of_a, of_b
 
 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)

@@ -7,6 +7,7 @@ K head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +16,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Bool, Float
 
 from gdsd_jax import sharding
-from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.layout import Layout
 
 LANES = 128
 # Tiles of queries and keys. A tile of float32 scores is at most 1 MiB, and the kernels keep a handful of them in VMEM.
 LARGEST_BLOCK = 512
-
-
-def chosen(config: DenoiserConfig) -> bool:
-    """Whether this denoiser attends through splash attention; "auto" asks the devices that the program is made for.
-
-    That is the current mesh, which may be of chips that this machine does not have, or else the default backend. Under
-    "auto" float32 stays on the plain path, whose products are exact, and so do heads that do not fill the lanes.
-    """
-    if config.attention != "auto":
-        return config.attention == "splash"
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return platform == "tpu" and config.dtype == "bfloat16" and config.head_dim % LANES == 0
 
 
 def padded_length(length: int) -> int:
@@ -65,17 +52,32 @@ def attention(
     arrays = [(query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), key, value]
     run = functools.partial(_local_attention, layout=layout, interpret=interpret)
 
+    def padded(*arrays: Array) -> list[Array]:
+        return [jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
+
+    return on_each_device(run, padded(*arrays), padded(segments))[:, :length]
+
+
+def on_each_device(
+    run: Callable[..., Array], arrays: Sequence[Float[Array, "B _ _ K"]], masks: Sequence[Array]
+) -> Float[Array, "B S H K"]:
+    """`run(query, key, value, *masks)`; where a mesh is set, on the rows and heads of each device.
+
+    Args:
+      arrays: queries `[B, S, H, K]`, keys and values `[B, T, kv, K]`.
+      masks: with rows in front.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
+        query, key, _ = arrays
         fit = functools.partial(sharding.fitted_spec, mesh)
         if fit(("heads",), key.shape[2:3]) != fit(("heads",), query.shape[2:3]):
             # Key/value heads that the tensor axis does not divide: every query head gets a copy of its own.
-            arrays[1:] = [jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value)]
+            arrays = [query, *(jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in arrays[1:])]
         specs = [fit(("rows", "tokens", "heads", "head_dim"), x.shape) for x in arrays]
-        specs.append(fit(("rows", "tokens"), segments.shape))
+        specs += [fit(("rows", *["tokens"] * (x.ndim - 1)), x.shape) for x in masks]
         run = jax.shard_map(run, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
-    padded = [jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2)) for x in (*arrays, segments)]
-    return run(*padded)[:, :length]
+    return run(*arrays, *masks)
 
 
 class _LayoutMask(splash_attention_mask._ComputableMask):

@@ -1,0 +1,87 @@
+"""Which attention a program uses, and cuDNN's fused one for NVIDIA GPUs. B rows, T tokens, H heads, K head size.
+
+    plain    `ops.attention`, on every platform and in every dtype
+    splash   the kernel for TPUs, see `splash`
+    cudnn    flash attention of cuDNN, for whole sequences and for windows under a cache
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gdsd_jax.denoiser.config import DenoiserConfig
+from gdsd_jax.denoiser.splash import LANES, on_each_device
+
+# For `jax.nn.dot_product_attention`; tests on a CPU put "xla" here.
+IMPLEMENTATION = "cudnn"
+# What cuDNN asks for: a GPU of this generation or a newer one, and head sizes that are multiples of 8 up to 128.
+_CAPABILITY, _LARGEST_HEAD = 8, 128
+
+
+def chosen(config: DenoiserConfig) -> str:
+    """The name of the attention of a denoiser; "auto" asks the devices that the program is made for.
+
+    Those are the devices of the current mesh, which may be of chips that this machine does not have, or else the
+    default backend's. Under "auto" float32 stays on the plain path, whose products are exact, and so do heads that a
+    kernel does not take.
+    """
+    if config.attention != "auto":
+        return config.attention
+    if config.dtype != "bfloat16":
+        return "plain"
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform == "tpu" and config.head_dim % LANES == 0:
+        return "splash"
+    if platform in ("gpu", "cuda") and config.head_dim % 8 == 0 and config.head_dim <= _LARGEST_HEAD and _flash():
+        return "cudnn"
+    return "plain"
+
+
+def _flash() -> bool:
+    """Tells whether the GPUs of this machine are ones for which cuDNN has flash attention."""
+    # AMD's say something like gfx90a.
+    major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
+    return major.isdigit() and minor.isdigit() and int(major) >= _CAPABILITY
+
+
+def cudnn(
+    query: Float[Array, "B S H K"],
+    key: Float[Array, "B T kv K"],
+    value: Float[Array, "B T kv K"],
+    real: Bool[Array, "#B T"] | None,
+    cached: tuple[Float[Array, "B C kv K"], Float[Array, "B C kv K"], Bool[Array, "#B C"] | None] | None = None,
+    allowed: Bool[Array, "#B S T"] | None = None,
+) -> Float[Array, "B S H K"]:
+    """As `ops.attention`, but cached keys and values have their heads behind the tokens; the softmax is float32."""
+    masks = [None if real is None else real[:, None], allowed]
+    if cached is not None:
+        more = cached[0].shape[1]
+        masks = [None if mask is None else _pad(mask, -1, more, True) for mask in masks]
+        if cached[2] is not None:
+            masks.append(jnp.pad(cached[2][:, None], ((0, 0), (0, 0), (key.shape[1], 0)), constant_values=True))
+        key, value = (jnp.concatenate(pair, axis=1) for pair in zip((key, value), cached[:2], strict=True))
+    masks = [mask for mask in masks if mask is not None]
+    if not masks:
+        return on_each_device(_kernel, [query, key, value], [])
+    (rows, length), total = query.shape[:2], key.shape[1]
+    seen = functools.reduce(jnp.logical_and, masks)
+    # The kernel with a mask wants even lengths for its gradient.
+    query, key, value = (_pad(x, 1, x.shape[1] % 2) for x in (query, key, value))
+    seen = _pad(_pad(jnp.broadcast_to(seen, (rows, length, total)), 1, length % 2), 2, total % 2)
+    return on_each_device(_kernel, [query, key, value], [seen])[:, :length]
+
+
+def _pad(x: Array, axis: int, count: int, value: bool = False) -> Array:
+    """Appends `count` places of one value along an axis."""
+    return jnp.pad(x, [(0, count if n == axis % x.ndim else 0) for n in range(x.ndim)], constant_values=value)
+
+
+def _kernel(query: Array, key: Array, value: Array, seen: Array | None = None) -> Array:
+    """The kernel on one device's rows and heads; `seen` `[B, S, T]`."""
+    mask = None if seen is None else seen[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=IMPLEMENTATION)
