@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gdsd_jax import hub
-from gdsd_jax.denoiser import denoise
+from gdsd_jax.denoiser import denoise, logits_from_hidden, noisy_states_at
 
 GOLDEN = Path(os.environ.get("GDSD_GOLDEN_MODELS2", Path(__file__).parent / "golden" / "models2"))
 TOLERANCE = 1e-4
@@ -74,3 +74,19 @@ def test_logits_under_block_causal_attention(name):
     for key, logits in arrays(name, "logits_blockcausal").items():
         found = compute(raw(config, block_size=int(key.removeprefix("logits_block"))), base, None, tokens)
         np.testing.assert_allclose(found, logits, atol=TOLERANCE, err_msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_a_noisy_copy_behind_a_clean_one(name):
+    config, base = load(name)
+    inputs, wanted = arrays(name, "inputs_train_blockdiff"), arrays(name, "logits_train_blockdiff")
+    model = raw(config, block_size=CHECKS[name]["train_block_size"])
+
+    @jax.jit
+    def noisy(base, clean, noisy):
+        read = noisy_states_at(model, base, None, clean, noisy, length=clean.shape[1])
+        return logits_from_hidden(model, base, read(None))
+
+    found = noisy(base, inputs["x0"], inputs["xt"])
+    np.testing.assert_allclose(found, wanted["logits_noisy_half"], atol=TOLERANCE)
+    np.testing.assert_allclose(compute(model, base, None, inputs["x0"]), wanted["logits_clean_half"], atol=TOLERANCE)

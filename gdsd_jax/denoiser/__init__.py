@@ -1,5 +1,6 @@
 """The masked denoiser: pure functions over plain pytrees, for every model family."""
 
+from gdsd_jax.denoiser.blocks import noisy_states_at
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.forward import (
     Read,
@@ -28,6 +29,7 @@ __all__ = [
     "init_lora",
     "logical_axes",
     "logits_from_hidden",
+    "noisy_states_at",
     "pick",
     "refresh_cache",
     "repeated",

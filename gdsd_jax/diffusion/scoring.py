@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, ops
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, noisy_states_at, ops
 from gdsd_jax.sharding import constrain
 
 DEFAULT_CHUNK = 16384
@@ -67,10 +67,15 @@ def read_views(
     length = views.weights.shape[-1]
     # The passes of a row stand together, and so on one device.
     noisy = jnp.where(jnp.moveaxis(views.masked, 0, 1), config.mask_token_id, tokens[:, None])
+    noisy = noisy.reshape(rows * passes, total)
     repeated_mask = None if prompt_mask is None else jnp.repeat(prompt_mask, passes, axis=0)
-    read = hidden_states_at(
-        config, base, lora, noisy.reshape(rows * passes, total), prompt_mask=repeated_mask, dropout_key=dropout_key
-    )
+    given = {"prompt_mask": repeated_mask, "dropout_key": dropout_key}
+    if config.block_size is None:
+        read = hidden_states_at(config, base, lora, noisy, **given)
+    else:
+        # Under block-causal attention a block is masked behind clean ones.
+        clean = jnp.repeat(tokens, passes, axis=0)
+        read = noisy_states_at(config, base, lora, clean, noisy, length=length, **given)
     hidden = jnp.moveaxis(read(slice(total - length, total)).reshape(rows, passes, length, -1), 1, 0)
     masked = views.masked[:, :, total - length :, None]
     selected = []
