@@ -189,12 +189,14 @@ CONTAINED = {
     "trace": (
         "import ctypes, os\ndef f(): return [ctypes.CDLL(None).ptrace(16, int(n), 0, 0) for n in os.listdir('/proc') "
         "if n.isdigit() and int(n) != os.getpid()]",
-        "assert set(f()) == {-1}", (PASSED,),
+        "assert set(f()) <= {-1}", (PASSED,),
     ),
     "kill of process 1": (
-        "import os\ndef f():\n    os.kill(1, 9)\n    return os.getppid()", "assert f() == 1", (PASSED,)
+        "import os\ndef f():\n    try:\n        os.kill(1, 9)\n    except OSError:\n        pass\n"
+        "    return os.getppid()",
+        "assert f() == 1", (PASSED,),
     ),
-    "kill of all": ("import os\ndef f(): os.kill(-1, 9)", "f()", ENDED),
+    "kill of all": ("import os\ndef f(): os.kill(-1, 9)", "f()", (*ENDED, PASSED)),
     "kill of its group": ("import os\ndef f(): os.killpg(0, 9)", "f()", ENDED),
     "stopped tester": (
         "import os\ndef f():\n    for n in os.listdir('/proc'):\n"
@@ -221,8 +223,7 @@ CHEATS = {
     "verdict printed": "print('passed', flush=True)\nprint([0], flush=True)\n" + _ANSWER,
     "verdict on every descriptor": (
         "import os\nfor n in range(1024):\n    try:\n        os.write(n, b'\\0' * 64)\n"
-        "    except OSError:\n        pass\n"
-        + _ANSWER
+        "    except OSError:\n        pass\n" + _ANSWER
     ),
     "verdict as protocol": (
         "import os, pickle, struct\ndata = pickle.dumps(('value', 2, ()))\nfor n in range(3, 1024):\n    try:\n"

@@ -11,6 +11,7 @@ Linux only: the memory limit reads /proc.
 
 import atexit
 import dataclasses
+import fcntl
 import functools
 import importlib
 import json
@@ -19,6 +20,7 @@ import operator
 import os
 import queue
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -200,6 +202,7 @@ def serve(descriptor: str, seconds: str, megabytes: str, imports: str) -> None:
     """Answers requests until the other side is gone. A request gets two replies: imported, and scored."""
     connection, allowance = Connection(int(descriptor)), int(megabytes) * 2**20
     signal.signal(signal.SIGVTALRM, _interrupt)
+    _end_with(connection)
     functions: dict[tuple[str, str], Score] = {}
     limit = 0
 
@@ -228,6 +231,23 @@ def serve(descriptor: str, seconds: str, megabytes: str, imports: str) -> None:
         result["seconds"] = time.process_time() - start
         # Libraries keep what they have seen; a worker goes long before that takes an item its memory.
         reply(**result, worn=_size() > limit - allowance // 2)
+
+
+def _end_with(connection: Connection) -> None:
+    """Ends this process when the other side of the connection closes, in the middle of an item too.
+
+    The kernel says so by a signal: a process that is killed cannot, and an item may wait for minutes.
+    """
+    poller = select.poll()
+    poller.register(connection, select.POLLRDHUP)
+
+    def look(number: int, frame: object) -> None:
+        if poller.poll(0):
+            os._exit(1)
+
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(connection, fcntl.F_SETFL, fcntl.fcntl(connection, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _call(function: Score, item: tuple, seconds: float) -> dict[str, Any]:

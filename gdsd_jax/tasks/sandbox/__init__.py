@@ -3,16 +3,17 @@
 `judge` is all that callers need. A program and its tests run in namespaces of their own, made by bubblewrap (`bwrap`)
 or, where that is absent or fails, by `unshare` of util-linux: no network (not even a loopback), the system's programs
 and libraries read-only and nothing else of the machine's files, a small private `/tmp`, an environment of four
-variables, limits on time, memory, processes, files and disk, and every process ended after every test. Started as root,
-the sandbox first becomes a user without rights, whom the process limit binds. `gdsd_jax.tasks.sandbox.guest` is
-what runs inside.
+variables, a filter of system calls, limits on time, memory, processes, files and disk, and every process ended after
+every test. Started as root, the sandbox first becomes three users without rights: process 1, testers and programs.
+The modules of `sandbox.guest` are what runs inside.
 
-What a verdict is worth. Tests and program run in two processes, and only the one that runs the tests can report: a
-program that patches `assert` or builtins, exits, prints or kills does not pass. What the program returns is compared as
-plain data, so an `__eq__` of its own does not count against a value of the test. Not guaranteed: a test that asks an
-object of the program for the decision (`assert answer.is_right()`), or that compares two of its objects, believes it;
-programs see the arguments they are called with; there is the standard library and nothing more; tests cannot hand over
-functions or classes of their own. A kernel bug is out of scope, as for every namespace sandbox.
+What a verdict is worth. Tests and program run in two processes, and only the one that runs the tests can report. What
+the program returns arrives there as bytes, is read as plain data and compared by that process with its own types; any
+other object of the program can be called and asked, but equals nothing of the test. `docs/tasks.md` has the threat
+model: what is promised and what is not.
+
+A sandbox serves many programs. Its own limits are compared before each test, and an honest program is judged when it
+starts and after every program that had to be ended; where that does not pass, sandbox and verdicts are made anew.
 
 The programs run under worker processes (`gdsd_jax.tasks.workers`): started afresh, without JAX, replaced when they die.
 """

@@ -3,27 +3,34 @@
 import functools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from gdsd_jax.tasks.sandbox.guest import confine, main, objects
+from gdsd_jax.tasks.sandbox import launch
+from gdsd_jax.tasks.sandbox.guest import confine, main, program, syscalls, tester, wire
 
 BACKENDS = ("bwrap", "unshare")
 UNSAFE = "none"
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
-_UNPRIVILEGED = 64321  # a user and group id that no system gives away
+_FIRST_USER = 64321  # of three user and group ids that no system gives away
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _MOUNTED = "/mnt"
+_DEVICES = ["--tmpfs", "/dev", "--symlink", "/proc/self/fd", "/dev/fd"]
+_DEVICES += [word for name in ("null", "random", "urandom") for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
 # Runs SETTINGS NAME SOURCE ...: the sources as modules, of which the last has `main`. Programs do not see the modules.
 _START = """
 import json, sys, types
 settings, *named = sys.argv[1:]
+package = types.ModuleType(named[0].rpartition(".")[0])
+sys.modules[package.__name__] = package
 for name, source in zip(named[::2], named[1::2]):
     sys.modules[name] = module = types.ModuleType(name)
     exec(compile(source, name, "exec"), vars(module))
-for name in named[::2]:
+    setattr(package, name.rpartition(".")[2], module)
+for name in (package.__name__, *named[::2]):
     del sys.modules[name]
 del sys.argv[1:]
 module.main(json.loads(settings))
@@ -32,7 +39,7 @@ module.main(json.loads(settings))
 
 def executables(backend: str) -> list[str]:
     """Executables that a back end needs."""
-    return [backend, *(["unshare", "setpriv", "mount"] if os.geteuid() == 0 else [])]
+    return [backend]
 
 
 def command(backend: str, settings: Mapping) -> list[str]:
@@ -40,30 +47,30 @@ def command(backend: str, settings: Mapping) -> list[str]:
     name = Path(sys.executable).resolve().relative_to(Path(sys.base_prefix).resolve())
     base = prefix() if backend != UNSAFE else sys.base_prefix
     sources = [
-        text for module in (objects, confine, main) for text in (module.__name__, Path(module.__file__).read_text())
+        text
+        for module in (wire, tester, program, syscalls, confine, main)
+        for text in (module.__name__, Path(module.__file__).read_text())
     ]
     python = [f"{base}/{name}", "-I", "-S", "-c", _START, json.dumps(settings), *sources]
     if backend == UNSAFE:
         return python
+    root = os.geteuid() == 0
     if backend == "bwrap":
-        inner = ["bwrap", "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-        inner += ["--uid", "0", "--gid", "0", "--cap-add", "ALL", "--as-pid-1", "--die-with-parent", "--new-session"]
+        inner = ["bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1"]
+        inner += [] if root else ["--unshare-user", "--uid", "0", "--gid", "0"]
+        inner += ["--cap-add", "ALL", "--die-with-parent", "--new-session"]
         for path, link in read_only():
             inner += ["--ro-bind", path, path] if link is None else ["--symlink", link, path]
-        inner += ["--proc", "/proc", "--dev", "/dev", "--dir", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
+        inner += ["--proc", "/proc", *_DEVICES, "--dir", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
     elif backend == "unshare":
-        inner = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--ipc", "--uts", "--cgroup"]
-        inner += ["--fork", "--kill-child"]
+        inner = ["unshare", *([] if root else ["--user", "--map-root-user"])]
+        inner += ["--mount", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child"]
     else:
         raise ValueError(f"no back end {backend!r}")
-    inner += python
-    if os.geteuid() != 0:
-        return inner
-    # The interpreter may live where only root can look: bind it, in a mount namespace, to a place that all can read.
-    identity = [f"--reuid={_UNPRIVILEGED}", f"--regid={_UNPRIVILEGED}", "--clear-groups", "--inh-caps=-all"]
-    script = 'mount --bind "$0" "$1" && shift && exec setpriv "$@"'
-    outer = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, sys.base_prefix, _MOUNTED]
-    return [*outer, *identity, *inner]
+    if root:
+        outer = [sys.executable, "-I", "-S", launch.__file__, sys.base_prefix, _MOUNTED, str(_FIRST_USER)]
+        return [*outer, shutil.which(inner[0]) or inner[0], *inner[1:], *python]
+    return [*inner, *python]
 
 
 def prefix() -> str:

@@ -9,9 +9,12 @@ PROBE = """
 import ctypes, errno, os, socket, time
 
 def connects(family, address):
-    with socket.socket(family) as client:
-        client.settimeout(0.3)
-        return client.connect_ex(address) == 0
+    try:
+        with socket.socket(family) as client:
+            client.settimeout(0.3)
+            return client.connect_ex(address) == 0
+    except OSError:
+        return False
 
 def exists(path):
     return os.path.exists(path)
@@ -68,9 +71,33 @@ def privileges():
 def namespaces():
     return ctypes.CDLL(None).unshare(0x10000000)
 
+def refuses(call, *arguments):
+    try:
+        return call(*arguments) in (-1, None)
+    except (OSError, ValueError):
+        return True
+
 def kill_parent():
-    os.kill(os.getppid(), 9)
+    refuses(os.kill, os.getppid(), 9)
     return os.getppid()
+
+def harm_parent():
+    import resource
+    held = [
+        refuses(resource.prlimit, 1, resource.RLIMIT_FSIZE, (0, 0)),
+        refuses(lambda: open("/proc/1/oom_score_adj", "w").write("1000")),
+        refuses(lambda: open("/proc/sys/kernel/pid_max", "w").write("400")),
+        refuses(os.setpriority, os.PRIO_PROCESS, 1, 19),
+    ]
+    refuses(os.kill, 1, 2)
+    return all(held)
+
+def kernel():
+    call = ctypes.CDLL(None).syscall
+    held = [refuses(socket.socket, family) for family in (2, 10, 16, 17, 38, 40)]
+    held += [refuses(lambda: call({"x86_64": 250, "aarch64": 219}[os.uname().machine], 0, -3, 1))]
+    held += [refuses(os.memfd_create, "held"), refuses(__import__("fcntl").flock, os.open("/usr/bin", 0), 1)]
+    return all(held)
 """
 
 
@@ -93,5 +120,6 @@ def probes(port: int, secret: str, limits: Limits) -> dict[str, tuple[str, Verdi
         "number of files": (f"assert fill(2 * {limits.files}, 0) == 'ENOSPC'", passed),
         "time": ("spin()", Verdict.TIMED_OUT),
         "privileges": ("assert privileges() == [0, 0, 0, 1] and namespaces() != 0", passed),
-        "process 1": ("assert kill_parent() == 1", passed),
+        "process 1": ("assert kill_parent() == 1 and harm_parent()", passed),
+        "calls of the kernel": ("assert kernel()", passed),
     }

@@ -4,18 +4,18 @@ import dataclasses
 import enum
 from typing import NamedTuple
 
-from gdsd_jax.tasks.sandbox.guest import objects
+from gdsd_jax.tasks.sandbox.guest import tester
 
 
 class Verdict(enum.IntEnum):
     """What became of one test."""
 
-    PASSED = objects.PASSED
-    FAILED = objects.FAILED
-    TIMED_OUT = objects.TIMED_OUT
-    OUT_OF_MEMORY = objects.OUT_OF_MEMORY
-    CRASHED = objects.CRASHED
-    REFUSED = objects.CRASHED + 1  # the sandbox did not come up for it
+    PASSED = tester.PASSED
+    FAILED = tester.FAILED
+    TIMED_OUT = tester.TIMED_OUT
+    OUT_OF_MEMORY = tester.OUT_OF_MEMORY
+    CRASHED = tester.CRASHED
+    REFUSED = tester.CRASHED + 1  # the sandbox did not come up for it
 
 
 class Program(NamedTuple):
@@ -24,11 +24,14 @@ class Program(NamedTuple):
     source: Python; executed afresh before each test, whose names are the program's, the tests' and the builtins.
     tests: Python statements; one that runs to its end has passed.
     shadowed: names under which the program may replace a builtin in the tests (a tested function named `sum`).
+    imports: import statements that run before each test, in the tests' own process (`test_imports` of MBPP); what they
+      name is never the program's. A module of the standard library that a test uses without importing it is safe too.
     """
 
     source: str
     tests: tuple[str, ...]
     shadowed: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

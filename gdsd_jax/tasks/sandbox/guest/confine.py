@@ -1,50 +1,85 @@
-"""What a process inside a sandbox can see and do: mounts, namespaces and capabilities. Standard library only."""
+"""What a process inside a sandbox sees and can do: mounts, namespaces, keys, users. Standard library only."""
 
 import ctypes
 import os
+import signal
 import struct
+
+from gdsd_jax.tasks.sandbox.guest import syscalls
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-_CLONE_NEWNET, _CLONE_NEWIPC = 0x40000000, 0x08000000
-_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_MS_NOEXEC = 8
+_CLONE_NEWNET = 0x40000000
+_PIVOT_ROOT, _KEYCTL = {"x86_64": 155, "aarch64": 41}, {"x86_64": 250, "aarch64": 219}
+_JOIN_SESSION_KEYRING = 1
+_made = None  # when /tmp was mounted: its time of change as long as nothing was written there
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 24, 38, 47
 
 
 def enter(settings):
+    """Takes process 1 out of what it came from, and from what it could be told to do by signals."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a signal that process 1 does not handle cannot be sent from inside
     if settings["backend"] != "none":
         if settings["backend"] == "unshare":
             _build_root(settings["read_only"])
-        _mount("proc", "/tmp", "proc", _MS_NOSUID | _MS_NODEV)
-        with open("/tmp/sys/user/max_user_namespaces", "w") as file:
+        _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2")
+        with open("/proc/sys/user/max_user_namespaces", "w") as file:
             file.write("0")  # no capabilities by another user namespace, and so no mounts of a program's own
+        _read_only("/proc")
         _check(_LIBC.unshare(_CLONE_NEWNET), "network namespace")  # one whose loopback is down
-        renew(settings)
+        # The keys of whoever started the sandbox are in the session keyring; kernels without keys refuse, rightly.
+        _LIBC.syscall(_KEYCTL[os.uname().machine], _JOIN_SESSION_KEYRING, None)
+        _mount_tmp(settings)
+        _give_up_for_all()
     _check(_LIBC.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "not dumpable")
 
 
 def renew(settings):
-    """An empty /tmp in place of what is mounted there, and no System V segments or message queues."""
+    """Puts an empty /tmp in place of one that was written to."""
+    global _made
+    if os.stat("/tmp").st_ctime_ns == _made:
+        return
     os.chdir("/")
     _check(_LIBC.umount2(b"/tmp", 2), "umount")
+    _mount_tmp(settings)
+
+
+def _mount_tmp(settings):
+    global _made
     options = f"size={settings['disk_bytes']},nr_inodes={settings['files']},mode=1777"
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, options)
-    _check(_LIBC.unshare(_CLONE_NEWIPC), "IPC namespace")
     os.chdir("/tmp")
+    _made = os.stat("/tmp").st_ctime_ns
 
 
-def give_up_privileges():
-    _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    _check(_LIBC.prctl(_PR_CAP_AMBIENT, 4, 0, 0, 0), "ambient capabilities")
+def _give_up_for_all():
+    """Gives up here, once, what process 1 and all that it starts do without: new privileges, and most system calls."""
     capability = 0
     while _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1
+    _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    syscalls.install(syscalls.assemble())
+
+
+def give_up_privileges(user, seen):
+    """Leaves this process a user of its own (None: the one it has) and no capability.
+
+    Its memory and descriptors stay out of reach of other processes unless they may be `seen`.
+    """
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    _check(_LIBC.prctl(_PR_CAP_AMBIENT, 4, 0, 0, 0), "ambient capabilities")
+    _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
     _check(_LIBC.capset(header, none), "capabilities")
+    _check(_LIBC.prctl(_PR_SET_DUMPABLE, int(seen), 0, 0, 0), "dumpable")
 
 
 def _build_root(read_only):
-    """A root of read-only system directories, four devices and /proc, in place of the one that this process has."""
+    """A root of read-only system directories, three devices and /proc, in place of the one that this process has."""
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     for source, link in read_only:
@@ -55,20 +90,33 @@ def _build_root(read_only):
             continue
         os.mkdir(target)
         _mount(source, target, None, _MS_BIND | _MS_REC)
-        inherited = os.statvfs(target).f_flag & 0xC0F
-        _mount(None, target, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | inherited)
+        for each in _mounted(target):
+            _read_only(each)
     for name in ("dev", "proc", "tmp"):
         os.mkdir(f"/tmp/{name}")
-    for name in ("null", "zero", "random", "urandom"):
+    for name in ("null", "random", "urandom"):
         os.close(os.open(f"/tmp/dev/{name}", os.O_CREAT, 0o644))
         _mount(f"/dev/{name}", f"/tmp/dev/{name}", None, _MS_BIND)
+    os.symlink("/proc/self/fd", "/tmp/dev/fd")
     _mount("proc", "/tmp/proc", "proc", _MS_NOSUID | _MS_NODEV)
     os.chdir("/tmp")
     number = _PIVOT_ROOT[os.uname().machine]
     _check(_LIBC.syscall(number, b".", b"."), "pivot_root")
     _check(_LIBC.umount2(b".", 2), "umount of the old root")
     os.chdir("/")
-    _mount(None, "/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+    _read_only("/")
+
+
+def _mounted(top):
+    """Returns the mount points at a path and below it."""
+    with open("/proc/self/mountinfo") as file:
+        paths = [line.split()[4].encode().decode("unicode_escape").encode("latin-1").decode() for line in file]
+    return [path for path in dict.fromkeys(paths) if path == top or path.startswith(f"{top}/")]
+
+
+def _read_only(path):
+    inherited = os.statvfs(path).f_flag & 0xC0F
+    _mount(None, path, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | inherited)
 
 
 def _mount(source, target, kind, flags, options=None):

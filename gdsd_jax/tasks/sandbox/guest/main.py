@@ -5,10 +5,11 @@ output, in frames (4 bytes of length, then that many bytes). An item is a header
 test and the program; its answer is the list of verdicts. For each test process 1 forks
 
 - the tester, which reads the test, runs it and reports a verdict over a pipe that only it and process 1 hold, and
-- the program, which never reads a test and never shares an interpreter with one (`guest.objects`).
+- the program, which never reads a test and never shares an interpreter with one (`guest.tester`).
 
-Neither can be traced, both are without privileges.
-After each test process 1 kills whatever else there is; after each item it empties /tmp and renews the IPC namespace.
+Neither can be traced, both are without privileges and under a filter of system calls; where the sandbox has more than
+one user, each is another one. After each test process 1 kills whatever else there is and looks whether its own limits
+are as they were; after each item it empties /tmp. It ends, and all with it, when the other side of its socket closes.
 Process 1 itself reads neither tests nor programs, so that no later program finds them in its memory.
 """
 
@@ -22,10 +23,15 @@ import struct
 import time
 
 from gdsd_jax.tasks.sandbox.guest.confine import enter, give_up_privileges, renew
-from gdsd_jax.tasks.sandbox.guest.objects import CRASHED, OUT_OF_MEMORY, TIMED_OUT, exactly, run_test, serve
+from gdsd_jax.tasks.sandbox.guest.program import serve
+from gdsd_jax.tasks.sandbox.guest.tester import CRASHED, OUT_OF_MEMORY, TIMED_OUT, run_test
+from gdsd_jax.tasks.sandbox.guest.wire import exactly
 
 _ALONE = os.getpid() == 1  # every other process that is seen from here belongs to the sandbox
 _POLL_SECONDS = 0.02
+_SOCKET_BYTES = (
+    212992  # what the kernel lets a socket have on its way, where its size is not set (net.core.wmem_default)
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,75 +41,99 @@ _POLL_SECONDS = 0.02
 def main(settings):
     """Builds the rest of the sandbox, then judges items until standard input ends."""
     enter(settings)
+    limits = _own_limits()
     while True:
         try:
             header = json.loads(_frame(0))
         except EOFError:
             return
-        verdicts = json.dumps([_judge(header["shadowed"], settings) for _ in range(header["tests"])]).encode()
+        verdicts = []
+        for _ in range(header["tests"]):
+            verdicts.append(_judge(header, settings))
+            if _own_limits() != limits:
+                return  # somebody changed them: what comes next would be judged under other limits
         if settings["backend"] != "none":
             renew(settings)
-        os.write(1, struct.pack("!I", len(verdicts)) + verdicts)
+        answer = json.dumps(verdicts).encode()
+        os.write(1, struct.pack("!I", len(answer)) + answer)
 
 
-def _judge(shadowed, settings):
-    """The verdict of the next test on standard input."""
+def _own_limits():
+    names = [name for name in vars(resource) if name.startswith("RLIMIT_")]
+    return {name: resource.getrlimit(getattr(resource, name)) for name in names}, os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def _judge(header, settings):
+    """Returns the verdict of the next test on standard input."""
     tester_end, program_end = socket.socketpair()
     report, write_report = os.pipe()
-    ready, write_ready = os.pipe()
-    arguments = (write_ready, settings["rlimits"])
-    tester = _fork(_tester, tester_end, *arguments, write_report, shadowed)
+    tester = _fork(_tester, settings, tester_end, write_report, header["shadowed"])
     os.close(write_report)
-    os.read(ready, 1)  # the tester has read its test: the program does not find it on standard input
-    program = _fork(_program, program_end, *arguments)
-    os.read(ready, 1)
+    program = _fork(_program, settings, program_end)
     start = time.monotonic()
     for each in (tester_end, program_end):
         each.close()
-    for descriptor in (ready, write_ready):
-        os.close(descriptor)
     verdict = None
     while verdict is None:
-        if select.select([report], [], [], _POLL_SECONDS)[0]:
+        if _readable(report, _POLL_SECONDS, tester, program):
             verdict = int.from_bytes(os.read(report, 1) or bytes([CRASHED]), "big")
-        elif time.monotonic() - start > settings["seconds"]:
+        elif time.monotonic() - start > header["seconds"]:
             verdict = TIMED_OUT
-        elif _ALONE and _resident_bytes() > settings["total_bytes"]:
+        elif _ALONE and _used_bytes() > settings["total_bytes"]:
             verdict = OUT_OF_MEMORY
     os.close(report)
     ended_by = _kill(tester, program).get(program)
     return TIMED_OUT if verdict == CRASHED and ended_by == signal.SIGXCPU else verdict
 
 
-def _fork(function, *arguments):
-    """Runs the function in a new process, which ends without returning into the code of process 1."""
+def _fork(function, settings, *arguments):
+    """Runs the function in a new process, which never returns into the code of process 1, and waits for its text."""
+    ready, write_ready = os.pipe()
     process = os.fork()
     if process == 0:
         try:
             os.setsid()  # a signal to its group must not reach what started the sandbox
-            function(*arguments)
+            function(write_ready, settings, *arguments)
         finally:
             os._exit(1)
+    os.close(write_ready)
+    _readable(ready, None, process)
+    # Without the text off standard input, the next process would take it for its own.
+    if not os.read(ready, 1):
+        os._exit(1)
+    os.close(ready)
     return process
 
 
-def _tester(connection, write_ready, rlimits, write_report, shadowed):
-    test = _text_frame(write_ready, rlimits, connection.fileno(), write_report)
+def _readable(descriptor, seconds, *processes):
+    """Waits for something to read, at most this long. Ends everything where the other side of the sandbox is gone."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    poller.register(0, select.POLLRDHUP)
+    found = dict(poller.poll(None if seconds is None else 1000 * seconds))
+    if 0 in found:
+        _kill(*processes)
+        os._exit(1)
+    return descriptor in found
+
+
+def _tester(write_ready, settings, connection, write_report, shadowed):
+    test = _text(write_ready, settings, "tester", connection.fileno(), write_report)
     os.write(write_report, bytes([run_test(test, shadowed, connection)]))
 
 
-def _program(connection, write_ready, rlimits):
-    serve(_text_frame(write_ready, rlimits, connection.fileno()), connection)
+def _program(write_ready, settings, connection):
+    serve(_text(write_ready, settings, "program", connection.fileno()), connection)
 
 
-def _text_frame(write_ready, rlimits, *keep):
+def _text(write_ready, settings, kind, *keep):
     """What a forked process reads: then it says so, is left with these descriptors alone, and without privileges."""
     text = _frame(0).decode("utf-8", "surrogatepass")
     os.write(write_ready, b"r")
     _silence(keep)
-    for name, value in rlimits.items():
+    for name, value in settings["rlimits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
-    give_up_privileges()
+    give_up_privileges(settings["users"].get(kind), seen=kind == "program")
     return text
 
 
@@ -124,8 +154,8 @@ def _kill(*processes):
         processes = [other for other in processes if other != process]
 
 
-def _resident_bytes():
-    """Memory of all processes here and of System V segments, which belong to no process."""
+def _used_bytes():
+    """Memory of all processes here, and what the unix sockets that they hold open may have waiting at most."""
     pages = 0
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -134,9 +164,9 @@ def _resident_bytes():
                     pages += int(file.read().split()[1])
             except (OSError, IndexError):  # it has ended
                 continue
-    with open("/proc/sysvipc/shm") as file:
-        segments = [line.split() for line in file.readlines()[1:]]
-    return pages * resource.getpagesize() + sum(int(fields[-2]) for fields in segments)
+    with open("/proc/self/net/unix") as file:
+        sockets = sum(1 for _ in file) - 1
+    return pages * resource.getpagesize() + sockets * _SOCKET_BYTES
 
 
 def _silence(keep):

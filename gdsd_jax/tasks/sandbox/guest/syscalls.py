@@ -1,0 +1,112 @@
+"""The kernel's calls that nobody in a sandbox makes: a seccomp filter, assembled here. Standard library only.
+
+Process 1 puts itself under it, once, and so all that it starts: to do so in each costs more than a short test. It keeps
+mount and umount2, which it needs for /tmp and which nobody else has the capability for.
+
+Numbers below 424 are a closed list of each machine, on which everything is allowed but what `_REFUSED` names and what
+breaks a rule of `_RULES`. From 424 on Linux goes on adding, so there everything is refused but `_ALLOWED_NEW`.
+Classic BPF: an instruction is (code, jump if true, jump if false, operand) of 8 bytes (linux/filter.h).
+"""
+
+import ctypes
+import errno
+import os
+import struct
+
+# name: its numbers on x86_64 and on aarch64; None where a machine has no such call.
+_REFUSED = {
+    # Processes and limits of others
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
+    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    # Keys
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    # Memory that no process is charged for
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193),
+    "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188),
+    "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181), "vmsplice": (278, 75),
+    "remap_file_pages": (216, 234), "io_setup": (206, 0), "mbind": (237, 235), "set_mempolicy": (238, 237),
+    # Marks and watches on the machine's own files
+    "flock": (73, 32), "inotify_init": (253, None), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
+    "fanotify_init": (300, 262), "fanotify_mark": (301, 263), "lookup_dcookie": (212, 18),
+    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    # The kernel itself, and what nobody needs who computes
+    "unshare": (272, 97), "setns": (308, 268), "pivot_root": (155, 41),
+    "chroot": (161, 51), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "syslog": (103, 116), "personality": (135, 92), "quotactl": (179, 60), "acct": (163, 89), "reboot": (169, 142),
+    "swapon": (167, 224), "swapoff": (168, 225), "sethostname": (170, 161), "setdomainname": (171, 162),
+    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294), "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171),
+    "clock_adjtime": (305, 266), "vhangup": (153, 58), "nfsservctl": (180, 42), "setsockopt": (54, 208),
+    "modify_ldt": (154, None), "iopl": (172, None), "ioperm": (173, None), "uselib": (134, None),
+    "_sysctl": (156, None), "ustat": (136, None), "sysfs": (139, None),
+}  # fmt: skip
+_MISSING = {"memfd_create": (319, 279)}  # refused as a kernel does that has no such call, so that libraries do without
+_ALLOWED_NEW = (436, 439)  # close_range, faccessat2
+_OWN, _UNIX_STREAMS = [(0, ~0, (0,))], [(0, ~0, (1,)), (1, 0xF, (1, 5))]
+# name: numbers, whether the conditions allow (all hold) or refuse (any holds), and (argument, mask, values) of each.
+_RULES = {
+    "prlimit64": ((302, 261), True, _OWN),
+    "sched_setaffinity": ((203, 122), True, _OWN),
+    "setpriority": ((141, 140), True, [(0, ~0, (0,)), (1, ~0, (0,))]),
+    "socket": ((41, 198), True, _UNIX_STREAMS),  # a queue of datagrams is not bounded by the sockets that are open
+    "socketpair": ((53, 199), True, _UNIX_STREAMS),
+    "clone": ((56, 220), True, [(0, 0x7E020000, (0,))]),  # no namespaces
+    "mmap": ((9, 222), False, [(3, 0x21, (0x21,)), (3, 0x40000, (0x40000,))]),  # shared without a file; huge pages
+    # Locks, leases and watches on files, signals by files, sizes of pipes
+    "fcntl": ((72, 25), False, [(1, ~0, (6, 7, 8, 10, 15, 37, 38, 1024, 1026, 1031))]),
+    "ioctl": ((16, 29), False, [(1, ~0, (0x5412, 0x541C))]),  # to type into a terminal
+}
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+_LOAD, _AND, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+_ALLOW, _KILL = 0x7FFF0000, 0x80000000
+_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
+
+
+def assemble():
+    """Returns the filter of this machine; OSError on one whose numbers are not known here."""
+    machine = os.uname().machine
+    if machine not in _MACHINES:
+        raise OSError(f"no list of system calls for {machine}")
+    column, architecture = _MACHINES[machine]
+    code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    new = [line for number in _ALLOWED_NEW for line in _when(number, _ALLOW)] + [_error(errno.ENOSYS)]
+    code += [(_AT_LEAST, 0, len(new), 424), *new]
+    for numbers, allows, conditions in _RULES.values():
+        block = _rule(allows, conditions)
+        code += [(_EQUAL, 0, len(block), numbers[column]), *block]
+    for table, error in ((_REFUSED, errno.EPERM), (_MISSING, errno.ENOSYS)):
+        for numbers in table.values():
+            if numbers[column] is not None:
+                code += _when(numbers[column], _error(error)[3])
+    code.append((_RETURN, 0, 0, _ALLOW))
+    return b"".join(struct.pack("=HBBI", *line) for line in code)
+
+
+def install(code):
+    """Puts this process, which has no_new_privs, and all that come from it under the filter."""
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.c_char_p(program), 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "the kernel takes no seccomp filter")
+
+
+def _rule(allows, conditions):
+    """Returns the instructions of a call with conditions; they end in an answer. Arguments are read as 32 bits."""
+    code = []
+    for argument, mask, values in conditions:
+        code += [(_LOAD, 0, 0, 16 + 8 * argument), (_AND, 0, 0, mask & 0xFFFFFFFF)]
+        if allows:  # past this condition's end where a value matches
+            code += [(_EQUAL, len(values) - n, 0, value) for n, value in enumerate(values)] + [_error(errno.EPERM)]
+        else:
+            code += [line for value in values for line in _when(value, _error(errno.EPERM)[3])]
+    return [*code, (_RETURN, 0, 0, _ALLOW)]
+
+
+def _when(number, answer):
+    return [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, answer)]
+
+
+def _error(number):
+    return _RETURN, 0, 0, 0x50000 | number
