@@ -1,7 +1,7 @@
 # The targets need no preparation: each makes the virtual environment it runs in, and refreshes it when its requirements change.
 #   make demo       SFT, GDSD, evaluation and export of the tiny model, into runs/demo
 #   make compare    six methods with three seeds each on the tiny model, table and figure into runs/compare
-#   make test       the fast tests              make test PYTEST_ARGS=tests/test_metrics.py   a part of them
+#   make test       the fast tests              make test PYTEST_ARGS=tests/telemetry/test_metrics.py   a part of them
 #   make test-slow  the tests that need PyTorch and PEFT, or minutes
 #   make test-multi of them, the meshes of eight devices and the jobs of several processes
 #   make test-plan  compiles a program of the real size for TPUs that are not here; part of test-slow
@@ -34,13 +34,13 @@ test-slow: .venv-slow/.installed
 	$(MAKE) test-plan
 
 test-plan: .venv-tpu/.installed
-	.venv-tpu/bin/python -m pytest -m libtpu tests/test_plan.py
+	.venv-tpu/bin/python -m pytest -m libtpu tests/planning/test_plan.py
 
 plan-table: .venv-tpu/.installed
 	.venv-tpu/bin/python -m gdsd_jax.planning.pods docs/pods_plan.json docs/pods_plan.md
 
 test-multi: .venv/.installed
-	.venv/bin/python -m pytest -m slow tests/test_multi.py $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -m slow tests/runtime/test_multi.py $(PYTEST_ARGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -16,9 +16,10 @@ import importlib.util
 import json
 from pathlib import Path
 
-from gdsd_jax import commands, compare
+from gdsd_jax import compare
 from gdsd_jax.config import TrainConfig, freeze
-from gdsd_jax.training.metrics import read_metrics
+from gdsd_jax.config.flags import enable_compilation_cache
+from gdsd_jax.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 WAYS = {"exact": {}, "dual": {"cache": "dual"}, "threshold": {"threshold": 0.9}}
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", default=",".join(WAYS))
     flags = parser.parse_args()
-    commands.enable_compilation_cache()
+    enable_compilation_cache()
     print(compare.markdown(study(base_config(), flags.workdir, flags.ways.split(","), flags.seeds)))
 
 

@@ -24,16 +24,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gdsd_jax import commands, hub
+from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.config.flags import enable_compilation_cache
 from gdsd_jax.denoiser import hidden_states_at, refresh_cache, window_states_at
-from gdsd_jax.diffusion.draws import propose
+from gdsd_jax.diffusion.proposals import propose
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.compiler import compile_program
 from gdsd_jax.planning.cost import program_cost
 from gdsd_jax.planning.pods import load
 from gdsd_jax.planning.programs import parameters, place
-from gdsd_jax.sharding import MeshConfig, make_mesh
+from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
+from gdsd_jax.training.setup import with_compute
 from gdsd_jax.training.state import make_optimizer, policy
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +45,7 @@ TENSOR = (1, 4)
 
 def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
     """The lowered programs of one step by their names."""
-    model = commands.with_compute(hub.architecture(config.checkpoint), config.model)
+    model = with_compute(hub.architecture(config.checkpoint), config.model)
     optimizer, _ = make_optimizer(config.optimizer, 1)
     base, state = parameters(config, model, mesh, optimizer)
     base, lora = policy(base, state.params)
@@ -162,7 +164,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    commands.enable_compilation_cache()
+    enable_compilation_cache()
     config = freeze(TrainConfig, load(ROOT / "configs" / "llada_8b_pod.py").get_config("v5p-32_countdown"))
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, block_length=32))
     found = []

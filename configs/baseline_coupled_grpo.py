@@ -10,7 +10,7 @@ Published: no number in the source of this recipe.
 """
 
 from gdsd_jax import config as settings
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 CHECKPOINTS = {"dream": "checkpoints/DiffuCoder-7B-Instruct"}
 RUNS = ("dream_code",)

@@ -10,7 +10,7 @@ GSM8K 81.2, MATH500 41.7; Dream: Sudoku 69.7, Countdown 37.5.
 """
 
 from gdsd_jax import config as settings
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 CHECKPOINTS = {"llada": "checkpoints/LLaDA-8B-Instruct", "dream": "checkpoints/Dream-v0-Instruct-7B"}
 RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math", "dream_sudoku", "dream_countdown")

@@ -11,7 +11,7 @@ GSM8K 83.0, MATH500 43.4; Dream: Sudoku 72.3, Countdown 68.8.
 """
 
 from gdsd_jax import config as settings
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 CHECKPOINTS = {"llada": "checkpoints/LLaDA-8B-Instruct", "dream": "checkpoints/Dream-v0-Instruct-7B"}
 RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math", "llada_code", "dream_sudoku", "dream_countdown")

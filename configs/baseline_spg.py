@@ -10,7 +10,7 @@ GSM8K 85.1, MATH500 41.8.
 """
 
 from gdsd_jax import config as settings
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 CHECKPOINTS = {"llada": "checkpoints/LLaDA-8B-Instruct"}
 RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math")

@@ -10,7 +10,7 @@ Published: no number for these models in the source of this recipe.
 """
 
 from gdsd_jax import config as settings
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 CHECKPOINTS = {"llada": "checkpoints/LLaDA-8B-Instruct", "dream": "checkpoints/Dream-v0-Instruct-7B"}
 RUNS = ("llada_math", "dream_math")

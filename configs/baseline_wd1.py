@@ -10,7 +10,7 @@ GSM8K 82.3, MATH500 39.8; Dream: Sudoku 39.2, Countdown 42.2.
 """
 
 from gdsd_jax import config as settings
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 CHECKPOINTS = {"llada": "checkpoints/LLaDA-8B-Instruct", "dream": "checkpoints/Dream-v0-Instruct-7B"}
 RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math", "dream_sudoku", "dream_countdown")

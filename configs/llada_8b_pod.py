@@ -19,7 +19,7 @@ Published (arXiv 2605.29398, best over settings, from GDSD's plots): Countdown 8
 """
 
 from gdsd_jax import config as settings
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 # Topology, and rows of a micro-batch: at least one per chip, and no fewer than a group.
 SLICES = {

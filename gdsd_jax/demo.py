@@ -17,11 +17,12 @@ from pathlib import Path
 
 import rich.console
 
-from gdsd_jax import commands, evaluate, export, train
+from gdsd_jax import evaluate, export, train
 from gdsd_jax.config import TrainConfig
+from gdsd_jax.config.flags import launch
+from gdsd_jax.evaluation import reports
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.tasks import TASKS
-from gdsd_jax.training import report
 
 SAMPLES = 16
 
@@ -80,7 +81,7 @@ def percent(metrics: dict[str, float]) -> str:
 
 def write_samples(workdir: Path) -> None:
     """The first test puzzles with the completions before and after, as a Markdown table."""
-    read = lambda name: [json.loads(line) for line in (workdir / name / report.COMPLETIONS).read_text().splitlines()]  # noqa: E731
+    read = lambda name: [json.loads(line) for line in (workdir / name / reports.COMPLETIONS).read_text().splitlines()]  # noqa: E731
     lines = ["| puzzle | solution | before | after |", "|---|---|---|---|"]
     for before, after in list(zip(read("before"), read("after"), strict=True))[:SAMPLES]:
         cells = (before["puzzle"], before["solution"], before["completion"], after["completion"])
@@ -93,4 +94,4 @@ def main(config: TrainConfig, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    commands.launch(main)
+    launch(main)

@@ -14,10 +14,13 @@ from typing import Any
 
 import jax
 
-from gdsd_jax import commands, hub
+from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
-from gdsd_jax.errors import UserError
-from gdsd_jax.training.metrics import METRICS, read_metrics
+from gdsd_jax.config.flags import Option, launch
+from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy, read_record
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import refuse_existing
+from gdsd_jax.telemetry.metrics import METRICS, read_metrics
 
 FORMATS = ("merged", "adapter", "both")
 
@@ -35,7 +38,7 @@ def run(
     """Exports one policy; returns the directories written, by "merged" and "adapter".
 
     Args:
-      workdir, checkpoint, adapter, best: see `commands.load_policy`.
+      workdir, checkpoint, adapter, best: see `load_policy`.
       output: must not hold what is about to be written.
       format: one of `FORMATS`.
 
@@ -46,8 +49,8 @@ def run(
         raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
     paths = {kind: output / kind for kind in ("merged", "adapter")} if format == "both" else {format: output}
     for path in paths.values():
-        commands.refuse_existing(path, "--output")
-    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
+        refuse_existing(path, "--output")
+    policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     if policy.lora is None and "adapter" in paths:
         raise UserError("there is no adapter to export, all parameters were trained: use --format merged")
     training = None if policy.iteration is None else training_facts(workdir, policy.iteration)
@@ -63,7 +66,7 @@ def run(
 
 def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:
     """What the model card says of a run: method and settings as they were, and the last metrics up to `iteration`."""
-    config = commands.read_record(workdir)["config"]
+    config = read_record(workdir)["config"]
     settings = config["settings"].get(config["method"], {})
     facts = {
         "task": config["task"]["name"],
@@ -93,10 +96,10 @@ def main(config: TrainConfig, workdir: Path | None, *, output: str | None, forma
         print(f"wrote {path} ({kind})")
 
 
-OPTIONS = commands.POLICY_OPTIONS | {
-    "output": commands.Option(str, None, "Directory to write."),
-    "format": commands.Option(str, "both", "merged, adapter or both."),
+OPTIONS = POLICY_OPTIONS | {
+    "output": Option(str, None, "Directory to write."),
+    "format": Option(str, "both", "merged, adapter or both."),
 }
 
 if __name__ == "__main__":
-    commands.launch(main, OPTIONS, needs_workdir=False)
+    launch(main, OPTIONS, needs_workdir=False)

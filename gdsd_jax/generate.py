@@ -21,14 +21,17 @@ import rich.console
 import rich.live
 from rich.text import Text
 
-from gdsd_jax import commands
 from gdsd_jax.config import TrainConfig
+from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.diffusion import Rollout, SamplerConfig, sample
 from gdsd_jax.diffusion.sampler import replay
-from gdsd_jax.errors import UserError
+from gdsd_jax.evaluation.policy import POLICY_OPTIONS, Policy, load_policy
+from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.transfer import fetch, put, seed_key
 from gdsd_jax.tasks import Task
-from gdsd_jax.training import multihost
-from gdsd_jax.training.rollout import encode_prompts, fetch, put, seed_key
+from gdsd_jax.training.rollout import encode_prompts
+from gdsd_jax.training.setup import task_rows
 
 MASK, END = "░", "·"
 PLAIN_FRAMES = 5
@@ -52,7 +55,7 @@ class Generated(NamedTuple):
 
 def run(
     config: TrainConfig,
-    policy: commands.Policy,
+    policy: Policy,
     *,
     prompt: str | None = None,
     rows: int | None = None,
@@ -69,7 +72,7 @@ def run(
     task, tokenizer = policy.task, policy.tokenizer
     fit = {"buckets": config.prompt_buckets, "overlong": config.overlong_prompts}
     if prompt is None:
-        chosen = commands.task_rows(config.task, task, "test", count=rows)
+        chosen = task_rows(config.task, task, "test", count=rows)
         tokens, mask, _ = encode_prompts(task, tokenizer, chosen, **fit)
         shown = [task.messages(row)[-1]["content"] for row in chosen]
     else:
@@ -90,7 +93,7 @@ def prompt_messages(task: Task, prompt: str) -> list[dict]:
     return [*system, {"role": "user", "content": prompt}]
 
 
-def frames(policy: commands.Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -> list[tuple[int, Text]]:
+def frames(policy: Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -> list[tuple[int, Text]]:
     """`(steps taken, text)` before the first step and after each that wrote something in this row."""
     single = Rollout(*(np.asarray(value)[row : row + 1] for value in rollout))
     length = single.commit_step.shape[1]
@@ -106,7 +109,7 @@ def frames(policy: commands.Policy, sampler: SamplerConfig, rollout: Rollout, ro
     return pictures
 
 
-def _picture(policy: commands.Policy, before: np.ndarray, after: np.ndarray) -> Text:
+def _picture(policy: Policy, before: np.ndarray, after: np.ndarray) -> Text:
     """The completion `[L]` with masks as dim blocks and what has just been committed highlighted."""
     text = Text()
     mask, end = policy.model.mask_token_id, policy.model.eos_token_id
@@ -125,7 +128,7 @@ def _picture(policy: commands.Policy, before: np.ndarray, after: np.ndarray) -> 
 
 def show(
     console: rich.console.Console,
-    policy: commands.Policy,
+    policy: Policy,
     sampler: SamplerConfig,
     generated: Generated,
     *,
@@ -173,20 +176,20 @@ def main(
 ) -> None:
     if prompt is None and rows is None:
         rows = 1
-    policy = commands.load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
+    policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     generated = run(config, policy, prompt=prompt, rows=rows, **flags)
-    if multihost.first():
+    if hosts.first():
         show(rich.console.Console(), policy, config.sampler, generated, watch=watch, seconds=seconds)
 
 
-OPTIONS = commands.POLICY_OPTIONS | {
-    "prompt": commands.Option(str, None, "The user's turn."),
-    "rows": commands.Option(int, None, "Instead, this many test rows of the task."),
-    "temperature": commands.Option(float, 0.0, "Of the sampler; 0 takes the most probable token."),
-    "seed": commands.Option(int, None, "Of the sampler, instead of the config's."),
-    "watch": commands.Option(bool, False, "Show the text appear out of its masks."),
-    "seconds": commands.Option(float, 5.0, "How long --watch takes for one completion."),
+OPTIONS = POLICY_OPTIONS | {
+    "prompt": Option(str, None, "The user's turn."),
+    "rows": Option(int, None, "Instead, this many test rows of the task."),
+    "temperature": Option(float, 0.0, "Of the sampler; 0 takes the most probable token."),
+    "seed": Option(int, None, "Of the sampler, instead of the config's."),
+    "watch": Option(bool, False, "Show the text appear out of its masks."),
+    "seconds": Option(float, 5.0, "How long --watch takes for one completion."),
 }
 
 if __name__ == "__main__":
-    commands.launch(main, OPTIONS, needs_workdir=False)
+    launch(main, OPTIONS, needs_workdir=False)

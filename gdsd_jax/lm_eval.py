@@ -32,16 +32,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdsd_jax import commands, hub
+from gdsd_jax import hub
 from gdsd_jax.config import ModelConfig
+from gdsd_jax.config.flags import enable_compilation_cache, fail
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.likelihood import is_greedy, lower_bound
-from gdsd_jax.errors import UserError
+from gdsd_jax.evaluation.completions import complete
+from gdsd_jax.evaluation.statistics import mean_and_error
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks import Task, resolve
-from gdsd_jax.training.evaluation import complete
-from gdsd_jax.training.metrics import Progress
-from gdsd_jax.training.rollout import Prompts, fetch, put
-from gdsd_jax.training.statistics import mean_and_error
+from gdsd_jax.telemetry.progress import Progress
+from gdsd_jax.training.rollout import Prompts
+from gdsd_jax.training.setup import with_compute
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -99,7 +102,7 @@ class MaskedDiffusion(TemplateLM):
         self.batch_rows = int(batch_size)
         self.tokenizer = hub.load_tokenizer(checkpoint)
         model, self.base = hub.load_checkpoint(checkpoint)
-        self.model = commands.with_compute(model, ModelConfig(dtype=dtype, remat="none"))
+        self.model = with_compute(model, ModelConfig(dtype=dtype, remat="none"))
         self.lora = None if adapter is None else hub.load_adapter(adapter, self.model)
         self.length, self.steps, self.draws = length, steps, draws
         self.block_length, self.strategy = block_length, strategy
@@ -300,14 +303,14 @@ def judge_files(arguments: list[str]) -> None:
 def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
-    commands.enable_compilation_cache()
+    enable_compilation_cache()
     try:
         if sys.argv[1:2] == ["judge"]:
             judge_files(sys.argv[2:])
         else:
             cli_evaluate()
     except UserError as error:
-        commands.fail(error)
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,15 @@ from typing import Any
 
 import jax
 
-from gdsd_jax import commands
 from gdsd_jax.config import TrainConfig
-from gdsd_jax.errors import UserError
+from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.chips import Slice
 from gdsd_jax.planning.programs import make_plan
 from gdsd_jax.planning.report import PROGRAMS, gib, measure, report_of, table
 from gdsd_jax.planning.search import search as search_sizes
-from gdsd_jax.sharding import AXES, MeshConfig, make_mesh
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import AXES, MeshConfig, make_mesh
 
 COMPILATIONS = 8  # of a search
 
@@ -116,12 +116,12 @@ def main(
 
 
 OPTIONS = {
-    "topology": commands.Option(str, None, "The slice, CHIP:SIZE in chips, such as v5e:2x4 or v5p:2x4x4."),
-    "mesh": commands.Option(str, None, "Mesh over it, such as data=1,fsdp=32,tensor=1, instead of config.mesh."),
-    "programs": commands.Option(str, ",".join(PROGRAMS), "Which programs to compile."),
-    "json": commands.Option(str, None, "File for the report."),
-    "search": commands.Option(bool, False, "Look for the mesh and the largest rollout and micro-batch that fit."),
+    "topology": Option(str, None, "The slice, CHIP:SIZE in chips, such as v5e:2x4 or v5p:2x4x4."),
+    "mesh": Option(str, None, "Mesh over it, such as data=1,fsdp=32,tensor=1, instead of config.mesh."),
+    "programs": Option(str, ",".join(PROGRAMS), "Which programs to compile."),
+    "json": Option(str, None, "File for the report."),
+    "search": Option(bool, False, "Look for the mesh and the largest rollout and micro-batch that fit."),
 }
 
 if __name__ == "__main__":
-    commands.launch(main, OPTIONS, needs_workdir=False)
+    launch(main, OPTIONS, needs_workdir=False)

@@ -23,20 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdsd_jax import commands, hub
+from gdsd_jax import hub
 from gdsd_jax.config import SFTConfig, TrainConfig, greedy_sampler, to_dict
+from gdsd_jax.config.flags import launch
 from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views, read_views
-from gdsd_jax.errors import UserError
+from gdsd_jax.evaluation.completions import evaluate_policy
 from gdsd_jax.hub import tiny
 from gdsd_jax.hub.tokenizer import Tokenizer
+from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import check_disk, refuse_existing
+from gdsd_jax.runtime.transfer import fetch, put, seed_key
 from gdsd_jax.tasks import Task
-from gdsd_jax.training import multihost
-from gdsd_jax.training.checkpoint import check_disk
-from gdsd_jax.training.evaluation import evaluate_policy
-from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
-from gdsd_jax.training.rollout import Prompts, encode_prompts, fetch, put, seed_key
+from gdsd_jax.telemetry.metrics import MetricWriter
+from gdsd_jax.telemetry.plots import plot_curves
+from gdsd_jax.telemetry.progress import Progress
+from gdsd_jax.training.rollout import Prompts, encode_prompts
+from gdsd_jax.training.setup import evaluated_task, load_setup, task_rows
 from gdsd_jax.training.state import TrainState, make_optimizer, start_state
 
 MIN_RATIO = 1e-3
@@ -106,15 +111,15 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
       UserError: the directory is taken, the disk is full, or whatever a bad checkpoint, task or config raises.
     """
     merged = workdir / "merged"
-    commands.refuse_existing(merged)
+    refuse_existing(merged)
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
-    setup = commands.load(config, rows={"config.sft.batch_rows": config.sft.batch_rows})
+    setup = load_setup(config, rows={"config.sft.batch_rows": config.sft.batch_rows})
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
-    if multihost.first():
+    if hosts.first():
         check_disk(workdir, stored, "the trained checkpoint")
     length, chunk = config.sampler.completion_length, config.model.vocab_chunk
-    rows = commands.task_rows(config.task, setup.task, "train", count=config.task.train_rows, seed=config.sft.seed)
+    rows = task_rows(config.task, setup.task, "train", count=config.task.train_rows, seed=config.sft.seed)
     prompts: Prompts = encode_prompts(
         setup.task, setup.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
     )
@@ -127,9 +132,9 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
     state, places = start_state(setup.model, optimizer, config.sft.seed, lambda base: base, setup.base)
     update = make_sft_update(setup.model, optimizer, length, chunk, places)
-    task = commands.evaluated_task(config)
+    task = evaluated_task(config)
     held_out = encode_prompts(
-        task, setup.tokenizer, commands.task_rows(config.task, task, "validation", count=config.evaluation.count),
+        task, setup.tokenizer, task_rows(config.task, task, "validation", count=config.evaluation.count),
         buckets=config.prompt_buckets, overlong=config.overlong_prompts,
     )  # fmt: skip
     greedy, key = greedy_sampler(config), seed_key(config.sft.seed)
@@ -143,8 +148,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
         return found[task.metrics_named[-1]]
 
     copies = {"tensorboard": config.tensorboard, "wandb": config.wandb}
-    writer = multihost.first_only(MetricWriter, workdir, **copies, resume_step=-1)
-    with writer, multihost.first_only(Progress, config.sft.steps, label="sft") as progress:
+    writer = hosts.first_only(MetricWriter, workdir, **copies, resume_step=-1)
+    with writer, hosts.first_only(Progress, config.sft.steps, label="sft") as progress:
         start = time.perf_counter()
         for step in range(config.sft.steps):
             chosen = np.asarray([order[step * batch_rows + i] for i in range(batch_rows)])
@@ -159,7 +164,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
                 if reached >= config.sft.until:
                     progress.note(f"step {step + 1}: {reached:.1%} on the validation rows is enough")
                     break
-    if multihost.first():
+    if hosts.first():
         plot_curves(workdir)
     dtypes = jax.tree.map(lambda x: x.dtype, setup.base)
     trained = jax.tree.map(lambda x, dtype: x.astype(dtype), state.params, dtypes)
@@ -196,11 +201,11 @@ def embedded_start(config: TrainConfig) -> None:
     if checkpoint.name != "merged":
         raise UserError(f"config.checkpoint {checkpoint} of an embedded model must be a directory named merged")
     init = checkpoint.parent / "init"
-    if multihost.first() and not init.exists():
+    if hosts.first() and not init.exists():
         tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
-    multihost.wait()
+    hosts.wait()
     run(dataclasses.replace(config, checkpoint=str(init)), checkpoint.parent)
-    multihost.wait()
+    hosts.wait()
 
 
 def main(config: TrainConfig, workdir: Path) -> None:
@@ -213,4 +218,4 @@ def main(config: TrainConfig, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    commands.launch(main)
+    launch(main)

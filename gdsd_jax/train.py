@@ -21,36 +21,41 @@ import grain
 import jax
 import numpy as np
 
-from gdsd_jax import commands
+from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.config.flags import launch
 from gdsd_jax.denoiser import init_lora
 from gdsd_jax.diffusion.sampler import check_fits
-from gdsd_jax.dry_run import shrink
+from gdsd_jax.evaluation.completions import evaluate_policy
 from gdsd_jax.methods import build, check
+from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.files import refuse_existing
+from gdsd_jax.runtime.transfer import fetch, seed_key
 from gdsd_jax.sft import embedded_start
-from gdsd_jax.training import multihost
+from gdsd_jax.telemetry.metrics import MetricWriter
+from gdsd_jax.telemetry.planned import beside_plan, read_plan
+from gdsd_jax.telemetry.plots import plot_curves
+from gdsd_jax.telemetry.profile import Profile, phase
+from gdsd_jax.telemetry.progress import Progress
+from gdsd_jax.telemetry.warnings import precursors
 from gdsd_jax.training.checkpoint import Best, Checkpoints
-from gdsd_jax.training.evaluation import evaluate_policy
-from gdsd_jax.training.metrics import MetricWriter, Progress, plot_curves
-from gdsd_jax.training.planned import beside_plan, read_plan
+from gdsd_jax.training.divergence import diverged
+from gdsd_jax.training.dry_run import shrink
 from gdsd_jax.training.rollout import (
     Prompts,
     Rewarded,
     completion_records,
     encode_prompts,
-    fetch,
     length_metrics,
     reward_metrics,
     roll_out,
-    seed_key,
 )
+from gdsd_jax.training.setup import Setup, evaluated_task, known_metric, load_setup, task_rows
 from gdsd_jax.training.state import TrainState, make_optimizer, policy, start_state
-from gdsd_jax.training.timeline import Profile, phase
 from gdsd_jax.training.update import ROLLOUT_STREAM, make_inner_update, stream_key
-from gdsd_jax.training.warnings import precursors
 
 
-def fresh_state(config: TrainConfig, setup: commands.Setup) -> tuple:
+def fresh_state(config: TrainConfig, setup: Setup) -> tuple:
     """The state before the first update, where it lies, its optimizer and learning-rate schedule."""
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
 
@@ -78,7 +83,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
         "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
         "config.microbatch_rows": config.microbatch_rows,
     }
-    setup = commands.load(config, rows=spread)
+    setup = load_setup(config, rows=spread)
     model, base, tokenizer, task = setup
     check_fits(model, max(config.prompt_buckets), config.sampler)
     state, places, optimizer, schedule = fresh_state(config, setup)
@@ -94,14 +99,14 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     encode = lambda task, rows: encode_prompts(  # noqa: E731
         task, tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
     )
-    rows = commands.task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
+    rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
     prompts = encode(task, rows)
     order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
-    evaluated, watched = commands.evaluated_task(config), config.evaluation
-    held_out = encode(evaluated, commands.task_rows(config.task, evaluated, watched.split, count=watched.count))
+    evaluated, watched = evaluated_task(config), config.evaluation
+    held_out = encode(evaluated, task_rows(config.task, evaluated, watched.split, count=watched.count))
     greedy = greedy_sampler(config)
     eval_key = seed_key(config.seed)
-    best_metric = "eval/" + commands.known_metric(evaluated, config.evaluation.best, "config.evaluation.best")
+    best_metric = "eval/" + known_metric(evaluated, config.evaluation.best, "config.evaluation.best")
 
     checkpoints = Checkpoints(workdir, config, state)
     first, position = checkpoints.latest, 0
@@ -119,9 +124,9 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     plan = read_plan(workdir, config)
     # Without a checkpoint the files start anew, with one they are cut back to it.
     copies = {"tensorboard": config.tensorboard, "wandb": config.wandb}
-    writer = multihost.first_only(MetricWriter, workdir, **copies, resume_step=first or -1)
-    progress = multihost.first_only(Progress, config.iterations, start=first, label=config.method)
-    profile = multihost.first_only(Profile, workdir, config.profile)
+    writer = hosts.first_only(MetricWriter, workdir, **copies, resume_step=first or -1)
+    progress = hosts.first_only(Progress, config.iterations, start=first, label=config.method)
+    profile = hosts.first_only(Profile, workdir, config.profile)
     warned: set[str] = set()
     with writer, checkpoints, best, progress, profile, StopSignal() as stop, jax.transfer_guard("disallow"):
         for iteration in range(first + 1, config.iterations + 1):
@@ -178,20 +183,20 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                     warned.add(kind)
                     progress.note(f"iteration {iteration}: {line}")
             if not np.isfinite([metrics[name] for name in ("loss", "grad/norm", "update/norm")]).all():
-                raise commands.diverged(workdir, iteration, rewarded, tokenizer, checkpoints.latest)
+                raise diverged(workdir, iteration, rewarded, tokenizer, checkpoints.latest)
 
             # ------------------------------------------------------------------------------ checkpoint
             with phase("checkpoint"):
                 if best_metric in metrics:
                     best.offer(iteration, state.params, best_metric, metrics[best_metric])
-                done = multihost.any_process(stop.requested) or iteration == config.iterations
+                done = hosts.any_process(stop.requested) or iteration == config.iterations
                 if done or iteration % config.save_every == 0:
                     checkpoints.save(iteration, state, position)
             if recorded := profile.end():
                 progress.note(f"timeline of iteration {iteration}, recorded in {profile.directory}:\n{recorded}")
             if done:
                 break
-    if multihost.first():
+    if hosts.first():
         plot_curves(workdir)
     return state
 
@@ -201,7 +206,7 @@ def due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
 
 
-def logged_completions(rewarded: Rewarded, tokenizer: Tokenizer, limit: int) -> list[dict]:
+def logged_completions(rewarded: Rewarded, tokenizer: hub.Tokenizer, limit: int) -> list[dict]:
     """The first completions with their rewards, and every completion on which a reward failed."""
     failed = np.any([np.isnan(value) for value in rewarded.components.values()], axis=0)
     return completion_records(rewarded, tokenizer, [i for i in range(len(failed)) if i < limit or failed[i]])
@@ -229,10 +234,10 @@ def main(config: TrainConfig, workdir: Path | None) -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         directory = workdir or Path(temporary) / "run"
-        commands.refuse_existing(directory)
+        refuse_existing(directory)
         train(shrink(config, directory / "start"), directory)
         print(f"dry run of {config.method} on {config.task.name}: one iteration went through")
 
 
 if __name__ == "__main__":
-    commands.launch(main, dry_run=True)
+    launch(main, dry_run=True)

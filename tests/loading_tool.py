@@ -111,7 +111,7 @@ def load(directory, mesh, check, export):
     from gdsd_jax.denoiser import logical_axes
     from gdsd_jax.hub import Reader, export_checkpoint, load_checkpoint
     from gdsd_jax.hub.files import checked_directory, checkpoint_tensors
-    from gdsd_jax.sharding import MeshConfig, make_mesh, shardings
+    from gdsd_jax.runtime.sharding import MeshConfig, make_mesh, shardings
 
     over = make_mesh(MeshConfig(*mesh))
     reader, before, start = Reader(), peak(), time.perf_counter()

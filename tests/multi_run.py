@@ -68,16 +68,19 @@ def record(path: str, flags: list[str]) -> None:
     import jax
     import numpy as np
 
-    from gdsd_jax import commands, train
-    from gdsd_jax.training import evaluation, multihost, rollout
+    from gdsd_jax import train
+    from gdsd_jax.config.flags import launch
+    from gdsd_jax.evaluation import completions
+    from gdsd_jax.runtime import hosts
+    from gdsd_jax.runtime.transfer import fetch
 
     sampled: dict[str, list] = {"rollouts": [], "greedy": [], "share_of_base": []}
-    roll_out, sample, walk = train.roll_out, evaluation.sample, train.train
+    roll_out, sample, walk = train.roll_out, completions.sample, train.train
 
     def recording_roll_out(*args, **kwargs):
         rewarded = roll_out(*args, **kwargs)
         sampled["share_of_base"].append(share(args[1]))
-        sampled["rollouts"].append(rollout.fetch(rewarded.batch.tokens))
+        sampled["rollouts"].append(fetch(rewarded.batch.tokens))
         process, count, number = map(int, os.environ.get("SIGNAL_SELF", "-1:0:0").split(":"))
         if (process, count) == (jax.process_index(), len(sampled["rollouts"])):
             os.kill(os.getpid(), number)
@@ -85,22 +88,22 @@ def record(path: str, flags: list[str]) -> None:
 
     def recording_sample(*args):
         result = sample(*args)
-        sampled["greedy"].append(rollout.fetch(result.tokens))
+        sampled["greedy"].append(fetch(result.tokens))
         return result
 
     def recording_walk(config, workdir):
         state = walk(config, workdir)
-        adapters = rollout.fetch(jax.tree.leaves(state.params))
-        if multihost.first():
+        adapters = fetch(jax.tree.leaves(state.params))
+        if hosts.first():
             arrays = {f"adapter{i}": array for i, array in enumerate(adapters)}
             arrays["share_of_state"] = share((state.params, state.opt_state))
             np.savez(path, **{name: np.stack(tokens) for name, tokens in sampled.items() if tokens}, **arrays)
 
-    train.roll_out, evaluation.sample, train.train = recording_roll_out, recording_sample, recording_walk
+    train.roll_out, completions.sample, train.train = recording_roll_out, recording_sample, recording_walk
     try:
-        commands.launch(train.main, argv=["train", *flags])
+        launch(train.main, argv=["train", *flags])
     finally:
-        train.roll_out, evaluation.sample, train.train = roll_out, sample, walk
+        train.roll_out, completions.sample, train.train = roll_out, sample, walk
 
 
 if __name__ == "__main__":

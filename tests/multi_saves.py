@@ -16,11 +16,11 @@ def main(file: Path, workdir: Path) -> None:
 
     from gdsd_jax.config import HostsConfig, TrainConfig, freeze
     from gdsd_jax.planning.pods import load
-    from gdsd_jax.training import multihost
+    from gdsd_jax.runtime import hosts
     from gdsd_jax.training.checkpoint import Best, Checkpoints
     from gdsd_jax.training.state import TrainState
 
-    multihost.initialize(HostsConfig())
+    hosts.initialize(HostsConfig())
     jax.set_mesh(jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,)))
 
     @jax.jit

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from types import ModuleType
 
-from gdsd_jax import commands
+from gdsd_jax.config.flags import launch
 from gdsd_jax.hub import tiny
 from gdsd_jax.tasks import sudoku
 
@@ -52,4 +52,4 @@ def build(directory: Path) -> Path:
 def command(module: ModuleType, *arguments: object) -> None:
     """`python -m MODULE ARGUMENTS`, in this process."""
     options = getattr(module, "OPTIONS", None)
-    commands.launch(module.main, options, needs_workdir=options is None, argv=["command", *map(str, arguments)])
+    launch(module.main, options, needs_workdir=options is None, argv=["command", *map(str, arguments)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")

@@ -18,8 +18,8 @@ from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA
 from gdsd_jax.denoiser.model import Denoiser, KeyValues, Layer, embed, linear_of, pick, precision_of, remat
-from gdsd_jax.errors import UserError
-from gdsd_jax.sharding import constrain
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import constrain
 
 At = slice | Int[Array, " S"] | Int[Array, "B S"]
 Read = Callable[[At | None], Float[Array, "B S D"]]

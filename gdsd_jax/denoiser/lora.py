@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gdsd_jax.denoiser.config import DenoiserConfig
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 

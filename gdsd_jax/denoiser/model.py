@@ -19,7 +19,7 @@ from gdsd_jax.denoiser import attention, ops, splash
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA, target_shapes
-from gdsd_jax.sharding import constrain, gathered
+from gdsd_jax.runtime.sharding import constrain, gathered
 
 # Logical names of the two axes of each matrix; `gdsd_jax.denoiser.logical_axes` hands them to whoever owns a mesh.
 KERNEL_AXES = {

@@ -15,8 +15,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
-from gdsd_jax import sharding
 from gdsd_jax.denoiser.layout import Layout
+from gdsd_jax.runtime import sharding
 
 LANES = 128
 # Tiles of queries and keys. A tile of float32 scores is at most 1 MiB, and the kernels keep a handful of them in VMEM.

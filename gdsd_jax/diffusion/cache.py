@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, pick, refresh_cache, window_states_at
-from gdsd_jax.diffusion.strategies import SamplerConfig
+from gdsd_jax.diffusion.remasking import SamplerConfig
 
 
 def region(settings: SamplerConfig, block: Array) -> tuple[Array, int]:

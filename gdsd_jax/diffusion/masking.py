@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 
 def stratified_counts(k: Int[Array, ""] | int, rows: int, length: int) -> Int[Array, " rows"]:

@@ -20,10 +20,10 @@ from jaxtyping import Int
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, hidden_states_at, pick, repeated
 from gdsd_jax.diffusion.cache import cached_states_at, refresh, region
-from gdsd_jax.diffusion.draws import propose_at
-from gdsd_jax.diffusion.strategies import LOWEST, STRATEGIES, SamplerConfig, select
-from gdsd_jax.errors import UserError
-from gdsd_jax.sharding import constrain
+from gdsd_jax.diffusion.proposals import propose_at
+from gdsd_jax.diffusion.remasking import LOWEST, STRATEGIES, SamplerConfig, select
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import constrain
 
 
 class Rollout(NamedTuple):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, noisy_states_at, ops
-from gdsd_jax.sharding import constrain
+from gdsd_jax.runtime.sharding import constrain
 
 DEFAULT_CHUNK = 16384
 

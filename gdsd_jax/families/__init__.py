@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gdsd_jax.denoiser import DenoiserConfig
-from gdsd_jax.errors import UserError
 from gdsd_jax.families.family import Family, Row
+from gdsd_jax.runtime.errors import UserError
 
 _SHARED = ("family", "decoder")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from gdsd_jax.denoiser import DenoiserConfig
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 
 class Row(NamedTuple):

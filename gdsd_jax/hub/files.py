@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}

@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes
 from gdsd_jax.denoiser.lora import target_shapes
-from gdsd_jax.errors import UserError
 from gdsd_jax.hub import names
 from gdsd_jax.hub.files import (
     FLOATS,
@@ -37,7 +36,8 @@ from gdsd_jax.hub.files import (
     read_json,
     weight_files,
 )
-from gdsd_jax.sharding import named_sharding
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import named_sharding
 
 # Blocks are read side by side: buckets answer slowly, disks like several requests, and turning kernels takes a core.
 _THREADS, _BLOCK_BYTES = min(8, os.cpu_count() or 1), 16 << 20
@@ -245,7 +245,7 @@ def load_checkpoint(
     Args:
       directory: a checkpoint in Hugging Face's layout, on a disk or in a bucket (`gs://`).
       dtype: dtype of the parameters; None keeps the stored ones.
-      mesh: every parameter is cut over it by the rules of `gdsd_jax.sharding`, and each process reads what its own
+      mesh: every parameter is cut over it by the rules of `gdsd_jax.runtime.sharding`; each process reads what its own
         devices hold; None puts the parameters on the default device.
       reader: counts the bytes that are read; None for one of its own.
       overrides: as for `read_config`.

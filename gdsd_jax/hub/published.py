@@ -7,9 +7,9 @@ from pathlib import Path
 
 from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig
-from gdsd_jax.errors import UserError
 from gdsd_jax.families import FAMILIES
-from gdsd_jax.hub.load import read_json
+from gdsd_jax.hub.files import read_json
+from gdsd_jax.runtime.errors import UserError
 
 PUBLISHED = {name: config for family in FAMILIES.values() for name, config in family.published.items()}
 LLADA_8B, DREAM_7B = PUBLISHED["LLaDA-8B-Instruct"], PUBLISHED["Dream-v0-Instruct-7B"]

@@ -23,9 +23,10 @@ from jax.experimental import multihost_utils
 from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.denoiser.lora import target_shapes
-from gdsd_jax.errors import UserError
 from gdsd_jax.hub import names
+from gdsd_jax.hub.cards import adapter_card, model_card
 from gdsd_jax.hub.files import FLOATS, checked_directory, read_json
+from gdsd_jax.runtime.errors import UserError
 
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 _SIDE_FILES = (
@@ -284,7 +285,7 @@ def export_checkpoint(
         if kept is not None and kept.is_file():
             (partial / "README.md").write_bytes(kept.read_bytes())
         else:
-            card = _model_card(Path(directory).name, config, lora, source, training)
+            card = model_card(Path(directory).name, config, lora, source, training)
             (partial / "README.md").write_text(card, encoding="utf-8")
 
     _write_together(directory, total + sum(path.stat().length for path in side), tensors, write)
@@ -335,96 +336,7 @@ def export_adapter(
             },
         )
         _write_safetensors(partial / "adapter_model.safetensors", tensors)
-        card = _adapter_card(Path(directory).name, lora, source, training)
+        card = adapter_card(Path(directory).name, lora, source, training)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
     _write_together(directory, sum(tensor.size for tensor in tensors.values()), tensors, write)
-
-
-def _facts(training: Mapping[str, Any] | None) -> str:
-    if not training:
-        return "No record of the training was given.\n"
-    return "".join(f"- {name}: {value}\n" for name, value in training.items())
-
-
-def _lora_line(lora: LoRA) -> str:
-    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
-
-
-def _model_card(
-    title: str,
-    config: DenoiserConfig,
-    lora: LoRA | None,
-    source: epath.Path | None,
-    training: Mapping[str, Any] | None,
-) -> str:
-    base = "random weights" if source is None else source.resolve().name
-    merged = "" if lora is None else f"A low-rank adapter ({_lora_line(lora)}) is merged into the weights.\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- masked-diffusion
-- gdsd-jax
----
-
-# {title}
-
-A masked diffusion language model ({families.family_of(config).model_type}, {config.num_layers} layers, width \
-{config.hidden_size}), written by gdsd_jax.
-
-Base model: {base}
-{merged}
-## Training
-
-{_facts(training)}
-## Loading
-
-The directory has the layout of the base model, so what loads that loads this:
-
-```python
-from transformers import AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained(path, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-```
-
-In gdsd_jax: `gdsd_jax.hub.load_checkpoint(path)`. Text comes from iterative unmasking, not from left-to-right decoding.
-
-## Licence
-
-The terms of the base model apply; see its own model card.
-"""
-
-
-def _adapter_card(title: str, lora: LoRA, source: str | os.PathLike | None, training: Mapping[str, Any] | None) -> str:
-    return f"""---
-library_name: peft
-tags:
-- masked-diffusion
-- gdsd-jax
----
-
-# {title}
-
-A low-rank adapter ({_lora_line(lora)}) for a masked diffusion language model, written by gdsd_jax.
-
-Base model: {"not recorded" if source is None else Path(source).name}
-
-## Training
-
-{_facts(training)}
-## Loading
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, path)
-```
-
-In gdsd_jax: `gdsd_jax.hub.load_adapter(path, config)`.
-
-## Licence
-
-The terms of the base model apply; see its own model card.
-"""

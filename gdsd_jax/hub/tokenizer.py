@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gdsd_jax.errors import UserError
 from gdsd_jax.families import FAMILIES
 from gdsd_jax.hub.files import checked_directory, on_disk, read_json
+from gdsd_jax.runtime.errors import UserError
 
 # Tokenizer classes that exist only as Python files beside a checkpoint, and the class of transformers that computes the
 # same from the same files; so no code of a checkpoint is ever run.

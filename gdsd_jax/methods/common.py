@@ -13,113 +13,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gdsd_jax.diffusion import SamplerConfig, masking
+from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
-from gdsd_jax.errors import UserError
+from gdsd_jax.methods.method import Batch
+from gdsd_jax.runtime.errors import UserError
 
 MASKINGS = ("stratified", "rollout_order", "rollout_order_random")
 # exp of more than this overflows float32 and turns an advantage of 0 into NaN.
 LARGEST_EXPONENT = 80.0
 
 
-@flax.struct.dataclass
-class Batch:
-    """Rollouts with their rewards, as methods see them. Rows of a group stand together.
-
-    Attributes:
-      tokens: `[B, T]` int32, clean prompts and completions.
-      prompt_mask: `[B, P]` bool, True on real tokens, or None: everything is attended to.
-      completion_mask: `[B, L]` float32, 1 up to and including the first EOS.
-      rewards: `[B]` float32, or None where `advantages` is given.
-      advantages: `[B]` float32, or None: the method computes its own from the rewards.
-      commit_step: `[B, L]` int32, the denoising step at which the sampler committed each token, or None.
-      confidence: `[B, L]` float32, the probability that the token had then, or None.
-      log_prob: `[B, L]` float32, the log-probability at which the sampler drew it, after temperature, top_p and top_k,
-        or None.
-      entropy: `[B, L]` float32, the entropy of the distribution of which `confidence` is a probability, or None.
-      step_rewards: `[B, S]` float32, rewards of partial completions, where a method uses them, or None.
-      group_size: static, G.
-      sampler: static, the settings that the completions were sampled with, or None.
-    """
-
-    tokens: Any
-    prompt_mask: Any
-    completion_mask: Any
-    rewards: Any = None
-    advantages: Any = None
-    commit_step: Any = None
-    confidence: Any = None
-    log_prob: Any = None
-    entropy: Any = None
-    step_rewards: Any = None
-    group_size: int = flax.struct.field(pytree_node=False, default=1)
-    sampler: SamplerConfig | None = flax.struct.field(pytree_node=False, default=None)
-
-    @property
-    def completion_length(self) -> int:
-        return self.completion_mask.shape[1]
-
-    @property
-    def prompt_length(self) -> int:
-        return self.tokens.shape[1] - self.completion_length
 
 
-class Scores(NamedTuple):
-    """What an objective compares between policies; rows first.
-
-    guided: the quantity whose change against the old policy the method steers.
-    normalised: the likelihood-like quantity that the KL to the reference compares.
-    extra: what else the objective needs of the views, a dictionary of arrays with rows first (weights of tokens,
-      diagnostics), or None. Read from the new scores only.
-    """
-
-    guided: Any
-    normalised: Any
-    extra: Any = None
 
 
-class Method(NamedTuple):
-    """One objective, as functions. `gdsd_jax.methods.METHODS` lists them; the trainer never asks which it runs.
-
-    reads: per-token quantities asked of the scorer, see `gdsd_jax.diffusion.scoring.read_tokens`.
-    masks: `(key, batch) -> masked [M, B, T]`, drawn once per inner update and used by old, reference and new alike.
-    views: `(masked, batch) -> Views`, adds what follows from the masks: coupled views and weights.
-    score: `({read: [R, B, L]}, views) -> Scores`.
-    prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first. With
-      `current` it takes a fourth argument, the detached scores of the policy as it is before this inner update.
-    objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum of its components and
-      of rows; components are named ("objective", "kl"), so that the gradient of each can be measured. Where the
-      constants hold no old scores, old is the stop-gradient of new: the first inner update after a rollout, exactly.
-    needs_reference: whether `prepare` uses the reference's scores.
-    old: "unused" (no old policy), "ratio" (old only enters differences with new, so the first inner update needs no
-      forward for it), "always" (`prepare` couples rows through it), or "own_masks": always, and on masks of its own,
-      drawn once for all inner updates of a rollout.
-    current: whether `prepare` couples rows through the scores of the policy that is being updated.
-    records: whether the batch must hold the rollout's `log_prob` and `entropy`.
-    """
-
-    reads: tuple
-    masks: Callable
-    views: Callable
-    score: Callable
-    prepare: Callable
-    objective: Callable
-    needs_reference: bool
-    old: str = "ratio"
-    current: bool = False
-    records: bool = False
-
-    def constants(self, batch: Batch, old: Scores | None, ref: Scores | None, current: Scores | None) -> Any:
-        """Calls `prepare` with what it takes, and cuts every gradient."""
-        scores = (old, ref, current) if self.current else (old, ref)
-        return jax.lax.stop_gradient(self.prepare(batch, *jax.lax.stop_gradient(scores)))
 
 
 def require(condition: bool, what: str) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
-from gdsd_jax.methods.common import Batch, Method, Scores
+from gdsd_jax.methods.method import Batch, Method, Scores
 
 
 @dataclasses.dataclass(frozen=True)

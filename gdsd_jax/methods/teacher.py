@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
-from gdsd_jax.methods.common import Batch, Method, Scores
 from gdsd_jax.methods.gdsd import Centred, centred_read, group_advantages
+from gdsd_jax.methods.method import Batch, Method, Scores
 
 
 @dataclasses.dataclass(frozen=True)

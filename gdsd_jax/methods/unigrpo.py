@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
-from gdsd_jax.methods.common import Batch, Method
 from gdsd_jax.methods.grpo import PPO, token_ppo
+from gdsd_jax.methods.method import Batch, Method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 GIB = 2**30
 

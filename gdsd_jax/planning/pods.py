@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gdsd_jax import commands
 from gdsd_jax.config import TrainConfig, freeze
-from gdsd_jax.errors import UserError
+from gdsd_jax.config.flags import enable_compilation_cache, fail
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.report import PROGRAMS, gib, report_of
+from gdsd_jax.runtime.errors import UserError
 
 
 class Row(NamedTuple):
@@ -115,7 +115,7 @@ def commit() -> str:
 
 def main(store: Path, page: Path, chosen: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
-    commands.enable_compilation_cache()
+    enable_compilation_cache()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     at = commit()
     reports = json.loads(store.read_text()) if store.exists() else {}
@@ -144,4 +144,4 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
     except UserError as error:
-        commands.fail(error)
+        fail(error)

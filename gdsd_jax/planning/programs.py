@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gdsd_jax import hub, sharding
-from gdsd_jax.commands import with_compute
+from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora, logical_axes
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.diffusion.scoring import read_views
 from gdsd_jax.methods import Batch, Method, Scores, build
 from gdsd_jax.planning import flops
+from gdsd_jax.runtime import sharding
+from gdsd_jax.training.setup import with_compute
 from gdsd_jax.training.state import TrainState, init_state, make_optimizer, policy
 from gdsd_jax.training.update import make_inner_update, micro_batches
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from gdsd_jax import hub
-from gdsd_jax.commands import dimensions
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.chips import GIB, Slice
 from gdsd_jax.planning.compiler import compile_program
 from gdsd_jax.planning.cost import program_cost
 from gdsd_jax.planning.programs import Program, make_plan
-from gdsd_jax.sharding import make_mesh
+from gdsd_jax.runtime.sharding import make_mesh
+from gdsd_jax.training.setup import dimensions
 
 PROGRAMS = ("sampler", "score", "update")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
-from gdsd_jax.sharding import MeshConfig
+from gdsd_jax.runtime.sharding import MeshConfig
 
 Measure = Callable[[TrainConfig, str], dict[str, Any]]
 Report = Callable[[TrainConfig, str, dict[str, Any]], None]

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import code, countdown, gsm8k, math, sudoku
 from gdsd_jax.tasks.task import Task, configure
 

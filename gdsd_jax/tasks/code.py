@@ -21,7 +21,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import sandbox, workers
 from gdsd_jax.tasks.data import Row, column, held_out, read_records
 from gdsd_jax.tasks.sandbox import Program, Verdict

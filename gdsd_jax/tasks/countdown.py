@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks.data import Row, column, read_records
 from gdsd_jax.tasks.format import last_answer, last_boxed
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import data
 from gdsd_jax.tasks.data import Row, column
 from gdsd_jax.tasks.format import last_answer, last_boxed

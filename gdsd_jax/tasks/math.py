@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import data
 from gdsd_jax.tasks.data import Row, column
 from gdsd_jax.tasks.format import first_answer, last_answer, last_boxed

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 ANSWER_FORMAT = """Reply in exactly this form: working between the first two tags, only the answer between the last two.
 <reasoning>

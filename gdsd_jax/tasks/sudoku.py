@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks.data import Row, column, read_records
 from gdsd_jax.tasks.format import last_answer
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import prompting, workers
 from gdsd_jax.tasks.data import Row, draw
 from gdsd_jax.tasks.workers import Limits

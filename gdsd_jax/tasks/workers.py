@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 
 # Processor time beyond the limit before the kernel ends the worker.
 GRACE = 1.0

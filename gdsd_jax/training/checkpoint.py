@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import orbax.checkpoint as ocp
 
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, to_dict
-from gdsd_jax.errors import UserError
-from gdsd_jax.training import multihost
+from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import check_disk
 from gdsd_jax.training.state import TrainState
 
 # Settings that may differ between the run that saved and the run that resumes.
@@ -59,7 +59,7 @@ class Checkpoints:
         saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
         # The best parameters, and the next best until it is written.
         best = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
-        if multihost.first():
+        if hosts.first():
             check_disk(workdir, size * max(config.keep + 1 - saved, 1) + best, "its checkpoints")
             self._record(workdir, config)
         self._manager = _manager(workdir / "checkpoints", config.keep)
@@ -172,18 +172,6 @@ def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) 
         state = ocp.args.PyTreeRestore({"params": target}, {"params": restore_args}, partial_restore=True)
         restored = manager.restore(iteration, args=ocp.args.Composite(state=state))
         return restored["state"]["params"], iteration
-
-
-def check_disk(directory: Path, needed: int, purpose: str) -> None:
-    """Raises UserError if the disk of `directory` has less than `needed` bytes."""
-    while not directory.exists():
-        directory = directory.absolute().parent
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise UserError(
-            f"{directory} has {free / 1e9:.2f} GB free and needs {needed / 1e9:.2f} GB for {purpose}: "
-            "free some or change --workdir"
-        )
 
 
 def _raw(state: TrainState) -> TrainState:

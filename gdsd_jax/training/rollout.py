@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch
-from gdsd_jax.sharding import named_sharding, place, replicated
+from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks.task import Task, weighted_sum
-from gdsd_jax.training import multihost
-from gdsd_jax.training.timeline import phase
-
-
-def fetch(tree: Any) -> Any:
-    """The only way from device to host: training and evaluation bring back results through here and nowhere else.
-
-    In a job of several processes each gets the whole of every array.
-    """
-    if multihost.several():
-        tree = _everywhere(jax.sharding.get_mesh())(tree)
-    result = jax.device_get(tree)
-    multihost.progressed()
-    return result
-
-
-@functools.cache
-def _everywhere(mesh: Mesh) -> Callable[[Any], Any]:
-    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
-
-
-def put(tree: Any) -> Any:
-    """The only way from host to device: arrays with rows in front, whole in every process, are cut over the mesh."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return jax.device_put(tree)
-    by_rows = lambda x: named_sharding(mesh, ("rows", *["tokens"] * (x.ndim - 1)), x.shape)  # noqa: E731
-    return place(tree, jax.tree.map(by_rows, tree))
-
-
-def seed_key(seed: int) -> jax.Array:
-    """The PRNG key of a seed, on every device of the mesh."""
-    mesh = jax.sharding.get_mesh()
-    return jax.jit(lambda: jax.random.key(seed), out_shardings=None if mesh.empty else replicated(mesh))()
+from gdsd_jax.telemetry.profile import phase
 
 
 def completion_mask(completions: np.ndarray, eos_token_id: int) -> np.ndarray:
@@ -119,7 +85,7 @@ def roll_out(
     rows = [row for row in prompts.rows for _ in range(group_size)]
     judge = lambda completions, rows: task.rewards(tokenizer.decode(completions), rows)  # noqa: E731
     with phase("reward"):
-        components = multihost.share_out(judge, completions, rows, group_size=group_size)
+        components = hosts.share_out(judge, completions, rows, group_size=group_size)
     rewards = weighted_sum(components, task.weights)
     batch = Batch(
         tokens=rollout.tokens,

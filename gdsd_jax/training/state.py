@@ -12,8 +12,8 @@ import optax
 
 from gdsd_jax.config import OptimizerConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes
-from gdsd_jax.errors import UserError
-from gdsd_jax.sharding import replicated, shardings
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import replicated, shardings
 
 
 @flax.struct.dataclass

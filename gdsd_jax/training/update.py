@@ -17,7 +17,7 @@ import optax
 from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.methods import Batch, Method, Scores
-from gdsd_jax.sharding import constrain
+from gdsd_jax.runtime.sharding import constrain
 from gdsd_jax.training.state import TrainState, parameter_axes, policy
 
 # Folded into the run's key with the count of updates or iterations, so that every draw has a stream of its own.

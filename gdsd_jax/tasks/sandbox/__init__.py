@@ -25,7 +25,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
-from gdsd_jax.errors import UserError
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import workers
 from gdsd_jax.tasks.sandbox import host, probes
 from gdsd_jax.tasks.sandbox.command import BACKENDS, UNSAFE, executables

@@ -1,0 +1,37 @@
+"""Settings of a run: `ml_collections` on the command line, frozen once into dataclasses, typed from there on.
+
+A config file (`configs/*.py`) returns a locked `ConfigDict` with exactly the fields of `TrainConfig`; `freeze` turns it
+into one and refuses a field that is missing, unknown or of another type. Nothing below the commands sees a ConfigDict.
+"""
+
+from gdsd_jax.config.freeze import default, freeze, to_dict
+from gdsd_jax.config.schema import (
+    EvalConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SFTConfig,
+    TaskConfig,
+    TinyConfig,
+    TrainConfig,
+    greedy_sampler,
+)
+from gdsd_jax.runtime.hosts import HostsConfig
+from gdsd_jax.runtime.sharding import MeshConfig
+
+__all__ = [
+    "EvalConfig",
+    "HostsConfig",
+    "LoRAConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SFTConfig",
+    "TaskConfig",
+    "TinyConfig",
+    "TrainConfig",
+    "default",
+    "freeze",
+    "greedy_sampler",
+    "to_dict",
+]

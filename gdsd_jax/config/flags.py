@@ -1,0 +1,245 @@
+"""What the commands share: flags, one-line errors, and the model, tokenizer and task that a config and flags name."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import errno
+import os
+import sys
+import textwrap
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.errors import UserError
+
+# Outcomes of a disk or a path that the user can change, wherever they strike.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+
+
+class Option(NamedTuple):
+    """A flag of one command. `kind` is str, int, float or bool."""
+
+    kind: type
+    default: Any
+    help: str
+
+
+def launch(
+    main: Callable[..., Any],
+    options: Mapping[str, Option] | None = None,
+    *,
+    needs_workdir: bool = True,
+    dry_run: bool = False,
+    argv: list[str] | None = None,
+) -> None:
+    """Runs `main(config, workdir, **values of the options)` with absl flags and a config file.
+
+    What a user can act on ends the process with one line on stderr and exit code 2. `--help` shows the docstring of
+    main's module and the flags.
+
+    Args:
+      needs_workdir: False where `main` also takes None.
+      dry_run: whether `main` can do a `config.dry_run`, which needs no workdir.
+      argv: the command line, program name first; None is that of the process.
+    """
+    # Read when transformers is first imported, which happens late: it would announce that PyTorch is absent.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Orbax warns of its own defaults.
+    logging.set_verbosity(logging.ERROR)
+    argv = sys.argv if argv is None else argv
+    try:
+        if {"--help", "-help", "-h"} & set(argv):
+            print(_usage(main, options or {}))
+            return
+        config, workdir, values = _parse(argv, options or {})
+        if config.dry_run and not dry_run:
+            raise UserError("config.dry_run is for gdsd_jax.train")
+        if needs_workdir and workdir is None and not config.dry_run:
+            raise UserError("give --workdir DIRECTORY, where the run's files go")
+        enable_compilation_cache()
+        hosts.initialize(config.hosts)
+        main(config, workdir, **values)
+    except UserError as error:
+        fail(error)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        fail(f"{error}: change the directory, or make room")
+    except Exception as error:
+        if not hosts.several():
+            raise
+        traceback.print_exc()
+        hosts.leave(error)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in the user's cache unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    if not jax.config.jax_compilation_cache_dir:
+        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(root / "gdsd_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def fail(error: object) -> None:
+    """Ends the process with one line on stderr."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    hosts.end(2)
+
+
+def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, Path | None, dict[str, Any]]:
+    """The frozen config, the workdir and the options' values.
+
+    Settings of methods and tasks (`--config.settings.gdsd.psi=3`) have no fixed names, and ml_collections clears no
+    setting that has a value (`--config.sampler.threshold=None`), so these are taken out before it sees them and put
+    into the config that it made.
+    """
+    known, free = [argv[0]], []
+    for argument in argv[1:]:
+        path = _override(argument)
+        if path is None:
+            argument = _underscored(argument, options)
+        (free if path and _is_free(path, argument.partition("=")[2]) else known).append(argument)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=known)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    for name, option in options.items():
+        define[option.kind](name, option.default, option.help, flag_values=values)
+    file = _config_file(known)
+    try:
+        rest = values(known)[1:]
+    except Exception as error:
+        place = _place(error, file)
+        if place is None and not isinstance(error, flags.Error):
+            raise
+        raise UserError(place or _first_line(error)) from None
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags are written --NAME=VALUE")
+    config = values["config"].value.to_dict()
+    for argument in free:
+        _set_free(config, argument)
+    workdir = values["workdir"].value
+    if workdir is not None and "://" in workdir:
+        raise UserError(f"--workdir {workdir} is no directory: mount the bucket and name the place where it is mounted")
+    chosen = {name: values[name].value for name in options}
+    return freeze(TrainConfig, config), None if workdir is None else Path(workdir), chosen
+
+
+def _underscored(argument: str, options: Mapping[str, Option]) -> str:
+    """A flag's name may be written with dashes for its underscores."""
+    name, equals, value = argument.partition("=")
+    plain = name.lstrip("-").replace("-", "_")
+    known = plain in options or plain.removeprefix("no") in options
+    return f"--{plain}{equals}{value}" if argument.startswith("--") and known else argument
+
+
+def _override(argument: str) -> list[str] | None:
+    """`["a", "b"]` of `--config.a.b=...`, None for any other argument."""
+    name = argument.partition("=")[0].lstrip("-")
+    return name.split(".")[1:] if argument.startswith("-") and name.startswith(("config.", "noconfig.")) else None
+
+
+def _is_free(path: list[str], text: str) -> bool:
+    """Whether ml_collections has to be spared it: a key of a mapping, or None for what may be None.
+
+    Raises UserError where the path leads nowhere.
+    """
+    kind: Any = TrainConfig
+    for depth, name in enumerate(path):
+        if not dataclasses.is_dataclass(kind):
+            if typing.get_origin(kind) is Mapping:
+                return True
+            raise UserError(f"config.{'.'.join(path[:depth])} is a value, it has no setting {name!r}")
+        hints = typing.get_type_hints(kind)
+        if name not in hints:
+            where = ".".join(["config", *path[:depth]])
+            raise UserError(f"unknown setting {where}.{name}: {where} knows {', '.join(hints)}")
+        kind = hints[name]
+    return text == "None" and types.NoneType in typing.get_args(kind)
+
+
+def _set_free(config: dict[str, Any], argument: str) -> None:
+    """Sets what an override of free settings says in nested dictionaries."""
+    path, (_, equals, text) = _override(argument), argument.partition("=")
+    if not equals:
+        raise UserError(f"{argument} has no value: write {argument}=VALUE")
+    if path[0] == "settings" and len(path) > 3:
+        # A user's own method is called package.module:NAME.
+        path = [path[0], ".".join(path[1:-1]), path[-1]]
+    for name in path[:-1]:
+        config = config.setdefault(name, {})
+    config[path[-1]] = _literal(text)
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, a float such as inf, or else the text itself."""
+    for read in (ast.literal_eval, float):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def _config_file(argv: Iterable[str]) -> str:
+    """The file that `--config` names.
+
+    Raises:
+      UserError: no such flag or no such file.
+    """
+    given = ""
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument in ("--config", "-config"):
+            given = next(arguments, "")
+        elif argument.startswith(("--config=", "-config=")):
+            given = argument.partition("=")[2]
+    file = given.partition(":")[0]
+    if not file:
+        raise UserError("give --config FILE, for instance one of configs/")
+    if not Path(file).is_file():
+        raise UserError(f"config file {file} does not exist: change --config")
+    return file
+
+
+def _place(error: BaseException | None, file: str) -> str | None:
+    """`FILE, line N: what happened` for an exception that came out of the config file, however it was wrapped."""
+    while error is not None:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines.append(error.lineno)
+        if lines and not isinstance(error, flags.Error):
+            return f"{file}, line {lines[-1]}: {type(error).__name__}: {_first_line(error)}"
+        error = error.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return textwrap.shorten(str(error).strip().split("Other fields present")[0], 300)
+
+
+def _usage(main: Callable[..., Any], options: Mapping[str, Option]) -> str:
+    lines = [
+        sys.modules[main.__module__].__doc__.strip(),
+        "",
+        "Flags:",
+        "  --config FILE         a file of configs/",
+        "  --config.FIELD=VALUE  another value for one setting; gdsd_jax/config/schema.py describes them",
+        "  --workdir DIRECTORY   of the run",
+    ]
+    for name, option in options.items():
+        value = "" if option.kind is bool else f" {option.kind.__name__.upper()}"
+        default = "" if option.default is None else f" Default: {option.default}."
+        lines.append(f"  {'--' + name + value:<21} {option.help}{default}")
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""Turns the `ml_collections` config of a file or command line into frozen dataclasses, and back into plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from gdsd_jax.config.schema import (
+    EvalConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SFTConfig,
+    TaskConfig,
+    TinyConfig,
+    TrainConfig,
+)
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.runtime.errors import UserError
+
+
+def default(checkpoint: str = "") -> ConfigDict:
+    """A locked ConfigDict with every field of `TrainConfig` at its default, to be edited by a config file."""
+    lengths = {"completion_length": 256, "steps": 256, "block_length": 32}
+    config = TrainConfig(
+        checkpoint=checkpoint,
+        task=TaskConfig(),
+        model=ModelConfig(),
+        lora=LoRAConfig(),
+        optimizer=OptimizerConfig(),
+        sampler=SamplerConfig(**lengths, strategy="low_confidence", temperature=1.0),
+        evaluation=EvalConfig(),
+        sft=SFTConfig(),
+        tiny=TinyConfig(),
+    )
+    result = ConfigDict(dataclasses.asdict(config), type_safe=False)
+    _type_optionals(result, TrainConfig)
+    return result.lock()
+
+
+def _type_optionals(config: ConfigDict, kind: type) -> None:
+    """Gives fields that are None their type, without which ml_collections takes no override for them."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            _type_optionals(config[name], hint)
+        elif types.NoneType in typing.get_args(hint) and config[name] is None:
+            config[name] = placeholder(next(o for o in typing.get_args(hint) if o is not types.NoneType))
+
+
+def freeze(kind: type, values: Mapping[str, Any] | ConfigDict, where: str = "config") -> Any:
+    """Builds the dataclass `kind` from a ConfigDict or mapping, nested dataclasses included.
+
+    Raises:
+      UserError: a key that is unknown or missing, or a value of another type; the message names it in full.
+    """
+    values = dict(values.items())
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(f"unknown setting {where}.{unknown[0]}: {where} knows {', '.join(fields)}")
+    missing = [n for n, f in fields.items() if n not in values and _required(f)]
+    if missing:
+        raise UserError(f"{where}.{missing[0]} is missing")
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A frozen config as plain JSON-able values."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return freeze(hint, value, where)
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin in (tuple, Sequence) and isinstance(value, (tuple, list)):
+            return tuple(value)
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if origin is Mapping and isinstance(value, Mapping):
+            return value
+        if origin in (int, bool, str) and type(value) is origin:
+            return value
+        if option is types.NoneType and value is None:
+            return None
+    name = hint if options != (hint,) else getattr(hint, "__name__", hint)
+    raise UserError(f"{where} is {value!r}, not of type {name}")

@@ -1,0 +1,232 @@
+"""Settings of a run: `ml_collections` on the command line, frozen once into dataclasses, typed from there on.
+
+A config file (`configs/*.py`) returns a locked `ConfigDict` with exactly the fields of `TrainConfig`; `freeze` turns it
+into one and refuses a field that is missing, unknown or of another type. Nothing below the commands sees a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.hosts import HostsConfig
+from gdsd_jax.runtime.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """How the denoiser computes; what it is comes from the checkpoint. See `gdsd_jax.denoiser.DenoiserConfig`."""
+
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    attention: str = "auto"
+    layer_unroll: int = 1
+    vocab_chunk: int = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Adapter. `rank` 0 trains all parameters instead."""
+
+    rank: int = 128
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    dropout: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. `schedule` after the warm-up is "constant", "linear" or "cosine" (both to zero at the last update)."""
+
+    learning_rate: float = 3e-6
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.01
+    clip_norm: float = 0.2
+    warmup_updates: int = 1
+    schedule: str = "constant"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is trained on. Paths are local files, `eval_path` that of the test rows; None: the task's own rows.
+
+    A task that holds validation rows out of its training set does so with `train_path` too, unless there is a
+    `validation_path`.
+    `settings` overrides fields of the task (`template`, `system`, `assistant_prefix`, `weights`, ...).
+    """
+
+    name: str = "sudoku"
+    train_path: str | None = None
+    validation_path: str | None = None
+    eval_path: str | None = None
+    train_rows: int | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def path(self, split: str) -> str | None:
+        """The local file of a split."""
+        return {"train": self.train_path, "validation": self.validation_path, "test": self.eval_path}.get(split)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation: temperature 0, the rollout's strategy and blocks, no threshold, factor, cache. Defaults: the papers'.
+
+    Attributes:
+      steps: denoising steps of a completion of the rollout's length, in proportion of any other; None: one for every
+        two tokens.
+      evaluation_prompt: start from the task's evaluation prompt, not from its training prompt.
+      batch_rows: completions at a time; how many fit decides, the results do not hang on it at temperature 0.
+      lengths: completion lengths of `gdsd_jax.evaluate`; while training it is the rollout's.
+      every: iterations from one evaluation while training to the next; 0: only at the end.
+      split, count: its rows.
+      best: the metric by which the best checkpoint is kept, with `every` above 0; None: the task's last.
+    """
+
+    steps: int | None = None
+    evaluation_prompt: bool = True
+    batch_rows: int = 64
+    lengths: tuple[int, ...] = (128, 256, 512)
+    every: int = 0
+    split: str = "validation"
+    count: int | None = None
+    best: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """The supervised start: masked-diffusion cross-entropy, weighted 1/t, all parameters trained.
+
+    Its seed is its own, so that runs of several seeds can share one start. `careless` is the share of each
+    demonstration that is wrong, in the way that the task says (`Task.careless`). With `until` above 0 it stops early,
+    once the task's last metric reaches that on `config.evaluation.count` validation rows, looked at every
+    `check_every` steps: how fast a small model learns hangs on rounding, where it is left should not.
+    """
+
+    seed: int = 0
+    careless: float = 0.0
+    until: float = 0.0
+    check_every: int = 50
+    steps: int = 1000
+    batch_rows: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-3, clip_norm=1.0, warmup_updates=50, schedule="cosine"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    """The embedded model.
+
+    With a `family` (a key of `gdsd_jax.families.FAMILIES`), a `config.checkpoint` that does not exist yet is made:
+    random weights in that family's format, then `gdsd_jax.sft`. Empty: the checkpoint must be there.
+    """
+
+    family: str = ""
+    hidden_size: int = 64
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    intermediate_size: int = 192
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run. Rows per iteration are `prompts_per_iteration * group_size`; each of the `inner_updates` covers all.
+
+    Attributes:
+      checkpoint: Hugging Face directory of the base model.
+      mesh, hosts: how devices are arranged, see `gdsd_jax.runtime.sharding`, and the processes that hold them.
+      method, settings: name of the method (or `package.module:NAME`), and settings by method name.
+      microbatch_rows: rows per gradient accumulation step.
+      component_norms_every: iterations between those that log the gradient norm of each component of the loss
+        (`grad/objective`, `grad/kl`); 0: never. Their updates are a program of its own, which for a loss of two
+        components runs a second backward pass and holds a second gradient. The norm of a single one is `grad/norm`.
+      eos_token_id: what ends a completion; None: the tokenizer's EOS.
+      prompt_buckets: lengths that prompts are left-padded to.
+      overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
+      save_every: iterations between checkpoints; `keep` of them are kept.
+      profile: iteration whose timeline is recorded, see `gdsd_jax.telemetry.profile`; 0: none.
+      dry_run: run one iteration in small instead, see `gdsd_jax.training.dry_run`.
+    """
+
+    checkpoint: str
+    task: TaskConfig
+    model: ModelConfig
+    lora: LoRAConfig
+    optimizer: OptimizerConfig
+    sampler: SamplerConfig
+    evaluation: EvalConfig
+    sft: SFTConfig
+    tiny: TinyConfig
+    mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
+    method: str = "gdsd"
+    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seed: int = 42
+    iterations: int = 1000
+    prompts_per_iteration: int = 20
+    group_size: int = 16
+    inner_updates: int = 8
+    microbatch_rows: int = 16
+    component_norms_every: int = 0
+    eos_token_id: int | None = None
+    prompt_buckets: tuple[int, ...] = (400,)
+    overlong_prompts: str = "keep_last"
+    save_every: int = 100
+    keep: int = 2
+    completions_logged: int = 8
+    tensorboard: bool = False
+    wandb: bool = False
+    profile: int = 0
+    dry_run: bool = False
+
+    def __post_init__(self):
+        names = "iterations prompts_per_iteration inner_updates microbatch_rows save_every keep evaluation.batch_rows"
+        for name in f"{names} model.vocab_chunk model.layer_unroll sft.steps sft.batch_rows sft.check_every".split():
+            value = functools.reduce(getattr, name.split("."), self)
+            if value < 1:
+                raise UserError(f"config.{name} {value} must be at least 1")
+        rows = self.prompts_per_iteration * self.group_size
+        if self.group_size < 2:
+            raise UserError(f"config.group_size {self.group_size}: an advantage compares completions, set at least 2")
+        if rows % self.microbatch_rows:
+            raise UserError(
+                f"config.microbatch_rows {self.microbatch_rows} does not divide the {rows} rows of an iteration "
+                f"(prompts_per_iteration {self.prompts_per_iteration} x group_size {self.group_size})"
+            )
+        if self.overlong_prompts not in ("error", "keep_last"):
+            raise UserError(f"config.overlong_prompts {self.overlong_prompts!r} is neither 'error' nor 'keep_last'")
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        return dict(self.settings.get(self.method, {}))
+
+
+def greedy_sampler(config: TrainConfig, length: int | None = None, steps: int | None = None) -> SamplerConfig:
+    """The run's sampler as it is evaluated, for another length or number of steps where given.
+
+    A sampler without blocks stays without; a threshold, factor or cache is for rollouts and left out.
+    """
+    sampler = config.sampler
+    length = length or sampler.completion_length
+    if steps is None and config.evaluation.steps is None:
+        steps = length // 2
+    elif steps is None:
+        steps = config.evaluation.steps * length // sampler.completion_length
+    whole = sampler.block_length == sampler.completion_length
+    return dataclasses.replace(
+        sampler,
+        temperature=0.0,
+        threshold=None,
+        factor=None,
+        cache="none",
+        refresh_every=None,
+        completion_length=length,
+        block_length=length if whole else sampler.block_length,
+        steps=max(1, steps),
+    )

@@ -1,0 +1,232 @@
+"""Candidates of a step: logits where they are read, cut by top_p and top_k, one token drawn per position.
+
+B rows, S positions that a step looks at, D hidden size, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from gdsd_jax.denoiser import DenoiserConfig, Read, logits_from_hidden
+from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig
+from gdsd_jax.runtime.sharding import constrain, pieces
+
+# A device holds logits of at most this many elements at once, 1 GiB in float32; a larger region is read in slices of
+# positions.
+MAX_LOGITS = 2**28
+LEAST = 2  # positions; a program for fewer gains too little to be compiled
+GROUP = 128  # tokens per group
+
+
+def keep_top_p(logits: Array, top_p: float) -> Array:
+    """Cuts to the most probable tokens, up to and including the first one that takes their mass beyond top_p.
+
+    A token stays when the mass strictly above it is at most top_p.
+    """
+    probs = jax.nn.softmax(logits)
+    bits = lax.bitcast_convert_type(probs, jnp.int32)
+    mass_above = lambda middle: jnp.sum(jnp.where(bits > middle[..., None], probs, 0), axis=-1)  # noqa: E731
+    cut = top_p_cut(mass_above, jnp.max(bits, axis=-1), top_p)
+    return jnp.where(bits >= cut[..., None], logits, -jnp.inf)
+
+
+def top_p_cut(mass_above: Callable[[Array], Array], highest: Array, top_p: float) -> Array:
+    """The bits of the least probability that a cut at mass `top_p` keeps.
+
+    Non-negative floats order like their bits, so bisecting the integers finds the cut exactly in 31 passes, a fraction
+    of what sorting a large vocabulary costs.
+
+    Args:
+      mass_above: gives the mass of the tokens whose probability has greater bits than these.
+      highest: the bits of the largest probability.
+    """
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        too_low, enough = bounds
+        middle = too_low + (enough - too_low) // 2
+        fits = mass_above(middle) <= top_p
+        return jnp.where(fits, too_low, middle), jnp.where(fits, middle, enough)
+
+    return lax.fori_loop(0, 31, halve, (jnp.full_like(highest, -1), highest))[1]
+
+
+def keep_top_k(logits: Array, top_k: int) -> Array:
+    cut = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+    return jnp.where(logits >= cut, logits, -jnp.inf)
+
+
+def _take(values: Array, index: Array) -> Array:
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+
+def _invert(weights: Array, target: Array) -> Array:
+    """First index [...] at which the cumulative sum of `weights` [..., N] exceeds `target` [...].
+
+    A parallel cumulative sum need not be monotone to the last bit, nor exceed a target next to the total: hence only
+    positive weights can be hit, and the largest one is taken when rounding leaves none.
+    """
+    hit = (jnp.cumsum(weights, axis=-1) > target[..., None]) & (weights > 0)
+    return jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(weights, axis=-1))
+
+
+class Groups(NamedTuple):
+    """Logits [..., V] summed up by groups of GROUP tokens: what looks for one token reads V once, and then one group.
+
+    peak: [..., G], the highest logit of each group.
+    mass: [..., G], the sum of each group's exp(logit - highest of all).
+    """
+
+    peak: Array
+    mass: Array
+
+
+def grouped(logits: Float[Array, "*S V"]) -> Groups:
+    """Peaks and masses of the G = ceil(V / GROUP) groups; what the last one lacks counts as impossible."""
+    beyond = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % GROUP)]
+    groups = jnp.pad(logits, beyond, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, GROUP)
+    peak = jnp.max(groups, axis=-1)
+    return Groups(peak, jnp.sum(jnp.exp(groups - jnp.max(peak, axis=-1)[..., None, None]), axis=-1))
+
+
+def _read(logits: Array, group: Array) -> Array:
+    """The logits [..., GROUP] of one group [...]."""
+    place = group[..., None] * GROUP + jnp.arange(GROUP)
+    return jnp.take_along_axis(logits, place, axis=-1, mode="fill", fill_value=-jnp.inf)
+
+
+def best(logits: Float[Array, "*S V"], groups: Groups) -> Int[Array, "*S"]:
+    """The token with the highest logit, of equal ones the first."""
+    group = jnp.argmax(groups.peak, axis=-1)
+    return (group * GROUP + jnp.argmax(_read(logits, group), axis=-1)).astype(jnp.int32)
+
+
+def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S"]) -> Int[Array, "*S"]:
+    """One token per distribution by inverting its cumulative sum at a number in [0, 1).
+
+    The same distribution as the argmax of logits plus Gumbel noise, at one random number instead of V. The sum is
+    inverted in two levels, groups and then the tokens of one group. Never draws a token of probability zero.
+    """
+    total = jnp.cumsum(groups.mass, axis=-1)
+    target = uniform * total[..., -1]
+    group = _invert(groups.mass, target)
+    weights = jnp.exp(_read(logits, group) - jnp.max(groups.peak, axis=-1, keepdims=True))
+    token = _invert(weights, target - (_take(total, group) - _take(groups.mass, group)))
+    return (group * GROUP + token).astype(jnp.int32)
+
+
+def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, ...]:
+    """logits [..., V], uniform [...] -> candidate tokens, their probability under `logits`, the strategy's score.
+
+    With `settings.record` also the log-probability at which the candidate was drawn, and the entropy of `logits`.
+    """
+    strategy = STRATEGIES[settings.strategy]
+    cut = logits if settings.temperature in (0, 1) else logits / settings.temperature
+    if settings.top_p is not None and settings.top_p < 1:
+        cut = keep_top_p(cut, settings.top_p)
+    if settings.top_k is not None:
+        cut = keep_top_k(cut, settings.top_k)
+    groups = grouped(cut)
+    token = draw(cut, groups, uniform) if settings.temperature > 0 else best(cut, groups)
+    normaliser = jnp.max(groups.peak, axis=-1) + jnp.log(jnp.sum(groups.mass, axis=-1))
+    plain = normaliser if cut is logits else jax.nn.logsumexp(logits, axis=-1)
+    confidence = jnp.exp(_take(logits, token) - plain)
+    if strategy.score is None:
+        score = confidence
+    else:
+        probs = jnp.exp(cut - normaliser[..., None])
+        score = strategy.score(probs, _take(probs, token))
+    if not settings.record:
+        return token, confidence, score
+    # The argmax is not drawn: at temperature 0 its log-probability is 0.
+    drawn = _take(cut, token) - normaliser if settings.temperature > 0 else jnp.zeros_like(confidence)
+    probs = jnp.exp(logits - plain[..., None])
+    entropy = plain - jnp.sum(jnp.where(probs > 0, probs * logits, 0.0), axis=-1)
+    return token, confidence, score, drawn, entropy
+
+
+def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S V"]:
+    """Probability zero to these tokens."""
+    if not tokens:
+        return logits
+    banned = np.zeros(logits.shape[-1], bool)
+    banned[list(tokens)] = True
+    # An accelerator selects while it reads, and would copy everything to write a few numbers. A CPU does better to
+    # write them; the index stands twice, as XLA makes a select of a single one.
+    return lax.platform_dependent(
+        logits,
+        cpu=lambda logits: logits.at[..., np.array([*tokens, tokens[0]])].set(-jnp.inf, mode="promise_in_bounds"),
+        default=lambda logits: jnp.where(banned, -jnp.inf, logits),
+    )
+
+
+def propose(
+    config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
+) -> tuple[Array, ...]:
+    """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S] -> as `candidates`, [B, S]."""
+    banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask)
+
+    def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, ...]:
+        hidden, uniform = slices
+        logits = constrain(logits_from_hidden(config, base, hidden), ("views", "rows", "tokens", "vocab"))
+        # From here on no sum over the vocabulary crosses devices: a draw does not depend on their number.
+        logits = constrain(logits, ("views", "rows", "positions", "candidates"))
+        if logits.shape[0] == 2:
+            logits = logits[1:] + (settings.cfg_scale + 1) * (logits[:1] - logits[1:])
+        return candidates(ban(logits[0], banned), uniform, settings)
+
+    passes, rows, positions, width = hidden.shape
+    at_one_position = passes * rows // pieces("rows", rows) * config.vocab_size
+    slices = next(
+        n for n in range(1, positions + 1)
+        if positions % n == 0 and (at_one_position * (positions // n) <= MAX_LOGITS or n == positions)
+    )  # fmt: skip
+    if slices == 1:
+        return propose_slice((hidden, uniform))
+    size = positions // slices
+    parts = lax.map(
+        propose_slice,
+        (
+            jnp.moveaxis(hidden.reshape(passes, rows, slices, size, width), 2, 0),
+            jnp.moveaxis(uniform.reshape(rows, slices, size), 1, 0),
+        ),
+    )
+    return jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1).reshape(rows, positions), parts)
+
+
+def propose_at(
+    config: DenoiserConfig, base: dict, read: Read, uniform: Array, eligible: Array, settings: SamplerConfig
+) -> tuple[Array, ...]:
+    """As `propose`, where `eligible` [B, S] says so; what stands elsewhere means nothing.
+
+    The fewer positions are still masked, the fewer are read: as many eighths of S as the row that has most needs, or
+    sixteenths where the head outweighs the layers, in steps of no fewer than `LEAST` positions.
+
+    Args:
+      read: gives hidden states [B, S', D] at places [B, S'] of S; with guidance [2B, S', D] at [2B, S'].
+    """
+    rows, positions = eligible.shape
+    # Parameters over the hidden size, as those of the head are vocab_size.
+    layers = config.num_layers * (4 * config.hidden_size + 3 * config.intermediate_size)
+    step = max(LEAST, -(-positions // (16 if config.vocab_size > layers else 8)))
+    sizes = [*range(step, positions, step), positions]
+    order = jnp.argsort(~eligible, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    passes = 2 if settings.cfg_scale > 0 else 1
+
+    def propose_first(size: int) -> tuple[Array, ...]:
+        place = order[:, :size]
+        hidden = read(jnp.repeat(place, passes, axis=0))
+        hidden = jnp.moveaxis(hidden.reshape(rows, passes, size, -1), 1, 0)
+        found = propose(config, base, hidden, jnp.take_along_axis(uniform, place, axis=1), settings)
+        beyond = [(0, 0), (0, positions - size)]
+        return jax.tree.map(lambda x: jnp.take_along_axis(jnp.pad(x, beyond), back, axis=1), found)
+
+    most = jnp.max(jnp.sum(eligible, axis=1))
+    chosen = jnp.sum(most > jnp.asarray(sizes[:-1], jnp.int32))
+    return lax.switch(chosen, [functools.partial(propose_first, size) for size in sizes])

@@ -1,0 +1,229 @@
+"""Settings of the sampler, and which positions a step commits: schedules, orderings, thresholds.
+
+B rows, S positions that a step looks at, L completion tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gdsd_jax.runtime.errors import UserError
+
+CACHES = ("none", "prefix", "dual")
+LOWEST = jnp.finfo(jnp.float32).min
+
+
+class Strategy(NamedTuple):
+    """How a strategy schedules, scores and selects.
+
+    timed: commits per step follow the time schedule linspace(1, eps); otherwise they are split evenly over the steps.
+    score: (proposal probabilities [..., V], candidate's probability there [...]) -> [...], or None: not read from them.
+    uniform: the order of the commits is uniform noise.
+    independent: every masked position is committed by a coin of its own (implies timed).
+    """
+
+    timed: bool
+    score: Callable | None = None
+    uniform: bool = False
+    independent: bool = False
+
+
+def _margin(probs: Array, _: Array) -> Array:
+    best = jnp.argmax(probs, axis=-1, keepdims=True)
+    others = jnp.where(jnp.arange(probs.shape[-1]) == best, -jnp.inf, probs)
+    return jnp.max(probs, axis=-1) - jnp.max(others, axis=-1)
+
+
+STRATEGIES = {
+    "low_confidence": Strategy(timed=False),
+    "random": Strategy(timed=False, uniform=True),
+    "maskgit_plus": Strategy(timed=True, score=lambda probs, candidate: candidate),
+    "topk_margin": Strategy(timed=True, score=_margin),
+    "entropy": Strategy(timed=True, score=lambda probs, _: jnp.sum(probs * jnp.log(probs + 1e-10), axis=-1)),
+    "origin": Strategy(timed=True, uniform=True, independent=True),
+}
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Settings of `sample`; hashable, so each distinct value compiles its own program.
+
+    completion_length: L, tokens to generate.
+    steps: denoising steps of the whole completion; each of the blocks gets max(1, steps // blocks).
+    block_length: blocks are finished left to right; L means no blocks.
+    strategy: schedule, proposal noise and ordering together.
+        low_confidence, random: tokens per step split evenly over the block's steps; ordered by the candidate's
+            probability under the plain logits, or by uniform noise.
+        maskgit_plus, topk_margin, entropy, origin: time schedule linspace(1, eps, steps + 1) inside each block, a step
+            from t to s committing floor(n (1 - s/t)) of the n masked tokens, the last one all; ordered by the
+            candidate's probability, by the margin of the two best tokens, or by negative entropy, all after
+            temperature, top_p and top_k; origin commits every masked token with probability 1 - s/t.
+    temperature: of the proposal; 0 takes the argmax.
+    top_p, top_k: cut the proposal, of every strategy, top_p first; tokens that tie at the cut stay.
+    cfg_scale: s in un + (s + 1)(cond - un), where the unconditional pass sees a masked prompt; 0 skips that pass.
+    alg_temp: draws the positions from softmax(confidence / alg_temp) instead of taking the best; 0 takes the best.
+    eps: last time of the time schedule.
+    threshold: instead of a schedule, commit every candidate of at least this probability (plain logits), always the
+        strategy's first.
+    factor: instead of a schedule, commit the n most probable candidates, n the largest with
+        (n + 1)(1 - c_n) < factor, c_n the n-th highest probability (plain logits), always the strategy's first.
+        Both take as many steps as they need, at most block_length a block, whatever `steps` says.
+    cache: what keeps its keys and values while a block is decoded, an approximation. "none": nothing; "prefix": what
+        stands before the block; "dual": all that stands outside it.
+    refresh_every: steps of a block from one full pass to the next, which refreshes the cache; None: only the first
+        step of a block is one. 1 makes every step exact.
+    stop_at_eos: stop once every row has committed an EOS with nothing masked before it; what is masked then becomes
+        EOS.
+    suppress: token ids that are never proposed.
+    suppress_confidence: token ids that are committed only when nothing else is left to commit.
+    forbid_mask: never propose the mask token. False reproduces the public samplers, which may: such a position counts
+        as committed, stays masked, and may be written again later.
+    record: returns `Rollout.log_prob` and `Rollout.entropy` too; the tokens are the same.
+
+    Raises UserError on settings that are out of range or contradict each other.
+    """
+
+    completion_length: int
+    steps: int
+    block_length: int
+    strategy: str
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float = 0.0
+    alg_temp: float = 0.0
+    eps: float = 1e-3
+    threshold: float | None = None
+    factor: float | None = None
+    cache: str = "none"
+    refresh_every: int | None = None
+    stop_at_eos: bool = False
+    suppress: Sequence[int] = ()
+    suppress_confidence: Sequence[int] = ()
+    forbid_mask: bool = True
+    record: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "suppress", tuple(self.suppress))
+        object.__setattr__(self, "suppress_confidence", tuple(self.suppress_confidence))
+        for wrong, message in (
+            (self.completion_length < 1, f"completion_length is {self.completion_length}; it must be at least 1"),
+            (self.block_length < 1, f"block_length is {self.block_length}; it must be at least 1"),
+            (self.steps < 1, f"steps is {self.steps}; it must be at least 1"),
+            (
+                self.block_length >= 1 and self.completion_length % self.block_length,
+                f"completion_length {self.completion_length} is not a multiple of block_length {self.block_length}; "
+                "change one of them",
+            ),
+            (
+                self.strategy not in STRATEGIES,
+                f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}",
+            ),
+            (not self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 or more"),
+            (
+                self.top_p is not None and not 0 < self.top_p <= 1,
+                f"top_p is {self.top_p}; it must be above 0 and at most 1, or None",
+            ),
+            (self.top_k is not None and self.top_k < 1, f"top_k is {self.top_k}; it must be at least 1, or None"),
+            (not self.cfg_scale >= 0, f"cfg_scale is {self.cfg_scale}; it must be 0 (off) or more"),
+            (not self.alg_temp >= 0, f"alg_temp is {self.alg_temp}; it must be 0 or more"),
+            (
+                self.alg_temp and self.strategy in STRATEGIES and STRATEGIES[self.strategy].score is None,
+                f"alg_temp has no meaning for strategy {self.strategy!r}; set alg_temp=0",
+            ),
+            (not 0 < self.eps < 1, f"eps is {self.eps}; it must lie between 0 and 1"),
+            (
+                self.threshold is not None and self.factor is not None,
+                "threshold and factor are both given; set one of them to None",
+            ),
+            (
+                self.threshold is not None and not self.threshold >= 0,
+                f"threshold is {self.threshold}; it must be 0 or more, or None",
+            ),
+            (self.factor is not None and not self.factor > 0, f"factor is {self.factor}; it must be above 0, or None"),
+            (self.cache not in CACHES, f"cache is {self.cache!r}; choose one of {', '.join(CACHES)}"),
+            (
+                self.refresh_every is not None and self.cache == "none",
+                "refresh_every has no meaning without a cache; set cache to 'prefix' or 'dual', or refresh_every=None",
+            ),
+            (
+                self.refresh_every is not None and self.refresh_every < 1,
+                f"refresh_every is {self.refresh_every}; it must be at least 1, or None",
+            ),
+        ):
+            if wrong:
+                raise UserError(message)
+
+    @property
+    def blocks(self) -> int:
+        return self.completion_length // self.block_length
+
+    @property
+    def steps_per_block(self) -> int:
+        """Steps that one block may take: the schedule's, or with threshold or factor one per token."""
+        scheduled = self.threshold is None and self.factor is None
+        return max(1, self.steps // self.blocks) if scheduled else self.block_length
+
+    @property
+    def step_limit(self) -> int:
+        """`commit_step` of a position that no step wrote: `steps`, or more where the blocks may take more steps."""
+        return max(self.steps, self.blocks * self.steps_per_block)
+
+
+def ranks(score: Array) -> Array:
+    """Place of every entry in its row, 0 the highest; of equal ones the first comes first. [B, S] -> [B, S]"""
+    here, there = score[..., :, None], score[..., None, :]
+    place = jnp.arange(score.shape[-1])
+    # Counting pairs fuses into one pass; a row is at most a completion long, too short for two sorts to pay.
+    return jnp.sum((there > here) | ((there == here) & (place < place[:, None])), axis=-1)
+
+
+def select(
+    settings: SamplerConfig, eligible: Array, confidence: Array, score: Array, step_in_block: Array, key: Array
+) -> Array:
+    """Which of the eligible positions [B, S] this step commits; a postponed candidate's score is `LOWEST`."""
+    strategy = STRATEGIES[settings.strategy]
+    order_key, coin_key = jax.random.split(key)
+    if settings.alg_temp > 0:
+        # The largest of logit + Gumbel noise are draws without replacement from the softmax of the logits.
+        noisy = score / settings.alg_temp + jax.random.gumbel(order_key, score.shape)
+        score = jnp.where(score > LOWEST, noisy, LOWEST)
+    rank = ranks(jnp.where(eligible, score, -jnp.inf))
+
+    if settings.threshold is not None:
+        return eligible & ((confidence >= settings.threshold) | (rank == 0))
+    if settings.factor is not None:
+        place = ranks(jnp.where(eligible, confidence, -jnp.inf))
+        # (n + 1)(1 - c_n) grows with n, so the places that pass are a prefix.
+        return eligible & (((place + 2) * (1 - confidence) < settings.factor) | (rank == 0))
+
+    last = step_in_block == settings.steps_per_block - 1
+    if strategy.independent:
+        share = time_shares(settings)[step_in_block]
+        return eligible & (last | (jax.random.uniform(coin_key, score.shape) < share))
+    masked, rows = jnp.sum(eligible), eligible.shape[0]
+    count = scheduled_count(settings, masked.astype(jnp.float32) / rows, step_in_block)
+    if strategy.timed:
+        # Rows differ in their number of masked tokens only when masks can be proposed; then the last step too goes by
+        # the mean over the batch, as in the reference.
+        count = jnp.where(last, eligible.shape[1] if settings.forbid_mask else masked // rows, count)
+    return eligible & (rank < count)
+
+
+def time_shares(settings: SamplerConfig) -> Array:
+    """`1 - s/t` of every step of a block, from time t to time s."""
+    times = np.linspace(1, settings.eps, settings.steps_per_block + 1, dtype=np.float32)
+    return jnp.asarray(1 - times[1:] / times[:-1])
+
+
+def scheduled_count(settings: SamplerConfig, masked: Array, step_in_block: Array) -> Array:
+    """How many of `masked` tokens a step commits, but for the last one of a time schedule, which commits all."""
+    if STRATEGIES[settings.strategy].timed:
+        return jnp.floor(masked * time_shares(settings)[step_in_block]).astype(jnp.int32)
+    each, extra = divmod(settings.block_length, settings.steps_per_block)
+    return each + (step_in_block < extra)

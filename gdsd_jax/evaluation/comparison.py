@@ -1,0 +1,320 @@
+"""The outcomes of a bench of methods: one row per method, its table in Markdown and its figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.evaluation import reports
+from gdsd_jax.evaluation.statistics import interval
+from gdsd_jax.telemetry.metrics import read_metrics
+from gdsd_jax.telemetry.plots import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
+
+
+# An accuracy counts puzzles: two differences are easily equal, and their interval has then no width.
+FEWEST_PAIRS = 3
+
+
+WIDTH = 80
+
+
+def state_of(run: TrainConfig, directory: Path) -> str:
+    """ "finished", "diverged" (the update was not finite) or "open"."""
+    if (directory / "diverged").is_dir():
+        return "diverged"
+    # The metrics of the last iteration stand before its checkpoint does.
+    if not (directory / "checkpoints" / str(run.iterations)).is_dir():
+        return "open"
+    return "finished" if read_metrics(directory)[-1]["step"] == run.iterations else "open"
+
+
+def test_result(run: TrainConfig, directory: Path) -> dict[str, Any] | None:
+    """The metrics of an evaluation of the finished run, or None if there is none that fits."""
+    return read_result(run, directory / "evaluation", iteration=run.iterations)
+
+
+def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[str, Any] | None:
+    path = directory / reports.SUMMARY
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text())
+    result = summary["results"][0]
+    fits = result["steps"] == greedy_sampler(config).steps and all(summary[k] == v for k, v in expected.items())
+    return result["metrics"] if fits else None
+
+
+def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any]) -> dict[str, Any] | None:
+    """What one run came to; None while it is open or not evaluated.
+
+    Of the final metric, the best one on the way (`config.evaluation`'s split), the median seconds per iteration, the
+    KL to the reference (`training.evaluation.reference_kl`). A diverged run has no policy left: its final metric
+    is 0. A run has collapsed where it diverged, or where the final metric lies below the start by more than two
+    standard errors of the difference.
+    """
+    state = state_of(run, directory)
+    diverged = state == "diverged"
+    result = test_result(run, directory) if state == "finished" else None
+    if result is None and not diverged:
+        return None
+    entries = read_metrics(directory)
+    final = {"mean": 0.0, "error": 0.0} if diverged else result[metric]
+    curve = _values(entries, f"eval/{metric}")
+    margin = 2 * math.hypot(start["error"], final["error"])
+    return {
+        "seed": run.seed,
+        "iterations": entries[-1]["step"],
+        "start": start["mean"],
+        "final": final["mean"],
+        "final_error": final["error"],
+        "best": max(curve, default=None),
+        "seconds_per_iteration": float(np.median(_values(entries, "time/iteration"))),
+        "kl": None if diverged else result.get("kl", {}).get("mean"),
+        "diverged": diverged,
+        "collapsed": diverged or final["mean"] < start["mean"] - margin,
+    }
+
+
+def _values(entries: list[dict], name: str) -> list[float]:
+    return [entry[name] for entry in entries if entry.get(name) is not None]
+
+
+def summarise(outcomes: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row per method from the outcomes of its runs; differences to the first are paired by seed."""
+    first = next(iter(outcomes.values()))
+    reference = {run["seed"]: run["final"] for run in first}
+    rows = []
+    for method, runs in outcomes.items():
+        column = lambda name, runs=runs: [run[name] for run in runs if run[name] is not None]  # noqa: E731
+        paired = [run["final"] - reference[run["seed"]] for run in runs if run["seed"] in reference]
+        difference = None if runs is first else interval(paired) | {"values": paired}
+        if difference is not None:
+            low, high = difference["low"], difference["high"]
+            difference["excludes_zero"] = len(paired) >= FEWEST_PAIRS and (low > 0 or high < 0)
+        seconds = column("seconds_per_iteration")
+        rows.append(
+            {
+                "method": method,
+                "final": interval(column("final")),
+                "best": interval(column("best")),
+                "collapsed": sum(run["collapsed"] for run in runs),
+                "seconds_per_iteration": float(np.median(seconds)) if seconds else None,
+                "kl": interval(column("kl"))["mean"],
+                "difference": difference,
+                "runs": runs,
+            }
+        )
+    return rows
+
+
+def write_report(
+    config: TrainConfig,
+    workdir: Path,
+    plan: list[tuple[TrainConfig, Path]],
+    methods: Sequence[str],
+    metric: str,
+    start: dict[str, Any],
+    *,
+    draft: str = ".",
+) -> dict[str, Any]:
+    """Writes table and figure from whatever runs of the plan are in, and returns the table.
+
+    Args:
+      draft: prefix of the files while they are written, another one on each host.
+    """
+    outcomes: dict[str, list] = {method: [] for method in methods}
+    curves: dict[str, list] = {method: [] for method in methods}
+    for run, directory in plan:
+        found = outcome(run, directory, metric, start[metric])
+        if found is not None:
+            outcomes[run.method].append(found)
+            curves[run.method].append(read_metrics(directory))
+    table = {
+        "task": config.task.name,
+        "metric": metric,
+        "split": config.task.eval_path or "test",
+        "iterations": config.iterations,
+        "completions_per_iteration": config.prompts_per_iteration * config.group_size,
+        "runs": len(plan),
+        "runs_in": sum(map(len, outcomes.values())),
+        "start": start[metric],
+        "methods": summarise(outcomes),
+    }
+
+    def write(name: str, save: Callable[[Path], Any]) -> None:
+        path = workdir / (draft + name)
+        save(path)
+        path.replace(workdir / name)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    write(TABLE_JSON, lambda path: path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8"))
+    write(TABLE_MD, lambda path: path.write_text(markdown(table), encoding="utf-8"))
+    if table["runs_in"]:
+        write(CURVES, lambda path: draw(path, table, curves, config.evaluation.split))
+    return table
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table with its reading, at most 80 columns wide unless a method's name is long."""
+    rows, first = table["methods"], table["methods"][0]["method"]
+    start = table["start"]
+    about = (
+        f"{table['task']}: {table['metric']} in percent on {table['split']}, before training "
+        f"{100 * start['mean']:.1f} (standard error {100 * start['error']:.1f}). "
+        f"{table['iterations']} iterations of {table['completions_per_iteration']} completions; "
+        f"{table['runs_in']} of {table['runs']} runs are in."
+    )
+    header = ["method", "final", "best", "lost", "s/it", "KL", f"vs {first}"]
+    lines = [
+        [
+            row["method"],
+            _percent(row["final"]),
+            _percent(row["best"]),
+            f"{row['collapsed']}/{len(row['runs'])}",
+            _short(row["seconds_per_iteration"], ".2f"),
+            _short(row["kl"], ".2g"),
+            _percent(row["difference"], "+.1f") if row["difference"] else "-",
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    cells = lambda line: "| " + " | ".join(  # noqa: E731
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+    ) + " |"  # fmt: skip
+    legend = (
+        "Mean over seeds ± half of its 95 % interval (Student's t). best: the highest value on the way, on the "
+        "evaluation split. lost: runs that collapsed, which is a non-finite update (final 0) or a final value below "
+        f"the start by more than two standard errors. vs {first}: difference of the final values, paired by seed. "
+        "s/it: median seconds per iteration. KL: to the reference at the end, where the method reports it."
+    )
+    fill = lambda text: textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)  # noqa: E731
+    body = "\n".join(map(cells, [header, rule, *lines]))
+    return "\n\n".join([fill(about), body, fill(ranks(rows)), fill(legend)]) + "\n"
+
+
+def ranks(rows: list[dict[str, Any]]) -> str:
+    """The sentences about who is ahead: a rank is claimed only where a paired interval excludes zero."""
+    first = rows[0]["method"]
+    claims = []
+    for row in rows[1:]:
+        difference = row["difference"]
+        if difference["excludes_zero"]:
+            low, high = sorted((abs(difference["low"]), abs(difference["high"])))
+            side = "above" if difference["mean"] > 0 else "below"
+            claims.append(f"{row['method']} is {side} {first} by {100 * low:.1f} to {100 * high:.1f} points.")
+    if len(rows) == 1:
+        return "One method alone has no rank."
+    if not claims:
+        return f"No paired interval of {FEWEST_PAIRS} seeds excludes zero: no method is ranked above or below {first}."
+    tied = "Between all other pairs no rank is claimed; the intervals are not corrected for their number."
+    return " ".join([*claims, tied])
+
+
+def _short(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _percent(value: dict[str, Any], form: str = ".1f") -> str:
+    if value["mean"] is None:
+        return "-"
+    text = format(100 * value["mean"], form)
+    return text if value["low"] is None else f"{text} ± {50 * (value['high'] - value['low']):.1f}"
+
+
+def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str) -> None:
+    """Reward and evaluation over iterations (mean over seeds, band from least to greatest), and the final values.
+
+    Args:
+      curves: for each method the metrics of its runs.
+      split: what the runs were evaluated on while they trained.
+    """
+    # Here and not above: Matplotlib takes a second to import.
+    from matplotlib.figure import Figure
+
+    metric = f"eval/{table['metric']}"
+    # Lines end in the styles' order too, for more methods than there are colours.
+    looks = [(colour, line) for line in ("-", "--") for colour in COLOURS]
+    figure = Figure(figsize=(13, 4.6), layout="constrained", dpi=130)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(5, 5, 3))
+    for index, (row, runs) in enumerate(zip(table["methods"], curves.values(), strict=True)):
+        colour, line = looks[index % len(looks)]
+        style = {"color": colour, "linestyle": line, "label": row["method"], "linewidth": 1.8}
+        _curve(left, runs, "reward/mean", style, smooth=True)
+        _curve(middle, runs, metric, style | {"marker": "o", "markersize": 4}, scale=100)
+        _final(right, index, row, colour)
+    start = 100 * table["start"]["mean"]
+    right.axvline(start, color="0.35", linewidth=1, linestyle=":")
+    right.annotate("start", (start, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points",
+                   va="top", fontsize=8, color="0.35")  # fmt: skip
+    names = [row["method"] for row in table["methods"]]
+    right.set_yticks(range(len(names)), names, fontsize=9)
+    right.set_ylim(len(names) - 0.4, -0.8)
+    # The seeds set the scale: an interval from few seeds may run out of the picture, and out of what is possible.
+    shown = [start, *(100 * run["final"] for row in table["methods"] for run in row["runs"])]
+    margin = max(0.15 * (max(shown) - min(shown)), 2)
+    right.set_xlim(min(shown) - margin, max(shown) + margin)
+    name = table["metric"]
+    titles = ("Reward of the rollouts (running mean)", f"Greedy, {split} split", "Final, with 95 % interval")
+    for axes, title in zip((left, middle, right), titles, strict=True):
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.tick_params(labelsize=9)
+        axes.grid(alpha=0.3, linewidth=0.6, axis="x" if axes is right else "both")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("mean reward", fontsize=9)
+    middle.set_ylabel(f"{name} (%)", fontsize=9)
+    right.set_xlabel(f"{name}, {table['split']} (%)", fontsize=9)
+    for axes in (left, middle):
+        axes.set_xlim(left.get_xlim())
+        axes.set_xlabel("iteration", fontsize=9)
+        axes.locator_params(axis="x", integer=True, nbins=8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), fontsize=9, frameon=False)
+    counts = sorted({len(runs) for runs in curves.values()})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    figure.suptitle(f"{table['task']}: mean and range over {seeds} seed{'' if seeds == '1' else 's'}", fontsize=12)
+    figure.savefig(path, format="png")
+
+
+def _curve(
+    axes: Axes, runs: list[list[dict]], name: str, style: dict[str, Any], *, scale: float = 1, smooth: bool = False
+) -> None:
+    """Mean over the runs that have reached a step, and their range behind it."""
+    steps = sorted({entry["step"] for entries in runs for entry in entries if entry.get(name) is not None})
+    if not steps:
+        axes.plot([], [], **style)
+        return
+    # Noise from one iteration to the next, most of it the prompts', would hide one method behind another.
+    width = 2 * (len(steps) // 10) + 1 if smooth else 1
+    table = np.full((len(runs), len(steps)), np.nan)
+    for row, entries in zip(table, runs, strict=True):
+        found = {entry["step"]: entry[name] for entry in entries if entry.get(name) is not None}
+        values = np.asarray([scale * found.get(step, np.nan) for step in steps])
+        for i in np.flatnonzero(np.isfinite(values)):
+            row[i] = np.nanmean(values[max(0, i - width // 2) : i + width // 2 + 1])
+    axes.fill_between(steps, np.nanmin(table, 0), np.nanmax(table, 0), color=style["color"], alpha=0.13, linewidth=0)
+    axes.plot(steps, np.nanmean(table, 0), **style)
+
+
+def _final(axes: Axes, index: int, row: dict[str, Any], colour: str) -> None:
+    """One line of the last panel: the interval, the mean, and each seed (a cross where it collapsed)."""
+    for run in row["runs"]:
+        axes.plot(100 * run["final"], index + 0.22, "x" if run["collapsed"] else "o", color=colour, markersize=5,
+                  alpha=0.6)  # fmt: skip
+    final = row["final"]
+    if final["mean"] is None:
+        return
+    if final["low"] is not None:
+        axes.plot([100 * final["low"], 100 * final["high"]], [index, index], color=colour, linewidth=2)
+    axes.plot(100 * final["mean"], index, "D", color=colour, markersize=6)

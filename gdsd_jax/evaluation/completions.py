@@ -1,0 +1,142 @@
+"""A policy on held-out rows: completions, the task's metrics and the distance from the base."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdsd_jax.denoiser import DenoiserConfig, LoRA
+from gdsd_jax.diffusion import SamplerConfig, masking, sample
+from gdsd_jax.diffusion.scoring import read_views
+from gdsd_jax.hub.tokenizer import Tokenizer
+from gdsd_jax.methods import Batch, common
+from gdsd_jax.runtime.hosts import share_out
+from gdsd_jax.runtime.transfer import fetch, put
+from gdsd_jax.tasks.task import Task
+from gdsd_jax.training.rollout import Prompts
+
+_split = jax.jit(jax.random.split, static_argnums=1)
+
+
+def evaluate_policy(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    prompts: Prompts,
+    sampler: SamplerConfig,
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    batch_rows: int,
+    key: jax.Array,
+) -> dict[str, float]:
+    """Samples one completion per prompt; means of the task's metrics and, with an adapter, of `reference_kl` ("kl")."""
+    batches = complete(config, base, lora, prompts, sampler, tokenizer, batch_rows=batch_rows, key=key)
+    return {name: float(value.mean()) for name, value in judge(task, prompts.rows, list(batches)).items()}
+
+
+class Completed(NamedTuple):
+    """Texts of one batch, and how far each lies from the base (`reference_kl`), None without an adapter."""
+
+    texts: list[str]
+    kl: list[float] | None
+
+
+def complete(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    prompts: Prompts,
+    sampler: SamplerConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_rows: int,
+    key: jax.Array,
+    skip: int = 0,
+    divergence: bool = True,
+) -> Iterator[Completed]:
+    """One completion per prompt, batch by batch; every batch has the same shape and draws from a key of its own.
+
+    Args:
+      skip: leading batches that are there already.
+      divergence: False leaves `reference_kl` out.
+    """
+    count = len(prompts.rows)
+    for index, batch_key in enumerate(_split(key, -(-count // batch_rows))):
+        if index < skip:
+            continue
+        # The last batch is filled up with its own first rows, whose second completions are dropped.
+        start = index * batch_rows
+        chosen = np.arange(start, start + batch_rows)
+        chosen = np.where(chosen < count, chosen, start)
+        tokens, mask = put((prompts.tokens[chosen], prompts.mask[chosen]))
+        rollout = sample(config, base, lora, tokens, mask, batch_key, sampler)
+        measured = divergence and lora is not None
+        kl = reference_kl(config, base, lora, rollout.tokens, mask, batch_key) if measured else None
+        found, kl = fetch((rollout.tokens, kl))
+        texts = tokenizer.decode(found[:, tokens.shape[1] :])[: count - start]
+        yield Completed(texts, None if kl is None else kl[: count - start].tolist())
+
+
+def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:
+    """The metrics of completions, `[B]` each, one completion per row. What a metric fails on counts 0.
+
+    Every process measures rows of its own, and learns what the others measured.
+    """
+    texts = [text for batch in batches for text in batch.texts]
+    values = {name: np.nan_to_num(value) for name, value in share_out(task.metrics, texts, rows).items()}
+    if batches[0].kl is not None:
+        values["kl"] = np.concatenate([np.asarray(batch.kl, np.float32) for batch in batches])
+    return values
+
+
+@jax.jit
+def checksum(params: Any) -> list[jax.Array]:
+    """One number per array that changes with any of its bits; exact however the array is spread over devices."""
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32).ravel()
+        # Odd factors, so that a change anywhere and an exchange of two values both show; the sum wraps around.
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return [one(x) for x in jax.tree.leaves(params)]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def reference_kl(
+    config: DenoiserConfig, base: Any, lora: LoRA, tokens: jax.Array, prompt_mask: jax.Array, key: jax.Array
+) -> jax.Array:
+    """How far the adapter has moved each completion's token log-probabilities from the base: `[B]`, nats per token.
+
+    The mean over tokens of `exp(-d) + d - 1`, `d = l_theta - l_ref`, read in one coupled pair of views of
+    `tokens` `[B, P+L]`, P from `prompt_mask`. Zero where the two agree; an estimate of their KL divergence only as
+    far as the completions are the policy's own samples.
+    """
+    rows, length = tokens.shape[0], tokens.shape[1] - prompt_mask.shape[1]
+    masked = masking.stratified(key, rows, length, stratum=rows)
+    batch = Batch(tokens, prompt_mask, jnp.ones((rows, length)), group_size=rows)
+    views = common.coupled_views(masking.behind_prompt(masked, prompt_mask.shape[1])[None], batch, weighted=False)
+
+    def log_prob(lora: LoRA | None) -> jax.Array:
+        return read_views(config, base, lora, tokens, views, ("log_prob",), prompt_mask=prompt_mask)["log_prob"][0]
+
+    return jnp.mean(common.k3(log_prob(lora), log_prob(None)), axis=1)
+
+
+class Part(NamedTuple):
+    """One task at one length: `prompts` has each of the `rows` as often as it is sampled, together."""
+
+    task: Task
+    source: str
+    rows: list[dict]
+    prompts: Prompts
+    sampler: SamplerConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name} {self.sampler.completion_length}"

@@ -1,0 +1,125 @@
+"""Loads the policy that a command's flags name: a checkpoint, an adapter, or the newest state of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax import hub
+from gdsd_jax.config import TrainConfig, to_dict
+from gdsd_jax.config.flags import Option
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_lora
+from gdsd_jax.hub.tokenizer import Tokenizer
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import place
+from gdsd_jax.tasks import Task
+from gdsd_jax.training.setup import load_setup
+from gdsd_jax.training.state import parameter_shardings
+
+
+class Policy(NamedTuple):
+    """A model to evaluate, talk to or export: a checkpoint, with or without an adapter, or what a run has trained.
+
+    base, lora: `denoise`'s parameters; float32 where a run has trained all of them.
+    source: directory of the checkpoint that the base came from.
+    stored: dtypes of that checkpoint, a pytree like `base`.
+    iteration: finished iterations of the run, None where the policy comes from directories alone.
+    """
+
+    model: DenoiserConfig
+    base: Any
+    lora: LoRA | None
+    tokenizer: Tokenizer
+    task: Task
+    source: str
+    stored: Any
+    iteration: int | None
+
+
+def load_policy(
+    config: TrainConfig,
+    workdir: Path | None = None,
+    *,
+    checkpoint: str | None = None,
+    adapter: str | None = None,
+    best: bool = False,
+) -> Policy:
+    """The policy that the flags name: `checkpoint` with `adapter`, or else the newest checkpoint of a run.
+
+    Args:
+      config: gives the task, the numerics and, unless `checkpoint` does, the base.
+      workdir: of a run of `gdsd_jax.train`; not looked at when one of the others is given.
+      checkpoint: a Hugging Face directory.
+      adapter: a PEFT directory.
+      best: of the run, the checkpoint that did best in its evaluations.
+
+    Raises:
+      UserError: nothing is named; the run trained another base or other adapters; a directory does not load.
+    """
+    if checkpoint is None and adapter is None and workdir is None:
+        raise UserError("no model is named: give --workdir of a run, or --checkpoint, or --adapter")
+    if checkpoint is not None:
+        config = dataclasses.replace(config, checkpoint=checkpoint)
+    from_run = checkpoint is None and adapter is None
+    if best and not from_run:
+        raise UserError("--best chooses among a run's checkpoints: give --workdir without --checkpoint and --adapter")
+    record = _run_record(config, workdir) if from_run else None
+    model, base, tokenizer, task = load_setup(config)
+    stored = jax.tree.map(lambda x: x.dtype, base)
+    lora, iteration = None, None
+    if adapter is not None:
+        lora = hub.load_adapter(adapter, model)
+        lora = place(lora, parameter_shardings(model, lora))
+    elif record is not None:
+        # Late: Orbax takes seconds to import, and only runs need it.
+        from gdsd_jax.training.checkpoint import load_params
+
+        if config.lora.rank:
+            make = lambda key: init_lora(model, key, **dataclasses.asdict(config.lora))  # noqa: E731
+            shapes = jax.eval_shape(make, jax.random.key(0))
+            lora, iteration = load_params(workdir, shapes, parameter_shardings(model, shapes), best=best)
+        else:
+            # The shapes alone, so that two whole models are never in memory.
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), base)
+            places = jax.tree.map(lambda x: x.sharding, base)
+            del base
+            base, iteration = load_params(workdir, shapes, places, best=best)
+    return Policy(model, base, lora, tokenizer, task, config.checkpoint, stored, iteration)
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """The `run.json` of a training run: its config and the fingerprint of its base.
+
+    Raises:
+      UserError: there is none, or it does not parse.
+    """
+    path = workdir / "run.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no training run: train first, or give another --workdir or a --checkpoint")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} does not parse ({error}): restore it or give another --workdir") from None
+
+
+def _run_record(config: TrainConfig, workdir: Path) -> dict[str, Any]:
+    """The record of the run, which must have trained the same parameters as `config` describes."""
+    record = read_record(workdir)
+    if record["config"]["lora"] != to_dict(config)["lora"]:
+        raise UserError(f"{workdir} belongs to a run with another config.lora: give the --config that it started with")
+    if record["base"] != hub.fingerprint(config.checkpoint):
+        raise UserError(f"{workdir} was trained from another base than {config.checkpoint}: change config.checkpoint")
+    return record
+
+
+# The flags by which `load_policy` is told what to load.
+POLICY_OPTIONS = {
+    "checkpoint": Option(str, None, "Hugging Face directory to use instead of the run's newest checkpoint."),
+    "adapter": Option(str, None, "PEFT directory to use on --checkpoint, or on the config's own."),
+    "best": Option(bool, False, "Of the run, the checkpoint that did best in its evaluations, not the newest."),
+}

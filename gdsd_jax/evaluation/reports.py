@@ -1,0 +1,171 @@
+"""An evaluation as files: JSON, a Markdown table of task by length, a figure, the completions; and two side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.box
+import rich.table
+
+from gdsd_jax.evaluation.statistics import paired
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.telemetry.plots import COLOURS
+
+SUMMARY, TABLE, FIGURE, COMPLETIONS = (f"evaluation.{kind}" for kind in ("json", "md", "png", "jsonl"))
+COMPARISON = "comparison"
+
+
+def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None:
+    """Writes the four files, each at once or not at all."""
+    title, header, body = describe(summary), *_grid(summary)
+    legend = "Mean ± standard error of the mean over rows; in parentheses the denoising steps."
+    _replace(directory / COMPLETIONS, "".join(json.dumps(record) + "\n" for record in records))
+    _replace(directory / TABLE, f"{title}\n\n{markdown(header, body, left=2)}\n\n{legend}\n")
+    draft = directory / f".{FIGURE}"
+    draw(draft, summary)
+    draft.replace(directory / FIGURE)
+    _replace(directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """One line: which model on which rows, and how."""
+    model = summary["adapter"] or summary["checkpoint"]
+    if summary["workdir"]:
+        model = f"{summary['workdir']}, iteration {summary['iteration']}"
+    rows = {f"{entry['count']} rows of {entry['task']} ({entry['rows']})": None for entry in summary["results"]}
+    how = f"{summary['strategy']}, temperature {summary['temperature']:g}"
+    how += f", {summary['samples']} samples each" if summary["samples"] > 1 else ""
+    return f"{', '.join(rows)}; {how}; {model}"
+
+
+def table(summary: dict[str, Any]) -> rich.table.Table:
+    """The table for a terminal."""
+    header, body = _grid(summary)
+    result = rich.table.Table(title=describe(summary), box=rich.box.SIMPLE_HEAD, title_justify="left")
+    for index, name in enumerate(header):
+        result.add_column(name, justify="left" if index < 2 else "right")
+    for cells in body:
+        result.add_row(*cells)
+    return result
+
+
+def _grid(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and body: one line per task and metric, one column per length."""
+    columns = {entry["completion_length"]: entry["steps"] for entry in summary["results"]}
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for entry in summary["results"]:
+        for name, value in entry["metrics"].items():
+            line = cells.setdefault((entry["task"], name), {})
+            line[entry["completion_length"]] = f"{value['mean']:.3f} ± {value['error']:.3f}"
+    header = ["task", "metric", *(f"{length} ({steps})" for length, steps in columns.items())]
+    return header, [[*names, *(line[length] for length in columns)] for names, line in cells.items()]
+
+
+def markdown(header: list[str], body: list[list[str]], *, left: int) -> str:
+    """A table, its first `left` columns flush left."""
+    rule = ["---" if index < left else "---:" for index in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
+
+
+def draw(path: Path, summary: dict[str, Any]) -> None:
+    """A panel per task: each of its metrics over the completion length, with standard errors."""
+    # Here and not above: Matplotlib takes a second to import.
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(entry["task"] for entry in summary["results"]))
+    columns = min(len(tasks), 3)
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.3 * rows), layout="constrained", dpi=110)
+    for index, task in enumerate(tasks):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        entries = [entry for entry in summary["results"] if entry["task"] == task]
+        lengths = [str(entry["completion_length"]) for entry in entries]
+        # The distance from the base is on another scale.
+        names = [name for name in entries[0]["metrics"] if name != "kl"]
+        for number, name in enumerate(names):
+            found = [entry["metrics"][name] for entry in entries]
+            mean, error = ([value[key] for value in found] for key in ("mean", "error"))
+            colour = COLOURS[number % len(COLOURS)]
+            axes.errorbar(lengths, mean, yerr=error, color=colour, marker="o", markersize=4, capsize=3, label=name)
+        axes.set_title(task, fontsize=11)
+        axes.set_xlabel("completion length", fontsize=9)
+        axes.set_ylim(bottom=0.0)
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, framealpha=0.7)
+    figure.savefig(path, format="png")
+
+
+def compare(directory: Path, other: Path) -> str:
+    """Holds the evaluation in `directory` against the one in `other`, item by item.
+
+    Returns the Markdown table that it writes to `directory`, beside the same as JSON: the means of both, their
+    difference with its 95 % interval (Student's t over items), and for metrics that are 0 or 1 McNemar's exact test.
+
+    Raises:
+      UserError: one of the two is no finished evaluation, or they have no task and length in common, or other rows.
+    """
+    summaries = [_read(place) for place in (directory, other)]
+    values = [_values(place, summary) for place, summary in zip((directory, other), summaries, strict=True)]
+    shared = [key for key in values[0] if key in values[1]]
+    if not shared:
+        raise UserError(f"{directory} and {other} have no task and length in common")
+    found = []
+    for (task, length), entry in zip(values[0], summaries[0]["results"], strict=True):
+        if (task, length) not in shared:
+            continue
+        twin = summaries[1]["results"][list(values[1]).index((task, length))]
+        if entry["items"] != twin["items"]:
+            raise UserError(f"{directory} and {other} were not evaluated on the same rows of {task}")
+        ours, theirs = values[0][task, length], values[1][task, length]
+        for name in (name for name in ours if name in theirs):
+            means = {"this": float(ours[name].mean()), "other": float(theirs[name].mean())}
+            test = paired(ours[name], theirs[name])
+            found.append({"task": task, "completion_length": length, "metric": name, **means, "difference": test})
+    header = ["task", "length", "metric", "this", "other", "difference", "95 % interval", "better", "worse", "p"]
+    body = [_compared(line) for line in found]
+    titles = f"this: {describe(summaries[0])}\n\nother: {describe(summaries[1])}"
+    legend = "better, worse: items on which this does so. p: McNemar's exact test, for metrics that are 0 or 1."
+    text = f"{titles}\n\n{markdown(header, body, left=3)}\n\n{legend}\n"
+    _replace(directory / f"{COMPARISON}.json", json.dumps({"other": str(other), "results": found}, indent=1) + "\n")
+    _replace(directory / f"{COMPARISON}.md", text)
+    return text
+
+
+def _compared(line: dict[str, Any]) -> list[str]:
+    test = line["difference"]
+    bounds = "-" if test["low"] is None else f"{test['low']:+.3f} to {test['high']:+.3f}"
+    p = "-" if test["p"] is None else f"{test['p']:.2g}"
+    names = [line["task"], str(line["completion_length"]), line["metric"]]
+    values = [f"{line['this']:.3f}", f"{line['other']:.3f}", f"{test['mean']:+.3f}", bounds]
+    return [*names, *values, str(test["better"]), str(test["worse"]), p]
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / SUMMARY
+    if not path.is_file():
+        raise UserError(f"{directory} holds no finished evaluation: run gdsd_jax.evaluate there first")
+    return json.loads(path.read_text())
+
+
+def _values(directory: Path, summary: dict[str, Any]) -> dict[tuple[str, int], dict[str, np.ndarray]]:
+    """By task and length, each metric's mean over the samples of every item."""
+    records = [json.loads(line) for line in (directory / COMPLETIONS).read_text().splitlines()]
+    found = {}
+    for entry in summary["results"]:
+        key = entry["task"], entry["completion_length"]
+        own = [record for record in records if (record["task"], record["completion_length"]) == key]
+        names = [name for name in entry["metrics"] if name in own[0]]
+        found[key] = {
+            name: np.array([record[name] for record in own]).reshape(entry["count"], -1).mean(axis=1) for name in names
+        }
+    return found
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,231 @@
+"""The contract of a method: the batch that it sees, the functions that it consists of, and a check of both.
+
+A method turns a rollout into a loss in five pure steps. Only `prepare` sees the whole batch: everything that couples
+rows (group means, denominators, softmaxes) happens there, without gradient, so that `objective` is a plain sum over
+rows and splitting it into micro-batches changes nothing but rounding.
+
+B rows, G completions per group, M views, L completion tokens, T = P + L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion.scoring import Views
+from gdsd_jax.runtime.errors import UserError
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rollouts with their rewards, as methods see them. Rows of a group stand together.
+
+    Attributes:
+      tokens: `[B, T]` int32, clean prompts and completions.
+      prompt_mask: `[B, P]` bool, True on real tokens, or None: everything is attended to.
+      completion_mask: `[B, L]` float32, 1 up to and including the first EOS.
+      rewards: `[B]` float32, or None where `advantages` is given.
+      advantages: `[B]` float32, or None: the method computes its own from the rewards.
+      commit_step: `[B, L]` int32, the denoising step at which the sampler committed each token, or None.
+      confidence: `[B, L]` float32, the probability that the token had then, or None.
+      log_prob: `[B, L]` float32, the log-probability at which the sampler drew it, after temperature, top_p and top_k,
+        or None.
+      entropy: `[B, L]` float32, the entropy of the distribution of which `confidence` is a probability, or None.
+      step_rewards: `[B, S]` float32, rewards of partial completions, where a method uses them, or None.
+      group_size: static, G.
+      sampler: static, the settings that the completions were sampled with, or None.
+    """
+
+    tokens: Any
+    prompt_mask: Any
+    completion_mask: Any
+    rewards: Any = None
+    advantages: Any = None
+    commit_step: Any = None
+    confidence: Any = None
+    log_prob: Any = None
+    entropy: Any = None
+    step_rewards: Any = None
+    group_size: int = flax.struct.field(pytree_node=False, default=1)
+    sampler: SamplerConfig | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def completion_length(self) -> int:
+        return self.completion_mask.shape[1]
+
+    @property
+    def prompt_length(self) -> int:
+        return self.tokens.shape[1] - self.completion_length
+
+
+class Scores(NamedTuple):
+    """What an objective compares between policies; rows first.
+
+    guided: the quantity whose change against the old policy the method steers.
+    normalised: the likelihood-like quantity that the KL to the reference compares.
+    extra: what else the objective needs of the views, a dictionary of arrays with rows first (weights of tokens,
+      diagnostics), or None. Read from the new scores only.
+    """
+
+    guided: Any
+    normalised: Any
+    extra: Any = None
+
+
+class Method(NamedTuple):
+    """One objective, as functions. `gdsd_jax.methods.METHODS` lists them; the trainer never asks which it runs.
+
+    reads: per-token quantities asked of the scorer, see `gdsd_jax.diffusion.scoring.read_tokens`.
+    masks: `(key, batch) -> masked [M, B, T]`, drawn once per inner update and used by old, reference and new alike.
+    views: `(masked, batch) -> Views`, adds what follows from the masks: coupled views and weights.
+    score: `({read: [R, B, L]}, views) -> Scores`.
+    prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first. With
+      `current` it takes a fourth argument, the detached scores of the policy as it is before this inner update.
+    objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum of its components and
+      of rows; components are named ("objective", "kl"), so that the gradient of each can be measured. Where the
+      constants hold no old scores, old is the stop-gradient of new: the first inner update after a rollout, exactly.
+    needs_reference: whether `prepare` uses the reference's scores.
+    old: "unused" (no old policy), "ratio" (old only enters differences with new, so the first inner update needs no
+      forward for it), "always" (`prepare` couples rows through it), or "own_masks": always, and on masks of its own,
+      drawn once for all inner updates of a rollout.
+    current: whether `prepare` couples rows through the scores of the policy that is being updated.
+    records: whether the batch must hold the rollout's `log_prob` and `entropy`.
+    """
+
+    reads: tuple
+    masks: Callable
+    views: Callable
+    score: Callable
+    prepare: Callable
+    objective: Callable
+    needs_reference: bool
+    old: str = "ratio"
+    current: bool = False
+    records: bool = False
+
+    def constants(self, batch: Batch, old: Scores | None, ref: Scores | None, current: Scores | None) -> Any:
+        """Calls `prepare` with what it takes, and cuts every gradient."""
+        scores = (old, ref, current) if self.current else (old, ref)
+        return jax.lax.stop_gradient(self.prepare(batch, *jax.lax.stop_gradient(scores)))
+
+
+READS = ("log_prob", "centred", "entropy", ("centred_top_k", "k"))
+
+
+OLD = ("unused", "ratio", "always", "own_masks")
+
+
+def check(
+    method: Method,
+    *,
+    name: str,
+    prompt_length: int,
+    completion_length: int,
+    group_size: int,
+    sampler: SamplerConfig | None = None,
+) -> None:
+    """Traces masks, views, score, prepare and objective on a batch of two groups, without computing anything.
+
+    Args:
+      method: what `build` returned.
+      name: how the user calls it; the messages name it.
+      prompt_length, completion_length, group_size: P, L and G of the run.
+      sampler: of the rollouts; None: one token a step, without blocks.
+
+    Raises:
+      UserError: a function that does not take its arguments, or returns another shape than the contract says.
+    """
+    rows, total = 2 * group_size, prompt_length + completion_length
+    completion = (rows, completion_length)
+
+    def run(function: str, expected: str, *arguments: Any) -> Any:
+        try:
+            return jax.eval_shape(functions[function], *arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(f"method {name!r}: {function}{expected} failed with {reason}") from error
+
+    def expect(condition: bool, function: str, expected: str, found: Any) -> None:
+        if not condition:
+            raise UserError(f"method {name!r}: {function} must return {expected}, it returned {_shapes(found)}")
+
+    def rows_first(function: str, found: Any, what: str) -> None:
+        whole = all(leaf.ndim >= 1 and leaf.shape[0] == rows for leaf in jax.tree.leaves(found))
+        expect(whole, function, f"{what} whose arrays all have the {rows} rows first", found)
+
+    if not isinstance(method, Method):
+        kind = type(method).__name__
+        raise UserError(f"method {name!r}: make(settings) must return a gdsd_jax.methods.Method, not {kind}")
+    for read in method.reads:
+        known = read in READS or (isinstance(read, tuple) and len(read) == 2 and read[0] == "centred_top_k")
+        if not known:
+            raise UserError(f"method {name!r}: unknown read {read!r}, reads are {READS}")
+    if method.old not in OLD:
+        raise UserError(f"method {name!r}: old is {method.old!r}, not one of {', '.join(OLD)}")
+
+    functions = method._asdict()
+    functions["score"] = lambda values, views: method.score(dict(zip(method.reads, values, strict=True)), views)
+    batch = Batch(
+        tokens=_array((rows, total), jnp.int32),
+        prompt_mask=_array((rows, prompt_length), bool),
+        completion_mask=_array(completion),
+        rewards=_array((rows,)),
+        commit_step=_array(completion, jnp.int32),
+        confidence=_array(completion),
+        log_prob=_array(completion) if method.records else None,
+        entropy=_array(completion) if method.records else None,
+        group_size=group_size,
+        sampler=sampler or one_by_one(completion_length),
+    )
+    masked = run("masks", "(key, batch)", jax.eval_shape(lambda: jax.random.key(0)), batch)
+    good = hasattr(masked, "shape") and masked.shape[1:] == (rows, total) and masked.dtype == bool
+    expect(good, "masks", f"bool [M, {rows}, {total}]", masked)
+
+    views = run("views", "(masked, batch)", masked, batch)
+    expect(isinstance(views, Views), "views", "a gdsd_jax.diffusion.scoring.Views", views)
+    good = views.masked.shape[1:] == (rows, total) and views.weights.shape[1:] == completion
+    expect(good, "views", f"masked [K, {rows}, {total}] and weights [R, {rows}, {completion_length}]", views)
+    good = len(views.sources) == views.weights.shape[0] and max(map(max, views.sources)) < views.masked.shape[0]
+    expect(good, "views", f"one source for each read, made of passes below {views.masked.shape[0]}", views.sources)
+
+    # Not a dictionary: names and tuples do not sort together.
+    reads = [_array(views.weights.shape) for _ in method.reads]
+    scores = run("score", "(reads, views)", reads, views)
+    expect(hasattr(scores, "guided"), "score", "a gdsd_jax.methods.Scores", scores)
+    rows_first("score", scores, "Scores")
+
+    # As the trainer calls it: without old scores at a first inner update, unless the method always needs them.
+    absent = [] if method.old in ("always", "own_masks") else [None]
+    prepare_of = "(batch, old, ref, current)" if method.current else "(batch, old, ref)"
+    for old in absent + ([] if method.old == "unused" else [scores]):
+        known = (old, scores if method.needs_reference else None, *[scores] * method.current)
+        constants = run("prepare", prepare_of, batch, *known)
+        rows_first("prepare", constants, "constants")
+        returned = run("objective", "(new, constants)", scores, constants)
+        pair = isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(x, dict) for x in returned)
+        expect(pair and bool(returned[0]), "objective", "({component of the loss: value}, {metric: value})", returned)
+        for what, value in [*returned[0].items(), *returned[1].items()]:
+            good = getattr(value, "shape", None) == (rows,)
+            expect(good, "objective", f"one value per row, [{rows}], as {what!r}", value)
+
+
+def one_by_one(completion_length: int) -> SamplerConfig:
+    """The plainest sampler: the most confident token of each step, at temperature 1, without blocks."""
+    return SamplerConfig(completion_length, completion_length, completion_length, "low_confidence", temperature=1.0)
+
+
+def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _shapes(found: Any) -> str:
+    """What a function returned, in words: shapes and dtypes instead of arrays."""
+    words = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x), found)
+    return " ".join(str(words).replace("'", "").split())[:300]

@@ -1,0 +1,91 @@
+"""A method's objective on masks that are given from outside: for parity tests and for experiments by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from gdsd_jax.denoiser import DenoiserConfig, LoRA
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, read_views
+from gdsd_jax.methods.method import Batch, Scores
+from gdsd_jax.methods.registry import build
+
+
+def loss_on_views(
+    name: str,
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    *,
+    prompts: ArrayLike,
+    completions: ArrayLike,
+    masked: ArrayLike | None,
+    advantages: ArrayLike | None = None,
+    old: ArrayLike | None = None,
+    ref: ArrayLike | None = None,
+    prompt_mask: ArrayLike | None = None,
+    completion_mask: ArrayLike | None = None,
+    rewards: ArrayLike | None = None,
+    group_size: int | None = None,
+    commit_step: ArrayLike | None = None,
+    confidence: ArrayLike | None = None,
+    rollout_log_prob: ArrayLike | None = None,
+    rollout_entropy: ArrayLike | None = None,
+    step_rewards: ArrayLike | None = None,
+    sampler: SamplerConfig | None = None,
+    chunk: int = DEFAULT_CHUNK,
+    **settings: Any,
+) -> tuple[Float[Array, ""], Array]:
+    """A method's objective on masks given from outside, differentiable in `base` and `lora`.
+
+    Args:
+      prompts, completions: `[B, P]` and `[B, L]` ids.
+      masked: `[M, B, P+L]` bool, the views' masks; complements, and the fully masked view of `coupled_grpo`, are the
+        method's own business. None for `tracerl`, whose masks follow from `commit_step` (which wins where both stand).
+      advantages: `[B]`; None: the method's own from `rewards` (`[B]`) in groups of `group_size` (None: one group).
+      old, ref: scores of the old and the reference policy in the method's own shape: `[B, M]` for `gdsd` and
+        `gdsd_tlc`, `[B]` for `espo`, `spg` and `dmpo`, `[B, L]` for methods of tokens. old=None: the stop-gradient of
+        the current ones; ref=None: no KL.
+      prompt_mask: True on real prompt tokens; None: everything is attended to, pads too.
+      completion_mask: `[B, L]`, 1 through the first EOS; None: all ones.
+      commit_step: `[B, L]`, the denoising step that committed each token.
+      confidence, rollout_log_prob, rollout_entropy, step_rewards, sampler: further fields of `Batch`.
+      chunk: vocabulary entries whose logits exist at one time.
+      **settings: fields of the method's settings class.
+
+    Returns:
+      The loss, a float32 scalar, and the scores that the objective steers, rows first.
+    """
+    method = build(name, **settings)
+    rows, length = completions.shape
+    array = lambda x, dtype=jnp.float32: None if x is None else jnp.asarray(x, dtype)  # noqa: E731
+    batch = Batch(
+        tokens=jnp.concatenate([jnp.asarray(prompts), jnp.asarray(completions)], axis=1),
+        prompt_mask=array(prompt_mask, bool),
+        completion_mask=jnp.ones((rows, length)) if completion_mask is None else array(completion_mask),
+        rewards=array(rewards),
+        advantages=array(advantages),
+        commit_step=array(commit_step, jnp.int32),
+        confidence=array(confidence),
+        log_prob=array(rollout_log_prob),
+        entropy=array(rollout_entropy),
+        step_rewards=array(step_rewards),
+        group_size=group_size or rows,
+        sampler=sampler,
+    )
+    views = method.views(array(masked, bool), batch)
+    reads = read_views(
+        config, base, lora, batch.tokens, views, method.reads, prompt_mask=batch.prompt_mask, chunk=chunk
+    )
+    new = method.score(reads, views)
+    old_scores = None if old is None else Scores(array(old), array(old))
+    if old is None and method.old in ("always", "own_masks"):
+        old_scores = new
+    ref_scores = None if ref is None else Scores(array(ref), array(ref))
+    constants = method.constants(batch, old_scores, ref_scores, new)
+    losses, _ = method.objective(new, constants)
+    return jnp.sum(sum(losses.values())), new.guided

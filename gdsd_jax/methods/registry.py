@@ -1,0 +1,60 @@
+"""The table of methods, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gdsd_jax.methods import coupled_grpo, dmpo, espo, gdsd, grpo, spg, teacher, tracerl, unigrpo, wd1
+from gdsd_jax.methods.method import Method
+from gdsd_jax.runtime.errors import UserError
+
+
+class Recipe(NamedTuple):
+    """A settings dataclass and what turns its values into a `Method`."""
+
+    settings: type
+    make: Callable[[Any], Method]
+
+
+METHODS: dict[str, Recipe] = {
+    "gdsd": Recipe(gdsd.Guidance, gdsd.make),
+    "gdsd_tlc": Recipe(gdsd.Centred, gdsd.make),
+    "gdsd_teacher": Recipe(teacher.Teacher, teacher.make),
+    "espo": Recipe(espo.Settings, espo.make),
+    "spg": Recipe(spg.Settings, spg.make),
+    "diffu_grpo": Recipe(grpo.Settings, grpo.make),
+    "wd1": Recipe(wd1.Settings, wd1.make),
+    "coupled_grpo": Recipe(coupled_grpo.Settings, coupled_grpo.make),
+    "unigrpo": Recipe(unigrpo.Settings, unigrpo.make),
+    "dmpo": Recipe(dmpo.Settings, dmpo.make),
+    "tracerl": Recipe(tracerl.Settings, tracerl.make),
+}
+
+
+def build(name: str, **settings: Any) -> Method:
+    """The method of that name (or of `package.module:NAME`, a `Recipe`) with these settings.
+
+    Raises:
+      UserError: an unknown method or setting; the message lists the known ones.
+    """
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            recipe = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"config.method {name!r} cannot be imported: {error}") from None
+        if not isinstance(recipe, Recipe):
+            raise UserError(f"config.method {name!r} is a {type(recipe).__name__}, not a gdsd_jax.methods.Recipe")
+    elif name in METHODS:
+        recipe = METHODS[name]
+    else:
+        names = ", ".join(METHODS)
+        raise UserError(f"unknown method {name!r}: config.method is one of {names}, or package.module:NAME")
+    known = {field.name for field in dataclasses.fields(recipe.settings)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise UserError(f"method {name!r} has no setting {', '.join(unknown)}: it knows {', '.join(sorted(known))}")
+    return recipe.make(recipe.settings(**settings))

@@ -1,0 +1,1 @@
+"""The machine below the model: errors, device meshes, the hosts of a job, transfers and files."""

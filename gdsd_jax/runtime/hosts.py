@@ -1,0 +1,173 @@
+"""Several processes as one job: how it starts, who does what on the host, and how it ends when one of them fails.
+
+Every process runs the same program over one mesh, walks the same global order of prompts, and knows every number that
+the others know. What is done once, text in and numbers out, is shared out by whole groups and gathered; only the first
+process writes files. One process is the case that needs none of this, and pays nothing for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gdsd_jax.runtime.errors import UserError
+
+FAILED = 3  # exit code of a process that leaves a job of several
+
+_last_progress = time.monotonic()
+
+
+def initialize(config: HostsConfig) -> None:
+    """Joins the other processes of the job, before any device is touched; nothing where there is one process.
+
+    Raises:
+      UserError: an incomplete description of the job.
+    """
+    environment = os.environ.get
+    coordinator = config.coordinator or environment("JAX_COORDINATOR_ADDRESS")
+    if not coordinator or jax.distributed.is_initialized():
+        return
+    arguments = {}
+    if coordinator != "auto":
+        known = {"num_processes": config.processes, "process_id": config.process}
+        for name, value in known.items():
+            text = environment(f"JAX_{name.upper()}", "") if value is None else str(value)
+            if not text.isdecimal():
+                setting = "processes" if name == "num_processes" else "process"
+                raise UserError(f"config.hosts.{setting} is not given: set it, or JAX_{name.upper()}")
+            arguments[name] = int(text)
+        arguments["coordinator_address"] = coordinator
+    # The walk itself asks in every iteration whether a process has been told to stop.
+    jax.config.update("jax_enable_preemption_service", False)
+    bound = config.heartbeat_seconds
+    jax.distributed.initialize(heartbeat_timeout_seconds=bound, shutdown_timeout_seconds=bound, **arguments)
+    if jax.process_count() > 1:
+        progressed()
+        threading.Thread(target=_watch, args=(config.stall_seconds,), daemon=True).start()
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def progressed() -> None:
+    """Says that the job is alive: a result of the devices or of the other processes has arrived."""
+    global _last_progress
+    _last_progress = time.monotonic()
+
+
+def _watch(bound: float) -> None:
+    while time.monotonic() - _last_progress < bound:
+        time.sleep(min(1.0, bound / 10))
+    leave(f"nothing has arrived from the devices or the other processes for {bound:g} s (config.hosts.stall_seconds)")
+
+
+def leave(reason: object) -> NoReturn:
+    """Ends this process, and by that the job, because of something that starting again may mend."""
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    advice = "start the job again with the same --workdir: it goes on from its last checkpoint"
+    print(f"error: {who} leaves the job: {' '.join(str(reason).split())[:500]}; {advice}", file=sys.stderr, flush=True)
+    end(FAILED)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process with an exit code.
+
+    In a job of several at once, without the farewell that would wait for the others while they wait for this one: they
+    notice that it is gone within `config.hosts.heartbeat_seconds`.
+    """
+    if several():
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes files."""
+    return jax.process_index() == 0
+
+
+def first_only(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`make(*args, **kwargs)` in the first process, `Silent` in the others."""
+    return make(*args, **kwargs) if first() else Silent()
+
+
+class Silent:
+    """Stands in, in the other processes, for an object that only the first one has: every method does nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """`[n, ...]` of every process, of one shape in all, as `[processes * n, ...]` in the order of the processes."""
+    # The hosts' own exchange; it moves arrays in ways that a transfer guard takes for accidents.
+    with jax.transfer_guard("allow"):
+        gathered = multihost_utils.process_allgather(values, tiled=True)
+    progressed()
+    return gathered
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in one of the processes; every process must ask."""
+    return bool(gather(np.array([flag])).any()) if several() else flag
+
+
+def wait() -> None:
+    """Returns when every process has come here: what the first one wrote before, all can read."""
+    any_process(False)
+
+
+def share_out(
+    function: Callable[[Any, Any], Mapping[str, np.ndarray]],
+    values: Sequence[Any] | np.ndarray,
+    rows: Sequence[dict],
+    *,
+    group_size: int = 1,
+) -> dict[str, np.ndarray]:
+    """`function(values, rows)`, float32 columns of one entry a row, each process working on whole groups of its own."""
+    if not several():
+        return dict(function(values, rows))
+    count = len(rows)
+    each = -(-count // (group_size * jax.process_count())) * group_size
+    start = min(each * jax.process_index(), count)
+    own = slice(start, min(start + each, count))
+    columns = function(values[own], rows[own])
+    table = np.zeros((each, len(columns)), np.float32)
+    table[: own.stop - own.start] = np.stack(list(columns.values()), axis=1)
+    return dict(zip(columns, gather(table)[:count].T, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a job, one on each host.
+
+    Attributes:
+      coordinator: "auto" where the platform says who takes part (TPU pods); else ADDRESS:PORT of process 0, with the
+        number of `processes` and which `process` this one is. Empty: what JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+        and JAX_PROCESS_ID say, or one process.
+      heartbeat_seconds: a process that is silent for so long is dead, and the job ends.
+      stall_seconds: the job ends as well when no result has arrived for so long; longer than the longest compilation,
+        rollout or reward.
+    """
+
+    coordinator: str = ""
+    processes: int | None = None
+    process: int | None = None
+    heartbeat_seconds: int = 30
+    stall_seconds: float = 3600.0

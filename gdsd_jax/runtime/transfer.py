@@ -1,0 +1,45 @@
+"""Transfers between the host and the devices, and the keys that start there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.sharding import named_sharding, place, replicated
+
+
+def fetch(tree: Any) -> Any:
+    """The only way from device to host: training and evaluation bring back results through here and nowhere else.
+
+    In a job of several processes each gets the whole of every array.
+    """
+    if hosts.several():
+        tree = _everywhere(jax.sharding.get_mesh())(tree)
+    result = jax.device_get(tree)
+    hosts.progressed()
+    return result
+
+
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def put(tree: Any) -> Any:
+    """The only way from host to device: arrays with rows in front, whole in every process, are cut over the mesh."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.device_put(tree)
+    by_rows = lambda x: named_sharding(mesh, ("rows", *["tokens"] * (x.ndim - 1)), x.shape)  # noqa: E731
+    return place(tree, jax.tree.map(by_rows, tree))
+
+
+def seed_key(seed: int) -> jax.Array:
+    """The PRNG key of a seed, on every device of the mesh."""
+    mesh = jax.sharding.get_mesh()
+    return jax.jit(lambda: jax.random.key(seed), out_shardings=None if mesh.empty else replicated(mesh))()

@@ -1,0 +1,1 @@
+"""Reports of a run: metrics on disk, copies for trackers, progress, plots, profiles and warnings."""

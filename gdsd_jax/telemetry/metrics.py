@@ -1,0 +1,154 @@
+"""Metrics on disk, progress on the terminal, curves as a picture: all on the host, from numbers already fetched.
+
+`metrics.jsonl` is the record and always written; TensorBoard and Weights & Biases are copies of it for those who ask.
+Names have the form `group/name`; everything under `time/` depends on the machine, everything else repeats to the bit.
+
+    python -m gdsd_jax.telemetry.plots WORKDIR        draws WORKDIR/curves.png anew, also while the run goes on
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.telemetry.trackers import import_optional, open_tensorboard, open_wandb
+
+if TYPE_CHECKING:
+    pass
+
+METRICS, COMPLETIONS, CURVES = "metrics.jsonl", "completions.jsonl", "curves.png"
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: NumPy values as Python's, NaN and infinities as null."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict]]:
+    """The complete lines of a JSONL file with their contents; a last line that a kill cut short is left out."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise UserError(f"{path}: line {number} is not a record with a step: repair the line or move the file away")
+        found.append((line, entry))
+    return found
+
+
+def _cut_back(path: Path, last_step: int | None) -> None:
+    """Removes a line cut short and the lines of later steps than `last_step`, all at once or not at all."""
+    if not path.exists():
+        return
+    kept = b"".join(line for line, entry in _lines(path) if last_step is None or entry["step"] <= last_step)
+    if len(kept) == path.stat().st_size:
+        return
+    draft = path.with_name(path.name + ".new")
+    with draft.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+class MetricWriter:
+    """Appends metrics and completions of a run to `workdir`, flushed line by line: a kill loses no written step.
+
+    Args:
+      workdir: created when missing.
+      tensorboard, wandb: also write to TensorBoard (`workdir/tensorboard`) or to Weights & Biases (project and mode
+        from its own environment variables).
+      resume_step: the step of the restored checkpoint; lines of later steps are cut away first. -1 starts the files
+        anew; None appends to what is there.
+
+    Raises:
+      UserError: a copy was asked for whose package is not installed, or a file holds something else than records.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        resume_step: int | None = None,
+    ) -> None:
+        workdir = Path(workdir)
+        # The copies first: whatever is missing for them is reported before a file is touched.
+        board = import_optional("tensorboardX", "tensorboard") if tensorboard else None
+        site = import_optional("wandb", "wandb") if wandb else None
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, COMPLETIONS):
+            _cut_back(workdir / name, resume_step)
+        self._metrics = (workdir / METRICS).open("a", encoding="utf-8")
+        self._completions = (workdir / COMPLETIONS).open("a", encoding="utf-8")
+        self._copies = []
+        if board is not None:
+            self._copies.append(open_tensorboard(board, workdir, resume_step))
+        if site is not None:
+            self._copies.append(open_wandb(site, workdir, resume_step))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line `{"step": step, name: value, ...}`. Values are scalars on the host; NaN and infinities become null.
+
+        Floats are written with the shortest text that reads back as the same double, so equal files mean equal bits.
+        """
+        values = {name: _plain(float(value)) for name, value in metrics.items()}
+        self._append(self._metrics, [{"step": int(step), **values}])
+        finite = {name: value for name, value in values.items() if value is not None}
+        for write_copy, _ in self._copies:
+            write_copy(int(step), finite)
+
+    def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One line a completion: `{"step": step, ...}` with whatever the row holds, text and rewards."""
+        self._append(self._completions, [{"step": int(step), **_plain(row)} for row in rows])
+
+    def close(self) -> None:
+        """Closes the files and finishes the copies."""
+        self._metrics.close()
+        self._completions.close()
+        for _, close_copy in self._copies:
+            close_copy()
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @staticmethod
+    def _append(file: Any, entries: list[dict]) -> None:
+        file.write("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries))
+        file.flush()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of `workdir/metrics.jsonl`, oldest first, without a last line that is still being written.
+
+    Raises:
+      UserError: there is no such file, it is empty, or it holds something else than records.
+    """
+    path = Path(workdir) / METRICS
+    entries = [entry for _, entry in _lines(path)] if path.is_file() else []
+    if not entries:
+        raise UserError(f"{path} holds no metrics: name the --workdir of a run that has logged a step")
+    return entries

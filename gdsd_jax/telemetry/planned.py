@@ -1,0 +1,56 @@
+"""What a run measures beside what `gdsd_jax.plan` said of it.
+
+A plan is looked for in the workdir: `python -m gdsd_jax.plan ... --json WORKDIR/plan.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.runtime.errors import UserError
+
+FILE = "plan.json"
+
+
+def read_plan(workdir: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The plan in `workdir`, None if there is none.
+
+    Raises:
+      UserError: it is of another method, adapter, rollout or micro-batch than the run.
+    """
+    path = workdir / FILE
+    if not path.is_file():
+        return None
+    plan = json.loads(path.read_text())
+    run = {
+        "method": config.method,
+        "lora_rank": config.lora.rank,
+        "rows": config.prompts_per_iteration * config.group_size,
+        "microbatch_rows": config.microbatch_rows,
+    }
+    for name, value in run.items():
+        if plan.get(name) != value:
+            raise UserError(f"{path} plans {name} {plan.get(name)}, the run has {value}: plan again or remove the file")
+    return plan
+
+
+def beside_plan(plan: dict[str, Any] | None, *, rollout: float, update: float) -> dict[str, float]:
+    """Metrics: the device's peak bytes where it counts them, and with a plan its bytes and roofline seconds.
+
+    Args:
+      rollout, update: measured seconds of a rollout and of one inner update.
+    """
+    memory = jax.local_devices()[0].memory_stats() or {}
+    metrics = {"device/peak_bytes": float(memory["peak_bytes_in_use"])} if "peak_bytes_in_use" in memory else {}
+    for name, seconds in (("sampler", rollout), ("update", update)):
+        if plan is not None and name in plan:
+            metrics[f"plan/{name}_peak_bytes"] = float(plan[name]["peak_bytes"])
+            if plan[name]["seconds_roofline"]:
+                metrics[f"plan/{name}_seconds"] = plan[name]["seconds_roofline"]
+                metrics[f"plan/{name}_share"] = plan[name]["seconds_roofline"] / seconds
+    return metrics

@@ -1,0 +1,192 @@
+"""Curves of a run as a picture.
+
+python -m gdsd_jax.telemetry.plots WORKDIR        draws WORKDIR/curves.png anew, also while the run goes on
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.telemetry.metrics import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES = "curves.png"
+
+
+class Panel(NamedTuple):
+    """A panel of `curves.png`: the metrics of `names`, in this order, or every `prefix...` not drawn elsewhere.
+
+    `floor` and `ceiling` fix an end of the vertical axis, `log` allows a logarithmic one, `smooth` a running mean.
+    `typical` ends the axis at three medians: compiling takes the first step off the scale of the others.
+    """
+
+    title: str
+    label: str
+    names: tuple[str, ...] = ()
+    prefix: str = ""
+    floor: float | None = None
+    ceiling: float | None = None
+    log: bool = False
+    smooth: bool = True
+    typical: bool = False
+
+
+PANELS = (
+    Panel("Reward of the rollouts", "reward", ("reward/mean",)),
+    Panel("Evaluation", "metric", prefix="eval/", floor=0.0),
+    Panel("Reward components", "mean", prefix="reward/"),
+    Panel("Loss", "loss", ("loss",)),
+    Panel("Clipped scores", "share", ("policy/clipped",), floor=0.0),
+    Panel("Divergence from the reference", "KL (nats)", ("policy/kl",)),
+    Panel("Entropy of the policy", "nats per token", ("policy/entropy",), floor=0.0),
+    Panel("Score spread across views", "standard deviation (nats)", ("policy/score_spread",), floor=0.0),
+    Panel("Gradient norm", "norm before clipping", ("grad/norm",), log=True),
+    Panel("Gradient signal-to-noise", "ratio", ("grad/signal_to_noise",)),
+    Panel("Groups that teach nothing", "share", ("reward/zero_spread",), floor=0.0, ceiling=1.0),
+    Panel("Diversity inside groups", "distinct share", ("completion/diversity",), floor=0.0),
+    Panel("Completion length", "tokens", ("completion/length",), floor=0.0),
+    Panel("Learning rate", "rate", ("lr",), floor=0.0, smooth=False),
+    Panel("Rewards that were NaN or raised", "count", ("reward/nan",), floor=0.0),
+    Panel("Other metrics of the objective", "mean", prefix="policy/"),
+    Panel(
+        "Seconds per iteration",
+        "seconds",
+        ("time/iteration", "time/rollout", "time/reward", "time/update"),
+        floor=0.0,
+        smooth=False,
+        typical=True,
+    ),
+    Panel("Throughput", "tokens per second", ("time/tokens_per_second",), floor=0.0),
+)
+
+
+# Drawn as the band around reward/mean.
+SPREAD = "reward/std"
+
+
+# Okabe and Ito's colours, distinct for colour-blind eyes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def plot_curves(workdir: str | os.PathLike) -> Path:
+    """Draws `workdir/curves.png` from `workdir/metrics.jsonl`: a panel for each kind of metric that was logged.
+
+    Noisy curves of more than 60 points are drawn faint with their running mean over a twentieth of them on top.
+
+    Raises:
+      UserError: there are no metrics to draw.
+    """
+    # Here and not above: Matplotlib takes a second to import, and a command needs it once, at its end.
+    from matplotlib.figure import Figure
+
+    entries = read_metrics(workdir)
+    names = sorted({name for entry in entries for name in entry} - {"step"})
+    series = {name: _series(entries, name) for name in names}
+    series = {name: points for name, points in series.items() if np.isfinite(points[1]).any()}
+    claimed = {name for panel in PANELS for name in panel.names} | {SPREAD}
+    drawn = []
+    for panel in PANELS:
+        wanted = panel.names or sorted(n for n in series if n.startswith(panel.prefix) and n not in claimed)
+        present = [name for name in wanted if name in series]
+        # A curve of zeros says nothing about rewards that failed; an empty panel would only push others aside.
+        if present and not (present == ["reward/nan"] and not np.nansum(series["reward/nan"][1])):
+            drawn.append((panel, present))
+    if not drawn:
+        raise UserError(f"{Path(workdir) / METRICS} holds none of the metrics that are drawn")
+
+    columns = min(4 if len(drawn) > 9 else 3, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    first, last = (pick(entry["step"] for entry in entries) for pick in (min, max))
+    margin = 0.03 * max(last - first, 1)
+    figure = Figure(figsize=(4.4 * columns, 3.1 * rows + 0.4), layout="constrained", dpi=110)
+    figure.suptitle(f"{Path(workdir).resolve().name}: step {last}")
+    for index, (panel, present) in enumerate(drawn):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw(axes, panel, {name: series[name] for name in present}, series.get(SPREAD))
+        axes.set_xlim(first - margin, last + margin)
+        # Only the lowest panel of each column carries the shared axis label.
+        if index + columns >= len(drawn):
+            axes.set_xlabel("step")
+    path = Path(workdir) / CURVES
+    draft = path.with_name("." + path.name)
+    figure.savefig(draft, format="png")
+    draft.replace(path)
+    return path
+
+
+def _series(entries: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric; null is NaN, which leaves a gap."""
+    points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    steps, values = zip(*points, strict=True)
+    return np.asarray(steps, float), np.asarray([np.nan if v is None else v for v in values], float)
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the finite values in a centred window, which shrinks at both ends."""
+    kernel = np.ones(width)
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+    count = np.convolve(finite.astype(float), kernel, mode="same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _draw(
+    axes: Axes,
+    panel: Panel,
+    series: dict[str, tuple[np.ndarray, np.ndarray]],
+    spread: tuple[np.ndarray, np.ndarray] | None,
+) -> None:
+    for index, (name, (steps, values)) in enumerate(series.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        label = name.rsplit("/", 1)[-1].replace("_", " ")
+        marker = "o" if len(steps) <= 30 else None
+        if panel.smooth and len(steps) > 60:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            values = _running_mean(values, 2 * (len(values) // 40) + 1)
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
+        if name == "reward/mean" and spread is not None:
+            width = np.interp(steps, *spread)
+            axes.fill_between(steps, values - width, values + width, color=colour, alpha=0.15, linewidth=0)
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_ylabel(panel.label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", integer=True, nbins=6)
+    finite = np.concatenate([values[np.isfinite(values)] for _, values in series.values()])
+    if panel.log and finite.min() > 0 and finite.max() > 20 * finite.min():
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+        top = max(float(np.nanmedian(values)) for _, values in series.values()) * 3 if panel.typical else np.inf
+        top = 1.06 * min(top, finite.max()) if panel.ceiling is None else panel.ceiling
+        if panel.floor is not None and top > panel.floor:
+            axes.set_ylim(panel.floor, top)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(fontsize=8, framealpha=0.7)
+
+
+def main(arguments: list[str]) -> int:
+    """Draws the curves of one run; 0, or 2 after a one-line error."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m gdsd_jax.telemetry.plots WORKDIR", file=sys.stderr)
+        return 2
+    try:
+        print(plot_curves(arguments[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""A training run in small: every step of a config's run, with its method and sampler, on a model made for the occasion.
+
+    python -m gdsd_jax.train --config configs/RECIPE.py --config.dry_run [--workdir DIR]
+
+One iteration of the real training code on random weights of the checkpoint's family, with its tokenizer replaced by one
+of characters. Needs neither the checkpoint nor a network, and takes under a minute on a CPU. It shows that the settings
+fit together and the pieces run; it says nothing about memory, speed or the checkpoint itself.
+
+What stays: method and its settings, sampler strategy, schedule and block, optimizer, targets of the adapter, numerics.
+What shrinks: the model, the completion (two blocks, or 64 tokens without blocks), steps in proportion, prompts (the
+last 64 tokens), rows (two prompts of two completions), inner updates (two), the adapter's rank. Rows are those of a
+local file where the config names one, else the task's few worked examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from gdsd_jax import hub
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.hub import tiny
+from gdsd_jax.runtime.sharding import MeshConfig
+
+PROMPT, COMPLETION = 64, 64
+
+
+def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
+    """The config in small; its checkpoint is made in `directory`, which must be absent or empty.
+
+    Raises:
+      UserError: the checkpoint is not there and its name says no family.
+    """
+    sampler = config.sampler
+    length = min(sampler.completion_length, COMPLETION)
+    block = length
+    if sampler.block_length < sampler.completion_length:
+        block = sampler.block_length
+        length = block * min(2, sampler.blocks)
+    family = hub.architecture(config.checkpoint).family
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 48}
+    tiny.build(directory, family=family, **sizes, max_length=PROMPT + length)
+    return dataclasses.replace(
+        config,
+        checkpoint=str(directory),
+        tiny=dataclasses.replace(config.tiny, family=""),
+        mesh=MeshConfig(),
+        prompt_buckets=(PROMPT,),
+        overlong_prompts="keep_last",
+        sampler=dataclasses.replace(
+            sampler,
+            completion_length=length,
+            block_length=block,
+            steps=max(1, sampler.steps * length // sampler.completion_length),
+        ),
+        lora=dataclasses.replace(config.lora, rank=min(config.lora.rank, 2)),
+        evaluation=dataclasses.replace(config.evaluation, count=None, batch_rows=2, steps=None),
+        iterations=1,
+        prompts_per_iteration=2,
+        group_size=2,
+        microbatch_rows=2,
+        inner_updates=min(config.inner_updates, 2),
+        tensorboard=False,
+        wandb=False,
+    )

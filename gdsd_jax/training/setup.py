@@ -1,0 +1,97 @@
+"""Loads what a command works on: the model, the tokenizer and the task that a config names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from gdsd_jax import hub, tasks
+from gdsd_jax.config import ModelConfig, TaskConfig, TrainConfig
+from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.hub.tokenizer import Tokenizer
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import Dimension, make_mesh
+from gdsd_jax.tasks import Task
+
+
+class Setup(NamedTuple):
+    """What every command needs of a run."""
+
+    model: DenoiserConfig
+    base: Any
+    tokenizer: Tokenizer
+    task: Task
+
+
+def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig:
+    """The denoiser's config with the run's numerics."""
+    settings = dataclasses.asdict(compute)
+    del settings["vocab_chunk"]
+    return dataclasses.replace(config, **settings)
+
+
+def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) -> Setup:
+    """Loads the base checkpoint, its tokenizer and the task; every input error surfaces here, before work starts.
+
+    The mesh of the config becomes JAX's current one, and the base lies on it.
+
+    Args:
+      rows: numbers of rows, by name, that must be spread evenly over the mesh.
+    """
+    task = resolve_task(config)
+    tokenizer = hub.load_tokenizer(config.checkpoint)
+    mesh = make_mesh(config.mesh, dimensions=dimensions(hub.read_config(config.checkpoint), rows or {}))
+    jax.set_mesh(mesh)
+    model, base = hub.load_checkpoint(config.checkpoint, mesh=mesh)
+    if config.eos_token_id is not None:
+        tokenizer.eos_token_id = config.eos_token_id
+    # One EOS everywhere: what ends the text that is rewarded ends the completion that is scored.
+    model = dataclasses.replace(model, eos_token_id=tokenizer.eos_token_id)
+    return Setup(with_compute(model, config.model), base, tokenizer, task)
+
+
+def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:
+    """The config's task; its rows are a few worked examples in a dry run, unless a local file is named."""
+    task = tasks.resolve(config.task.name, evaluation=evaluation, **config.task.settings)
+    return dataclasses.replace(task, source=lambda *_: list(task.examples)) if config.dry_run else task
+
+
+def evaluated_task(config: TrainConfig) -> Task:
+    """The task as it is evaluated; `config.task.settings` hold over its evaluation prompt too."""
+    return resolve_task(config, evaluation=config.evaluation.evaluation_prompt)
+
+
+def task_rows(
+    config: TaskConfig, task: Task, split: str, *, count: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The rows of a split: of its local file where there is one, else the task's own.
+
+    Without a `validation_path`, a task that divides its training set (`Task.held_out`) takes the validation rows out of
+    the training file, and trains on the others.
+    """
+    path, divided = config.path(split), False
+    if config.train_path is not None and config.validation_path is None and task.held_out is not None:
+        divided = split != "test"
+        path = config.train_path if divided else path
+    return task.rows(split, path=path, divided=divided, count=count, seed=seed)
+
+
+def known_metric(task: Task, metric: str | None, setting: str) -> str:
+    """`metric`, or the task's last one; UserError, which names the setting, if the task has no such metric."""
+    known = task.metrics_named
+    if metric is not None and metric not in known:
+        raise UserError(f"task {task.name} has no metric {metric!r}: {setting} is one of {', '.join(known)}")
+    return metric or known[-1]
+
+
+def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension]:
+    """What a mesh must divide: the model, and numbers of rows by the name of their setting."""
+    return [
+        Dimension("embed", model.hidden_size, "the model's hidden size"),
+        Dimension("heads", model.num_heads, "the model's heads"),
+        Dimension("mlp", model.intermediate_size, "the model's MLP size"),
+        *(Dimension("rows", size, name) for name, size in rows.items()),
+    ]

@@ -1,0 +1,286 @@
+"""Bad input is one line and exit code 2 before anything is written; bad rewards and bad losses lose nothing."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from safetensors.numpy import load_file, save_file
+from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
+
+from gdsd_jax import evaluate, export, generate, sft, train
+from gdsd_jax.config.flags import _parse
+from gdsd_jax.evaluation.policy import load_policy
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    return tiny_run.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def base(config_file, tmp_path) -> Path:
+    """A copy of the checkpoint, to be damaged."""
+    return shutil.copytree(config_file.parent / "base", tmp_path / "base")
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """Runs a command that must refuse and returns its one line."""
+
+    def run(module: ModuleType, *arguments: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            tiny_run.command(module, *arguments)
+        assert stop.value.code == 2
+        text = capsys.readouterr().err
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and text.endswith(lines[0] + "\n") and "Traceback" not in text
+        return lines[0]
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+NORM = "model.transformer.ln_f.weight"
+
+
+def lose_tensor(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.pop(NORM))
+
+
+def add_tensor(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update(stray=np.zeros(3, np.float32)))
+
+
+def misshape(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({NORM: np.ones(31, np.float32)}))
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def rename_model(directory: Path) -> None:
+    edit_json(directory / "config.json", model_type="gpt2")
+
+
+def lose_mask_token(directory: Path) -> None:
+    edit_json(directory / "tokenizer_config.json", mask_token=None)
+    edit_json(directory / "config.json", mask_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lose_tensor, NORM),
+        (add_tensor, "stray"),
+        (misshape, f"{NORM} in "),
+        (truncate, "truncated"),
+        (rename_model, "model_type 'gpt2'"),
+        (lose_mask_token, "mask_token in tokenizer_config.json"),
+    ],
+)
+def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path):
+    damage(base)
+    workdir = tmp_path / "run"
+    line = refused(train, "--config", config_file, "--workdir", workdir, f"--config.checkpoint={base}")
+    assert named in line
+    assert not workdir.exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings and flags
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("--config.sampler.completion_length=10", "completion_length 10 is not a multiple of block_length 4"),
+        ("--config.group_size=1", "config.group_size"),
+        ("--config.prompt_buckets=(4,)", "config.prompt_buckets"),
+        ("--config.microbatch_rows=3", "config.microbatch_rows"),
+        ("--config.foo=1", "unknown setting config.foo: config knows checkpoint"),
+        ("--config.lora.foo=1", "unknown setting config.lora.foo: config.lora knows rank"),
+        ("--config.seed.foo=1", "config.seed is a value"),
+        ("--config.group_size=many", "config.group_size"),
+        ("--config.sampler.steps=2.5", "config.sampler.steps"),
+        ("--config.settings.gdsd.foo=1", "foo"),
+        ("--config.task.settings.foo=1", "foo"),
+        ("--config.task.name=chess", "chess"),
+        ("--config.method=reinforce", "config.method"),
+        ("--config.lora.targets=head", "targets"),
+        ("--config.checkpoint=nowhere", "nowhere"),
+        ("--config.task.train_path=nowhere.csv", "nowhere.csv"),
+        ("--cofnig.seed=1", "cofnig"),
+        ("seed=1", "seed=1"),
+    ],
+)
+def test_settings_and_flags(override, named, config_file, refused, tmp_path):
+    workdir = tmp_path / "run"
+    assert named in refused(train, "--config", config_file, "--workdir", workdir, override)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "named"),
+    [
+        (train, [], "--workdir"),
+        (sft, [], "--workdir"),
+        (evaluate, [], "--output"),
+        (evaluate, ["--output=out"], "--checkpoint"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=8,x"], "--lengths"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=6"], "block_length 4"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--split=exam"], "exam"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--adapter={base}"], "adapter_config.json"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--best"], "--best"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--samples=2"], "--temperature"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--pass_at=2"], "--samples"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=64"], "shorten completion_length"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=8,8"], "twice"),
+        (evaluate, ["--output=out", "--compare={base}"], "no finished evaluation"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--tasks=countdown"], "config.prompt_buckets"),
+        (evaluate, ["--workdir={base}"], "holds no training run"),
+        (export, [], "--output"),
+        (export, ["--output=out", "--workdir={base}", "--format=onnx"], "--format"),
+        (export, ["--output={base}", "--workdir={base}", "--format=merged"], "is not empty"),
+        (generate, ["--checkpoint={base}", "--prompt=a", "--rows=1"], "--prompt TEXT or --rows N"),
+        (generate, ["--checkpoint={base}", "--rows=one"], "rows"),
+    ],
+)
+def test_flags_of_the_other_commands(module, arguments, named, config_file, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = config_file.parent / "base"
+    before = sorted(path.stat().st_mtime_ns for path in base.iterdir())
+    assert named in refused(module, "--config", config_file, *(text.format(base=base) for text in arguments))
+    assert not any(tmp_path.iterdir())
+    assert before == sorted(path.stat().st_mtime_ns for path in base.iterdir())
+
+
+def test_config_file_absent_or_broken(refused, tmp_path):
+    assert "--config" in refused(train, "--workdir", tmp_path / "run")
+    assert "nope.py does not exist" in refused(train, "--config=nope.py", "--workdir", tmp_path / "run")
+    file = tmp_path / "config.py"
+    head = "from gdsd_jax import config as settings\ndef get_config():\n    config = settings.default('x')\n"
+    for body, named in (
+        ("config.sampler.stepz = 3", 'line 4: AttributeError: \'Key "stepz" does not exist'),
+        ("config = config.seed + 'x'", "line 4: TypeError"),
+        ("config = (", "line 4: SyntaxError"),
+        ("config.seed = 'x'", "config.seed is 'x', not of type int"),
+    ):
+        file.write_text(f"{head}    {body}\n    return config\n")
+        assert named in refused(train, f"--config={file}", "--workdir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_disk_space(config_file, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    assert "GB free" in refused(train, "--config", config_file, "--workdir", tmp_path / "run")
+    base = ["--config", config_file, "--checkpoint", config_file.parent / "base"]
+    assert "disk space" in refused(export, *base, "--output", tmp_path / "out", "--format=merged")
+    assert not any(tmp_path.iterdir())
+
+
+def test_workdir_that_is_a_file(config_file, refused, tmp_path):
+    file = tmp_path / "run"
+    file.write_text("mine")
+    assert str(file) in refused(train, "--config", config_file, "--workdir", file)
+    assert file.read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad rewards, bad losses
+
+_calls: Iterator[int] = itertools.count()
+
+
+def _broken(completion: str, row: dict) -> dict[str, float]:
+    """Of the four completions of an iteration, the first cannot be scored and the second scores NaN."""
+    call = next(_calls) % 4
+    if call == 0:
+        raise RuntimeError("the grader is out")
+    return {"even": np.nan if call == 1 else float(call)}
+
+
+def _overflowing(completion: str, row: dict) -> dict[str, float]:
+    """Fine in the first iteration; in the second the sum over a group leaves float32."""
+    call = next(_calls)
+    return {"even": float(call) if call < 4 else 3e38}
+
+
+BROKEN = dataclasses.replace(tiny_run.TASK, name="broken", score=_broken)
+OVERFLOWING = dataclasses.replace(tiny_run.TASK, name="overflowing", score=_overflowing)
+
+
+def restart(monkeypatch) -> None:
+    monkeypatch.setitem(globals(), "_calls", itertools.count())
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_failing_rewards_are_counted_and_logged_and_a_finished_run_is_left_alone(
+    config_file, refused, tmp_path, monkeypatch
+):
+    restart(monkeypatch)
+    workdir = tmp_path / "run"
+    arguments = ["--config", config_file, "--workdir", workdir, "--config.task.name=test_bad_input:BROKEN"]
+    tiny_run.command(train, *arguments, "--config.completions_logged=0")
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["reward/nan"] for entry in metrics] == [2, 2]
+    assert [entry["reward/mean"] for entry in metrics] == [1.25, 1.25]
+    logged = [json.loads(line) for line in (workdir / "completions.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["even"], entry["reward"]) for entry in logged] == [(s, None, 0) for s in (1, 1, 2, 2)]
+    assert all(isinstance(entry["completion"], str) for entry in logged)
+
+    before = tree(workdir)
+    line = refused(train, *arguments, "--config.optimizer.learning_rate=0.5")
+    assert "config.optimizer.learning_rate" in line and "another --workdir" in line
+    assert "config.lora" in refused(evaluate, *arguments, "--config.lora.rank=3")
+    other = shutil.copytree(config_file.parent / "base", tmp_path / "other")
+    edit_tensors(other, lambda tensors: tensors.update({NORM: tensors[NORM] + 1}))
+    assert "another config.checkpoint" in refused(train, *arguments, f"--config.checkpoint={other}")
+    assert "another base" in refused(evaluate, *arguments, f"--config.checkpoint={other}")
+    assert tree(workdir) == before
+
+
+def test_loss_that_is_not_finite_stops_with_its_batch_saved(config_file, refused, tmp_path, monkeypatch):
+    restart(monkeypatch)
+    workdir = tmp_path / "run"
+    arguments = ["--config", config_file, "--workdir", workdir, "--config.task.name=test_bad_input:OVERFLOWING"]
+    line = refused(train, *arguments)
+    for said in ("iteration 2", str(workdir / "diverged" / "2.npz"), "checkpoint is that of iteration 1", "psi"):
+        assert said in line
+    with np.load(workdir / "diverged" / "2.npz") as batch:
+        assert batch["tokens"].shape == (4, 26) and batch["prompt_mask"].shape == (4, 18)
+        assert (batch["rewards"] == np.float32(3e38)).all()
+    texts = json.loads((workdir / "diverged" / "2.json").read_text())
+    assert len(texts) == 4 and {"completion", "reward", "even"} == set(texts[0])
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(metrics[0]["loss"]) and metrics[1]["loss"] is None
+    config, _, _ = _parse(["test", f"--config={config_file}"], {})
+    policy = load_policy(config, workdir)
+    assert policy.iteration == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(policy.lora))

@@ -1,0 +1,97 @@
+"""The benches: PyTorch samples the same tokens, the machinery runs, its figures are what they say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import adapter_slope, measure, rewards, sampler, update
+from benchmarks.workloads import WORKLOADS
+from gdsd_jax.tasks import resolve
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_pytorch_samples_the_same_tokens():
+    theirs, ours = (sampler.prepare(measure.Job("tiny", variant, 0.0)).work() for variant in ("torch", "exact"))
+    assert (ours != WORKLOADS["tiny"].mask_id).all()
+    np.testing.assert_array_equal(theirs, ours)
+
+
+@pytest.mark.slow
+def test_pytorch_minimises_the_same_loss():
+    """At the first update old is new: the loss is the mean squared advantage, whatever the masks are."""
+    theirs, ours = (update.prepare(measure.Job("tiny", variant)).work for variant in ("torch", "update"))
+    expected = (update.batch(WORKLOADS["tiny"])[1] ** 2).mean()
+    np.testing.assert_allclose([theirs(), ours()], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bench", "workload", "flags", "count"),
+    [
+        # Without torch.compile, which takes a minute and a C++ compiler.
+        ("sampler", "tiny", ["--references=torch", "--temperatures=1"], 6),
+        ("update", "tiny", ["--references=torch"], 3),
+        ("load", "tiny", [], 2),
+        ("rewards", "code", [], 2),
+    ],
+)
+def test_a_bench_reports_every_contestant(tmp_path, bench, workload, flags, count):
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", f"benchmarks.{bench}", f"--workloads={workload}", "--turns=2", f"--json={file}"]
+    run = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads(file.read_text())
+    assert len(rows) == count and run.stdout.count(f"| {workload}") == count
+    for row in rows:
+        assert row["cpu_seconds"] > 0 and row["wall_seconds"] > 0 and row["peak_rss_bytes"] > 1e7
+        assert row["ratio"] == pytest.approx(row["reference_cpu_seconds"] / row["cpu_seconds"])
+    assert {row["reference_cpu_seconds"] for row in rows} == {rows[0]["cpu_seconds"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["torch.lean", "torch.float64"])
+def test_pytorch_in_other_ways_samples_the_same_tokens_too(variant):
+    plain, other = (sampler.prepare(measure.Job("tiny", name, 0.0)).work() for name in ("torch", variant))
+    np.testing.assert_array_equal(plain, other)
+
+
+@pytest.mark.parametrize("name", rewards.COUNTS)
+def test_half_of_the_completions_that_are_rewarded_are_right(name, monkeypatch):
+    """What the bench times is what it says: right answers and wrong ones in turn."""
+    monkeypatch.setitem(rewards.COUNTS, name, 4)
+    task, pairs = resolve(name), rewards.items(name)
+    scores = task.rewards([completion for completion, _ in pairs], [row for _, row in pairs])
+    component = scores[{"code": "tests"}.get(name, list(task.weights)[0])]
+    assert component[0] == component[2] > component[1]
+
+
+def test_cpu_seconds_count_processes_that_still_run():
+    before = measure.cpu_seconds()
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time\nwhile time.process_time() < 1: pass\nprint(flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    child.stdout.readline()
+    running = measure.cpu_seconds() - before
+    child.communicate(b"\n")
+    assert 0.9 < running <= measure.cpu_seconds() - before + 0.05
+
+
+def test_spread_is_half_the_distance_of_the_quartiles():
+    contestant = object.__new__(measure.Contestant)
+    contestant.turns = [{"cpu_seconds": value} for value in (1.0, 2.0, 3.0, 4.0, 50.0)]
+    assert contestant.median("cpu_seconds") == 3.0
+    assert contestant.spread("cpu_seconds") == 1.0
+
+
+@pytest.mark.slow
+def test_bfloat16_sees_an_adapter_from_its_first_update_on():
+    """At the recipes' learning rate; with the base's product rounded first it is 0.09 and 0.21."""
+    found = adapter_slope.slopes(6, 256, 32, (1, 8), 3e-6, ways=("once, float32 sum",))["once, float32 sum"]
+    for updates, (slope, error) in found.items():
+        assert slope > 0.9 and error < 0.1, (updates, slope, error)

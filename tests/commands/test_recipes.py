@@ -1,0 +1,88 @@
+"""The published recipes: their numbers, and one iteration of each in small through the command that trains them."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
+
+from gdsd_jax import train
+from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.config.flags import _parse
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.tasks import TASKS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+class Recipe(NamedTuple):
+    """A row of the table of the public code's recipes (arXiv 2605.29398)."""
+
+    task: str
+    method: str
+    inner_updates: int
+    views: int
+    learning_rate: float
+    beta: float
+    psi: float
+    steps: int
+    prompts: int
+    group: int = 16
+
+
+RECIPES = {
+    "llada_8b_gsm8k": Recipe("gsm8k", "gdsd", 8, 2, 3e-6, 1e-3, 10, 256, 20),
+    "llada_8b_math": Recipe("math", "gdsd", 8, 2, 1e-5, 1e-4, 10, 256, 16),
+    "llada_8b_countdown": Recipe("countdown", "gdsd", 8, 2, 1e-5, 3e-3, 1, 256, 20),
+    "dream_7b_countdown": Recipe("countdown", "gdsd_tlc", 8, 2, 1e-5, 3e-3, 10, 256, 16),
+    "llada_8b_code": Recipe("code", "gdsd_tlc", 8, 4, 3e-6, 5e-2, 10, 256, 30),
+    "dream_7b_sudoku": Recipe("sudoku", "gdsd_tlc", 1, 2, 1e-5, 1e-3, 1, 128, 16),
+    "llada_8b_sudoku": Recipe("sudoku", "gdsd", 8, 1, 3e-6, 1e-3, 1, 64, 2, group=6),
+}
+
+
+def read(name: str, *overrides: str) -> TrainConfig:
+    config, _, _ = _parse(["test", f"--config={CONFIGS / name}.py", *overrides], {})
+    return config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_numbers_of_the_recipe(name):
+    config, settings = read(name), read(name).method_settings
+    found = Recipe(
+        config.task.name, config.method, config.inner_updates, settings["views"], config.optimizer.learning_rate,
+        settings["beta"], settings["psi"], config.sampler.steps, config.prompts_per_iteration, config.group_size,
+    )  # fmt: skip
+    assert found == RECIPES[name]
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (128, 64.0, 0.05)
+    optimizer = config.optimizer
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.99, 0.01, 0.2)
+    assert (config.sampler.completion_length, config.sampler.temperature, config.seed) == (256, 1.0, 42)
+    assert (config.prompt_buckets, config.overlong_prompts, config.save_every) == ((400,), "keep_last", 100)
+    evaluation = config.evaluation
+    assert (evaluation.lengths, evaluation.evaluation_prompt, evaluation.split) == ((128, 256, 512), True, "validation")
+    assert [greedy_sampler(config, length).steps for length in evaluation.lengths] == [64, 128, 256]
+    dream_sudoku = {"top_k": 8, "eps_low": 0.2, "eps_high": 0.2, "masking": "rollout_order_random"}
+    given = {key: settings[key] for key in dream_sudoku if key in settings}
+    assert given == (dream_sudoku if name == "dream_7b_sudoku" else {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.task in TASKS])
+def test_dry_run(name, tmp_path, capsys):
+    train.main(read(name, "--config.dry_run"), tmp_path / "run")
+    assert "one iteration went through" in capsys.readouterr().out
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["step"] == 1 and line["grad/norm"] is not None
+    assert any(key.startswith("eval/") for key in line)
+
+
+def test_dry_run_needs_a_family_and_an_empty_workdir(tmp_path):
+    config = read("llada_8b_sudoku", "--config.dry_run", "--config.checkpoint=checkpoints/something")
+    with pytest.raises(UserError, match="something"):
+        train.main(config, tmp_path / "run")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        train.main(config, tmp_path / "taken")

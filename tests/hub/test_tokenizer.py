@@ -1,0 +1,170 @@
+"""Chat template, prompts in length buckets, decoding up to EOS, and tokenizers that lack what diffusion needs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gdsd_jax import hub
+from gdsd_jax.hub import tiny
+from gdsd_jax.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    tiny.build(directory, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return hub.load_tokenizer(checkpoint)
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "model")
+
+
+def change_json(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@given(text=st.text(tiny.CHARACTERS))
+def test_text_round_trip(tokenizer, text):
+    ids = tokenizer.encode([text])
+    assert tokenizer.decode(ids) == [text]
+    assert tokenizer.decode_one(ids[0]) == text
+
+
+def test_one_token_per_character_and_per_tag(tokenizer):
+    text = "<reasoning>\n1 + 2</reasoning><answer>3</answer>"
+    (ids,) = tokenizer.encode([text])
+    assert len(ids) == 4 + len("\n1 + 23")
+    assert tokenizer.decode([ids]) == [text]
+    assert tokenizer.decode(tokenizer.encode(["aéb"])) == ["ab"]
+    assert tokenizer.decode_one(tokenizer.encode(["aéb"])[0]) == "a<|unk|>b"
+
+
+def test_render(tokenizer):
+    messages = [{"role": "user", "content": "1+1?"}]
+    text = tokenizer.render(messages, assistant_prefix="<reasoning>")
+    assert text == "<|user|>1+1?<|assistant|><reasoning>"
+    assert len(tokenizer.encode([text])[0]) == 1 + 4 + 1 + 1
+    turns = [*messages, {"role": "assistant", "content": "2"}, {"role": "user", "content": "+1?"}]
+    assert tokenizer.render(turns) == "<|user|>1+1?<|assistant|>2<|eot|><|user|>+1?<|assistant|>"
+
+
+def test_prompts_are_left_padded_to_the_smallest_bucket_that_holds_them(tokenizer):
+    texts = ["12", "", "12345"]
+    tokens, mask = tokenizer.prompts(texts, buckets=(16, 4, 8), overlong="error")
+    assert tokens.shape == mask.shape == (3, 8)
+    assert tokens.dtype == np.int32 and mask.dtype == bool
+    assert mask.sum(1).tolist() == [2, 0, 5]
+    assert (np.diff(mask.astype(int), axis=1) >= 0).all()
+    assert (tokens[~mask] == tokenizer.pad_token_id).all()
+    assert [tokenizer.decode_one(row[real]) for row, real in zip(tokens, mask, strict=True)] == texts
+    assert tokenizer.prompts(["1234"], buckets=(4, 8), overlong="error")[0].shape == (1, 4)
+
+
+def test_overlong_prompts(tokenizer):
+    with pytest.raises(UserError, match=r"prompt 1 has 6 tokens and the largest bucket 4.*config.prompt_buckets"):
+        tokenizer.prompts(["1", "123456"], buckets=(2, 4), overlong="error")
+    tokens, mask = tokenizer.prompts(["1", "123456"], buckets=(2, 4), overlong="keep_last")
+    assert mask.sum(1).tolist() == [1, 4]
+    assert tokenizer.decode(tokens) == ["1", "3456"]
+    with pytest.raises(UserError, match="config.overlong"):
+        tokenizer.prompts(["1"], buckets=(4,), overlong="drop")
+    with pytest.raises(UserError, match="config.prompt_buckets"):
+        tokenizer.prompts(["1"], buckets=(), overlong="error")
+
+
+def test_decoding_stops_at_the_first_eos_and_drops_special_and_unknown_ids(tokenizer):
+    eos, mask = tokenizer.eos_token_id, tokenizer.mask_token_id
+    one, two = (tokenizer.encode([c])[0][0] for c in "12")
+    rows = np.array([[one, eos, two, eos], [one, mask, two, 120], [eos, one, one, one]])
+    assert tokenizer.decode(rows) == ["1", "12", ""]
+    assert tokenizer.decode_one([one, mask, eos, two]) == "1<|mask|><|eos|>2"
+    assert tokenizer.decode_one([one, mask, eos, two], special=False) == "12"
+
+
+def test_mask_token_named_only_in_the_model_config(copy):
+    change_json(copy / "tokenizer_config.json", mask_token=None)
+    assert hub.load_tokenizer(copy).mask_token_id == 4
+
+
+def test_no_mask_token(copy):
+    change_json(copy / "tokenizer_config.json", mask_token=None)
+    for named in (None, 127, -1, "4"):
+        change_json(copy / "config.json", mask_token_id=named)
+        with pytest.raises(UserError, match="has no mask_token and no token of id"):
+            hub.load_tokenizer(copy)
+
+
+def test_mask_tokens_that_disagree(copy):
+    change_json(copy / "config.json", mask_token_id=5)
+    with pytest.raises(UserError, match="mask_token_id is 5 in config.json but 4 in the tokenizer"):
+        hub.load_tokenizer(copy)
+
+
+def test_no_chat_template(copy):
+    (copy / "chat_template.jinja").unlink()
+    tokenizer = hub.load_tokenizer(copy)
+    with pytest.raises(UserError, match="has no chat template: add chat_template.jinja"):
+        tokenizer.render([{"role": "user", "content": "1"}])
+
+
+def test_template_that_refuses(copy):
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('user turns only') }}")
+    with pytest.raises(UserError, match="refuses the messages: user turns only"):
+        hub.load_tokenizer(copy).render([{"role": "system", "content": "1"}])
+
+
+def test_no_tokenizer(copy):
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer"):
+        hub.load_tokenizer(copy)
+
+
+def test_corrupt_tokenizer(copy):
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer"):
+        hub.load_tokenizer(copy)
+
+
+def test_tokenizer_class_that_only_the_checkpoint_knows(copy):
+    """The layout of the Dream checkpoints: byte-level BPE in two files, a class in a Python file that is never run."""
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (copy / name).unlink()
+    characters = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ", "12"]
+    (copy / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(characters)}))
+    (copy / "merges.txt").write_text("#version: 0.2\n1 2\n")
+    added = {len(characters) + i: token for i, token in enumerate(("<|endoftext|>", "<|im_end|>", "<|mask|>"))}
+    (copy / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "added_tokens_decoder": {str(i): {"content": token, "special": True} for i, token in added.items()},
+                "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+                "chat_template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+                "mask_token": "<|mask|>",
+                "tokenizer_class": "DreamTokenizer",
+            }
+        )
+    )
+    (copy / "tokenization_dream.py").write_text("raise RuntimeError('never run')")
+    change_json(copy / "config.json", mask_token_id=len(characters) + 2)
+    tokenizer = hub.load_tokenizer(copy)
+    assert (tokenizer.eos_token_id, tokenizer.mask_token_id) == (len(characters), len(characters) + 2)
+    text = tokenizer.render([{"role": "user", "content": "ab \n1"}])
+    (ids,) = tokenizer.encode([text])
+    assert [added.get(i, characters[i] if i < len(characters) else None) for i in ids] == [
+        "a", "b", "Ġ", "Ċ", "1", "<|im_end|>",
+    ]  # fmt: skip
+    assert tokenizer.decode([ids]) == ["ab \n1"]

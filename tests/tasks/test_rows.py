@@ -1,0 +1,185 @@
+"""Rows from local files of every kind, what is refused, and the share that is held out for validation."""
+
+import csv
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gdsd_jax.config import TaskConfig
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.tasks import TASKS, data, gsm8k
+from gdsd_jax.training.setup import task_rows
+
+PUZZLES = [
+    {"Puzzle": "0140432014020000", "Solution": "2143432114323214"},
+    {"Puzzle": "3102200002100320", "Solution": "3142243142131324"},
+]
+WORDS = [
+    {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+    {"question": "A thousand\nand more?", "answer": "It is said.\n#### 1,234"},
+]
+
+
+def write(path, rows):
+    """The rows in the format of the file's name."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    else:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8", newline="") as file:
+            if kind == "csv":
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+KINDS = ["jsonl", "jsonl.gz", "json", "csv", "csv.gz", "parquet", "saved"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_task_reads_every_kind(tmp_path, kind):
+    words = TASKS["gsm8k"].rows(path=write(tmp_path / f"words.{kind}", WORDS))
+    assert words == [
+        {"question": "Two and two?", "answer": "4", "solution": "2 + 2 = 4"},
+        {"question": "A thousand\nand more?", "answer": "1234", "solution": "It is said."},
+    ]
+    puzzles = TASKS["sudoku"].rows(path=write(tmp_path / f"puzzles.{kind}", PUZZLES))
+    assert puzzles == [{"puzzle": row["Puzzle"], "solution": row["Solution"]} for row in PUZZLES]
+    numbers = TASKS["countdown"].rows(path=write(tmp_path / f"numbers.{kind}", [{"input": "3,5,7", "output": "22"}]))
+    assert numbers == [{"numbers": [3, 5, 7], "target": 22}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_lists_are_read(tmp_path, kind):
+    path = write(tmp_path / f"numbers.{kind}", [{"nums": [3, 5, 7], "target": 22}, {"nums": [1, 2, 3, 4], "target": 5}])
+    assert TASKS["countdown"].rows(path=path) == [{"numbers": [3, 5, 7], "target": 22}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_without_its_column_is_named(tmp_path, kind):
+    path = write(tmp_path / f"rows.{kind}", [{"question": "Two?", "number": "2"}])
+    with pytest.raises(UserError, match=r"(row|line) 1: a row needs answer, it has question, number"):
+        TASKS["gsm8k"].rows(path=path)
+
+
+def test_math_columns(tmp_path):
+    rows = [
+        {"problem": "One?", "solution": "So $\\boxed{1}$.", "answer": "1"},
+        {"problem": "Half?", "solution": "So $\\boxed{2}$, no, $\\boxed{\\frac{1}{2}}$."},
+        {"question": "Two?", "answer": 2},
+    ]
+    found = TASKS["math"].rows(path=write(tmp_path / "rows.jsonl", rows))
+    assert [row["answer"] for row in found] == ["1", "\\frac{1}{2}", "2"]
+    assert [row["question"] for row in found] == ["One?", "Half?", "Two?"]
+    for row in ({"problem": "x", "solution": "no box"}, {"problem": "x", "answer": " ", "solution": "y"}):
+        with pytest.raises(UserError, match="line 1: there is no answer"):
+            TASKS["math"].rows(path=write(tmp_path / "bad.jsonl", [row]))
+    with pytest.raises(UserError, match="no answer behind ####"):
+        TASKS["gsm8k"].rows(path=write(tmp_path / "bad.jsonl", [{"question": "x", "answer": "y ####"}]))
+
+
+def test_packed_files_that_are_damaged(tmp_path):
+    path = write(tmp_path / "problems.jsonl.gz", [{"nums": [3, 5, 7], "target": 22}])
+    for damaged in (b"{}", path.read_bytes()[:-9], path.read_bytes()[:12] + b"\xff" * 30):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot read"):
+            TASKS["countdown"].rows(path=path)
+
+
+def test_unreadable_files_and_bad_requests(tmp_path):
+    for name in ("absent.jsonl", "absent.parquet"):
+        with pytest.raises(UserError, match="cannot read"):
+            TASKS["countdown"].rows(path=tmp_path / name)
+    (tmp_path / "latin.csv").write_bytes(b"Puzzle,Solution\n\xff")
+    with pytest.raises(UserError, match="UTF-8"):
+        TASKS["sudoku"].rows(path=tmp_path / "latin.csv")
+    (tmp_path / "text.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match="cannot read"):
+        TASKS["sudoku"].rows(path=tmp_path / "text.parquet")
+    with pytest.raises(UserError, match=r"rows\.txt: rows are read from \.jsonl"):
+        TASKS["sudoku"].rows(path=tmp_path / "rows.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot read .*empty"):
+        TASKS["sudoku"].rows(path=tmp_path / "empty")
+    with pytest.raises(UserError, match="one of: train, validation, test"):
+        TASKS["sudoku"].rows("dev")
+    with pytest.raises(UserError, match="count"):
+        TASKS["sudoku"].rows(count=0)
+
+
+def test_a_saved_data_set_of_several_splits_wants_one_named(tmp_path):
+    part = datasets.Dataset.from_list(WORDS)
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "both")
+    with pytest.raises(UserError, match="holds the splits train, test: name one, as in .*both/train"):
+        TASKS["gsm8k"].rows(path=tmp_path / "both")
+    assert len(TASKS["gsm8k"].rows(path=tmp_path / "both" / "train")) == 2
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math_xml"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_without_a_network_the_hub_is_named_and_the_way_out(name, split):
+    with pytest.raises(UserError, match="cannot load .*config.task.train_path .*config.task.eval_path"):
+        TASKS[name].rows(split)
+
+
+def test_public_rows_are_divided_and_drawn(monkeypatch):
+    asked = []
+
+    def load(name, configuration, split):
+        asked.append((name, configuration, split))
+        return [{"question": f"{split} {i}?", "answer": f"#### {i}"} for i in range(400)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = TASKS["gsm8k"]
+    train, validation, test = (task.rows(split) for split in ("train", "validation", "test"))
+    assert asked == [("openai/gsm8k", "main", split) for split in ("train", "train", "test")]
+    assert len(train) + len(validation) == 400 == len(test) and 8 <= len(validation) <= 40
+    assert not {row["question"] for row in train} & {row["question"] for row in validation}
+    drawn = [task.rows("train", count=50, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and all(row in train for row in drawn[2])
+    assert task.rows("validation", count=5, seed=1) == task.rows("validation", count=5, seed=2)
+    with pytest.raises(UserError, match="openai/gsm8k has .* rows, 500 were asked for"):
+        task.rows("train", count=500)
+
+
+HELD_OUT_OF_200 = [7, 52, 53, 65, 66, 97, 145, 150, 168, 193, 194, 199]
+
+
+def test_which_rows_are_held_out_never_changes():
+    assert [i for i in range(200) if data.held_out(f"question {i}")] == HELD_OUT_OF_200
+
+
+def test_splits_of_local_files(tmp_path):
+    rows = [{"question": f"question {i}", "answer": f"#### {i}"} for i in range(200)]
+    whole = write(tmp_path / "train.jsonl", rows)
+    other = write(tmp_path / "other.jsonl", rows[:3])
+    task = TASKS["gsm8k"]
+    config = TaskConfig(name="gsm8k", train_path=str(whole), eval_path=str(other))
+    train = task_rows(config, task, "train")
+    validation = task_rows(config, task, "validation")
+    assert [row["answer"] for row in validation] == list(map(str, HELD_OUT_OF_200))
+    assert sorted(int(row["answer"]) for row in train + validation) == list(range(200))
+    assert len(task_rows(config, task, "test")) == 3
+    # With rows for validation of its own the training file is taken whole.
+    config = TaskConfig(name="gsm8k", train_path=str(whole), validation_path=str(other))
+    assert len(task_rows(config, task, "train")) == 200
+    assert len(task_rows(config, task, "validation")) == 3
+    # A task that makes its own validation rows goes on doing so.
+    puzzles = TaskConfig(train_path=str(write(tmp_path / "puzzles.csv", PUZZLES)))
+    assert len(task_rows(puzzles, TASKS["sudoku"], "train")) == 2
+    assert len(task_rows(puzzles, TASKS["sudoku"], "validation")) == 256
+    with pytest.raises(UserError, match="leaves no row for validation: .*config.task.validation_path"):
+        task_rows(TaskConfig(train_path=str(other)), task, "validation")
+
+
+def test_held_out_rows_are_known_by_their_question():
+    assert gsm8k.held_out({"question": f"question {HELD_OUT_OF_200[0]}", "answer": "any"})

@@ -1,0 +1,288 @@
+"""The record on disk, what resuming does to it, the progress line, and the picture of the curves."""
+
+import io
+import json
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import rich.console
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.telemetry import metrics, plots, progress
+from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
+from gdsd_jax.telemetry.plots import plot_curves
+from gdsd_jax.telemetry.progress import Progress, duration
+
+
+def test_lines_are_on_disk_at_once_and_hold_plain_numbers(tmp_path):
+    writer = MetricWriter(tmp_path / "run")
+    writer.write(1, {"reward/mean": np.float32(0.1), "loss": float("nan"), "policy/kl": np.inf, "n": 3})
+    line = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert line.endswith("\n")
+    expected = {"step": 1, "reward/mean": float(np.float32(0.1)), "loss": None, "policy/kl": None, "n": 3.0}
+    assert json.loads(line, parse_constant=pytest.fail) == expected
+    assert list(json.loads(line)) == list(expected)
+    writer.close()
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_float_reads_back_as_the_same_bits(value):
+    again = json.loads(json.dumps(metrics._plain(np.float64(value))))
+    assert np.float64(again).tobytes() == np.float64(value).tobytes()
+
+
+def test_completions_hold_any_text_and_numpy_values(tmp_path):
+    text = "3 + 4\n\u2028 答案 \ud800 \x00"
+    row = {
+        "completion": text,
+        "tokens": np.arange(3, dtype=np.int32),
+        "rewards": {"cells": np.float32(0.5), "bad": math.nan},
+        "right": np.bool_(True),
+    }
+    with MetricWriter(tmp_path) as writer:
+        writer.completions(7, [row, {"completion": ""}])
+    lines = (tmp_path / "completions.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[0]) == {
+        "step": 7,
+        "completion": text,
+        "tokens": [0, 1, 2],
+        "rewards": {"cells": 0.5, "bad": None},
+        "right": True,
+    }
+
+
+def write_steps(workdir, steps, **settings):
+    with MetricWriter(workdir, **settings) as writer:
+        for step in steps:
+            writer.write(step, {"loss": 1 / step})
+            writer.completions(step, [{"completion": f"{step}{which}"} for which in "ab"])
+
+
+def contents(workdir):
+    return [(workdir / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl")]
+
+
+def test_a_resumed_run_leaves_the_same_bytes(tmp_path):
+    write_steps(tmp_path / "whole", range(1, 9))
+    write_steps(tmp_path / "cut", range(1, 7))
+    # What a kill in the middle of a line leaves.
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        with (tmp_path / "cut" / name).open("a") as file:
+            file.write('{"step": 7, "lo')
+    write_steps(tmp_path / "cut", range(4, 9), resume_step=3)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["completions.jsonl", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("resume_step", "kept"), [(None, [1, 2, 3]), (-1, []), (2, [1, 2]), (3, [1, 2, 3]), (9, [1, 2, 3])]
+)
+def test_resume_step_says_what_is_kept(tmp_path, resume_step, kept):
+    write_steps(tmp_path, [1, 2, 3])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    write_steps(tmp_path, [4], resume_step=resume_step)
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [*kept, 4]
+
+
+def test_a_file_of_something_else_is_named_and_left_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n[]\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not a record"):
+        MetricWriter(tmp_path, resume_step=1)
+    assert path.read_bytes() == b'{"step": 1}\n[]\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize(("setting", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_copy_without_its_package_names_it_and_the_setting(tmp_path, monkeypatch, setting, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"config\.{setting} .*pip install {package}") as caught:
+        MetricWriter(tmp_path / "run", **{setting: True})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_finite_values_and_purges_on_resume(tmp_path, monkeypatch):
+    calls = []
+
+    class SummaryWriter:
+        def __init__(self, logdir, purge_step):
+            calls.append((logdir, purge_step))
+
+        def add_scalar(self, name, value, step):
+            calls.append((name, value, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            calls.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    with MetricWriter(tmp_path, tensorboard=True, resume_step=4) as writer:
+        writer.write(5, {"loss": 0.5, "policy/kl": math.nan})
+    assert calls == [(str(tmp_path / "tensorboard"), 5), ("loss", 0.5, 5), "closed"]
+
+
+def test_a_resumed_run_keeps_its_name_at_weights_and_biases(tmp_path, monkeypatch):
+    started, logged = [], []
+
+    def init(**settings):
+        started.append(settings)
+        return types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for resume_step in (None, 1, -1):
+        with MetricWriter(tmp_path, wandb=True, resume_step=resume_step) as writer:
+            writer.write(2, {"loss": 0.5})
+    first, resumed, anew = (settings["id"] for settings in started)
+    assert first == resumed != anew
+    assert logged == [(2, {"loss": 0.5})] * 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (252, "4m12s"), (3599.7, "1h00m"), (11100, "3h05m"), (187200, "2d04h")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def test_plain_progress_counts_without_compilation_and_from_the_restored_step(monkeypatch):
+    clock, out = Clock(monkeypatch), io.StringIO()
+    with Progress(100, start=10, console=rich.console.Console(file=out, width=80)) as progress:
+        for step, seconds in [(11, 60.0), (12, 2.0), (13, 4.0), (100, 261.0)]:
+            clock.now += seconds
+            progress.update(step, reward=0.5344, kl=None, entropy=0.00012, where="[bold]x")
+    assert out.getvalue().splitlines() == [
+        "train 11/100 | 60.0 s/it | reward 0.534 | entropy 1.2e-04 | where [bold]x | 1h29m left",
+        "train 12/100 | 0.50 it/s | reward 0.534 | entropy 1.2e-04 | where [bold]x | 2m56s left",
+        "train 13/100 | 0.33 it/s | reward 0.534 | entropy 1.2e-04 | where [bold]x | 4m21s left",
+        "train 100/100 | 0.33 it/s | reward 0.534 | entropy 1.2e-04 | where [bold]x",
+    ]
+
+
+def test_fast_loops_do_not_flood_a_log(monkeypatch):
+    clock, out = Clock(monkeypatch), io.StringIO()
+    with Progress(5000, label="sft", console=rich.console.Console(file=out)) as progress:
+        for step in range(1, 5001):
+            clock.now += 0.01
+            progress.update(step, loss=1.0)
+    lines = out.getvalue().splitlines()
+    assert 50 <= len(lines) <= 52
+    assert lines[0].startswith("sft 1/5000") and lines[-1] == "sft 5000/5000 | 100 it/s | loss 1.000"
+
+
+def test_the_live_line_fits_80_columns(monkeypatch):
+    clock, out = Clock(monkeypatch), io.StringIO()
+    console = rich.console.Console(file=out, width=80, force_terminal=True, color_system=None)
+    with Progress(1000, console=console) as progress:
+        for step in (1, 2, 3):
+            clock.now += 3.0
+            progress.update(step, reward=0.5, loss=1.0, entropy=0.25, grad_norm=0.1, clipped=0.2)
+    lines = [line for line in out.getvalue().replace("\r", "\n").splitlines() if "3/1000" in line]
+    shown = lines[-1].replace("\x1b[2K", "")
+    assert "3/1000 | 0.33 it/s | reward 0.500" in shown and "49m51s left" in shown
+    assert "…" not in shown and len(shown.rstrip()) <= 80
+
+
+def test_disabled_progress_is_silent():
+    out = io.StringIO()
+    with Progress(3, enabled=False, console=rich.console.Console(file=out, force_terminal=True)) as progress:
+        progress.update(3, reward=1.0)
+    assert out.getvalue() == ""
+
+
+def log_run(workdir, steps):
+    with MetricWriter(workdir) as writer:
+        for step in range(1, steps + 1):
+            values = {
+                "reward/mean": 1 - 1 / step,
+                "reward/std": 0.1,
+                "reward/zero_spread": 0.2,
+                "reward/nan": 0,
+                "reward/cells": 0.5,
+                "reward/format": 1.0,
+                "policy/kl": math.nan if step == 2 else 1e-4 * step,
+                "policy/clipped": 0.0,
+                "policy/log_ratio": 0.01,
+                "grad/norm": 10.0**-step if step < 5 else 1.0,
+                "lr": 3e-5,
+                "time/iteration": 40.0 if step == 1 else 3.0,
+                "time/rollout": 2.0,
+                "never/finite": math.inf,
+            }
+            if step % 2 == 0:
+                values["eval/puzzles"] = 0.5
+            writer.write(step, values)
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """What `plot_curves` draws: `{title of a panel: its curves by name}`."""
+    seen, draw = {}, plots._draw
+
+    def spy(axes, panel, series, spread):
+        draw(axes, panel, series, spread)
+        seen[axes.get_title()] = list(series)
+        low, high = axes.get_ylim()
+        assert math.isfinite(low) and math.isfinite(high) and low < high
+
+    monkeypatch.setattr(plots, "_draw", spy)
+    return seen
+
+
+@pytest.mark.parametrize("steps", [1, 100])
+def test_curves_have_a_panel_for_every_kind_of_metric(tmp_path, panels, steps):
+    log_run(tmp_path, steps)
+    path = plot_curves(tmp_path)
+    assert path == tmp_path / "curves.png"
+    height, width, _ = imread(path).shape
+    assert width > 1000 and height > 500
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "completions.jsonl", "curves.png"}
+    expected = {
+        "Reward of the rollouts": ["reward/mean"],
+        "Reward components": ["reward/cells", "reward/format"],
+        "Clipped scores": ["policy/clipped"],
+        "Divergence from the reference": ["policy/kl"],
+        "Other metrics of the objective": ["policy/log_ratio"],
+        "Gradient norm": ["grad/norm"],
+        "Groups that teach nothing": ["reward/zero_spread"],
+        "Learning rate": ["lr"],
+        "Seconds per iteration": ["time/iteration", "time/rollout"],
+    }
+    if steps > 1:
+        expected["Evaluation"] = ["eval/puzzles"]
+    assert panels == expected
+
+
+def test_a_record_that_is_being_written_can_be_drawn(tmp_path, panels, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert plots.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png")
+    assert panels == {"Loss": ["loss"]}
+
+
+@pytest.mark.parametrize("record", [None, "", '{"step": 1, "lo', '{"step": 1, "unknown": 1.0}\n'])
+def test_nothing_to_draw_is_one_line(tmp_path, capsys, record):
+    if record is not None:
+        (tmp_path / "metrics.jsonl").write_text(record)
+    assert plots.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "metrics.jsonl" in error
+    assert not (tmp_path / "curves.png").exists()

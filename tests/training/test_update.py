@@ -1,0 +1,286 @@
+"""One inner update: accumulation in micro-batches, the old policy's two roles, full fine-tuning, the optimizer."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gdsd_jax.config import OptimizerConfig
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora
+from gdsd_jax.methods import METHODS, Batch, build
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.training.state import init_state, make_optimizer, policy
+from gdsd_jax.training.update import make_inner_update, signal_to_noise, stream_key
+
+CONFIG = DenoiserConfig(
+    family="llada",
+    vocab_size=40,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    intermediate_size=32,
+    max_length=64,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
+    qkv_bias=False,
+    tied_head=False,
+    next_token_logits=False,
+    mask_token_id=3,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+# Unoptimised machine code: the programs run a few times each, and compile in half the time.
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
+ROWS, GROUP, PROMPT, LENGTH = 8, 4, 3, 6
+RATE = 0.05
+
+
+@functools.cache
+def base():
+    return init_base(CONFIG, jax.random.key(0))
+
+
+@functools.cache
+def adapter():
+    """A trained-looking adapter, so that policy and reference differ."""
+    lora = init_lora(CONFIG, jax.random.key(1), rank=2, alpha=4.0, targets=("v", "down"))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), lora)
+
+
+@functools.cache
+def batch():
+    rng = np.random.default_rng(1)
+    ends = np.array([6, 4, 6, 2, 6, 6, 5, 1])
+    return Batch(
+        tokens=jnp.asarray(rng.integers(4, CONFIG.vocab_size, (ROWS, PROMPT + LENGTH), dtype=np.int32)),
+        prompt_mask=jnp.asarray(np.arange(PROMPT) >= np.array([0, 1, 0, 2, 0, 0, 1, 0])[:, None]),
+        completion_mask=jnp.asarray((np.arange(LENGTH) < ends[:, None]).astype(np.float32)),
+        rewards=jnp.asarray(rng.random(ROWS, np.float32)),
+        commit_step=jnp.asarray(np.argsort(rng.random((ROWS, LENGTH))).astype(np.int32)),
+        confidence=jnp.asarray(rng.random((ROWS, LENGTH), np.float32)),
+        group_size=GROUP,
+    )
+
+
+@functools.cache
+def method(name, beta=0.1):
+    """The method with a reference, and with clips that act on some rows but not on all."""
+    known = {field.name for field in dataclasses.fields(METHODS[name].settings)}
+    chosen = {"beta": beta, "eps_low": 0.02, "eps_high": 0.02, "views": 2}
+    return build(name, **{key: value for key, value in chosen.items() if key in known})
+
+
+@functools.cache
+def inner_update(name, microbatch_rows, by_component=False, beta=0.1):
+    """Gradient descent: unlike Adam's, its step shows the gradient as it is."""
+    schedule = optax.constant_schedule(RATE)
+    update = make_inner_update(
+        CONFIG, method(name, beta), optax.sgd(schedule), schedule, microbatch_rows=microbatch_rows, vocab_chunk=16
+    )
+
+    @functools.cache
+    def compiled(has_old, lora):
+        params = fresh(adapter() if lora else base())
+        old = adapter() if has_old else None
+        return update.lower(params, base(), old, batch(), by_component).compile(UNOPTIMISED)
+
+    def run(state, base, old, batch):
+        return compiled(old is not None, isinstance(state.params, LoRA))(state, base, old, batch)
+
+    return run
+
+
+def fresh(params):
+    """A state to be donated."""
+    return init_state(jax.tree.map(jnp.copy, params), optax.sgd(optax.constant_schedule(RATE)), 7)
+
+
+@functools.cache
+def updated(name, microbatch_rows, old, **settings):
+    """Result of one update from `adapter()`, with no old policy ("none"), itself ("same") or another ("moved")."""
+    old_params = {"none": None, "same": adapter(), "moved": jax.tree.map(lambda x: 0.7 * x, adapter())}[old]
+    update = inner_update(name, microbatch_rows, **settings)
+    state, metrics = update(fresh(adapter()), base(), old_params, batch())
+    return jax.device_get((state.params, metrics, state.updates, state.iteration))
+
+
+def close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def check_split(name, microbatch_rows):
+    params, metrics, *_ = updated(name, ROWS, "moved")
+    split_params, split_metrics, updates, iteration = updated(name, microbatch_rows, "moved")
+    assert (updates, iteration) == (1, 0)
+    assert set(split_metrics) == set(metrics) | {"grad/signal_to_noise"}
+    assert np.isfinite(split_metrics["grad/signal_to_noise"]) and split_metrics["grad/signal_to_noise"] >= 0
+    close({key: split_metrics[key] for key in metrics}, metrics, rtol=1e-5, atol=1e-6)
+    close(split_params, params, rtol=0, atol=1e-6)
+    moved = max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (params, adapter())), strict=True))
+    assert moved > 1e-4
+
+
+def check_first_update(name):
+    """Right after a rollout old is new: leaving it out gives what scoring it gives."""
+    params, metrics, *_ = updated(name, 2, "none")
+    scored_params, scored_metrics, *_ = updated(name, 2, "same")
+    if method(name).old == "ratio" and "policy/log_ratio" in metrics:
+        np.testing.assert_allclose(metrics["policy/log_ratio"], 0, atol=1e-7)
+    close(metrics, scored_metrics, rtol=1e-4, atol=1e-5)
+    close(params, scored_params, rtol=0, atol=1e-6)
+
+
+def check_later_update(name):
+    """A policy that has moved is compared with the one that rolled out, not with itself."""
+    _, metrics, *_ = updated(name, 2, "moved")
+    _, still, *_ = updated(name, 2, "none")
+    assert abs(metrics["loss"] - still["loss"]) > 1e-4 * abs(still["loss"])
+
+
+def check_components(name, kl):
+    """Each norm is that of the accumulated component: of the gradient without a KL, and of what the KL adds to it."""
+    params, metrics, *_ = updated(name, 2, "moved", by_component=True)
+    without, without_metrics, *_ = updated(name, 2, "moved", beta=0.0)
+    whole, plain, *_ = updated(name, 2, "moved")
+    close(params, whole, rtol=0, atol=1e-7)
+    assert set(metrics) == set(plain) | {"grad/objective", f"grad/{kl}"}
+    close({key: metrics[key] for key in plain}, plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["grad/objective"], without_metrics["grad/norm"], rtol=1e-5)
+    # The difference of two rounded parameters: the loosest of these comparisons.
+    added = jax.tree.map(lambda x, y: (x - y) / RATE, without, params)
+    np.testing.assert_allclose(metrics[f"grad/{kl}"], optax.tree.norm(added), rtol=1e-2)
+    assert metrics[f"grad/{kl}"] > 1e-4
+
+
+@pytest.mark.parametrize("microbatch_rows", [4, 2])
+def test_micro_batches_change_nothing(microbatch_rows):
+    check_split("gdsd", microbatch_rows)
+
+
+def test_old_policy_of_the_first_and_of_later_updates():
+    check_first_update("gdsd")
+    check_later_update("gdsd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method(name):
+    check_split(name, 2)
+    check_first_update(name)
+    if method(name).old != "unused":
+        check_later_update(name)
+
+
+KL = dict.fromkeys(("gdsd", "gdsd_tlc", "espo", "diffu_grpo", "coupled_grpo", "unigrpo"), "kl")
+KL["tracerl"] = "kl_old"
+
+
+def test_gradient_norm_of_each_component():
+    check_components("gdsd", "kl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_norms_of_every_method(name):
+    if name in KL:
+        check_components(name, KL[name])
+    else:
+        _, metrics, *_ = updated(name, 2, "moved", by_component=True)
+        np.testing.assert_allclose(metrics["grad/objective"], metrics["grad/norm"], rtol=1e-6)
+
+
+def test_metrics_of_an_update():
+    _, metrics, *_ = updated("gdsd", 2, "moved")
+    assert {"loss", "lr", "grad/norm", "policy/entropy", "policy/kl", "policy/clipped"} <= set(metrics)
+    assert all(np.shape(value) == () and np.isfinite(value) for value in metrics.values())
+    np.testing.assert_allclose(metrics["lr"], RATE)
+    assert 0 < metrics["policy/clipped"] < 1
+    assert 0 < metrics["policy/entropy"] < np.log(CONFIG.vocab_size)
+
+
+def test_two_updates_of_one_rollout_draw_other_masks_and_leave_the_first_state_donated():
+    update = inner_update("gdsd", 2)
+    state = fresh(adapter())
+    donated = state.params.weights["layers"]["v"]["a"]
+    state, first = update(state, base(), adapter(), batch())
+    assert donated.is_deleted()
+    state, second = update(state.replace(params=jax.tree.map(jnp.copy, adapter())), base(), adapter(), batch())
+    assert int(state.updates) == 2
+    assert float(first["policy/kl"]) != float(second["policy/kl"])
+
+
+def test_streams_of_a_run_are_distinct():
+    keys = [stream_key(jax.random.key(0), stream, jnp.int32(count)) for stream in range(3) for count in range(3)]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 9
+
+
+def test_full_fine_tuning():
+    """Without an adapter the base itself is the policy; the frozen one stays the reference."""
+    params = jax.tree.map(lambda x: x * 1.01, base())
+    assert policy(base(), params) == (params, None)
+    assert policy(base(), adapter()) == (base(), adapter())
+    state, metrics = inner_update("gdsd", ROWS)(fresh(params), base(), None, batch())
+    assert float(metrics["policy/kl"]) > 0
+    for path, value in jax.tree.leaves_with_path(jax.tree.map(lambda x, y: jnp.abs(x - y).max(), state.params, params)):
+        assert 0 < float(value) < 1, path
+
+
+def test_trained_parameters_are_float32():
+    state = init_state({"w": jnp.ones(3, jnp.bfloat16)}, optax.adam(1e-3), 0)
+    assert state.params["w"].dtype == jnp.float32
+
+
+# ------------------------------------------------------------------------------------------------------------ optimizer
+
+
+def test_signal_to_noise():
+    pieces = np.random.default_rng(0).standard_normal((5, 30)) + 0.5
+    mean, n = pieces.mean(axis=0), len(pieces)
+    variance_of_mean = pieces.var(axis=0, ddof=1).sum() / n
+    got = signal_to_noise(jnp.linalg.norm(pieces.sum(axis=0)), jnp.sum(pieces**2), n)
+    np.testing.assert_allclose(got, (mean @ mean) / variance_of_mean - 1, rtol=1e-5)
+    assert signal_to_noise(jnp.float32(4.0), jnp.float32(8.0), 2) > 1e30  # two equal pieces of norm 2
+    assert signal_to_noise(jnp.float32(0.0), jnp.float32(0.0), 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, *(0.5 + 0.5 * np.cos(np.pi * np.arange(5) / 4))]),
+    ],
+)
+def test_schedule(schedule, expected):
+    _, rate = make_optimizer(OptimizerConfig(learning_rate=2e-3, warmup_updates=4, schedule=schedule), 8)
+    np.testing.assert_allclose([rate(i) for i in range(9)], 2e-3 * np.array(expected), atol=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_schedule_without_warm_up_starts_at_the_full_rate(warmup):
+    _, rate = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_updates=warmup, schedule="linear"), 10 + warmup)
+    np.testing.assert_allclose([rate(0), rate(warmup), rate(5 + warmup)], [1.0, 1.0, 0.5], atol=1e-6)
+
+
+def test_unknown_schedule():
+    with pytest.raises(UserError, match="'step' is not one of constant, linear, cosine"):
+        make_optimizer(OptimizerConfig(schedule="step"), 10)
+
+
+@pytest.mark.parametrize(("scale", "clipped"), [(10.0, 1.0), (0.1, 0.1)])
+def test_clipping_and_decay(scale, clipped):
+    config = OptimizerConfig(learning_rate=0.1, clip_norm=1.0, weight_decay=0.5, b1=0.9, warmup_updates=0)
+    optimizer, _ = make_optimizer(config, 10)
+    params = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    gradient = {"a": jnp.array([0.6 * scale]), "b": jnp.array([0.8 * scale])}
+    changes, state = optimizer.update(gradient, optimizer.init(params), params)
+    (adam,) = [s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    np.testing.assert_allclose(optax.tree.norm(adam.mu), 0.1 * clipped, rtol=1e-6)
+    # Adam's first step has size 1 per entry; the decay is decoupled from it.
+    np.testing.assert_allclose([changes["a"][0], changes["b"][0]], [-0.1 * (1 + 1.5), -0.1 * (1 + 2.0)], rtol=1e-5)
