@@ -57,7 +57,7 @@ def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[]
         return place(mesh, jax.ShapeDtypeStruct(shape, dtype), ("rows", "tokens")[: len(shape)])
 
     scalar = place(mesh, jax.ShapeDtypeStruct((), jnp.int32), ())
-    tokens, mask, uniform = array(jnp.int32, rows, total), array(bool, rows, prompt), array(jnp.float32, rows, size)
+    tokens, mask, uniform = array(jnp.int32, rows, total), array(bool, rows, prompt), array(jnp.float32, rows, size, 2)
 
     def commit(base: Any, hidden: jax.Array, uniform: jax.Array) -> tuple:
         return propose(model, base, hidden[None], uniform, settings)

@@ -65,13 +65,14 @@ def _take(values: Array, index: Array) -> Array:
     return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
-def _invert(weights: Array, target: Array) -> Array:
-    """First index [...] at which the cumulative sum of `weights` [..., N] exceeds `target` [...].
+def _invert(weights: Array, uniform: Array) -> Array:
+    """First index [...] at which the cumulative sum of `weights` [..., N] exceeds the share `uniform` [...] of it.
 
     A parallel cumulative sum need not be monotone to the last bit, nor exceed a target next to the total: hence only
     positive weights can be hit, and the largest one is taken when rounding leaves none.
     """
-    hit = (jnp.cumsum(weights, axis=-1) > target[..., None]) & (weights > 0)
+    total = jnp.cumsum(weights, axis=-1)
+    hit = (total > (uniform * total[..., -1])[..., None]) & (weights > 0)
     return jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(weights, axis=-1))
 
 
@@ -106,22 +107,21 @@ def best(logits: Float[Array, "*S V"], groups: Groups) -> Int[Array, "*S"]:
     return (group * GROUP + jnp.argmax(_read(logits, group), axis=-1)).astype(jnp.int32)
 
 
-def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S"]) -> Int[Array, "*S"]:
-    """One token per distribution by inverting its cumulative sum at a number in [0, 1).
+def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S 2"]) -> Int[Array, "*S"]:
+    """Draws one token per distribution by inverting cumulative sums at two numbers in [0, 1).
 
-    The same distribution as the argmax of logits plus Gumbel noise, at one random number instead of V. The sum is
-    inverted in two levels, groups and then the tokens of one group. Never draws a token of probability zero.
+    The same distribution as the argmax of logits plus Gumbel noise, at two random numbers instead of V: the first draws
+    a group, the second a token of it. A single one, a multiple of 2^-23, could not tell apart the tokens of a group
+    with little mass. Never draws a token of probability zero.
     """
-    total = jnp.cumsum(groups.mass, axis=-1)
-    target = uniform * total[..., -1]
-    group = _invert(groups.mass, target)
-    weights = jnp.exp(_read(logits, group) - jnp.max(groups.peak, axis=-1, keepdims=True))
-    token = _invert(weights, target - (_take(total, group) - _take(groups.mass, group)))
+    group = _invert(groups.mass, uniform[..., 0])
+    found = _read(logits, group)
+    token = _invert(jnp.exp(found - jnp.max(found, axis=-1, keepdims=True)), uniform[..., 1])
     return (group * GROUP + token).astype(jnp.int32)
 
 
 def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, ...]:
-    """logits [..., V], uniform [...] -> candidate tokens, their probability under `logits`, the strategy's score.
+    """logits [..., V], uniform [..., 2] -> candidate tokens, their probability under `logits`, the strategy's score.
 
     With `settings.record` also the log-probability at which the candidate was drawn, and the entropy of `logits`.
     """
@@ -168,7 +168,7 @@ def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S
 def propose(
     config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
 ) -> tuple[Array, ...]:
-    """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S] -> as `candidates`, [B, S]."""
+    """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S, 2] -> as `candidates`, [B, S]."""
     banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask)
 
     def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -193,7 +193,7 @@ def propose(
         propose_slice,
         (
             jnp.moveaxis(hidden.reshape(passes, rows, slices, size, width), 2, 0),
-            jnp.moveaxis(uniform.reshape(rows, slices, size), 1, 0),
+            jnp.moveaxis(uniform.reshape(rows, slices, size, 2), 1, 0),
         ),
     )
     return jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1).reshape(rows, positions), parts)
@@ -223,7 +223,7 @@ def propose_at(
         place = order[:, :size]
         hidden = read(jnp.repeat(place, passes, axis=0))
         hidden = jnp.moveaxis(hidden.reshape(rows, passes, size, -1), 1, 0)
-        found = propose(config, base, hidden, jnp.take_along_axis(uniform, place, axis=1), settings)
+        found = propose(config, base, hidden, jnp.take_along_axis(uniform, place[..., None], axis=1), settings)
         beyond = [(0, 0), (0, positions - size)]
         return jax.tree.map(lambda x: jnp.take_along_axis(jnp.pad(x, beyond), back, axis=1), found)
 

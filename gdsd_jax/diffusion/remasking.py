@@ -204,8 +204,10 @@ def select(
 
     last = step_in_block == settings.steps_per_block - 1
     if strategy.independent:
-        share = time_shares(settings)[step_in_block]
-        return eligible & (last | (jax.random.uniform(coin_key, score.shape) < share))
+        coin = jax.random.uniform(coin_key, score.shape) < time_shares(settings)[step_in_block]
+        postponed = score <= LOWEST
+        alone = jnp.all(~eligible | postponed, axis=1, keepdims=True)
+        return eligible & (last | (coin & (~postponed | alone)))
     masked, rows = jnp.sum(eligible), eligible.shape[0]
     count = scheduled_count(settings, masked.astype(jnp.float32) / rows, step_in_block)
     if strategy.timed:

@@ -137,7 +137,7 @@ def _commit(
     eligible = (old == config.mask_token_id) & (start + jnp.arange(size) < block_end)
 
     with jax.named_scope("propose"):
-        uniform = jax.random.uniform(token_key, (rows, size))
+        uniform = jax.random.uniform(token_key, (rows, size, 2))
         token, confidence, score, *recorded = propose_at(config, base, read, uniform, eligible, settings)
 
     with jax.named_scope("commit"):

@@ -168,7 +168,8 @@ def log_clip(difference: Array, eps_low: float, eps_high: float) -> tuple[Array,
     low = math.log1p(-eps_low) if eps_low < 1 else -math.inf
     high = math.log1p(eps_high)
     clipped = ((difference < low) | (difference > high)).astype(jnp.float32)
-    return jnp.clip(difference, low, high), clipped
+    # Not `clip`, which at a bound passes on half of the gradient: with eps = 0 every row starts at both.
+    return jnp.where(difference < low, low, jnp.where(difference > high, high, difference)), clipped
 
 
 def old_or_new(old: Array | None, new: Array) -> Array:
@@ -187,8 +188,11 @@ def per_row(value: Any, rows: int) -> Float[Array, " rows"]:
 
 
 def ratio_of(log_ratio: Array) -> Array:
-    """`exp(log_ratio)`, kept finite."""
-    return jnp.exp(jnp.minimum(log_ratio, LARGEST_EXPONENT))
+    """Returns `exp(log_ratio)`, beyond `LARGEST_EXPONENT` its tangent there: finite, with a slope of the right sign."""
+    beyond = jnp.maximum(log_ratio - LARGEST_EXPONENT, 0.0)
+    # The tangent would overflow in the end: then its value stays, and its slope too.
+    beyond = beyond - jax.lax.stop_gradient(jnp.maximum(beyond - 1000.0, 0.0))
+    return jnp.exp(jnp.minimum(log_ratio, LARGEST_EXPONENT)) * (1 + beyond)
 
 
 def ppo(log_ratio: Array, advantage: Array, eps_low: float, eps_high: float) -> tuple[Array, Array]:

@@ -144,7 +144,7 @@ def test_draws_follow_the_cut_distribution(cut):
     logits = 3 * jax.random.normal(jax.random.key(3), (vocab,))
     logits = logits.at[7].set(-jnp.inf)
     run = settings(temperature=1.5, **cut)
-    uniform = jax.random.uniform(jax.random.key(4), (count,))
+    uniform = jax.random.uniform(jax.random.key(4), (count, 2))
     # One distribution for all draws: the vocabulary is cut once, the draw is repeated.
     draw = lambda u: proposals.candidates(logits, u, run)[0]  # noqa: E731
     with optimised(True):
@@ -173,9 +173,30 @@ def test_draw_at_the_edges_takes_no_impossible_token():
     probs = jnp.zeros((2, 300)).at[:, 131].set(0.25).at[:, 290].set(0.75)
     almost_one = np.nextafter(np.float32(1), np.float32(0))
     draw = jax.jit(lambda probs, uniform: proposals.draw(jnp.log(probs), proposals.grouped(jnp.log(probs)), uniform))
-    np.testing.assert_array_equal(draw(probs, jnp.array([0.0, almost_one])), [131, 290])
+    np.testing.assert_array_equal(draw(probs, jnp.array([[0.0, 0.0], [almost_one, almost_one]])), [131, 290])
     many = jnp.full((126_464,), 1e-5).at[-5:].set(0)
-    assert draw(many, jnp.asarray(almost_one)) < 126_459
+    assert draw(many, jnp.full(2, almost_one)) < 126_459
+
+
+def test_every_token_of_a_thin_tail_can_be_drawn():
+    """Behind a token of 0.999, with all numbers of 23 bits that fall behind it, each of the others in proportion."""
+    tail = 3 * np.random.default_rng(0).standard_normal(127 * 8)
+    tail += np.log(1e-3) - np.log(np.exp(tail).sum())
+    # The first group holds the likely token alone.
+    logits = jnp.asarray(np.concatenate([[np.log(0.999)], np.full(127, -np.inf), tail]), jnp.float32)
+    first = np.arange(np.ceil(0.999 * 2**23) + 1, 2**23) / 2**23
+    second = np.random.default_rng(1).random((10, len(first)))
+    uniform = jnp.asarray(np.stack([np.broadcast_to(first, second.shape), second], axis=-1).reshape(-1, 2), jnp.float32)
+    one = lambda uniform: proposals.draw(logits, proposals.grouped(logits), uniform)  # noqa: E731
+    with optimised(True):
+        draw = jax.jit(lambda uniform: jax.lax.map(one, uniform, batch_size=20_000))
+    counts = np.bincount(np.asarray(draw(uniform)) - 128, minlength=len(tail))
+    expected = len(uniform) * np.exp(tail) / 1e-3
+    # One number for both sums would draw some tokens ten times and others never.
+    common = expected > 5
+    statistic = ((counts - expected) ** 2 / expected)[common].sum()
+    assert statistic < 1.3 * common.sum()
+    assert counts[~common].sum() == pytest.approx(expected[~common].sum(), rel=0.1)
 
 
 @pytest.mark.parametrize("size", [5, 128, 300])
@@ -186,7 +207,7 @@ def test_best_token_and_its_probability(size):
     banned = jax.jit(lambda logits: proposals.ban(logits, (2,)))(logits)
     logits[:, 2] = -np.inf
     np.testing.assert_array_equal(banned, logits)
-    token, confidence, _ = jax.jit(lambda logits: proposals.candidates(logits, jnp.zeros(50), settings()))(banned)
+    token, confidence, _ = jax.jit(lambda logits: proposals.candidates(logits, jnp.zeros((50, 2)), settings()))(banned)
     np.testing.assert_array_equal(token, logits.argmax(-1))
     np.testing.assert_allclose(confidence, jax.nn.softmax(logits)[np.arange(50), token], rtol=1e-6)
 
@@ -231,7 +252,7 @@ def test_one_program_for_all_keys_and_adapters(base):
 def test_sliced_head_proposes_the_same(base, monkeypatch):
     run = settings(temperature=1.0, cfg_scale=0.5, strategy="topk_margin")
     hidden = jax.random.normal(jax.random.key(0), (2, 3, 8, TINY.hidden_size))
-    uniform = jax.random.uniform(jax.random.key(1), (3, 8))
+    uniform = jax.random.uniform(jax.random.key(1), (3, 8, 2))
     whole = jax.jit(lambda: proposals.propose(TINY, base, hidden, uniform, run))()
     for limit in (2 * 3 * 2 * TINY.vocab_size, 1):
         monkeypatch.setattr(proposals, "MAX_LOGITS", limit)
@@ -247,7 +268,7 @@ def test_candidates_at_masked_positions_are_those_of_all(base, masked, guided):
     run = settings(temperature=0.8, cfg_scale=0.5 * guided)
     draws = np.random.default_rng(masked)
     hidden = jnp.asarray(draws.standard_normal((1 + guided, 2, 8, TINY.hidden_size)), jnp.float32)
-    uniform = jnp.asarray(draws.random((2, 8)), jnp.float32)
+    uniform = jnp.asarray(draws.random((2, 8, 2)), jnp.float32)
     eligible = np.zeros((2, 8), bool)
     eligible[0, draws.permutation(8)[:masked]] = True
     eligible[1, draws.permutation(8)[: masked // 2]] = True
@@ -271,6 +292,21 @@ def test_vanishing_guidance_is_none(base):
     ]
     np.testing.assert_array_equal(rollouts[0].tokens, rollouts[1].tokens)
     assert (rollouts[0].confidence != rollouts[2].confidence).any()
+
+
+def test_origin_postpones_suppressed_confidence():
+    """A postponed candidate waits until all that is left of its row are such, or for the last step."""
+    run = settings(strategy="origin", completion_length=4, block_length=4, steps=4)
+    rows = 4000
+    eligible = jnp.ones((rows, 4), bool).at[:, 3].set(False)
+    score = jnp.ones((rows, 4)).at[:, 1].set(remasking.LOWEST).at[rows // 2 :, :3].set(remasking.LOWEST)
+    chosen = np.asarray(select(run, eligible, score, score, jnp.asarray(1), jax.random.key(0)))
+    # The share of the second of four steps is a third.
+    expected = [[1 / 3, 0, 1 / 3, 0], [1 / 3, 1 / 3, 1 / 3, 0]]
+    np.testing.assert_allclose(chosen.reshape(2, -1, 4).mean(axis=1), expected, atol=0.03)
+    assert not chosen[: rows // 2, 1].any()
+    last = select(run, eligible, score, score, jnp.asarray(3), jax.random.key(0))
+    np.testing.assert_array_equal(last, eligible)
 
 
 def test_suppressed_tokens(flat):

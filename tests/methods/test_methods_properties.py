@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -290,6 +291,25 @@ def test_kl_estimators(values):
         np.testing.assert_allclose(jax.grad(estimate)(new, ref), gradients[name], rtol=1e-4, atol=1e-5)
         assert name == "k1" or estimate(new, ref) >= -1e-6
     np.testing.assert_allclose(common.k1(new, ref), d)
+
+
+@pytest.mark.parametrize("d", [-300.0, -81.0, -79.0])
+def test_k3_far_below_zero_pulls_back(d):
+    """Of a sequence sum `d` reaches such values; a capped exponential would leave only the other term's slope, +1."""
+    value, slope = jax.value_and_grad(common.k3)(jnp.asarray(d), jnp.asarray(0.0))
+    assert np.isfinite(value) and np.isfinite(slope)
+    assert slope < -1e30
+    if d < -80:
+        nearer = common.k3(jnp.asarray(d + 1), jnp.asarray(0.0))
+        np.testing.assert_allclose(nearer - value, slope, rtol=1e-3)
+
+
+@pytest.mark.parametrize("eps", [0.0, 4e-4])
+def test_a_log_clip_lets_all_of_the_gradient_through_at_its_bounds(eps):
+    clip = lambda x: common.log_clip(x, eps, eps)[0]  # noqa: E731
+    assert jax.grad(clip)(jnp.asarray(0.0)) == 1.0
+    high = jnp.asarray(math.log1p(eps), jnp.float32)
+    assert jax.grad(clip)(high) == 1.0 and jax.grad(clip)(high + 1e-3) == 0.0 == jax.grad(clip)(-high - 1e-3)
 
 
 def test_a_trust_region_of_zero_still_lets_the_first_update_through():
