@@ -1,0 +1,79 @@
+r"""Which part of a completion is its answer: what the format says, and of that the last box.
+
+The last `<answer>` counts, also one that never closes; without any the whole text. Of that the last `\boxed{}` or
+`\fbox{}`, or several of them where only commas and "and" stand between. Without a box, what follows the last "answer
+is"; else the text itself. All linear in the length of the text.
+"""
+
+import re
+
+from gdsd_jax.tasks.format import last_answer
+
+BOXES = ("\\boxed", "\\fbox")
+MAX_BOXES = 16
+# What may lie between two boxes that are one answer; it names no other answer.
+_BETWEEN = re.compile(r"[\s$.]{0,8}(?:,|;|and|or|, and|, or|\\text\{ ?(?:and|or) ?\}|\\quad)[\s$]{0,8}")
+_STATED = re.compile(r"(?i)\banswer(?:\*\*)?(?: to the (?:question|problem))?(?:\s{0,3}:|\s{1,3}is\b:?)(?:\*\*)?\s{0,3}")
+_SENTENCE_END = re.compile(r"\n|\.\s+(?=[A-Z])|\.\s{0,3}$|\. I hope")
+_BARE = 300
+
+
+def scope(completion: str) -> str:
+    """The content of the last complete `<answer>`, else what follows the last one that opens, else the whole text."""
+    answer = last_answer(completion)
+    if answer is not None:
+        return answer
+    return completion.rpartition("<answer>")[2]
+
+
+def answer(completion: str) -> str | None:
+    """The answer as it is written, or None where the completion gives none."""
+    text = scope(completion)
+    found = boxes(text)
+    if found is not None:
+        return found or None
+    stated = None
+    for stated in _STATED.finditer(text):
+        pass
+    if stated is not None:
+        return _SENTENCE_END.split(text[stated.end() :], maxsplit=1)[0].strip() or None
+    text = text.strip()
+    return text if text and len(text) <= _BARE else None
+
+
+def boxes(text: str) -> str | None:
+    r"""What the last box holds, with the boxes before it that belong to the same answer; None without a box.
+
+    Empty where the last box is empty or never closes.
+    """
+    held: list[str] = []
+    end = len(text)
+    while len(held) < MAX_BOXES:
+        start, command = max((text.rfind(command, 0, end), command) for command in BOXES)
+        if start < 0:
+            break
+        content, after = _content(text, start + len(command))
+        if content is None:
+            return "" if not held else ", ".join(reversed(held))
+        if held and not _BETWEEN.fullmatch(text, after, end):
+            break
+        held.append(content.strip())
+        end = start
+    if not held:
+        return None
+    # A box in a box: the outer one was not looked for, and holds the same.
+    return ", ".join(reversed(held)) if all(held) else held[0]
+
+
+def _content(text: str, start: int) -> tuple[str | None, int]:
+    """The content of a box whose command ends at `start`, and where it ends; None where it never does."""
+    opening = re.compile(r"\s{0,3}\{").match(text, start)
+    if opening is None:
+        word = re.compile(r"\s{0,3}([^\s$]{0,200})").match(text, start)
+        return word[1], word.end()
+    depth = 0
+    for index in range(opening.end() - 1, len(text)):
+        depth += (text[index] == "{") - (text[index] == "}")
+        if depth == 0:
+            return text[opening.end() : index], index + 1
+    return None, len(text)
