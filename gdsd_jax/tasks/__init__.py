@@ -15,16 +15,17 @@ TASKS: dict[str, Task] = {
 __all__ = ["TASKS", "Task", "configure", "resolve"]
 
 
-def resolve(name: str, *, evaluation: bool = False, **settings: Any) -> Task:
+def resolve(name: str, *, evaluation: bool = False, grader: str | None = None, **settings: Any) -> Task:
     """A known task by name, or a user's own as "package.module:NAME", with settings applied.
 
     Args:
+      grader: "robust", the default, or "public", which gives the public trainers' rewards number for number.
       evaluation: start from the task's evaluation prompt instead of its training prompt.
       settings: template, system, assistant_prefix, answer_template, examples, shots, weights; None leaves the default.
 
-    Raises UserError where there is no such task, module or setting.
+    Raises UserError where there is no such task, module, grader or setting.
     """
-    return configure(_find(name), evaluation=evaluation, **settings)
+    return configure(_find(name), evaluation=evaluation, grader=grader, **settings)
 
 
 def _find(name: str) -> Task:

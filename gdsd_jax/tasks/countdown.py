@@ -9,7 +9,6 @@ code, and what the parser does not know, or finds too long, is an unusable answe
 """
 
 import hashlib
-import operator
 import random
 import re
 from fractions import Fraction
@@ -19,85 +18,21 @@ from typing import Any, NamedTuple
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks.data import Row, column, read_records
 from gdsd_jax.tasks.format import last_answer, last_boxed
+from gdsd_jax.tasks.graders import arithmetic
+from gdsd_jax.tasks.graders.arithmetic import MAX_EXPRESSION, OPERATIONS, PRECEDENCE, compute
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
-from gdsd_jax.tasks.task import Task
+from gdsd_jax.tasks.task import PUBLIC, Grader, Task
 
 NUMBERS = 3
 LARGEST = 100
 DEFAULT_COUNTS = {"train": 4096, "validation": 256, "test": 256}
-# Longer answers are unusable; it bounds every integer of the computation to as many digits.
-MAX_EXPRESSION = 1000
 # As in the GDSD reward, which computes in floating point. With three integers up to 100 no wrong answer comes so near.
 TOLERANCE = Fraction(1, 100_000)
-
-_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-_PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
-# Python's numbers: an integer does not start with 0, a decimal may lack either side of its point.
-_TOKEN = re.compile(
-    r"(?P<number>(?:0+|[1-9][0-9]*)(?![0-9.])|[0-9]+\.[0-9]*|\.[0-9]+)|(?P<symbol>[-+*/()])|[ \t\f]+|(?P<line>[\r\n]+)"
-)
-
 
 class _Term(NamedTuple):
     value: Fraction
     text: str
     precedence: int
-
-
-def compute(expression: str) -> Fraction | None:
-    """The exact value of an arithmetic expression, or None where it is none.
-
-    Numbers, signs, + - * / and parentheses, with Python's precedence; a line break only inside parentheses. Neither
-    `**` nor `//`. Two stacks instead of recursion, so that no nesting is too deep; None for a division by zero and
-    beyond `MAX_EXPRESSION` characters.
-    """
-    expression = expression.strip()
-    if len(expression) > MAX_EXPRESSION:
-        return None
-    values: list[Fraction] = []
-    pending: list[str] = []
-    position, expects_operand = 0, True
-    try:
-        while position < len(expression):
-            token = _TOKEN.match(expression, position)
-            if token is None or (token["line"] and "(" not in pending):
-                return None
-            position = token.end()
-            symbol = token["symbol"]
-            if token["number"]:
-                if not expects_operand:
-                    return None
-                values.append(Fraction(token["number"]))
-                expects_operand = False
-            elif symbol is None:
-                continue
-            elif symbol == "(" and expects_operand:
-                pending.append("(")
-            elif symbol == ")" and not expects_operand and "(" in pending:
-                _reduce(values, pending, 1)
-                pending.pop()
-            elif symbol in "+-" and expects_operand:
-                pending += ["negate"] if symbol == "-" else []
-            elif symbol in "+-*/" and not expects_operand:
-                _reduce(values, pending, _PRECEDENCE[symbol])
-                pending.append(symbol)
-                expects_operand = True
-            else:
-                return None
-        if expects_operand:
-            return None
-        _reduce(values, pending, 1)
-    except ZeroDivisionError:
-        return None
-    return None if pending else values[0]
-
-
-def _reduce(values: list[Fraction], pending: list[str], precedence: int) -> None:
-    """Applies the pending operations that bind at least this tightly."""
-    while pending and _PRECEDENCE[pending[-1]] >= precedence:
-        symbol = pending.pop()
-        right = values.pop()
-        values.append(-right if symbol == "negate" else _OPERATIONS[symbol](values.pop(), right))
 
 
 def solves(expression: str, row: Row) -> bool:
@@ -114,13 +49,25 @@ def solves(expression: str, row: Row) -> bool:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """The training reward, from the last `<answer>`: 1 right, 0.1 wrong or unusable, 0 no answer."""
+    """The training reward: 1 right and in a complete `<answer>`, 0.1 wrong or unusable there, 0 without one."""
+    if last_answer(completion) is None:
+        return {"equation": 0.0}
+    return {"equation": max(0.1, measure(completion, row)["accuracy"])}
+
+
+def measure(completion: str, row: Row) -> dict[str, float]:
+    """The evaluation metric: 1 where the answer is one expression that solves the problem, however it is written."""
+    return {"accuracy": float(arithmetic.right(completion, row["numbers"], row["target"]))}
+
+
+def public_score(completion: str, row: Row) -> dict[str, float]:
+    """The public trainers' reward, from the last `<answer>`: 1 right, 0.1 wrong or unusable, 0 no answer."""
     answer = last_answer(completion)
     return {"equation": 0.0 if answer is None else 1.0 if solves(answer, row) else 0.1}
 
 
-def measure(completion: str, row: Row) -> dict[str, float]:
-    r"""The papers' metric: 1 right, else 0; more lenient about form than the reward.
+def public_measure(completion: str, row: Row) -> dict[str, float]:
+    r"""The papers' metric: 1 right, else 0; more lenient about form than their reward.
 
     Reads the last `\boxed{}`, else the last `<answer>`, else the whole text; takes LaTeX operators; where a number
     follows an equals sign, only what stands before it counts.
@@ -141,11 +88,11 @@ def _combine(left: _Term, symbol: str, right: _Term) -> _Term | None:
     """`left symbol right` with the parentheses it needs; None for a division by zero."""
     if symbol == "/" and right.value == 0:
         return None
-    precedence = _PRECEDENCE[symbol]
+    precedence = PRECEDENCE[symbol]
     first = f"({left.text})" if left.precedence < precedence else left.text
     bare = right.precedence > precedence or (right.precedence == precedence and symbol in "+*")
     second = right.text if bare else f"({right.text})"
-    return _Term(_OPERATIONS[symbol](left.value, right.value), first + symbol + second, precedence)
+    return _Term(OPERATIONS[symbol](left.value, right.value), first + symbol + second, precedence)
 
 
 def _terms(numbers: list[int]) -> list[_Term]:
@@ -161,7 +108,7 @@ def solve(numbers: list[int], target: int) -> str | None:
         for i, left in enumerate(terms):
             for j, right in enumerate(terms):
                 rest = [term for k, term in enumerate(terms) if k not in (i, j)]
-                for symbol in _OPERATIONS if i != j else ():
+                for symbol in OPERATIONS if i != j else ():
                     term = _combine(left, symbol, right)
                     found = search([*rest, term]) if term else None
                     if found:
@@ -290,4 +237,5 @@ TASK = Task(
         "assistant_prefix": "<reasoning>\n",
     },
     evaluation_rows=256,
+    graders={PUBLIC: Grader(public_score, public_measure)},
 )

@@ -2,9 +2,10 @@ r"""GSM8K: grade-school word problems whose answer is one number.
 
 `gsm8k` rewards the number alone, `gsm8k_xml` tags, form and number one by one. Rows come from the hub (`openai/gsm8k`)
 or from a local file with the columns `question` and `answer`, where the number is what follows the last `####`; without
-`####` the whole `answer` is the number. Its commas are dropped: what is read from a completion has none.
+`####` the whole `answer` is the number, without its commas.
 
-The training rewards compare strings, as those of the public GDSD trainer do. The evaluation metric compares numbers.
+Rewards and metric compare numbers (`graders.numbers`). Under the grader "public" rewards compare strings, as those of the
+public GDSD trainer do.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import data
 from gdsd_jax.tasks.data import Row, column
 from gdsd_jax.tasks.format import last_answer, last_boxed
+from gdsd_jax.tasks.graders import numbers
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
-from gdsd_jax.tasks.task import Task
+from gdsd_jax.tasks.task import PUBLIC, Grader, Task
 
 # The character behind the number belongs to the pattern: "The answer is 42." reads 42, "The answer is 42" reads 4.
 _STATED = re.compile(r"The answer is (-?[0-9.,]+).")
@@ -36,11 +38,30 @@ def stated_number(completion: str) -> str:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
+    """1 where the completion's number is the row's answer, however it is written, else 0."""
+    return {"correct": float(numbers.equal(row["answer"], completion))}
+
+
+def measure(completion: str, row: Row) -> dict[str, float]:
+    """The evaluation metric: 1 where the completion's number is the row's answer, however it is written, else 0."""
+    return {"accuracy": score(completion, row)["correct"]}
+
+
+def score_xml(completion: str, row: Row) -> dict[str, float]:
+    """2 for the right number, and four components of form as large as the public trainer's."""
+    return {**public_score_xml(completion, row), "correct": 2.0 * score(completion, row)["correct"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The public trainers' rewards and the papers' metric, number for number
+
+
+def public_score(completion: str, row: Row) -> dict[str, float]:
     """1 where the number is the row's answer as a string, else 0."""
     return {"correct": float(stated_number(completion) == row["answer"])}
 
 
-def score_xml(completion: str, row: Row) -> dict[str, float]:
+def public_score_xml(completion: str, row: Row) -> dict[str, float]:
     """Five components, each as large as the public trainer's: tags, loose form, strict form, a whole number, correct.
 
     The answer is what follows the last `<answer>` (else everything), up to `</answer>`.
@@ -83,8 +104,8 @@ def _is_strict(text: str) -> bool:
     return text.startswith(opening) and text.endswith(closing) and 0 <= turn <= len(text) - len(middle) - len(closing)
 
 
-def measure(completion: str, row: Row) -> dict[str, float]:
-    r"""The evaluation metric: 1 where the answer equals the row's as a number, however it is written.
+def public_measure(completion: str, row: Row) -> dict[str, float]:
+    r"""The papers' metric: 1 where the answer equals the row's as a number.
 
     The last number of the last `\boxed{}`, else of the last `<answer>`, else of what follows the last `####`, else of
     the whole text; commas, a dollar sign and zeros without meaning do not count.
@@ -168,6 +189,7 @@ TASK = Task(
     template=f"{ANSWER_FORMAT}\n\n{_QUESTION.format(_BOX)}",
     answer_template=_WORKING + "<answer>\n\\boxed{{answer}}\n</answer>",
     examples=EXAMPLES,
+    graders={PUBLIC: Grader(public_score, public_measure)},
     held_out=held_out,
     evaluation={"assistant_prefix": "<reasoning>\n"},
 )
@@ -176,6 +198,7 @@ TASK_XML = dataclasses.replace(
     TASK,
     name="gsm8k_xml",
     score=score_xml,
+    graders={PUBLIC: Grader(public_score_xml, public_measure)},
     weights={"tags": 1.0, "loose": 1.0, "strict": 1.0, "integer": 1.0, "correct": 1.0},
     template=f"{ANSWER_FORMAT}\n\n{_QUESTION.format('')}",
     answer_template=_WORKING + "<answer>\n{answer}\n</answer>\n",

@@ -1,11 +1,14 @@
 r"""MATH: competition problems whose answer is an expression in LaTeX, inside `\boxed{}`.
 
-`math` rewards equivalence, decided by `math-verify`; `math_xml` rewards the same string after normalisation, and form.
+`math` rewards a right answer, `math_xml` also its form. Right is what `graders.compare` finds equal: answers are read by
+type and compared exactly. The grader "public" pays what the public trainers pay: `math` for equivalence decided by
+`math-verify`, `math_xml` for the same string after normalisation.
+
 Rows come from the hub (training: `ankner/math-500`, test: `HuggingFaceH4/MATH-500`) or from a local file with the
 column `problem` (or `question`) and `answer`, `solution` or both; without `answer` it is the last box of `solution`.
 
-math-verify computes with SymPy, and what a completion writes may take it forever or end its process: both tasks score
-in worker processes (`workers`). An answer that cannot be judged within the limits is worth nothing.
+What a completion writes may be much to compute, and may take math-verify forever or end its process: all scores run in
+worker processes (`workers`). An answer that cannot be judged within the limits is worth nothing.
 """
 
 import dataclasses
@@ -19,14 +22,50 @@ from gdsd_jax.tasks import data
 from gdsd_jax.tasks.data import Row, column
 from gdsd_jax.tasks.format import first_answer, last_answer, last_boxed
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
-from gdsd_jax.tasks.task import Task
+from gdsd_jax.tasks.task import PUBLIC, Grader, Task
 from gdsd_jax.tasks.workers import Limits
 
-LIMITS = Limits(seconds=5.0, megabytes=1024, imports=("math_verify",))
+LIMITS = Limits(seconds=5.0, megabytes=1024, imports=("gdsd_jax.tasks.graders.compare",))
+PUBLIC_LIMITS = Limits(seconds=5.0, megabytes=1024, imports=("math_verify",))
 # math-verify's own limits are wall clock, on which no score may hang: none, the worker has its own.
 NO_LIMIT = 0
 # Answers stand at the end, and math-verify may take quadratic time in what stands in front of them.
 MAX_TEXT = 4_000
+
+
+def right(completion: str, row: Row) -> bool:
+    """Whether the completion's answer, as the format says where it is, says the same as the row's."""
+    # Late: only workers need the arithmetic.
+    from gdsd_jax.tasks.graders import compare, extract
+
+    found = extract.answer(completion)
+    gold = row["answer"]
+    wanted = extract.boxes(gold) if "\\boxed" in gold else gold
+    return found is not None and bool(wanted) and compare.equal(wanted, found)
+
+
+def score(completion: str, row: Row) -> dict[str, float]:
+    """2 where the completion's answer is right, else 0."""
+    return {"correct": 2.0 * right(completion, row)}
+
+
+def measure(completion: str, row: Row) -> dict[str, float]:
+    """The evaluation metric: 1 where the completion's answer is right, else 0."""
+    return {"accuracy": float(right(completion, row))}
+
+
+def score_xml(completion: str, row: Row) -> dict[str, float]:
+    r"""2 where the answer is right; 0.25 for `<answer>` missing or 0.5, and as much for `\boxed`."""
+    return {**score(completion, row), **_form(completion)}
+
+
+def _form(completion: str) -> dict[str, float]:
+    tags, box = 1.0 if "<answer>" in completion else 0.0, 1.0 if "\\boxed" in completion else 0.5
+    return {"format": tags / 2 + box / 2}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The public trainers' rewards and the papers' metric, number for number
 
 
 def equivalent(response: str, answer: str) -> bool:
@@ -57,27 +96,25 @@ def _sets(expressions: list[Any]) -> list[Any]:
     return [e.rhs if is_in_set else e for e, is_in_set in zip(expressions, membership, strict=True)]
 
 
-def score(completion: str, row: Row) -> dict[str, float]:
-    """2 where the completion's answer is equivalent to the row's, else 0."""
+def public_score(completion: str, row: Row) -> dict[str, float]:
+    """2 where math-verify finds the completion's answer equivalent to the row's, else 0."""
     return {"correct": 2.0 * equivalent(completion, row["answer"])}
 
 
-def score_xml(completion: str, row: Row) -> dict[str, float]:
-    r"""2 for the same string after normalisation; 0.25 for `<answer>` missing or 0.5, and as much for `\boxed`.
+def public_score_xml(completion: str, row: Row) -> dict[str, float]:
+    r"""2 for the same string after normalisation; form as in `score_xml`.
 
     What is compared is the last box of the first complete `<answer>`, else of the whole text; a text without a box
     counts as it is. Where a box never closes there is no answer, and no answer is never equal to another: the public
     trainer rewards two such boxes as equal.
     """
     answer = first_answer(completion)
-    return {
-        "correct": 2.0 * same(completion if answer is None else answer, row["answer"]),
-        "format": (1.0 if "<answer>" in completion else 0.0) / 2 + (1.0 if "\\boxed" in completion else 0.5) / 2,
-    }
+    text = completion if answer is None else answer
+    return {"correct": 2.0 * same(text, row["answer"]), **_form(completion)}
 
 
-def measure(completion: str, row: Row) -> dict[str, float]:
-    """The evaluation metric: 1 where the last `<answer>`, else the whole text, is the same string or equivalent."""
+def public_measure(completion: str, row: Row) -> dict[str, float]:
+    """1 where the last `<answer>`, else the whole text, is the same string or equivalent."""
     answer = last_answer(completion)
     text = completion if answer is None else answer
     return {"accuracy": float(same(text, row["answer"]) or equivalent(text, row["answer"]))}
@@ -198,8 +235,15 @@ TASK = Task(
     answer_template="<reasoning>\n{solution}\n</reasoning>\n<answer>\n\\boxed{{answer}}\n</answer>",
     examples=EXAMPLES,
     limits=LIMITS,
+    graders={PUBLIC: Grader(public_score, public_measure, PUBLIC_LIMITS)},
     held_out=held_out,
     evaluation={"assistant_prefix": "<reasoning>\n"},
 )
 
-TASK_XML = dataclasses.replace(TASK, name="math_xml", score=score_xml, weights={"correct": 1.0, "format": 1.0})
+TASK_XML = dataclasses.replace(
+    TASK,
+    name="math_xml",
+    score=score_xml,
+    weights={"correct": 1.0, "format": 1.0},
+    graders={PUBLIC: Grader(public_score_xml, public_measure, PUBLIC_LIMITS)},
+)

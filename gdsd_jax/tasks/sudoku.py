@@ -24,7 +24,7 @@ from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks.data import Row, column, read_records
 from gdsd_jax.tasks.format import last_answer
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
-from gdsd_jax.tasks.task import SPLITS, Task
+from gdsd_jax.tasks.task import PUBLIC, SPLITS, Grader, Task
 
 SPLIT_SIZES = {"train": 192, "validation": 32, "test": 64}
 DEFAULT_COUNTS = {"train": 4096, "validation": 256, "test": 256}
@@ -144,7 +144,13 @@ def _share(cells: str, row: Row) -> float:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """The training reward: digits of the last `<answer>`, read in order; missing cells and a missing answer are wrong.
+    """The training reward: the metric's share of the empty cells; 0 without digits in a complete `<answer>`."""
+    answered = re.search("[0-9]", last_answer(completion) or "")
+    return {"cells_correct": measure(completion, row)["cells"] if answered else 0.0}
+
+
+def public_score(completion: str, row: Row) -> dict[str, float]:
+    """The public trainers' reward: digits of the last `<answer>`, read in order; missing cells and a missing answer are wrong.
 
     Digits of other scripts take their place and are wrong, and so do digits of words ("Row1:"), as in the GDSD reward.
     """
@@ -222,4 +228,5 @@ TASK = Task(
         "assistant_prefix": "<reasoning>\n",
     },
     evaluation_rows=256,
+    graders={PUBLIC: Grader(public_score, measure)},
 )

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -17,11 +17,21 @@ from gdsd_jax.tasks.data import Row, draw
 from gdsd_jax.tasks.workers import Limits
 
 SPLITS = ("train", "validation", "test")
+# The grader that every task has, and the one of the public trainers.
+ROBUST, PUBLIC = "robust", "public"
 SETTINGS = ("template", "system", "assistant_prefix", "answer_template", "examples", "shots", "weights")
 
 Scores = dict[str, Float32[np.ndarray, "B"]]
 
 _log = logging.getLogger(__name__)
+
+
+class Grader(NamedTuple):
+    """Another reward and metric for a task's completions, with the same components: see `Task.score` and below."""
+
+    score: Callable[[str, Row], Mapping[str, float]]
+    measure: Callable[[str, Row], Mapping[str, float]]
+    limits: Limits | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +60,8 @@ class Task:
       threads: completions scored at once; above 1 only where scoring waits for other processes.
       limits: where given, `score` and `measure` run in worker processes under these limits. They must be functions at
         the top of a module that can be imported without JAX, and a row must pickle.
+      graders: further graders by name; `configure(task, grader=name)` puts one in the place of `score` and `measure`.
+      grader: the name of the grader in use.
       held_out: whether a row of the training set belongs to its validation share; None where a training set is not
         divided. It looks at the row alone, so that no order, count or seed moves a row from one to the other.
     """
@@ -73,11 +85,14 @@ class Task:
     evaluation_rows: int | None = None
     threads: int = 1
     limits: Limits | None = None
+    graders: Mapping[str, Grader] = dataclasses.field(default_factory=dict)
+    grader: str = ROBUST
     held_out: Callable[[Row], bool] | None = None
 
     def __post_init__(self):
-        if self.limits is not None:
-            for function in (self.score, self.measure):
+        own = Grader(self.score, self.measure, self.limits)
+        for grader in (own, *self.graders.values()):
+            for function in (grader.score, grader.measure) if grader.limits is not None else ():
                 workers.check_importable(function)
 
     def rows(
@@ -191,16 +206,37 @@ def weighted_sum(components: Scores, weights: Mapping[str, float]) -> Float32[np
     return np.sum(terms, axis=0).astype(np.float32)
 
 
-def configure(task: Task, *, evaluation: bool = False, **settings: Any) -> Task:
-    """The task with other prompt settings or weights.
+def regraded(task: Task, grader: str | None) -> Task:
+    """The task under one of its graders; None and "robust" are the task's own `score` and `measure`.
+
+    Raises UserError where the task has no grader of this name.
+    """
+    if grader in (None, task.grader):
+        return task
+    if grader not in task.graders:
+        names = ", ".join([task.grader, *task.graders])
+        raise UserError(f"task {task.name} has no grader {grader!r}: set config.task.grader to one of: {names}")
+    chosen = task.graders[grader]
+    others = {name: other for name, other in task.graders.items() if name != grader}
+    others[task.grader] = Grader(task.score, task.measure, task.limits)
+    return dataclasses.replace(
+        task, score=chosen.score, measure=chosen.measure, limits=chosen.limits, grader=grader, graders=others
+    )
+
+
+def configure(task: Task, *, evaluation: bool = False, grader: str | None = None, **settings: Any) -> Task:
+    """The task with other prompt settings or weights, or another grader.
 
     Args:
+      grader: a name among the task's graders, "public" for the public trainers' rewards and the papers' metrics; None
+        is "robust", the task's own.
       evaluation: start from the task's evaluation prompt instead of its training prompt.
       settings: any of `SETTINGS`; None leaves the default. `weights` may name only some components; the others keep
         theirs.
 
     Raises UserError for an unknown setting or component, or more shots than the task has examples.
     """
+    task = regraded(task, grader)
     unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:
         raise UserError(f"unknown task setting {unknown[0]!r}; one of: {', '.join(SETTINGS)}")

@@ -32,13 +32,21 @@ def answer(completion: str) -> str | None:
     found = boxes(text)
     if found is not None:
         return found or None
-    stated = None
-    for stated in _STATED.finditer(text):
-        pass
-    if stated is not None:
-        return _SENTENCE_END.split(text[stated.end() :], maxsplit=1)[0].strip() or None
+    said = stated(text)
+    if said is not None:
+        return said
     text = text.strip()
     return text if text and len(text) <= _BARE else None
+
+
+def stated(text: str) -> str | None:
+    """What follows the last "answer is" or "answer:", to the end of the sentence; None where nothing does."""
+    last = None
+    for last in _STATED.finditer(text):
+        pass
+    if last is None:
+        return None
+    return _SENTENCE_END.split(text[last.end() : last.end() + 4 * _BARE].lstrip(), maxsplit=1)[0].strip("* \t") or None
 
 
 def boxes(text: str) -> str | None:

@@ -1,0 +1,122 @@
+r"""The one number that answers a word problem, however it is written: `$9{,}500`, 18 dollars every 2 weeks, 18½.
+
+The answer is found as for mathematics (`extract`), or behind the last `####`. It is read as mathematics first. A
+sentence is not mathematics: its number is the first one, or the first one behind its last "is" or "=".
+"""
+
+import re
+
+from gdsd_jax.tasks.graders import compare, extract
+from gdsd_jax.tasks.graders.answers import Answer, Opaque, Relation, Scalar, read
+from gdsd_jax.tasks.graders.syntax import symbols
+from gdsd_jax.tasks.graders.tokens import Unreadable, translate
+
+MAX_LINE = 400
+_LATEX = (
+    (re.compile(r"\\[dt]?frac\s?\{([0-9]{1,20})\}\s?\{([0-9]{1,20})\}"), r" \1/\2 "),
+    (re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textrm)\s?\{"), " {"),
+    (re.compile(r"\\(?:currency\{\w+\}|[$%])"), lambda found: "%" if found[0] == "\\%" else "$"),
+    (re.compile(r",\\!\s?|\{,\}|\\[,;: ]|\{ *, *\}"), ","),
+    (re.compile(r"(?<=[0-9])\s*\{,\}\s*(?=[0-9]{3})"), ","),
+    (re.compile(r"\\(?:left|right|quad|displaystyle|[()\[\]])"), " "),
+    (re.compile(r"\\times|\\cdot"), "*"),
+    (re.compile(r"[{}]|\*\*|__|`"), ""),
+)
+# A sign belongs to a number where nothing that it could be subtracted from stands in front.
+_NUMBER = re.compile(
+    r"(?P<minus>(?<![0-9A-Za-z)\]])-\s?)?(?:\$(?P<inner>-)?)?(?P<whole>[0-9]{1,3}(?:[, ][0-9]{3})+(?![0-9])|[0-9]{1,400})"
+    r"(?P<point>\.[0-9]{1,400})?(?P<fraction>\s[0-9]{1,20}/[0-9]{1,20}|/[0-9]{1,20})?"
+)
+_VERB = re.compile(r"(?i)\b(?:is|are|equals?|was)\b|=|:")
+_REMARK = re.compile(r"\s+\((?=[^()]{0,200}\)[\s.]{0,4}$)")
+_RAISED = re.compile(r"(?<=[A-Za-z)])\s?\^\s?[0-9]+|(?<=[A-Za-z])[23](?![0-9])")
+
+
+def equal(gold: str, completion: str) -> bool:
+    """Whether the completion's number is the gold."""
+    text = answer(completion)
+    return text is not None and says(gold, text)
+
+
+def answer(completion: str) -> str | None:
+    """The part of a completion that gives its answer, or None."""
+    text = extract.scope(completion)
+    found = extract.boxes(text)
+    if found is not None:
+        return found or None
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0].strip() or None
+    stated = extract.stated(text)
+    if stated is not None:
+        return stated
+    if text is not completion:  # inside tags
+        return text.strip() or None
+    return _last_sentence(text)
+
+
+def _last_sentence(text: str) -> str | None:
+    """The last line with a digit; of several sentences, the last one with a digit."""
+    for line in reversed(text.splitlines()[-20:]):
+        for sentence in reversed(re.split(r"(?<=[a-z0-9)])[.!?]\s+(?=[A-Z])", line[-MAX_LINE:])):
+            if re.search("[0-9]", sentence):
+                return sentence
+    return None
+
+
+def says(gold: str, text: str) -> bool:
+    """Whether a text that gives an answer gives this number."""
+    text = _without_remark(text.strip()[:MAX_LINE])
+    if compare.equal(gold, text):
+        return True
+    typed = _typed(text)
+    if typed is not None:
+        return False
+    number = first_number(text)
+    return number is not None and compare.equal(gold, number)
+
+
+def _without_remark(text: str) -> str:
+    """Without a remark in parentheses behind a number: 18 (= 9 * 2)."""
+    found = _REMARK.search(text)
+    return text[: found.start()] if found and re.search("[0-9]", text[: found.start()]) else text
+
+
+def _typed(text: str) -> Answer | None:
+    """The answer as mathematics, where it is a claim about numbers alone, which no reading as a sentence may mend."""
+    try:
+        found = read(text)
+    except (Unreadable, RecursionError):
+        return None
+    if isinstance(found, Opaque) or _mentions(found):
+        return None
+    return found
+
+
+def _mentions(found: object) -> bool:
+    """Whether words or symbols are in it."""
+    if isinstance(found, Opaque):
+        return True
+    if isinstance(found, Relation):
+        return any(map(_mentions, found.sides))
+    if isinstance(found, Scalar):
+        return any(map(symbols, found.trees))
+    return isinstance(found, tuple) and any(_mentions(part) for part in found if isinstance(part, tuple))
+
+
+def first_number(text: str) -> str | None:
+    """The number of a sentence, as plain text; None where it has none, or it is part of an operation."""
+    text = translate(text)
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    text = _RAISED.sub("", text)
+    verbs = [found.end() for found in _VERB.finditer(text) if re.search("[0-9]", text[found.end() :])]
+    found = _NUMBER.search(text, verbs[-1] if verbs else 0)
+    if found is None:
+        return None
+    before, after = text[: found.start()].rstrip(" $"), text[found.end() :].lstrip(" ")
+    if before[-1:] in ("+", "*", "/", "^", "×") or after[:1] in ("+", "*", "/", "^") or re.match(r"-\s?\$?[0-9]", after):
+        return None
+    if before[-1:] == "-" and found["minus"] is None:
+        return None
+    sign = "-" if bool(found["minus"]) != bool(found["inner"]) else ""
+    return f"{sign}{found['whole'].replace(',', '').replace(' ', '')}{found['point'] or ''}{found['fraction'] or ''}"
