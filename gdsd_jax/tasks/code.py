@@ -1,14 +1,18 @@
 """Code: a Python program in one fenced block, judged by running tests in a sandbox.
 
-Rows from a local file (JSON lines, CSV or Parquet), in one of three forms:
+Rows from a local file (JSON lines or array, CSV or Parquet), in one of three forms:
 
     question, test_cases                                 test_cases: Python statements, one test each
-    text, code, test_list[, test_setup_code]             MBPP
+    text or prompt, code, test_list[, test_setup_code, test_imports]    MBPP, also sanitized
     prompt, test, entry_point[, canonical_solution]      HumanEval; the program is asked for whole, signature included
 
 A row becomes {question, tests, test, setup, program, shadowed}: `test` is the first test, which the prompt shows,
-`setup` runs before each test, `program` is the reference solution where the file has one. There is no default data set:
-`config.task.train_path` names the file. The paper trains on AceCode-87K filtered by difficulty.
+`setup` runs before each test, `program` is the reference solution where the file has one. A row of HumanEval keeps its
+`prompt`: its imports and helpers come first in every program, and a body alone completes its function.
+
+There is no default data set: `config.task.train_path` names the file. The paper trains on AceCode-87K filtered by
+difficulty. The default grader reads code as models write it (`graders.programs`); "public" asks for the one form of the
+public trainers.
 
 The task is refused, when its rows are read, on a machine without a sandbox (`gdsd_jax.tasks.sandbox`).
 `--config.task.name=gdsd_jax.tasks.code:UNSAFE` is the same task without one: it runs what the model writes with the
@@ -19,17 +23,22 @@ import ast
 import builtins
 import dataclasses
 import functools
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import sandbox, workers
 from gdsd_jax.tasks.data import Row, column, held_out, read_records
+from gdsd_jax.tasks.graders import programs
 from gdsd_jax.tasks.sandbox import Program, Verdict
-from gdsd_jax.tasks.task import Task
+from gdsd_jax.tasks.task import PUBLIC, Grader, Task
 
 _OPEN, _FENCE = "```python\n", "```"
 # The parser alone, in a worker: there are short texts that it takes seconds or gigabytes for.
 _PARSING = workers.Limits(seconds=1.0, megabytes=512)
+_LOCATING = workers.Limits(seconds=3.0, megabytes=512)
+MAX_TESTS = 20_000
 
 
 def fenced(completion: str) -> str | None:
@@ -65,10 +74,7 @@ def format_reward(completion: str) -> float:
 
 
 def program_from(completion: str, row: Row) -> Program:
-    """What the sandbox gets: the completion's last fenced block, or its whole text where there is none, and the tests.
-
-    For evaluation, which asks for less than the training reward's format.
-    """
+    """What the sandbox gets of the public grader: the last block fenced as `python` or the whole text, and tests."""
     _, fence, rest = completion.rpartition(_OPEN)
     return program(rest.partition(_FENCE)[0] if fence else completion, row)
 
@@ -79,19 +85,50 @@ def program(text: str, row: Row) -> Program:
     return Program(text, tests, tuple(row["shadowed"]))
 
 
+def found_program(completion: str, row: Row) -> tuple[float, Program]:
+    """The format reward of a completion, and the program that `graders.programs` finds in it.
+
+    The format is 1 for a fenced program that parses, 0.5 for a fenced one that does not (or not within the limits), 0
+    for none.
+    """
+    names, prompt = tuple(row.get("named", ())) or called(row["tests"]), row.get("prompt", "")
+    (outcome,) = workers.shared(_LOCATING).map(programs.locate, [(completion, names, prompt)])
+    place = outcome.values or {"start": 0.0, "end": 0.0, "fenced": float(_FENCE in completion), "parses": 0.0}
+    form = place["fenced"] * (1.0 if place["parses"] else 0.5)
+    code = programs.normal(completion)[int(place["start"]) : int(place["end"])] if place["start"] >= 0 else ""
+    return form, program(programs.complete(code, names, prompt), row)
+
+
+def called(tests: list[str]) -> tuple[str, ...]:
+    """Names that the tests call."""
+    return tuple(dict.fromkeys(re.findall(r"\b([A-Za-z_]\w{0,99})\s?\(", "\n".join(tests)[:MAX_TESTS])))
+
+
 def score(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
     """Format, and where that is 1 the share of the tests that pass, each after the program in a fresh namespace."""
-    form = format_reward(completion)
-    if form < 1.0:
-        return {"format": form, "tests": 0.0}
-    (verdicts,) = sandbox.judge([program(fenced(completion), row)], backend=backend)
-    return {"format": form, "tests": verdicts.count(Verdict.PASSED) / len(verdicts)}
+    form, found = found_program(completion, row)
+    return {"format": form, "tests": _passed([found], backend) if form == 1.0 else 0.0}
 
 
 def measure(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
     """Whether all tests pass."""
-    (verdicts,) = sandbox.judge([program_from(completion, row)], backend=backend)
-    return {"passed": float(all(verdict == Verdict.PASSED for verdict in verdicts))}
+    return {"passed": float(_passed([found_program(completion, row)[1]], backend) == 1.0)}
+
+
+def public_score(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
+    """As `score`, of a program that is in the only block, fenced as `python` and at the end."""
+    form = format_reward(completion)
+    return {"format": form, "tests": _passed([program(fenced(completion), row)], backend) if form == 1.0 else 0.0}
+
+
+def public_measure(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
+    """Whether all tests pass."""
+    return {"passed": float(_passed([program_from(completion, row)], backend) == 1.0)}
+
+
+def _passed(judged: list[Program], backend: str | None) -> float:
+    (verdicts,) = sandbox.judge(judged, backend=backend)
+    return verdicts.count(Verdict.PASSED) / len(verdicts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,7 +145,7 @@ def read(path: Path, *, sandboxed: bool = True) -> list[Row]:
 def _row(place: str, record: Row) -> Row:
     if "test_list" in record:
         question, tests = column(place, record, "text", "prompt"), column(place, record, "test_list")
-        setup, solution = record.get("test_setup_code") or "", record.get("code") or ""
+        setup, solution = _setup(record), record.get("code") or ""
         named = defined(solution)
     elif "entry_point" in record:
         prompt, entry = column(place, record, "prompt"), column(place, record, "entry_point")
@@ -123,9 +160,17 @@ def _row(place: str, record: Row) -> Row:
     if not tests or not all(isinstance(text, str) for text in (question, setup, solution, *tests)):
         raise UserError(f"{place}: the question must be a text and the tests a list of at least one")
     shadowed = sorted(name for name in named if hasattr(builtins, name))
-    shown = tests[0] if "entry_point" not in record else ""
-    fields = {"question": question, "tests": tests, "test": shown, "setup": setup}
+    fields = {"question": question, "tests": tests, "test": tests[0], "setup": setup}
+    if "test_list" not in record and "entry_point" in record:
+        fields |= {"test": "", "prompt": prompt, "named": [entry]}
     return {**fields, "program": solution, "shadowed": shadowed}
+
+
+def _setup(record: Row) -> str:
+    """What runs before each test of MBPP; the sanitized edition has imports instead of a setup."""
+    imports = record.get("test_imports")
+    lines = [record.get("test_setup_code") or "", *(imports if isinstance(imports, (list, tuple)) else [])]
+    return "\n".join(filter(None, map(str, lines)))
 
 
 def defined(program: str) -> set[str]:
@@ -173,11 +218,19 @@ TASK = Task(
     examples=tuple(_row("a worked example", record) for record in _SHOWN),
     held_out=_held_out,
     threads=workers.Workers(_PARSING).count,
+    graders={PUBLIC: Grader(public_score, public_measure)},
 )
+
+
+def _unsafe(function: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+    return functools.partial(function, backend=sandbox.UNSAFE)
+
+
 UNSAFE = dataclasses.replace(
     TASK,
     name="code_unsafe",
     read=functools.partial(read, sandboxed=False),
-    score=functools.partial(score, backend=sandbox.UNSAFE),
-    measure=functools.partial(measure, backend=sandbox.UNSAFE),
+    score=_unsafe(score),
+    measure=_unsafe(measure),
+    graders={PUBLIC: Grader(_unsafe(public_score), _unsafe(public_measure))},
 )

@@ -29,6 +29,7 @@ DEFAULT_COUNTS = {"train": 4096, "validation": 256, "test": 256}
 # As in the GDSD reward, which computes in floating point. With three integers up to 100 no wrong answer comes so near.
 TOLERANCE = Fraction(1, 100_000)
 
+
 class _Term(NamedTuple):
     value: Fraction
     text: str

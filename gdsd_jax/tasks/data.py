@@ -1,8 +1,8 @@
 """Rows from local files and from the hub, and the share of a training set that is held out for validation.
 
-A local file is JSON lines (`.jsonl`, `.json`), CSV with a header (`.csv`), either of them also packed (`.gz`), or
-Parquet (`.parquet`); a directory is what `datasets` saved with `save_to_disk`. Values of a CSV file stay strings, so
-that leading zeros survive. `datasets` and PyArrow are imported when they are needed and not before.
+A local file is JSON, lines or one array (`.jsonl`, `.json`), CSV with a header (`.csv`), either of them also packed
+(`.gz`), or Parquet (`.parquet`); a directory is what `datasets` saved with `save_to_disk`. Values of a CSV file stay
+strings, so that leading zeros survive. `datasets` and PyArrow are imported when they are needed and not before.
 """
 
 import csv
@@ -126,7 +126,12 @@ def read_text(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    """Objects, one a line, or those of one array."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        yield from _json_array(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -134,6 +139,18 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{place}: a JSON object is needed")
+        yield place, record
+
+
+def _json_array(path: Path, text: str) -> Iterator[tuple[str, Row]]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from None
+    for number, record in enumerate(records, start=1):
+        place = f"{path}, item {number}"
         if not isinstance(record, dict):
             raise UserError(f"{place}: a JSON object is needed")
         yield place, record

@@ -4,8 +4,8 @@ r"""GSM8K: grade-school word problems whose answer is one number.
 or from a local file with the columns `question` and `answer`, where the number is what follows the last `####`; without
 `####` the whole `answer` is the number, without its commas.
 
-Rewards and metric compare numbers (`graders.numbers`). Under the grader "public" rewards compare strings, as those of the
-public GDSD trainer do.
+Rewards and metric compare numbers (`graders.numbers`). Under the grader "public" rewards compare strings, as those of
+the public GDSD trainer do.
 """
 
 import dataclasses

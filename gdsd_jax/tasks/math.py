@@ -1,7 +1,7 @@
 r"""MATH: competition problems whose answer is an expression in LaTeX, inside `\boxed{}`.
 
-`math` rewards a right answer, `math_xml` also its form. Right is what `graders.compare` finds equal: answers are read by
-type and compared exactly. The grader "public" pays what the public trainers pay: `math` for equivalence decided by
+`math` rewards a right answer, `math_xml` also its form. Right is what `graders.compare` finds equal: answers are read
+by type and compared exactly. The grader "public" pays what the public trainers pay: `math` for equivalence decided by
 `math-verify`, `math_xml` for the same string after normalisation.
 
 Rows come from the hub (training: `ankner/math-500`, test: `HuggingFaceH4/MATH-500`) or from a local file with the

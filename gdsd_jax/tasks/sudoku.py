@@ -150,7 +150,7 @@ def score(completion: str, row: Row) -> dict[str, float]:
 
 
 def public_score(completion: str, row: Row) -> dict[str, float]:
-    """The public trainers' reward: digits of the last `<answer>`, read in order; missing cells and a missing answer are wrong.
+    """The public trainers' reward: digits of the last `<answer>` in order; missing cells, a missing answer are wrong.
 
     Digits of other scripts take their place and are wrong, and so do digits of words ("Row1:"), as in the GDSD reward.
     """

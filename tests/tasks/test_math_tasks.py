@@ -61,7 +61,7 @@ def test_a_row_that_falls_short_is_named(tmp_path):
         ("\\boxed{\\$42.00}", "42", 1),
         ("<answer>1,234</answer>", "1234", 1),
         ("<answer>42 apples</answer> or 43", "42", 1),
-        ("#### 42\nThe rest is 7.", "42", 0),
+        ("#### 42\nThe rest is 7.", "42", 1),
         ("It is 7.\n#### 42", "42", 1),
         ("so there are 042 of them", "42", 1),
         ("\\boxed{?} <answer>42</answer>", "42", 1),

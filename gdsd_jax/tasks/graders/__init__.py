@@ -1,0 +1,1 @@
+"""Robust graders: what an answer says, however it is written. They import no JAX, so that workers start fast."""

@@ -8,11 +8,13 @@ import functools
 from typing import NamedTuple
 
 from gdsd_jax.tasks.graders import units
-from gdsd_jax.tasks.graders.syntax import Tree, parse
+from gdsd_jax.tasks.graders.syntax import parse
 from gdsd_jax.tasks.graders.tokens import Token, Unreadable, flat, tokenize
+from gdsd_jax.tasks.graders.trees import Tree
 
 RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in", "equiv": "=", "approx": "="}
-_OPENING, _CLOSING = {"(", "[", "{", "\\{", "langle", "lfloor", "lceil"}, {")", "]", "}", "\\}", "rangle", "rfloor", "rceil"}
+_OPENING = {"(", "[", "{", "\\{", "langle", "lfloor", "lceil"}
+_CLOSING = {")", "]", "}", "\\}", "rangle", "rfloor", "rceil"}
 _MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix"}
 _NOTHING = {"noneofthese", "nosolution", "nosolutions", "norealsolution", "norealsolutions"}
 
@@ -210,8 +212,9 @@ def _is_cup(tokens: list[Token], index: int) -> bool:
 
 
 def _separators(tokens: list[Token], top: list[int]) -> list[int]:
-    found = [index for index in top if tokens[index].kind == "separator" or tokens[index][:2] in (("sign", ","), ("sign", ";"))]
-    return found
+    """Indices of commas, semicolons, "and" and "or" among the tokens at these indices."""
+    signs = (("sign", ","), ("sign", ";"))
+    return [index for index in top if tokens[index].kind == "separator" or tokens[index][:2] in signs]
 
 
 def _list(tokens: list[Token], separators: list[int]) -> Answer | None:
@@ -309,12 +312,8 @@ def _based(tokens: list[Token]) -> Based | None:
     return None
 
 
-_BASES = {
-    name: number
-    for number, name in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), start=2
-    )
-}
+_NUMERALS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_BASES = {name: number for number, name in enumerate(_NUMERALS.split(), start=2)}
 
 
 def _scalar(tokens: list[Token]) -> Answer | None:

@@ -1,7 +1,7 @@
-r"""Arithmetic in an answer of Countdown, however it is written: `(3)(5) + 7`, `3 \\times 5 + 7 = 22`, `22 = 3*5+7`.
+r"""Arithmetic in an answer of Countdown, however it is written: `(3)(5) + 7`, `3 \times 5 + 7 = 22`, `22 = 3*5+7`.
 
-An answer is untrusted text. It is read by a small parser and computed in exact fractions; what the parser does not know,
-or finds too long, is no expression. One expression is an answer; two are none, also where both are right.
+An answer is untrusted text. It is read by a small parser and computed in exact fractions; what the parser does not
+know, or finds too long, is no expression. One expression is an answer; two are none, also where both are right.
 """
 
 import operator

@@ -5,9 +5,8 @@ The two sides are not alike: the right answer (`gold`) says what is asked for, a
 """
 
 from collections.abc import Callable
-from fractions import Fraction
 
-from gdsd_jax.tasks.graders import sets, units, values
+from gdsd_jax.tasks.graders import scalars, sets, values
 from gdsd_jax.tasks.graders.answers import (
     EMPTY,
     Answer,
@@ -24,11 +23,9 @@ from gdsd_jax.tasks.graders.answers import (
     read,
     strip,
 )
-from gdsd_jax.tasks.graders.syntax import Tree, symbols
 from gdsd_jax.tasks.graders.tokens import Unreadable, tokenize
+from gdsd_jax.tasks.graders.trees import Tree, symbols
 
-# Digits that a rounded decimal of 1/3 needs at least, and those from which it may be cut off instead of rounded.
-ROUNDED, CUT = 6, 10
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
@@ -54,7 +51,7 @@ def same(gold: Answer, answer: Answer) -> bool:
     if isinstance(gold, Relation) or isinstance(answer, Relation):
         return _with_relation(gold, answer)
     if isinstance(gold, Scalar) and isinstance(answer, Scalar) and len(gold.trees) == len(answer.trees) == 1:
-        return _same_scalar(gold, answer)
+        return scalars.same(gold, answer)
     if isinstance(gold, Ratio) or isinstance(answer, Ratio):
         return _same_ratio(gold, answer)
     kinds = (type(gold), type(answer))
@@ -107,58 +104,14 @@ def _members(answer: Answer) -> Answer:
 # Numbers
 
 
-def _same_scalar(gold: Scalar, answer: Scalar) -> bool:
-    if not units.agree(gold.unit, answer.unit):
-        return False
-    (one,), (other,) = gold.trees, answer.trees
-    if sets.infinite(one) or sets.infinite(other):
-        return sets.infinite(one) == sets.infinite(other)
-    if gold.percent == answer.percent:
-        return values.equal(one, other) or _is_rounded(one, other)
-    share = ("/", one if gold.percent else other, ("number", Fraction(100), None))
-    value = values.exact(share if gold.percent else one)
-    if gold.percent:
-        whole = value is not None and value.denominator == 1
-        return values.equal(one, other) or (not whole and values.equal(share, other))
-    as_share = values.equal(one, share)
-    if value is None:
-        return as_share
-    if value.denominator == 1:
-        return values.equal(one, other)
-    return as_share or (abs(value) > 1 and values.equal(one, other))
-
-
-def _is_rounded(gold: Tree, answer: Tree) -> bool:
-    """A fraction without end, rounded or cut off in a decimal of enough digits: 0.333333 for 1/3."""
-    negative = answer[0] == "-" and values.exact(answer[1]) == 0
-    literal = answer[2] if negative else answer
-    if literal[0] != "number" or literal[2] is None:
-        return False
-    value, found = values.exact(gold), -literal[1] if negative else literal[1]
-    if value is None or _ends(value.denominator):
-        return False
-    unit = Fraction(1, 10 ** literal[2])
-    digits = len(str(abs(found) // unit)) if found else 0
-    error = abs(value - found)
-    return (digits >= ROUNDED and error <= unit / 2) or (digits >= CUT and error < unit)
-
-
-def _ends(denominator: int) -> bool:
-    """Whether the decimal expansion of a fraction with this denominator ends."""
-    for prime in (2, 5):
-        while denominator % prime == 0:
-            denominator //= prime
-    return denominator == 1
-
-
 def _same_ratio(gold: Answer, answer: Answer) -> bool:
     if isinstance(gold, Ratio) and isinstance(answer, Ratio):
         halves = gold.half == answer.half or not (gold.half and answer.half)
         return halves and len(gold.parts) == len(answer.parts) and all(map(same, gold.parts, answer.parts))
     ratio, scalar = (gold, answer) if isinstance(gold, Ratio) else (answer, gold)
-    if not isinstance(scalar, Scalar) or len(scalar.trees) != 1 or scalar.percent or scalar.unit or len(ratio.parts) != 2:
+    if not all(isinstance(part, Scalar) and len(part.trees) == 1 for part in (scalar, *ratio.parts)):
         return False
-    if any(not isinstance(part, Scalar) or len(part.trees) != 1 for part in ratio.parts) or _is_time(ratio):
+    if scalar.percent or scalar.unit or len(ratio.parts) != 2 or _is_time(ratio):
         return False
     quotient = ("/", ratio.parts[0].trees[0], ratio.parts[1].trees[0])
     return scalar.trees[0][0] == "/" and values.equal(quotient, scalar.trees[0])
@@ -270,8 +223,9 @@ def _same_relation(gold: Relation, answer: Relation) -> bool:
         return gold.signs[-1] == answer.signs[-1] and same(solved[0][1], solved[1][1])
     if solved[0] and not _symbols(solved[0][1]):
         return False
-    sides = [*gold.sides, *answer.sides]
-    if len(gold.sides) != len(answer.sides) or not all(isinstance(side, Scalar) and len(side.trees) == 1 for side in sides):
+    if len(gold.sides) != len(answer.sides):
+        return False
+    if not all(isinstance(side, Scalar) and len(side.trees) == 1 for side in (*gold.sides, *answer.sides)):
         return False
     if len(gold.sides) > 2:
         mirrored = tuple(_MIRRORED.get(sign, sign) for sign in reversed(answer.signs))
@@ -316,8 +270,8 @@ def _unwrapped(relation: Relation) -> Answer | None:
     pair = _named_value(relation)
     if pair is not None:
         return pair[1]
-    numbers = set(relation.signs) == {"="} and all(isinstance(side, Scalar) and not _symbols(side) for side in relation.sides)
-    if numbers and all(same(relation.sides[-1], side) for side in relation.sides[:-1]):
+    numbers = all(isinstance(side, Scalar) and not _symbols(side) for side in relation.sides)
+    if numbers and _is_equation(relation) and all(same(relation.sides[-1], side) for side in relation.sides[:-1]):
         return relation.sides[-1]
     return None
 
@@ -354,4 +308,5 @@ def _symbols(answer: Answer) -> set[str]:
     """Names of all symbols in an answer."""
     if isinstance(answer, Scalar):
         return set().union(*map(symbols, answer.trees))
-    return set().union(*(_symbols(part) for part in answer if isinstance(part, tuple))) if isinstance(answer, tuple) else set()
+    parts = answer if isinstance(answer, tuple) else ()
+    return set().union(*(_symbols(part) for part in parts if isinstance(part, tuple)))

@@ -13,7 +13,9 @@ BOXES = ("\\boxed", "\\fbox")
 MAX_BOXES = 16
 # What may lie between two boxes that are one answer; it names no other answer.
 _BETWEEN = re.compile(r"[\s$.]{0,8}(?:,|;|and|or|, and|, or|\\text\{ ?(?:and|or) ?\}|\\quad)[\s$]{0,8}")
-_STATED = re.compile(r"(?i)\banswer(?:\*\*)?(?: to the (?:question|problem))?(?:\s{0,3}:|\s{1,3}is\b:?)(?:\*\*)?\s{0,3}")
+_STATED = re.compile(
+    r"(?i)\banswer(?:\*\*)?(?: to the (?:question|problem))?(?:\s{0,3}:|\s{1,3}is\b:?)(?:\*\*)?\s{0,3}"
+)
 _SENTENCE_END = re.compile(r"\n|\.\s+(?=[A-Z])|\.\s{0,3}$|\. I hope")
 _BARE = 300
 
@@ -41,9 +43,7 @@ def answer(completion: str) -> str | None:
 
 def stated(text: str) -> str | None:
     """What follows the last "answer is" or "answer:", to the end of the sentence; None where nothing does."""
-    last = None
-    for last in _STATED.finditer(text):
-        pass
+    last = next(reversed(list(_STATED.finditer(text))), None)
     if last is None:
         return None
     return _SENTENCE_END.split(text[last.end() : last.end() + 4 * _BARE].lstrip(), maxsplit=1)[0].strip("* \t") or None

@@ -8,8 +8,8 @@ import re
 
 from gdsd_jax.tasks.graders import compare, extract
 from gdsd_jax.tasks.graders.answers import Answer, Opaque, Relation, Scalar, read
-from gdsd_jax.tasks.graders.syntax import symbols
 from gdsd_jax.tasks.graders.tokens import Unreadable, translate
+from gdsd_jax.tasks.graders.trees import symbols
 
 MAX_LINE = 400
 _LATEX = (
@@ -24,7 +24,8 @@ _LATEX = (
 )
 # A sign belongs to a number where nothing that it could be subtracted from stands in front.
 _NUMBER = re.compile(
-    r"(?P<minus>(?<![0-9A-Za-z)\]])-\s?)?(?:\$(?P<inner>-)?)?(?P<whole>[0-9]{1,3}(?:[, ][0-9]{3})+(?![0-9])|[0-9]{1,400})"
+    r"(?P<minus>(?<![0-9A-Za-z)\]])-\s?)?(?:\$(?P<inner>-)?)?"
+    r"(?P<whole>[0-9]{1,3}(?:[, ][0-9]{3})+(?![0-9])|[0-9]{1,400})"
     r"(?P<point>\.[0-9]{1,400})?(?P<fraction>\s[0-9]{1,20}/[0-9]{1,20}|/[0-9]{1,20})?"
 )
 _VERB = re.compile(r"(?i)\b(?:is|are|equals?|was)\b|=|:")
@@ -114,7 +115,8 @@ def first_number(text: str) -> str | None:
     if found is None:
         return None
     before, after = text[: found.start()].rstrip(" $"), text[found.end() :].lstrip(" ")
-    if before[-1:] in ("+", "*", "/", "^", "×") or after[:1] in ("+", "*", "/", "^") or re.match(r"-\s?\$?[0-9]", after):
+    operators = ("+", "*", "/", "^")
+    if before[-1:] in operators or after[:1] in operators or re.match(r"-\s?\$?[0-9]", after):
         return None
     if before[-1:] == "-" and found["minus"] is None:
         return None

@@ -1,4 +1,4 @@
-r"""Sets of real numbers, from intervals, inequalities and memberships: (5, \infty), x > 5, x \in (5, \infty) are one set.
+r"""Sets of real numbers, from intervals, inequalities and memberships: (5, \infty), x > 5, x \in (5, \infty) are one.
 
 Only solved forms are read: a symbol alone between bounds, or alone in an absolute value. `2x > 10` is a question.
 """
@@ -10,7 +10,7 @@ from mpmath import mp
 
 from gdsd_jax.tasks.graders import values
 from gdsd_jax.tasks.graders.answers import EMPTY, REALS, Answer, Opaque, Relation, Scalar, Sequence, Union
-from gdsd_jax.tasks.graders.syntax import Tree, symbols
+from gdsd_jax.tasks.graders.trees import Tree, symbols
 
 _INFINITY: Tree = ("constant", "infty")
 _ZERO: Tree = ("number", 0, None)
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 class RealSet(NamedTuple):
-    """Disjoint intervals from left to right, and the name of the symbol that lies in them, empty where none is named."""
+    """Disjoint intervals from left to right, and the name of the symbol that lies in them, empty where it has none."""
 
     intervals: tuple[Interval, ...]
     name: str = ""

@@ -1,23 +1,14 @@
 r"""The grammar of expressions: tokens to a tree, with nothing computed.
 
-A tree is a tuple: ("number", Fraction, decimals), ("symbol", name), ("constant", name), (operator, tree, tree) for
-+ - * / ^, ("function", name, trees...), ("unknown", name, trees...) for f(x), ("degree", tree). `decimals` counts the
-digits behind the point and is None for a whole number.
-
 Juxtaposition multiplies, `2\frac{1}{2}` and `2 1/2` are mixed numbers, f, g and h before a parenthesis are functions.
 """
 
-import re
 from fractions import Fraction
-from typing import Any
 
 from gdsd_jax.tasks.graders.tokens import FUNCTIONS, Token, Unreadable, flat
-
-Tree = tuple[Any, ...]
+from gdsd_jax.tasks.graders.trees import Tree, number
 
 MAX_DEPTH = 40
-MAX_DIGITS = 400
-MAX_EXPONENT = 400  # of scientific notation such as 1e9
 _UNKNOWN = set("fghFGH")
 _MARKED = {"overline", "vec", "hat", "widehat", "overrightarrow", "overleftrightarrow", "tilde", "dot"}
 _CLOSING = {"(": ")", "{": "}", "[": "]"}
@@ -25,15 +16,6 @@ _ROUND = {"lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
 _INVERSE = {"sin": "asin", "cos": "acos", "tan": "atan"}
 _CONSTANTS = {"pi", "infty"}
 _END = Token("end", "")
-
-
-def number(text: str) -> Tree:
-    """The tree of a number as it is written: digits, a point, an exponent of ten."""
-    mantissa, _, exponent = text.lower().partition("e")
-    if len(mantissa) > MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_EXPONENT:
-        raise Unreadable("too large")
-    decimals = len(mantissa.partition(".")[2]) if "." in mantissa else None
-    return ("number", Fraction(text), None if exponent else decimals)
 
 
 def parse(tokens: list[Token]) -> list[Tree]:
@@ -350,16 +332,3 @@ class _Parser:
         while self.starts_factor() and self.next.text not in FUNCTIONS and not self.is_sign("(", "[", "{"):
             tree = ("*", tree, self.power())
         return tree
-
-
-def symbols(tree: Any) -> set[str]:
-    """Names of the symbols in a tree, functions included."""
-    if not isinstance(tree, tuple) or not tree:
-        return set()
-    own = {tree[1]} if tree[0] in ("symbol", "unknown") else set()
-    return own.union(*map(symbols, tree[1:]))
-
-
-def is_name(text: str) -> bool:
-    """Whether a function's name is one that nobody defines: f, g_1, h'."""
-    return bool(re.fullmatch(r"[A-Za-z](?:_\w+)?'*", text))

@@ -15,7 +15,7 @@ class Unreadable(ValueError):
 
 
 class Token(NamedTuple):
-    r"""One token. `kind` is number, symbol, word, command, separator or sign; `written`: it was text, not mathematics."""
+    """One token. `kind` is number, symbol, word, command, separator or sign; `written`: it is text, not mathematics."""
 
     kind: str
     text: str
@@ -24,21 +24,24 @@ class Token(NamedTuple):
 
 _SIGNS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "‒": "-", "﹣": "-", "－": "-", "×": "\\times ", "✕": "\\times ",
-    "÷": "\\div ", "·": "\\cdot ", "∙": "\\cdot ", "⋅": "\\cdot ", "∗": "*", "⁄": "/", "∕": "/", "√": "\\surd ", "∛": "\\cbrt ",
+    "÷": "\\div ", "·": "\\cdot ", "∙": "\\cdot ", "⋅": "\\cdot ", "∗": "*", "⁄": "/", "∕": "/", "√": "\\surd ",
+    "∛": "\\cbrt ",
     "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "⩽": "\\le ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ",
     "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ",
     "°": "\\degree ", "º": "\\degree ", "…": "\\ldots ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "％": "%",
-    "＝": "=", "＋": "+", "（": "(", "）": ")", "，": ",", "：": ":", "；": ";", "．": ".", "∶": ":", "′": "'", "’": "'",
+    "＝": "=", "＋": "+", "（": "(", "）": ")", "，": ",", "：": ":", "；": ";", "．": ".", "∶": ":",
+    "′": "'", "’": "'",
     "€": "\\currency{euro}", "£": "\\currency{pound}", "¥": "\\currency{yen}", "¢": "\\text{ cents}", "⟨": "\\langle ",
     "⟩": "\\rangle ", "∠": "\\angle ", "∖": "\\setminus ", "ℎ": "h", "ⅈ": "i", "∣": "|",
     "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2007": " ", "\u200b": "", "\u2060": "", "\ufeff": "",
 }  # fmt: skip
-_GREEK = dict(zip(
-    "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-    ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-     "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split(), strict=True,
-))  # fmt: skip
+_GREEK_LETTERS = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
+_GREEK_WORDS = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+)
+_GREEK = dict(zip(_GREEK_LETTERS, _GREEK_WORDS.split(), strict=True))
 _VULGAR = {
     "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5),
     "⅘": (4, 5), "⅙": (1, 6), "⅚": (5, 6), "⅐": (1, 7), "⅛": (1, 8), "⅜": (3, 8), "⅝": (5, 8), "⅞": (7, 8),
@@ -82,7 +85,9 @@ _DROPPED = {
     "thinspace", "negthinspace", "space", "nobreak", "allowbreak", "mathop", "mathopen", "mathclose", "mathbin",
     "bfseries", "itshape", "centering", "therefore", "implies", "Rightarrow", "boxtext", "mathstrut", "strut",
 }  # fmt: skip
-_ARGUMENT_DROPPED = {"color", "textcolor", "colorbox", "hspace", "vspace", "phantom", "hphantom", "vphantom", "label", "tag"}
+_ARGUMENT_DROPPED = {
+    "color", "textcolor", "colorbox", "hspace", "vspace", "phantom", "hphantom", "vphantom", "label", "tag",
+}  # fmt: skip
 _ALIASES = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le",
     "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "lbrace": "{", "rbrace": "}",
@@ -97,7 +102,10 @@ FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh", "log", "ln", "lg", "exp",
     "sqrt", "gcd", "lcm", "min", "max", "abs",
 }  # fmt: skip
-_PLAIN = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "cbrt": "cbrt", "sqrt": "surd", "infinity": "infty", "inf": "infty"}
+_PLAIN = {
+    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "cbrt": "cbrt", "sqrt": "surd", "infinity": "infty",
+    "inf": "infty",
+}  # fmt: skip
 _GREEK_NAMES = set(_GREEK.values())
 # Letters without a backslash that are a name all the same; shorter Greek names are products of letters.
 _SPELLED = {"pi", "theta", "alpha", "beta", "gamma", "lambda", "sigma", "omega"}
@@ -108,7 +116,9 @@ UNITS = {
     "inch", "unit", "units", "am", "pm", "cc", "usd", "feet", "foot", "year", "years", "mile", "miles", "men", "cubic",
     "square", "per",
 }  # fmt: skip
-_ANSWERS = {"yes", "no", "true", "false", "odd", "even", "none", "all", "red", "if", "is", "not", "for", "than", "the", "so"}
+_ANSWERS = {
+    "yes", "no", "true", "false", "odd", "even", "none", "all", "red", "if", "is", "not", "for", "than", "the", "so",
+}  # fmt: skip
 
 
 _STYLE = r"\\(?:text|textrm|mathrm|mbox|rm)\{\s*"
@@ -258,9 +268,7 @@ class _Lexer:
         elif run in FUNCTIONS or run in _PLAIN or run == "pi":
             is_unit = run in UNITS and roman  # \text{min}
             self.add("word", run) if is_unit else self.add("command", _PLAIN.get(run, run))
-        elif run in _SPELLED and not roman:
-            self.add("symbol", run)
-        elif len(run) == 1:
+        elif len(run) == 1 or (run in _SPELLED and not roman):
             self.add("symbol", run)
         elif roman or len(run) > 3 or small in UNITS or small in _ANSWERS:
             self.tokens.append(Token("word", run, True))

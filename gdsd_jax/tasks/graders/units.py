@@ -1,7 +1,7 @@
 r"""Units behind a number, and words that are part of the number: percent, thousand, a dozen.
 
-A unit is the words behind a number up to the end: `5 \text{ cm}^2`, `$36`, `18 dollars per day`. Two different units are
-two different answers; an answer without a unit has that of the question.
+A unit is the words behind a number up to the end: `5 \text{ cm}^2`, `$36`, `18 dollars per day`. Two different units
+are two different answers; an answer without a unit has that of the question.
 """
 
 from fractions import Fraction
@@ -13,8 +13,8 @@ from gdsd_jax.tasks.graders.tokens import Token
 SENTENCE = {
     "if", "when", "where", "whenever", "otherwise", "unless", "not", "than", "least", "most", "less", "more", "for",
     "except", "but", "no", "is", "are", "mod", "modulo", "base", "between", "through", "such", "with", "without", "all",
-    "any", "every", "only", "times", "over", "minus", "plus", "divided", "multiplied", "remainder", "or", "and", "either",
-    "both", "to", "from", "undefined", "solutions", "solution",
+    "any", "every", "only", "times", "over", "minus", "plus", "divided", "multiplied", "remainder", "or", "and",
+    "either", "both", "to", "from", "undefined", "solutions", "solution",
 }  # fmt: skip
 SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9,
@@ -29,7 +29,7 @@ _NAMES = {
     "hrs": "hour", "h": "hour", "s": "second", "sec": "second", "secs": "second", "min": "minute", "mins": "minute",
     "mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour", "sq": "square", "squared": "square",
     "metre": "meter", "metres": "meter", "litre": "liter", "litres": "liter", "centimetre": "centimeter",
-    "centimetres": "centimeter", "kilometre": "kilometer", "kilometres": "kilometer", "dollar": "dollar", "usd": "dollar",
+    "centimetres": "centimeter", "kilometre": "kilometer", "kilometres": "kilometer", "usd": "dollar",
     "deg": "degree", "cubed": "cubic", "people": "person", "men": "man", "women": "woman", "children": "child",
     "yr": "year", "yrs": "year", "rad": "radian", "per": "/", "an": "", "a": "", "of": "of", "the": "",
 }  # fmt: skip

@@ -1,0 +1,150 @@
+r"""The program of a completion: of its fenced blocks the one that defines what is asked for, else unfenced code.
+
+Fences are runs of ``` or ~~~ at the start of a line, indented or not, with any name of Python or none. A fence inside a
+docstring does not end a block: the block goes on to the first fence that leaves a program which parses. Everything runs
+in a worker, because parsing alone may take seconds or gigabytes.
+"""
+
+import ast
+import re
+import textwrap
+from typing import NamedTuple
+
+MAX_TEXT = 50_000
+MAX_FENCES = 64
+MAX_PARSES = 60
+_FENCE = re.compile(
+    r"^[ \t]{0,12}(?:[-*+>]\s|\d{1,2}[.)]\s)?[ \t]{0,8}(?P<fence>`{3,}|~{3,})[ \t]*(?P<name>[\w+#.-]*)[^\n`]*$",
+    re.MULTILINE,
+)
+_LANGUAGES = {"", "py", "python", "python2", "python3", "py3", "python3.11", "code", "pycon"}
+_MARKED = re.compile(r"\[BEGIN\][ \t]*\n?(.*?)(?:\[DONE\]|\[END\]|\Z)", re.DOTALL)
+_CODE_LINE = re.compile(r"^(?:def |async def |class |import |from \w[\w.]* import |@\w)", re.MULTILINE)
+_DEFINITION = re.compile(r"^[ \t]*(?:async +def|def|class)[ \t]+(\w+)", re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """Where a piece of code lies in the normalised text."""
+
+    start: int
+    end: int
+
+
+def normal(completion: str) -> str:
+    """The completion with one kind of line end."""
+    return completion[-MAX_TEXT:].replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parses(text: str) -> bool:
+    """Whether a text is Python of the version that runs here."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def locate(completion: str, names: tuple[str, ...], prompt: str) -> dict[str, float]:
+    """Where the program of a completion lies: start, end, whether it is fenced, and whether it parses.
+
+    Args:
+      names: what the tests call; the last block that defines one of them is the program.
+      prompt: what a body alone continues; empty where there is none.
+
+    For a worker: positions in `normal(completion)` as numbers, start -1 where there is no code.
+    """
+    text = normal(completion)
+    found = _blocks(text)
+    fenced = bool(found)
+    chosen = _choose(text, found, set(names)) if found else _unfenced(text, prompt)
+    if chosen is None:
+        return {"start": -1.0, "end": -1.0, "fenced": float(fenced), "parses": 0.0}
+    is_python = parses(complete(text[chosen.start : chosen.end], names, prompt))
+    place = {"start": float(chosen.start), "end": float(chosen.end)}
+    return {**place, "fenced": float(fenced), "parses": float(is_python)}
+
+
+def complete(code: str, names: tuple[str, ...], prompt: str) -> str:
+    """The program that a piece of code stands for: without common indentation, a body behind its prompt.
+
+    A program of a prompt's function gets the prompt's imports and helpers in front; `from __future__` stays first.
+    """
+    program = textwrap.dedent(code).strip("\n")
+    if not prompt:
+        return program
+    entry = names[0] if names else ""
+    head = re.search(rf"^(?:async +)?def +{re.escape(entry)}\b", prompt, re.MULTILINE)
+    if re.search(rf"^(?:(?:async +)?def|class) +{re.escape(entry)}\b|^{re.escape(entry)}\s*=", program, re.MULTILINE):
+        future = "".join(_FUTURE.findall(program))
+        preamble = prompt[: head.start()] if head else ""
+        return f"{future}{preamble}\n{_FUTURE.sub('', program)}"
+    return f"{prompt.rstrip()}\n{textwrap.indent(program, '    ')}\n"
+
+
+def _blocks(text: str) -> list[Block]:
+    fences = [fence for fence, _ in zip(_FENCE.finditer(text), range(MAX_FENCES), strict=False)]
+    found, index, budget = [], 0, MAX_PARSES
+    while index < len(fences):
+        opening = fences[index]
+        closing = [
+            (later, fences[later])
+            for later in range(index + 1, len(fences))
+            if fences[later]["fence"][0] == opening["fence"][0]
+            and len(fences[later]["fence"]) >= len(opening["fence"])
+            and not fences[later]["name"]
+        ]
+        start = min(opening.end() + 1, len(text))
+        if not closing:
+            # A block that was cut off.
+            found += [Block(start, len(text))] if _is_python(opening) else []
+            break
+        chosen = closing[0]
+        if _is_python(opening):
+            for candidate in closing[:8]:
+                budget -= 1
+                if budget < 0:
+                    break
+                if parses(textwrap.dedent(text[start : candidate[1].start()])):
+                    chosen = candidate
+                    break
+            found.append(Block(start, chosen[1].start()))
+        index = chosen[0] + 1
+    return found
+
+
+def _is_python(fence: re.Match) -> bool:
+    return fence["name"].lower() in _LANGUAGES
+
+
+def _choose(text: str, blocks: list[Block], names: set[str]) -> Block:
+    """The last block that defines one of the names, else the last that defines anything, else the last with text."""
+    defined = [set(_DEFINITION.findall(text, block.start, block.end)) for block in blocks]
+    for wanted in (lambda own: own & names, bool):
+        for block, own in zip(reversed(blocks), reversed(defined), strict=True):
+            if wanted(own):
+                return block
+    filled = [block for block in blocks if text[block.start : block.end].strip()]
+    return filled[-1] if filled else blocks[-1]
+
+
+def _unfenced(text: str, prompt: str) -> Block | None:
+    """Code without a fence: between markers, or from the first line of code on as far as it parses."""
+    marked = _MARKED.search(text)
+    if marked:
+        return Block(marked.start(1), marked.end(1))
+    first = _CODE_LINE.search(text)
+    if first is None:
+        # A body alone, or code of another form such as an assignment.
+        return Block(0, len(text)) if text.strip() else None
+    start, end = first.start(), len(text)
+    if prompt and text[:start].strip() and re.match(r"[ \t]+\S", text):
+        start = 0
+    for _ in range(MAX_PARSES // 2):
+        if parses(text[start:end]):
+            return Block(start, end)
+        cut = text.rfind("\n", start, end)
+        if cut <= start:
+            break
+        end = cut
+    return Block(start, len(text))

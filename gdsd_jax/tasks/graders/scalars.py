@@ -1,0 +1,59 @@
+"""Whether two numbers are the same answer: their units, percent signs and decimals, and then their values.
+
+`75%` answers 75, and 3/4 where the fraction is asked for; `7500%` does not answer 75. Decimals are exact, except that a
+fraction whose decimals never end may be rounded at enough of them.
+"""
+
+from fractions import Fraction
+
+from gdsd_jax.tasks.graders import sets, units, values
+from gdsd_jax.tasks.graders.answers import Scalar
+from gdsd_jax.tasks.graders.trees import Tree
+
+# Digits that a rounded decimal of 1/3 needs at least, and those from which it may be cut off instead of rounded.
+ROUNDED, CUT = 6, 10
+
+
+def same(gold: Scalar, answer: Scalar) -> bool:
+    """Whether two expressions of one tree each are the same number, in units that do not contradict each other."""
+    if not units.agree(gold.unit, answer.unit):
+        return False
+    (one,), (other,) = gold.trees, answer.trees
+    if sets.infinite(one) or sets.infinite(other):
+        return sets.infinite(one) == sets.infinite(other)
+    if gold.percent == answer.percent:
+        return values.equal(one, other) or _is_rounded(one, other)
+    share = ("/", one if gold.percent else other, ("number", Fraction(100), None))
+    value = values.exact(share if gold.percent else one)
+    if gold.percent:
+        whole = value is not None and value.denominator == 1
+        return values.equal(one, other) or (not whole and values.equal(share, other))
+    as_share = values.equal(one, share)
+    if value is None:
+        return as_share
+    if value.denominator == 1:
+        return values.equal(one, other)
+    return as_share or (abs(value) > 1 and values.equal(one, other))
+
+
+def _is_rounded(gold: Tree, answer: Tree) -> bool:
+    """A fraction without end, rounded or cut off in a decimal of enough digits: 0.333333 for 1/3."""
+    negative = answer[0] == "-" and values.exact(answer[1]) == 0
+    literal = answer[2] if negative else answer
+    if literal[0] != "number" or literal[2] is None:
+        return False
+    value, found = values.exact(gold), -literal[1] if negative else literal[1]
+    if value is None or _ends(value.denominator):
+        return False
+    unit = Fraction(1, 10 ** literal[2])
+    digits = len(str(abs(found) // unit)) if found else 0
+    error = abs(value - found)
+    return (digits >= ROUNDED and error <= unit / 2) or (digits >= CUT and error < unit)
+
+
+def _ends(denominator: int) -> bool:
+    """Whether the decimal expansion of a fraction with this denominator ends."""
+    for prime in (2, 5):
+        while denominator % prime == 0:
+            denominator //= prime
+    return denominator == 1
