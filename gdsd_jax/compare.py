@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdsd_jax import evaluate, hub, tasks, train
+from gdsd_jax import evaluate, hub, train
 from gdsd_jax.config import TrainConfig, to_dict
 from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.evaluation.comparison import (
@@ -35,7 +35,7 @@ from gdsd_jax.evaluation.policy import read_record
 from gdsd_jax.methods import build, check
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.sft import embedded_start
-from gdsd_jax.training.setup import known_metric
+from gdsd_jax.training.setup import known_metric, resolve_task
 
 if TYPE_CHECKING:
     pass
@@ -66,7 +66,7 @@ def compare(
         have another config or start. All of it before anything is trained.
     """
     require_runnable(config, methods, seeds, host_index, host_count)
-    metric = known_metric(tasks.resolve(config.task.name, **config.task.settings), metric, "--metric")
+    metric = known_metric(resolve_task(config), metric, "--metric")
     if host_count > 1 and config.tiny.family and not Path(config.checkpoint).exists():
         raise UserError(f"{config.checkpoint} must be there before several hosts start: make it with gdsd_jax.sft")
     embedded_start(config)

@@ -57,10 +57,13 @@ class TaskConfig:
 
     A task that holds validation rows out of its training set does so with `train_path` too, unless there is a
     `validation_path`.
+    `grader` decides what counts as right, in rewards and metrics: "robust", or "public", which gives the public
+    trainers' rewards and the papers' metrics number for number.
     `settings` overrides fields of the task (`template`, `system`, `assistant_prefix`, `weights`, ...).
     """
 
     name: str = "sudoku"
+    grader: str = "robust"
     train_path: str | None = None
     validation_path: str | None = None
     eval_path: str | None = None

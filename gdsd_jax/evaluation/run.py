@@ -163,7 +163,7 @@ def plan(
     for name, file in names or ((config.task.name, None),):
         own = name == config.task.name
         prompt = config.evaluation.evaluation_prompt
-        task = evaluated_task(config) if own else resolve(name, evaluation=prompt)
+        task = evaluated_task(config) if own else resolve(name, evaluation=prompt, grader=config.task.grader)
         files = config.task if own and not file else TaskConfig(validation_path=file, train_path=file, eval_path=file)
         rows = task_rows(files, task, split, count=count)
         if count is None and task.evaluation_rows is not None and len(rows) > task.evaluation_rows:

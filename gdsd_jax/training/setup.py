@@ -55,7 +55,7 @@ def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) ->
 
 def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:
     """The config's task; its rows are a few worked examples in a dry run, unless a local file is named."""
-    task = tasks.resolve(config.task.name, evaluation=evaluation, **config.task.settings)
+    task = tasks.resolve(config.task.name, evaluation=evaluation, grader=config.task.grader, **config.task.settings)
     return dataclasses.replace(task, source=lambda *_: list(task.examples)) if config.dry_run else task
 
 

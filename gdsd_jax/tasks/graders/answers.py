@@ -155,7 +155,7 @@ def _cut(tokens: list[Token], indices: list[int]) -> list[list[Token]]:
 def read_tokens(tokens: list[Token]) -> Answer:
     """The answer that these tokens are."""
     try:
-        found = _typed(tokens)
+        found = _typed(tokens) if tokens else None
     except (Unreadable, RecursionError):
         found = None
     return found if found is not None else opaque(tokens)

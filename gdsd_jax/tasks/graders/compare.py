@@ -5,6 +5,7 @@ The two sides are not alike: the right answer (`gold`) says what is asked for, a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from gdsd_jax.tasks.graders import scalars, sets, values
 from gdsd_jax.tasks.graders.answers import (
@@ -304,7 +305,7 @@ def _same_name(one: Answer, other: Answer) -> bool:
     return one == other
 
 
-def _symbols(answer: Answer) -> set[str]:
+def _symbols(answer: Any) -> set[str]:
     """Names of all symbols in an answer."""
     if isinstance(answer, Scalar):
         return set().union(*map(symbols, answer.trees))
