@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
 from gdsd_jax import compare
-from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.config import TrainConfig, freeze, read_config
 from gdsd_jax.config.flags import enable_compilation_cache
 from gdsd_jax.telemetry.metrics import read_metrics
 
@@ -27,10 +26,7 @@ WAYS = {"exact": {}, "dual": {"cache": "dual"}, "threshold": {"threshold": 0.9}}
 
 def base_config() -> TrainConfig:
     """configs/compare_tiny.py, without its threshold and in blocks."""
-    spec = importlib.util.spec_from_file_location("compare_tiny", ROOT / "configs" / "compare_tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = freeze(TrainConfig, module.get_config())
+    config = freeze(TrainConfig, read_config(ROOT / "configs" / "compare_tiny.py"))
     return dataclasses.replace(
         config, sampler=dataclasses.replace(config.sampler, block_length=5, threshold=None), method="gdsd"
     )

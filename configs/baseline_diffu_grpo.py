@@ -2,32 +2,20 @@
 
     python -m gdsd_jax.train --config configs/baseline_diffu_grpo.py:llada_sudoku --workdir runs/diffu_grpo_llada_sudoku
 
-Behind the colon stands one of RUNS, model and task. `--config.checkpoint` names the model's Hugging Face directory.
-What the paper's recipe leaves open (prompts per rollout, sampler, optimizer) is GDSD's.
-Hardware: the papers used 8 devices of 80 GB for models of this size; not yet run here.
-Published (best over settings, from GDSD's plots, arXiv 2605.29398): Sudoku 26.7, Countdown 37.1,
-GSM8K 81.2, MATH500 41.7; Dream: Sudoku 69.7, Countdown 37.5.
+Hardware: the papers used 8 devices of 80 GB for models of this size; not yet run here. RUNS may follow the colon.
+Published (GDSD's plots, best over settings): Sudoku 26.7, Countdown 37.1, GSM8K 81.2, MATH500 41.7;
+Dream: Sudoku 69.7, Countdown 37.5.
 """
 
-from gdsd_jax import config as settings
-from gdsd_jax.runtime.errors import UserError
+from common import DREAM_RUNS, LLADA_RUNS, chosen, recipe
 
-CHECKPOINTS = {"llada": "checkpoints/LLaDA-8B-Instruct", "dream": "checkpoints/Dream-v0-Instruct-7B"}
-RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math", "dream_sudoku", "dream_countdown")
+RUNS = LLADA_RUNS + DREAM_RUNS
 
 
 def get_config(run="llada_sudoku"):
-    if run not in RUNS:
-        raise UserError(f"{run!r} is not one of the runs {', '.join(RUNS)}: change what follows the colon of --config")
-    model, task = run.split("_")
-    config = settings.default(checkpoint=CHECKPOINTS[model])
-    with config.unlocked():
-        config.task.name = task
-        config.method = "diffu_grpo"
-        config.settings.diffu_grpo = {"eps_low": 0.5, "eps_high": 0.5, "beta": 0.04, "prompt_mask_rate": 0.15}
-        config.group_size, config.microbatch_rows = 6, 12
-        config.inner_updates = 8 if task in ("sudoku", "countdown") else 12
-        config.optimizer.update(learning_rate=3e-6, weight_decay=0.1, warmup_updates=config.inner_updates)
-        if model == "dream":
-            config.sampler.update(block_length=256, strategy="entropy", top_p=0.95)
+    model, task = chosen(run, RUNS)
+    shape = {"inner_updates": 8 if task in ("sudoku", "countdown") else 12, "group": 6, "microbatch_rows": 12}
+    method = {"eps_low": 0.5, "eps_high": 0.5, "beta": 0.04, "prompt_mask_rate": 0.15}
+    config = recipe(model, task, "diffu_grpo", learning_rate=3e-6, **shape, **method)
+    config.optimizer.weight_decay = 0.1
     return config

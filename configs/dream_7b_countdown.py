@@ -7,16 +7,8 @@ Hardware: the authors used 8 devices for these 16 x 16 completions per rollout; 
 Published (arXiv 2605.29398, best over settings): 84.8 %.
 """
 
-from gdsd_jax import config as settings
+from common import recipe
 
 
 def get_config():
-    config = settings.default(checkpoint="checkpoints/Dream-v0-Instruct-7B")
-    with config.unlocked():
-        config.task.name = "countdown"
-        config.method = "gdsd_tlc"
-        config.settings.gdsd_tlc = {"psi": 10.0, "beta": 3e-3, "views": 2}
-        config.prompts_per_iteration, config.group_size, config.inner_updates = 16, 16, 8
-        config.optimizer.update(learning_rate=1e-5, warmup_updates=8)
-        config.sampler.update(block_length=256, strategy="entropy", top_p=0.95)
-    return config
+    return recipe("dream", "countdown", "gdsd_tlc", learning_rate=1e-5, prompts=16, psi=10.0, beta=3e-3, views=2)

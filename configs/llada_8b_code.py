@@ -7,15 +7,8 @@ Hardware: the authors used 8 devices for these 30 x 16 completions per rollout; 
 Published (arXiv 2605.29398, best over settings): none in the source of this recipe.
 """
 
-from gdsd_jax import config as settings
+from common import recipe
 
 
 def get_config():
-    config = settings.default(checkpoint="checkpoints/LLaDA-8B-Instruct")
-    with config.unlocked():
-        config.task.name = "code"
-        config.method = "gdsd_tlc"
-        config.settings.gdsd_tlc = {"psi": 10.0, "beta": 5e-2, "views": 4}
-        config.prompts_per_iteration, config.group_size, config.inner_updates = 30, 16, 8
-        config.optimizer.update(learning_rate=3e-6, warmup_updates=8)
-    return config
+    return recipe("llada", "code", "gdsd_tlc", learning_rate=3e-6, prompts=30, psi=10.0, beta=5e-2, views=4)

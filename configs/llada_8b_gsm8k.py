@@ -7,15 +7,8 @@ Hardware: the authors used 8 devices for these 20 x 16 completions per rollout; 
 Published (arXiv 2605.29398, best over settings): 86.4 % on the test split.
 """
 
-from gdsd_jax import config as settings
+from common import recipe
 
 
 def get_config():
-    config = settings.default(checkpoint="checkpoints/LLaDA-8B-Instruct")
-    with config.unlocked():
-        config.task.name = "gsm8k"
-        config.method = "gdsd"
-        config.settings.gdsd = {"psi": 10.0, "beta": 1e-3, "views": 2}
-        config.prompts_per_iteration, config.group_size, config.inner_updates = 20, 16, 8
-        config.optimizer.update(learning_rate=3e-6, warmup_updates=8)
-    return config
+    return recipe("llada", "gsm8k", "gdsd", learning_rate=3e-6, psi=10.0, beta=1e-3, views=2)

@@ -7,17 +7,11 @@ Hardware: the authors used one device for these 2 x 6 completions per rollout; n
 Published (arXiv 2605.29398, best over settings): 89.8 % of the empty cells, by a larger run than this demo.
 """
 
-from gdsd_jax import config as settings
+from common import recipe
 
 
 def get_config():
-    config = settings.default(checkpoint="checkpoints/LLaDA-8B-Instruct")
-    with config.unlocked():
-        config.task.name = "sudoku"
-        config.method = "gdsd"
-        config.settings.gdsd = {"psi": 1.0, "beta": 1e-3, "views": 1}
-        config.prompts_per_iteration, config.group_size, config.inner_updates = 2, 6, 8
-        config.microbatch_rows = 6
-        config.optimizer.update(learning_rate=3e-6, warmup_updates=8)
-        config.sampler.update(steps=64)
+    shape = {"prompts": 2, "group": 6, "microbatch_rows": 6}
+    config = recipe("llada", "sudoku", "gdsd", learning_rate=3e-6, **shape, psi=1.0, beta=1e-3, views=1)
+    config.sampler.steps = 64
     return config

@@ -5,6 +5,7 @@ into one and refuses a field that is missing, unknown or of another type. Nothin
 """
 
 from gdsd_jax.config.freeze import default, freeze, to_dict
+from gdsd_jax.config.read import read_config
 from gdsd_jax.config.schema import (
     EvalConfig,
     LoRAConfig,
@@ -33,5 +34,6 @@ __all__ = [
     "default",
     "freeze",
     "greedy_sampler",
+    "read_config",
     "to_dict",
 ]

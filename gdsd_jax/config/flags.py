@@ -20,6 +20,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.config.read import neighbours
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 
@@ -117,6 +118,7 @@ def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig,
     for name, option in options.items():
         define[option.kind](name, option.default, option.help, flag_values=values)
     file = _config_file(known)
+    neighbours(file)
     try:
         rest = values(known)[1:]
     except Exception as error:

@@ -10,18 +10,17 @@ minutes for each, and draws the table from the file after each; remove the file 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
 from gdsd_jax.config import TrainConfig, freeze
 from gdsd_jax.config.flags import enable_compilation_cache, fail
+from gdsd_jax.config.read import config_module
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.report import PROGRAMS, gib, report_of
 from gdsd_jax.runtime.errors import UserError
@@ -59,19 +58,11 @@ one may have changed them.
 """
 
 
-def load(file: Path) -> ModuleType:
-    """A config file as a module."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def rows() -> list[Row]:
     """Every slice of every pod config, on its first task; from the root of the checkout."""
     found = []
     for file in sorted(Path("configs").glob("*_pod.py")):
-        module = load(file)
+        module = config_module(file)
         names = [(name, False) for name in module.SLICES]
         names += [(name, True) for name in getattr(module, "ALL_PARAMETERS", ())]
         found += [Row(file, f"{name}_{module.TASKS[0]}", module.SLICES[name][0], full) for name, full in names]
@@ -80,7 +71,7 @@ def rows() -> list[Row]:
 
 def row_config(row: Row) -> TrainConfig:
     """The frozen config of a row."""
-    config = load(row.file).get_config(row.run)
+    config = config_module(row.file).get_config(row.run)
     if row.full:
         with config.unlocked():
             config.lora.rank = 0

@@ -1,6 +1,7 @@
 """The published recipes: their numbers, and one iteration of each in small through the command that trains them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import pytest
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
 from gdsd_jax import train
-from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
 from gdsd_jax.config.flags import _parse
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS
@@ -86,3 +87,22 @@ def test_dry_run_needs_a_family_and_an_empty_workdir(tmp_path):
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UserError, match="is not empty"):
         train.main(config, tmp_path / "taken")
+
+
+def test_every_config_fits_on_a_screen():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in CONFIGS.glob("*.py")}
+    assert {name: lines for name, lines in lengths.items() if lines > 20} == {"common.py": lengths["common.py"]}
+
+
+def test_a_config_imports_its_neighbours_from_anywhere(tmp_path, monkeypatch):
+    """As a script does: nothing of it is on Python's path, and the process starts elsewhere."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "their_piece.py").write_text("SEED = 11\n")
+    text = "import their_piece\nfrom gdsd_jax.config import default\n\n\ndef get_config(method='gdsd'):\n"
+    text += "    config = default()\n    config.seed, config.method = their_piece.SEED, method\n    return config\n"
+    (tmp_path / "own.py").write_text(text)
+    config, _, _ = _parse(["test", f"--config={tmp_path}/own.py:wd1"], {})
+    assert (config.seed, config.method) == (11, "wd1")
+    assert freeze(TrainConfig, read_config(f"{tmp_path}/own.py:wd1")) == config
+    with pytest.raises(UserError, match="other.py does not exist"):
+        read_config(tmp_path / "other.py")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_methods_oracle import B, G, L, M, P, V, batch, masks_for, reads_of
 
 from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.config.read import config_module
 from gdsd_jax.denoiser import DenoiserConfig, init_base, init_lora
 from gdsd_jax.diffusion.scoring import read_tokens
 from gdsd_jax.methods import METHODS, Method, Scores, build, check, common, loss_on_views
@@ -429,9 +430,7 @@ RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if re.match("l
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_freeze_and_build(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = config_module(path)
     for word in ("python -m gdsd_jax.train", path.name, "Hardware", "Published"):
         assert word in module.__doc__, word
     for run in getattr(module, "RUNS", [None]):

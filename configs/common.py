@@ -1,0 +1,128 @@
+"""The pieces that the configs of this directory share: the recipes of 7B and 8B models, TPU slices, the embedded model.
+
+This file is no config: nothing runs `--config configs/common.py`. A config imports it by its name, `common`, because
+the directory of a config file is on Python's path while the file is read, as a script's is.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gdsd_jax import config as settings
+from gdsd_jax.runtime.errors import UserError
+
+# Directories of Hugging Face checkpoints; `--config.checkpoint` names another.
+CHECKPOINTS = {
+    "llada": "checkpoints/LLaDA-8B-Instruct",
+    "dream": "checkpoints/Dream-v0-Instruct-7B",
+    "diffucoder": "checkpoints/DiffuCoder-7B-Instruct",
+}
+# The runs, MODEL_TASK, of most baselines.
+LLADA_RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math")
+DREAM_RUNS = ("dream_sudoku", "dream_countdown")
+# Accelerator types: topology, and rows of a micro-batch, at least one for each chip and no fewer than a group. Types of
+# v5p count cores, two to a chip; topologies count chips. v5e-8 is one host and what most people can rent.
+SLICES = {
+    "v5e-8": ("v5e:2x4", 16),
+    "v5e-64": ("v5e:8x8", 64),
+    "v5p-32": ("v5p:2x2x4", 16),
+    "v5p-64": ("v5p:2x4x4", 32),
+    "v5p-128": ("v5p:4x4x4", 64),
+}
+
+
+def recipe(
+    model: str,
+    task: str,
+    method: str,
+    *,
+    learning_rate: float,
+    inner_updates: int = 8,
+    prompts: int = 20,
+    group: int = 16,
+    microbatch_rows: int = 16,
+    **method_settings: Any,
+) -> ConfigDict:
+    """Returns the config of a published recipe; what a paper leaves open has GDSD's values.
+
+    The learning rate warms up over the updates of the first iteration. Dream's rollouts use its own entropy order,
+    without blocks.
+    """
+    config = settings.default(checkpoint=CHECKPOINTS[model])
+    with config.unlocked():
+        config.task.name, config.method = task, method
+        config.settings[method] = method_settings
+        config.prompts_per_iteration, config.group_size = prompts, group
+        config.inner_updates, config.microbatch_rows = inner_updates, microbatch_rows
+        config.optimizer.update(learning_rate=learning_rate, warmup_updates=inner_updates)
+        if model != "llada":
+            config.sampler.update(block_length=256, strategy="entropy", top_p=0.95)
+    return config
+
+
+def chosen(run: str, runs: Sequence[str]) -> list[str]:
+    """Splits what follows the colon of `--config` at its underscore, after checking that it is one of `runs`."""
+    if run not in runs:
+        raise UserError(f"{run!r} is not one of the runs {', '.join(runs)}: change what follows the colon of --config")
+    return run.split("_", 1)
+
+
+def runs_of(slices: Iterable[str], tasks: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names SLICE_TASK that a pod config takes after its colon."""
+    return tuple(f"{name}_{task}" for name in slices for task in tasks)
+
+
+def on_slice(run: str, slices: dict[str, tuple[str, int]], recipes: dict[str, Any], *, prompts: int) -> ConfigDict:
+    """Returns the recipe of `run`, SLICE_TASK, with the micro-batch of its slice and `prompts` x 16 completions."""
+    name, task = chosen(run, runs_of(slices, recipes))
+    config = recipes[task].get_config()
+    config.prompts_per_iteration, config.group_size = prompts, 16
+    config.microbatch_rows = slices[name][1]
+    return config
+
+
+def embedded_sudoku() -> ConfigDict:
+    """Returns 4x4 Sudoku on the embedded 0.2M-parameter model: data, start, sampler, adapters, method settings.
+
+    The start is made on first use by supervised training on careless demonstrations (a quarter of the empty cells hold
+    a 1, whatever belongs there). It stops at 20 % of the validation puzzles, which leaves reinforcement learning
+    something to do.
+    """
+    config = settings.default(checkpoint="runs/start/merged")
+    with config.unlocked():
+        config.tiny.family = "llada"
+        config.task.update(name="sudoku", train_rows=8192)
+        # The tokenizer knows characters, so the puzzle is the whole prompt: 16 cells and two turn markers.
+        config.task.settings = {"template": "{puzzle}"}
+        config.prompt_buckets, config.overlong_prompts = (18,), "error"
+        config.model.update(dtype="float32", remat="none", layer_unroll=3)
+        config.sft.update(steps=2000, batch_rows=64, careless=0.25, until=0.2)
+        config.sft.optimizer.update(learning_rate=2e-3, clip_norm=1.0, warmup_updates=50, schedule="constant")
+        # One token a step, but what is beyond doubt at once: the same completions in half the passes.
+        config.sampler.update(completion_length=20, steps=20, block_length=20, temperature=1.0, threshold=0.9)
+        config.lora.update(rank=16, alpha=32.0, dropout=0.0)
+        config.optimizer.update(clip_norm=0.02, weight_decay=0.0, warmup_updates=5, schedule="linear")
+        # One update per rollout: old and new policy are equal, so a trust region has nothing to clip.
+        guidance = {"psi": 1.0, "beta": 0.0, "eps_low": 1.0, "eps_high": 1e9, "views": 1, "weighting": "plain"}
+        # Of the 128 tokens few ever compete for a cell: centring by the 8 largest logits.
+        config.settings = {"gdsd": guidance, "gdsd_tlc": {**guidance, "top_k": 8}}
+        # Its own prompt and length, one token a step.
+        config.evaluation.update(every=10, steps=20, batch_rows=128, evaluation_prompt=False, lengths=(20,))
+    return config
+
+
+# The other methods under GDSD's protocol: no KL to the reference (DMPO alone needs the reference, for its weights), and
+# one view or pair of views of each completion where a method lets one choose.
+COMPARED = {
+    "gdsd_teacher": {"psi": 1.0, "beta": 0.0, "views": 1},
+    "espo": {"beta": 0.0, "views": 1},
+    # The bound's exponent is SPG's own for Sudoku, the block the sampler's.
+    "spg": {"eubo_beta": 1.0, "num_t": 2, "block_length": 20},
+    "diffu_grpo": {"beta": 0.0},
+    "wd1": {},
+    "coupled_grpo": {"beta": 0.0},
+    "unigrpo": {"beta": 0.0},
+    "dmpo": {"pairs": 1},
+    "tracerl": {"beta": 0.0},
+}
