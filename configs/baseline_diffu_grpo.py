@@ -9,13 +9,12 @@ Dream: Sudoku 69.7, Countdown 37.5.
 
 from common import DREAM_RUNS, LLADA_RUNS, chosen, recipe
 
-RUNS = LLADA_RUNS + DREAM_RUNS
+RUNS, CLIP = LLADA_RUNS + DREAM_RUNS, {"eps_low": 0.5, "eps_high": 0.5, "beta": 0.04}
 
 
 def get_config(run="llada_sudoku"):
     model, task = chosen(run, RUNS)
     shape = {"inner_updates": 8 if task in ("sudoku", "countdown") else 12, "group": 6, "microbatch_rows": 12}
-    method = {"eps_low": 0.5, "eps_high": 0.5, "beta": 0.04, "prompt_mask_rate": 0.15}
-    config = recipe(model, task, "diffu_grpo", learning_rate=3e-6, **shape, **method)
+    config = recipe(model, task, "diffu_grpo", learning_rate=3e-6, **shape, **CLIP, prompt_mask_rate=0.15)
     config.optimizer.weight_decay = 0.1
     return config
