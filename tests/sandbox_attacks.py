@@ -65,9 +65,6 @@ def own():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return reach(2, server.getsockname())
 """
-_ANSWER = "def f(x):\n    return 0\n"
-CHEATED = "assert f(1) == 2"
-
 CONTAINED = {
     # What it may see
     "home": (_EVERYWHERE, "assert names('/root') == [] and names('/home') == []", (PASSED,)),
@@ -76,7 +73,7 @@ CONTAINED = {
     "environment": ("import os\ndef f(): return sorted(os.environ)", "assert 'SANDBOX_SECRET' not in f()", (PASSED,)),
     "environment of others": (_EVERYWHERE, "assert not readable('/proc/1/environ')", (PASSED,)),
     "processes of others": (
-        _EVERYWHERE, "assert max(int(name) for name in names('/proc') if name.isdigit()) < 1000", (PASSED,)
+        _EVERYWHERE, "assert sum(name.isdigit() for name in names('/proc')) < 6", (PASSED,)
     ),
     "root of process 1": (_EVERYWHERE, "assert not readable('/proc/1/root/etc/passwd')", (PASSED,)),
     "memory of the tester": (
@@ -206,44 +203,3 @@ CONTAINED = {
     ),
     "segmentation fault": ("import ctypes\ndef f(): ctypes.string_at(0)", "f()", (CRASHED,)),
 }  # fmt: skip
-
-# Answers that are wrong and want to pass.
-CHEATS = {
-    "exit 0 early": "import sys\nsys.exit(0)",
-    "exit in the function": "import sys\ndef f(x): sys.exit(0)",
-    "os._exit": "import os\ndef f(x): os._exit(0)",
-    "exit at the end": "import atexit, os\natexit.register(os._exit, 0)\n" + _ANSWER,
-    "SystemExit": "def f(x): raise SystemExit(0)",
-    "equal to everything": "class A:\n    __eq__ = lambda self, other: True\n    __hash__ = None\ndef f(x): return A()",
-    "int equal to everything": "class A(int):\n    __eq__ = lambda self, other: True\ndef f(x): return A(7)",
-    "builtins patched": "import builtins\nbuiltins.AssertionError = SystemExit\nbuiltins.int = str\n" + _ANSWER,
-    "assert patched": "import sys\nsys.excepthook = print\nAssertionError = KeyboardInterrupt\n" + _ANSWER,
-    "compiler patched": "import builtins\nbuiltins.compile = builtins.exec = lambda *a, **k: None\n" + _ANSWER,
-    "tests overwritten": "tests = ['pass']\ncheck = test = lambda *a: None\n" + _ANSWER,
-    "verdict printed": "print('passed', flush=True)\nprint([0], flush=True)\n" + _ANSWER,
-    "verdict on every descriptor": (
-        "import os\nfor n in range(1024):\n    try:\n        os.write(n, b'\\0' * 64)\n"
-        "    except OSError:\n        pass\n" + _ANSWER
-    ),
-    "verdict as protocol": (
-        "import os, pickle, struct\ndata = pickle.dumps(('value', 2, ()))\nfor n in range(3, 1024):\n    try:\n"
-        "        os.write(n, struct.pack('!I', len(data)) + data)\n    except OSError:\n        pass\n" + _ANSWER
-    ),
-    "code in the protocol": (
-        "import os, pickle, struct\nclass A:\n    def __reduce__(self): return os._exit, (0,)\n"
-        "data = pickle.dumps(('value', A(), ()))\nfor n in range(3, 1024):\n    try:\n"
-        "        os.write(n, struct.pack('!I', len(data)) + data)\n    except OSError:\n        pass\n" + _ANSWER
-    ),
-    "caller through frames": (
-        "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
-        "        frame.f_globals['__builtins__'] = {}\n        frame = frame.f_back\n    return 0"
-    ),
-    "tracing": "import sys, threading\nsys.settrace(lambda *a: None)\nthreading.settrace(lambda *a: None)\n" + _ANSWER,
-    "answer by child": "import os\nif os.fork() == 0:\n    os._exit(0)\n" + _ANSWER,
-    "exec of true": "import os\nos.execv('/bin/true', ['true'])",
-    "memory error": "def f(x): raise MemoryError",
-    "assertion caught": "def f(x):\n    try:\n        return 0\n    finally:\n        raise StopIteration",
-    "nothing": "",
-    "not Python": "def f(x: return 2",
-    "NUL": "x = 1\0",
-}
