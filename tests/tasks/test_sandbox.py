@@ -1,25 +1,27 @@
 """The sandbox, on every back end that this machine has: attacks, cheats, verdicts, and a pool that goes on."""
 
-import dataclasses
+import contextlib
 import os
+import random
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter, deque
+from datetime import datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
 
+import attack_sandbox
 import pytest
-import sandbox_attacks as attacks
+from attack_sandbox import LIMITS, SHORT
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import sandbox, workers
-from gdsd_jax.tasks.sandbox import BACKENDS, UNSAFE, Limits, Program, Verdict, judge
+from gdsd_jax.tasks.sandbox import BACKENDS, UNSAFE, Program, Verdict, judge
+from gdsd_jax.tasks.sandbox.guest import wire
 
 INSTALLED = [name for name in BACKENDS if shutil.which(name)]
-# Time that a busy machine has enough of; and time for what is meant to use all that it gets.
-LIMITS = Limits(seconds=20.0, megabytes=256, total_megabytes=384)
-SHORT = dataclasses.replace(LIMITS, seconds=1.0)
 GOOD = Program("def f(x):\n    return x + 1", ("assert f(1) == 2", "assert f(1) == 3"))
 
 
@@ -31,42 +33,94 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def outcomes(backend):
-    """{attack: (its verdict, those of an honest program right after it in the same sandbox)}."""
-    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile("w") as secret:
-        secret.write("secret")
-        secret.flush()
-        os.chmod(secret.name, 0o644)
-        os.environ["SANDBOX_SECRET"] = "x"
-        given = f"SECRET, PORT = {secret.name!r}, {server.getsockname()[1]}\n"
-        programs = {name: Program(source, (given + test,)) for name, (source, test, _) in attacks.CONTAINED.items()}
-        programs |= {name: Program(source, (attacks.CHEATED,)) for name, source in attacks.CHEATS.items()}
-        endless = {name for name, (_, _, wanted) in attacks.CONTAINED.items() if Verdict.TIMED_OUT in wanted}
-        found = {}
-        for limits, names in ((SHORT, endless), (LIMITS, programs.keys() - endless)):
-            queue = [each for name in sorted(names) for each in (programs[name], GOOD)]
-            verdicts = judge(queue, limits=limits, backend=backend, processes=1)
-            found |= zip(sorted(names), zip(verdicts[::2], verdicts[1::2], strict=True), strict=True)
-    return found
-
-
 def test_a_back_end_is_installed():
     assert INSTALLED, "install bubblewrap or util-linux: without them nothing here is tested"
 
 
-@pytest.mark.parametrize("name", attacks.CONTAINED)
-def test_attack_is_contained(outcomes, name):
-    (verdict,), after = outcomes[name]
-    assert verdict in attacks.CONTAINED[name][2]
-    assert after == [Verdict.PASSED, Verdict.FAILED]
+def test_attacks_are_contained_and_cheats_do_not_pass(backend):
+    found = attack_sandbox.outcomes(backend)
+    assert len(attack_sandbox.ATTACKS) >= 100 and len(attack_sandbox.CHEATS) >= 60
+    assert [wrong for name, each in found.items() if (wrong := attack_sandbox.not_contained(name, *each))] == []
 
 
-@pytest.mark.parametrize("name", attacks.CHEATS)
-def test_cheat_does_not_pass(outcomes, name):
-    (verdict,), after = outcomes[name]
-    assert verdict not in (Verdict.PASSED, Verdict.REFUSED)
-    assert after == [Verdict.PASSED, Verdict.FAILED]
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can become another user; the test above ran as an ordinary one"
+)
+def test_the_same_as_an_ordinary_user(backend):
+    done = attack_sandbox.as_user("--backend", backend)
+    assert ", 0 wrong" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount below /usr")
+def test_what_is_mounted_below_the_systems_directories_is_read_only(backend):
+    script = f"""
+from gdsd_jax.tasks.sandbox import Program, judge
+source = "import os\\ndef f(): return os.access('/usr/games', os.W_OK) or os.listdir('/usr/games')"
+print(judge([Program(source, ("assert f() == ['seen']",))], backend={backend!r}, processes=1))
+"""
+    mounts = 'mount -t tmpfs x /usr/games && chmod 777 /usr/games && touch /usr/games/seen && exec "$0" -c "$1"'
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "PASSED" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("victim", ["main", "worker"])
+def test_nothing_outlives_the_process_that_asked(backend, victim):
+    script = f"""
+from gdsd_jax.tasks.sandbox import Limits, Program, judge
+print("begin", flush=True)
+judge([Program("while True: pass", ("pass",) * 50)], limits=Limits(seconds=60.0), backend={backend!r}, processes=1)
+"""
+    main = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    main.stdout.readline()
+    found, deadline = [], time.monotonic() + 60.0
+    while len(found) < 4 and time.monotonic() < deadline:  # a worker, process 1 and what started it, tester, program
+        time.sleep(0.1)
+        found = _descendants(main.pid)
+    os.kill(main.pid if victim == "main" else found[0], 9)
+    start = time.monotonic()
+    while any(map(_runs, found)) and time.monotonic() - start < 20.0:
+        time.sleep(0.05)
+    main.kill()
+    main.communicate()
+    assert len(found) >= 4
+    assert time.monotonic() - start < 5.0
+
+
+def _stat(process: int) -> list[str]:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return ["Z", "0"]
+
+
+def _runs(process: int) -> bool:
+    return _stat(process)[0] != "Z"
+
+
+def _descendants(process: int) -> list[int]:
+    children = [int(n) for n in os.listdir("/proc") if n.isdigit() and _stat(int(n))[1] == str(process)]
+    return [each for child in children for each in (child, *_descendants(child))]
+
+
+def test_bytes_that_nobody_vouches_for_are_a_value_or_malformed():
+    values = [None, True, 2**70, 0.5, 1j, "\ud800", b"a", [1, "a"], (1.0, 2.0), {1: {2}}, frozenset({3}), int, range(3)]
+    values += [Counter("aab"), deque([1], 3), Decimal("1.50"), Fraction(1, 3), datetime(2020, 1, 2), timedelta(1)]
+    generator = random.Random(0)
+    written = [wire.dump(value, None) for value in values]
+    for value, data in zip(values, written, strict=True):
+        read = wire.load(data, None)
+        assert type(read) is type(value) and read == value
+    for _ in range(20000):
+        data = bytearray(generator.choice(written))
+        for _ in range(generator.randint(1, 4)):
+            place = generator.randrange(len(data) + 1)
+            data[place : place + generator.randint(0, 2)] = generator.choice([generator.randbytes(2), *written])
+        with contextlib.suppress(wire.Malformed):
+            wire.load(bytes(data), lambda number: number)
 
 
 def test_every_limit_proves_itself(backend):
@@ -94,6 +148,23 @@ def test_every_limit_proves_itself(backend):
         ("def f(): return 10 ** 5000, int, 'ü\\ud800'", "assert f() == (10 ** 5000, int, 'ü\\ud800')"),
         ("class A:\n    def __init__(self, v): self.v = v\n    def __eq__(self, o): return self.v == o.v\n",
          "assert A(1) == A(1) and A(1) != A(2) and A(1) != 1"),
+        ("from dataclasses import dataclass\n@dataclass(frozen=True)\nclass P:\n    x: int\n    y: list\n",
+         "assert P(1, [2]) == P(1, [2]) != P(1, [3]) and {P(1, 2): 3}[P(1, 2)] == 3"),
+        ("class V:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return V(self.x + o.x)\n"
+         "    def __lt__(self, o): return self.x < o.x\n",
+         "assert (V(1) + V(2)).x == 3 and V(1) < V(2) and [v.x for v in sorted([V(2), V(1)])] == [1, 2]"),
+        ("from enum import IntEnum\nclass E(IntEnum):\n    A = 1\n"
+         "class L(list):\n    def last(self): return self[-1]\n",
+         "assert E.A == 1 and E.A + 1 == 2 and isinstance(E.A, int)\nx = L([1])\nx.append(2)\n"
+         "assert x == [1, 2] and x.last() == 2 and len(x) == 2"),
+        ("def f(g, x): return g(x)",
+         "import math\nassert f(len, [1]) == 1 and f(math.sqrt, 4) == 2 and f(str.upper, 'a') == 'A'\n"
+         "assert f(sum, (x for x in [1, 2])) == 3"),
+        ("class C:\n    def __enter__(self): self.n = 1; return self\n    def __exit__(self, *e): self.n = 2\n",
+         "c = C()\nwith c as d:\n    assert d.n == 1\nassert c.n == 2"),
+        ("def f(): return float('inf'), -0.0, [float(n) for n in range(9)], 2 ** 64, [2 ** 64, 1]",
+         "assert f() == (float('inf'), 0.0, [0, 1, 2, 3, 4, 5, 6, 7, 8], 2 ** 64, [2 ** 64, 1])"),
+        ("import math", "assert math.isclose(0.1 + 0.2, 0.3)"),
     ],
 )  # fmt: skip
 def test_honest_programs_pass(backend, source, test):
@@ -105,6 +176,11 @@ def test_builtins_are_the_tests_own_unless_the_row_names_them(backend):
     one, other = (Program("def set(x): return 0", tests, shadowed) for shadowed in ((), ("set",)))
     found = judge([one, other], limits=LIMITS, backend=backend, processes=1)
     assert found == [[Verdict.FAILED, Verdict.PASSED], [Verdict.PASSED, Verdict.FAILED]]
+
+
+def test_imports_are_the_tests_own(backend):
+    fake = Program("isclose = lambda *a: True", ("assert isclose(1, 2)",), imports=("from math import isclose",))
+    assert judge([fake], limits=LIMITS, backend=backend, processes=1) == [[Verdict.FAILED]]
 
 
 def test_each_test_has_a_fresh_program_and_each_program_an_empty_tmp(backend):
