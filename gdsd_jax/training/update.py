@@ -1,14 +1,15 @@
-"""One inner update: draw views, score old policy and reference, accumulate the gradient over micro-batches.
+"""One inner update: draws views, scores the old policy and the reference, and accumulates the gradient.
 
-All of it is one compiled program. Old, reference and new policy see the same views in micro-batches of the same shape,
-because a log-ratio of 4e-4 nats summed over a completion drowns in the rounding of any other arrangement.
+The whole update is one compiled program; `inner_update` reads top to bottom, and each step of it is one function. Old,
+reference and new policy see the same views in micro-batches of the same shape, because a log-ratio of 4e-4 nats summed
+over a completion drowns in the rounding of any other arrangement.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,34 +25,19 @@ from gdsd_jax.training.state import TrainState, parameter_axes, policy
 ROLLOUT_STREAM, MASK_STREAM, DROPOUT_STREAM, OLD_MASK_STREAM = range(4)
 
 
-def stream_key(key: jax.Array, stream: int, count: jax.Array) -> jax.Array:
-    """The key of one draw of a run."""
-    return jax.random.fold_in(jax.random.fold_in(key, stream), count)
+class Recipe(NamedTuple):
+    """Holds what is static in an update: the model, the objective, the optimizer and the sizes of the pieces.
 
-
-def whole(x: jax.Array) -> jax.Array:
-    """A small array on every device, on its way to another cut: each micro-batch lies over all devices, as rows do."""
-    return constrain(x, ["tokens"] * x.ndim)
-
-
-def micro_batches(tree: Any, rows: int, axis: int = 0) -> Any:
-    """Every array of a pytree as `B / rows` micro-batches of consecutive rows, in front of its other axes.
-
-    Args:
-      axis: of the rows.
+    microbatch_rows: rows per micro-batch.
+    vocab_chunk: vocabulary entries whose logits exist at one time.
     """
 
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(whole(x), axis, 0).reshape(-1, rows, *x.shape[:axis], *x.shape[axis + 1 :])
-        x = constrain(x, ("micro_batches", "rows", *["tokens"] * (x.ndim - 2)))
-        return jnp.moveaxis(x, 1, 1 + axis)
-
-    return jax.tree.map(cut, tree)
-
-
-def total(parts: dict[str, Any]) -> Any:
-    """The sum of pytrees of one structure."""
-    return jax.tree.map(lambda *values: sum(values), *parts.values())
+    config: DenoiserConfig
+    method: Method
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    microbatch_rows: int
+    vocab_chunk: int
 
 
 def make_inner_update(
@@ -64,122 +50,187 @@ def make_inner_update(
     vocab_chunk: int,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Any, Batch], tuple[TrainState, dict]]:
-    """Compiles `update(state, base, old_params, batch, by_component=False) -> (state, metrics)`.
+    """Compiles `update(state, base, old_params, batch, by_component=False) -> (state, metrics)`; see `inner_update`.
 
-    `old_params` None says that the policy has not moved since the rollout: old is then the stop-gradient of new, and no
-    forward is spent on it (unless the method couples rows through the old policy). The state is donated.
-
-    `by_component` (static) adds `grad/NAME`, the gradient norm of each component of the loss. Each beyond the first
-    costs a backward pass and memory for one more gradient.
+    The state is donated, `by_component` is static.
 
     Args:
-      shardings: where the state lies, as `state_shardings` gives it; None leaves it to the compiler.
+      shardings: the placement of the state, as `state_shardings` gives it; None leaves it to the compiler.
     """
+    recipe = Recipe(config, method, optimizer, schedule, microbatch_rows, vocab_chunk)
 
-    def score(
-        base: Any,
-        params: Any,
-        batch: Batch,
-        views: Views,
-        dropout_key: jax.Array | None = None,
-        extra: tuple = (),
-    ) -> tuple[Scores, dict]:
-        """Scores of one micro-batch, and its reads; `params` None is the reference: the base alone."""
-        weights, lora = (base, None) if params is None else policy(base, params)
-        reads = read_views(
-            config,
-            weights,
-            lora,
-            batch.tokens,
-            views,
-            method.reads + extra,
-            prompt_mask=batch.prompt_mask,
-            dropout_key=dropout_key,
-            chunk=vocab_chunk,
-        )
-        return method.score(reads, views), reads
-
-    def views_of(key: jax.Array, batch: Batch) -> tuple[Batch, Views]:
-        """Batch and views, drawn with this key, in micro-batches."""
-        views = method.views(method.masks(key, batch), batch)
-        return micro_batches(batch, microbatch_rows), micro_batches(views, microbatch_rows, axis=1)
-
-    @functools.partial(
-        jax.jit, donate_argnums=0, static_argnames="by_component", out_shardings=(shardings, None)
-    )
     def update(
         state: TrainState, base: Any, old_params: Any, batch: Batch, by_component: bool = False
     ) -> tuple[TrainState, dict]:
-        rows = batch.tokens.shape[0]
-        steps = rows // microbatch_rows
-        with jax.named_scope("views"):
-            pieces = views_of(stream_key(state.key, MASK_STREAM, state.updates), batch)
+        return inner_update(recipe, state, base, old_params, batch, by_component)
 
-        def score_all(params: Any, pieces: tuple = pieces) -> Scores:
-            scores = jax.lax.map(lambda piece: score(base, params, *piece)[0], pieces)
-            return jax.tree.map(lambda x: whole(x).reshape(rows, *x.shape[2:]), scores)
+    return jax.jit(update, donate_argnums=0, static_argnames="by_component", out_shardings=(shardings, None))
 
-        with jax.named_scope("old_and_reference"):
-            old = None
-            before = state.params if old_params is None else old_params
-            if method.old == "own_masks":
-                old = score_all(before, views_of(stream_key(state.key, OLD_MASK_STREAM, state.iteration), batch))
-            elif method.old == "always" or (method.old == "ratio" and old_params is not None):
-                old = score_all(before)
-            ref = score_all(None) if method.needs_reference else None
-            current = score_all(state.params) if method.current else None
-        constants = method.constants(batch, old, ref, current)
 
-        def losses_of(params: Any, index: jax.Array, piece: tuple, constants: Any) -> tuple[dict, dict]:
-            key = jax.random.fold_in(stream_key(state.key, DROPOUT_STREAM, state.updates), index * microbatch_rows)
-            new, reads = score(base, params, *piece, key, ("entropy_value",))
-            losses, metrics = method.objective(new, constants)
-            entropy = jnp.mean(reads["entropy_value"], axis=0)
-            metrics = {name: jnp.sum(value) / rows for name, value in metrics.items()}
-            metrics["entropy"] = jnp.sum(entropy * piece[0].completion_mask) / jnp.sum(batch.completion_mask)
-            return {name: jnp.sum(value) for name, value in losses.items()}, metrics
+def inner_update(
+    recipe: Recipe, state: TrainState, base: Any, old_params: Any, batch: Batch, by_component: bool
+) -> tuple[TrainState, dict]:
+    """Returns the state after one update on the whole batch, and its metrics as device scalars.
 
-        def gradients_of(inputs: tuple) -> tuple[dict, tuple]:
-            """Gradients of one micro-batch: of each component, or of their sum alone; and the loss and metrics."""
-            losses, pull_back, metrics = jax.vjp(lambda params: losses_of(params, *inputs), state.params, has_aux=True)
-            ones, none = (jax.tree.map(fill, losses) for fill in (jnp.ones_like, jnp.zeros_like))
-            chosen = {name: none | {name: ones[name]} for name in losses} if by_component else {"loss": ones}
-            return {name: in_place(pull_back(weights)[0]) for name, weights in chosen.items()}, (total(losses), metrics)
+    Args:
+      base: the frozen base; what is trained is in the state.
+      old_params: trained part of the policy that made the rollout. None says that the policy has not moved since: old
+        is then the stop-gradient of new, and no forward is spent on it (unless the method couples rows through it).
+      by_component: adds `grad/NAME`, the gradient norm of each component of the loss. Each component beyond the first
+        costs a backward pass and memory for one more gradient.
+    """
+    with jax.named_scope("views"):
+        pieces = draw_pieces(recipe, stream_key(state.key, MASK_STREAM, state.updates), batch)
+    with jax.named_scope("old_and_reference"):
+        constants = prepare(recipe, state, base, old_params, batch, pieces)
+    with jax.named_scope("gradient"):
+        gradients, square, losses, metrics = accumulate(recipe, state, base, batch, pieces, constants, by_component)
+        gradient = total(gradients)
+    with jax.named_scope("optimizer"):
+        changes, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+    norm = optax.tree.norm(gradient)
+    report = {f"policy/{name}": jnp.sum(value) for name, value in metrics.items()}
+    report |= {"loss": jnp.sum(losses), "grad/norm": norm, "lr": jnp.asarray(recipe.schedule(state.updates))}
+    report["update/norm"] = optax.tree.norm(changes)
+    if by_component:
+        report |= {f"grad/{name}": optax.tree.norm(part) for name, part in gradients.items()}
+    if len(losses) > 1:
+        report["grad/signal_to_noise"] = signal_to_noise(norm, square, len(losses))
+    return state.replace(params=params, opt_state=opt_state, updates=state.updates + 1), report
 
-        def in_place(gradient: Any) -> Any:
-            return jax.tree.map(constrain, gradient, parameter_axes(config, gradient))
 
-        def accumulate(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-            gradients, square = carry
-            pieces, reported = gradients_of(inputs)
-            square = square + optax.tree.norm(total(pieces)) ** 2
-            return (jax.tree.map(jnp.add, gradients, pieces), square), reported
+# ------------------------------------------------------------------------------------------------- views and scores
 
-        with jax.named_scope("gradient"):
-            inputs = jnp.arange(steps), pieces, micro_batches(constants, microbatch_rows)
-            shapes, _ = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], inputs))
-            start = ({name: in_place(zero) for name, zero in optax.tree.zeros_like(shapes).items()}, jnp.zeros(()))
-            (gradients, square), (losses, metrics) = jax.lax.scan(accumulate, start, inputs)
-            gradient = total(gradients)
-        with jax.named_scope("optimizer"):
-            changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, changes)
-        norm = optax.tree.norm(gradient)
-        report = {f"policy/{name}": jnp.sum(value) for name, value in metrics.items()}
-        report |= {"loss": jnp.sum(losses), "grad/norm": norm, "lr": jnp.asarray(schedule(state.updates))}
-        report["update/norm"] = optax.tree.norm(changes)
-        if by_component:
-            report |= {f"grad/{name}": optax.tree.norm(part) for name, part in gradients.items()}
-        if steps > 1:
-            report["grad/signal_to_noise"] = signal_to_noise(norm, square, steps)
-        state = state.replace(params=params, opt_state=opt_state, updates=state.updates + 1)
-        return state, report
 
-    return update
+def stream_key(key: jax.Array, stream: int, count: jax.Array) -> jax.Array:
+    """Returns the key of one draw of a run."""
+    return jax.random.fold_in(jax.random.fold_in(key, stream), count)
+
+
+def draw_pieces(recipe: Recipe, key: jax.Array, batch: Batch) -> tuple[Batch, Views]:
+    """Draws the masked views of a batch and returns both in micro-batches."""
+    views = recipe.method.views(recipe.method.masks(key, batch), batch)
+    return micro_batches(batch, recipe.microbatch_rows), micro_batches(views, recipe.microbatch_rows, axis=1)
+
+
+def score(
+    recipe: Recipe,
+    base: Any,
+    params: Any,
+    batch: Batch,
+    views: Views,
+    *,
+    dropout_key: jax.Array | None = None,
+    extra: tuple = (),
+) -> tuple[Scores, dict]:
+    """Scores one micro-batch and returns its reads too; `params` None is the reference, the base alone.
+
+    Args:
+      extra: reads beside those of the method.
+    """
+    weights, lora = (base, None) if params is None else policy(base, params)
+    reads = read_views(
+        recipe.config, weights, lora, batch.tokens, views, recipe.method.reads + extra,
+        prompt_mask=batch.prompt_mask, dropout_key=dropout_key, chunk=recipe.vocab_chunk,
+    )  # fmt: skip
+    return recipe.method.score(reads, views), reads
+
+
+def score_all(recipe: Recipe, base: Any, params: Any, pieces: tuple[Batch, Views]) -> Scores:
+    """Scores all micro-batches without a gradient and returns the scores of the whole batch, rows first."""
+    scores = jax.lax.map(lambda piece: score(recipe, base, params, *piece)[0], pieces)
+    return jax.tree.map(lambda x: replicate(x).reshape(-1, *x.shape[2:]), scores)
+
+
+def prepare(
+    recipe: Recipe, state: TrainState, base: Any, old_params: Any, batch: Batch, pieces: tuple[Batch, Views]
+) -> Any:
+    """Scores the policies that the method compares with, and returns its constants for the whole batch."""
+    method, before = recipe.method, state.params if old_params is None else old_params
+    old = ref = current = None
+    if method.old == "own_masks":
+        own = draw_pieces(recipe, stream_key(state.key, OLD_MASK_STREAM, state.iteration), batch)
+        old = score_all(recipe, base, before, own)
+    elif method.old == "always" or (method.old == "ratio" and old_params is not None):
+        old = score_all(recipe, base, before, pieces)
+    if method.needs_reference:
+        ref = score_all(recipe, base, None, pieces)
+    if method.current:
+        current = score_all(recipe, base, state.params, pieces)
+    return method.constants(batch, old, ref, current)
+
+
+# --------------------------------------------------------------------------------------------------------- gradient
+
+
+def accumulate(
+    recipe: Recipe,
+    state: TrainState,
+    base: Any,
+    batch: Batch,
+    pieces: tuple[Batch, Views],
+    constants: Any,
+    by_component: bool,
+) -> tuple[dict, jax.Array, jax.Array, dict]:
+    """Sums the gradients of all micro-batches, one micro-batch after another.
+
+    Returns:
+      The gradient of each component of the loss (or of their sum, as "loss"), the sum of the pieces' squared norms,
+      and the losses and metrics of each micro-batch.
+    """
+    gradients_of = functools.partial(piece_gradients, recipe, state, base, batch, by_component)
+
+    def add(carry: tuple[dict, jax.Array], inputs: tuple) -> tuple[tuple, tuple]:
+        gradients, square = carry
+        found, reported = gradients_of(inputs)
+        square = square + optax.tree.norm(total(found)) ** 2
+        return (jax.tree.map(jnp.add, gradients, found), square), reported
+
+    constants = micro_batches(constants, recipe.microbatch_rows)
+    inputs = jnp.arange(batch.tokens.shape[0] // recipe.microbatch_rows), pieces, constants
+    shapes, _ = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], inputs))
+    zeros = {name: in_place(recipe, zero) for name, zero in optax.tree.zeros_like(shapes).items()}
+    (gradients, square), (losses, metrics) = jax.lax.scan(add, (zeros, jnp.zeros(())), inputs)
+    return gradients, square, losses, metrics
+
+
+def piece_gradients(
+    recipe: Recipe, state: TrainState, base: Any, batch: Batch, by_component: bool, inputs: tuple
+) -> tuple[dict, tuple]:
+    """Returns the gradients of one micro-batch, by component or of the sum alone, with its loss and metrics."""
+    losses_of = lambda params: piece_losses(recipe, state, base, batch, params, *inputs)  # noqa: E731
+    losses, pull_back, metrics = jax.vjp(losses_of, state.params, has_aux=True)
+    ones, none = (jax.tree.map(fill, losses) for fill in (jnp.ones_like, jnp.zeros_like))
+    chosen = {name: none | {name: ones[name]} for name in losses} if by_component else {"loss": ones}
+    gradients = {name: in_place(recipe, pull_back(weights)[0]) for name, weights in chosen.items()}
+    return gradients, (total(losses), metrics)
+
+
+def piece_losses(
+    recipe: Recipe,
+    state: TrainState,
+    base: Any,
+    batch: Batch,
+    params: Any,
+    index: jax.Array,
+    piece: tuple[Batch, Views],
+    constants: Any,
+) -> tuple[dict, dict]:
+    """Returns the components of one micro-batch's loss, and its share of the metrics of the whole `batch`."""
+    rows = batch.tokens.shape[0]
+    stream = stream_key(state.key, DROPOUT_STREAM, state.updates)
+    key = jax.random.fold_in(stream, index * recipe.microbatch_rows)
+    new, reads = score(recipe, base, params, *piece, dropout_key=key, extra=("entropy_value",))
+    losses, metrics = recipe.method.objective(new, constants)
+    metrics = {name: jnp.sum(value) / rows for name, value in metrics.items()}
+    entropy = jnp.mean(reads["entropy_value"], axis=0)
+    metrics["entropy"] = jnp.sum(entropy * piece[0].completion_mask) / jnp.sum(batch.completion_mask)
+    return {name: jnp.sum(value) for name, value in losses.items()}, metrics
 
 
 def signal_to_noise(norm: jax.Array, square_sum: jax.Array, pieces: int) -> jax.Array:
-    """Squared norm of the expected gradient over the variance of its estimate, from micro-batch gradients.
+    """Estimates the squared norm of the expected gradient over the variance of its estimate, from micro-batches.
 
     The squared norm of a mean of noise is its variance, so that much is taken off: pure noise gives 0 on average.
 
@@ -192,3 +243,36 @@ def signal_to_noise(norm: jax.Array, square_sum: jax.Array, pieces: int) -> jax.
     variance = (square_sum / pieces - mean_square) * pieces / (pieces - 1)
     noise = variance / pieces
     return jnp.maximum(mean_square - noise, 0.0) / jnp.maximum(noise, jnp.finfo(jnp.float32).tiny)
+
+
+# ------------------------------------------------------------------------------------------------------ arrangement
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """Replicates a small array before it is resharded, so that each micro-batch spans all devices."""
+    return constrain(x, ["tokens"] * x.ndim)
+
+
+def micro_batches(tree: Any, rows: int, axis: int = 0) -> Any:
+    """Cuts every array of a pytree into `B / rows` micro-batches of consecutive rows, in front of its other axes.
+
+    Args:
+      axis: the axis of the rows.
+    """
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(replicate(x), axis, 0).reshape(-1, rows, *x.shape[:axis], *x.shape[axis + 1 :])
+        x = constrain(x, ("micro_batches", "rows", *["tokens"] * (x.ndim - 2)))
+        return jnp.moveaxis(x, 1, 1 + axis)
+
+    return jax.tree.map(cut, tree)
+
+
+def in_place(recipe: Recipe, gradient: Any) -> Any:
+    """Keeps a gradient where its parameters lie."""
+    return jax.tree.map(constrain, gradient, parameter_axes(recipe.config, gradient))
+
+
+def total(parts: dict[str, Any]) -> Any:
+    """Returns the sum of pytrees of one structure."""
+    return jax.tree.map(lambda *values: sum(values), *parts.values())
