@@ -16,10 +16,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gdsd_jax import evaluate, hub, train
-from gdsd_jax.config import TrainConfig, to_dict
+from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.evaluation.comparison import (
     CURVES,
@@ -31,17 +31,11 @@ from gdsd_jax.evaluation.comparison import (
     test_result,
     write_report,
 )
-from gdsd_jax.evaluation.policy import read_record
 from gdsd_jax.methods import build, check
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.sft import embedded_start
+from gdsd_jax.training.record import record_path, require_same_run
 from gdsd_jax.training.setup import known_metric, resolve_task
-
-if TYPE_CHECKING:
-    pass
-
-# Settings that change what is kept and shown, not what a run computes.
-FREE_TO_CHANGE = ("save_every", "keep", "completions_logged", "tensorboard", "wandb", "profile", "evaluation")
 
 
 def compare(
@@ -129,14 +123,9 @@ def run_config(config: TrainConfig, method: str, seed: int) -> TrainConfig:
 def require_same(plan: list[tuple[TrainConfig, Path]], base: str) -> None:
     """Raises UserError if a run that is there already was started with another config or base."""
     for run, directory in plan:
-        if not (directory / "run.json").exists():
-            continue
-        record, wanted = read_record(directory), to_dict(run)
-        changed = [k for k in wanted if k not in FREE_TO_CHANGE and wanted[k] != record["config"].get(k)]
-        if changed:
-            raise UserError(f"{directory} is a run with another config.{changed[0]}: choose another --workdir")
-        if record["base"] != base:
-            raise UserError(f"{directory} has another base than {run.checkpoint}: choose another --workdir")
+        if record_path(directory).exists():
+            # A bench compares runs of one length.
+            require_same_run(directory, run, fixed=("iterations",), base=base)
 
 
 def evaluated_start(config: TrainConfig, output: Path) -> dict[str, Any]:

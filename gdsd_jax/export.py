@@ -17,10 +17,11 @@ import jax
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import Option, launch
-from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy, read_record
+from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import refuse_existing
 from gdsd_jax.telemetry.metrics import METRICS, read_metrics
+from gdsd_jax.training.record import read_record
 
 FORMATS = ("merged", "adapter", "both")
 

@@ -147,8 +147,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
         )  # fmt: skip
         return found[task.metrics_named[-1]]
 
-    copies = {"tensorboard": config.tensorboard, "wandb": config.wandb}
-    writer = hosts.first_only(MetricWriter, workdir, **copies, resume_step=-1)
+    writer = hosts.first_only(MetricWriter, workdir, trackers=config.tracker_names, resume_step=-1)
     with writer, hosts.first_only(Progress, config.sft.steps, label="sft") as progress:
         start = time.perf_counter()
         for step in range(config.sft.steps):

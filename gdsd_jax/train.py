@@ -11,9 +11,9 @@ uninterrupted run would have done, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ import numpy as np
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.config.flags import launch
-from gdsd_jax.denoiser import init_lora
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.evaluation.completions import evaluate_policy
-from gdsd_jax.methods import build, check
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.files import refuse_existing
+from gdsd_jax.runtime.signals import StopSignal
 from gdsd_jax.runtime.transfer import fetch, seed_key
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.telemetry.metrics import MetricWriter
@@ -45,47 +44,34 @@ from gdsd_jax.training.rollout import (
     Prompts,
     Rewarded,
     completion_records,
-    encode_prompts,
     length_metrics,
     reward_metrics,
     roll_out,
 )
-from gdsd_jax.training.setup import Setup, evaluated_task, known_metric, load_setup, task_rows
-from gdsd_jax.training.state import TrainState, make_optimizer, policy, start_state
+from gdsd_jax.training.setup import (
+    Setup,
+    checked_method,
+    encoded_rows,
+    evaluated_task,
+    fresh_state,
+    known_metric,
+    load_setup,
+    spread_rows,
+    task_rows,
+)
+from gdsd_jax.training.state import TrainState, policy
 from gdsd_jax.training.update import ROLLOUT_STREAM, make_inner_update, stream_key
-
-
-def fresh_state(config: TrainConfig, setup: Setup) -> tuple:
-    """The state before the first update, where it lies, its optimizer and learning-rate schedule."""
-    optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
-
-    def trained(base: Any) -> Any:
-        if not config.lora.rank:
-            return base
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        return init_lora(setup.model, key, **dataclasses.asdict(config.lora))
-
-    return *start_state(setup.model, optimizer, config.seed, trained, setup.base), optimizer, schedule
 
 
 def train(config: TrainConfig, workdir: Path) -> TrainState:
     """Runs (or resumes) the whole training and returns the final state."""
 
     # ------------------------------------------------------------------------------------------ set-up
-    method = build(config.method, **config.method_settings)
-    check(
-        method, name=config.method, prompt_length=max(config.prompt_buckets),
-        completion_length=config.sampler.completion_length, group_size=config.group_size, sampler=config.sampler,
-    )  # fmt: skip
-    sampler = dataclasses.replace(config.sampler, record=config.sampler.record or method.records)
-    embedded_start(config)
-    spread = {
-        "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
-        "config.microbatch_rows": config.microbatch_rows,
-    }
-    setup = load_setup(config, rows=spread)
+    method = checked_method(config)
+    setup = load_setup(config, rows=spread_rows(config))
     model, base, tokenizer, task = setup
-    check_fits(model, max(config.prompt_buckets), config.sampler)
+    sampler = dataclasses.replace(config.sampler, record=config.sampler.record or method.records)
+    check_fits(model, max(config.prompt_buckets), sampler)
     state, places, optimizer, schedule = fresh_state(config, setup)
     update = make_inner_update(
         model, method, optimizer, schedule,
@@ -96,17 +82,10 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     snapshot = jax.jit(lambda params: jax.tree.map(lambda x: x + 0, params), out_shardings=places.params)
     lengths = jax.jit(length_metrics)
 
-    encode = lambda task, rows: encode_prompts(  # noqa: E731
-        task, tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
-    )
     rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
-    prompts = encode(task, rows)
+    prompts = encoded_rows(config, task, tokenizer, rows)
     order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
-    evaluated, watched = evaluated_task(config), config.evaluation
-    held_out = encode(evaluated, task_rows(config.task, evaluated, watched.split, count=watched.count))
-    greedy = greedy_sampler(config)
-    eval_key = seed_key(config.seed)
-    best_metric = "eval/" + known_metric(evaluated, config.evaluation.best, "config.evaluation.best")
+    evaluate, best_metric = make_evaluation(config, setup)
 
     checkpoints = Checkpoints(workdir, config, state)
     first, position = checkpoints.latest, 0
@@ -114,17 +93,9 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
         state, position = checkpoints.restore()
     first = first or 0
     best = Best(workdir, first)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        return evaluate_policy(
-            model, *policy(base, state.params), held_out, greedy, evaluated, tokenizer,
-            batch_rows=config.evaluation.batch_rows, key=eval_key,
-        )  # fmt: skip
-
     plan = read_plan(workdir, config)
     # Without a checkpoint the files start anew, with one they are cut back to it.
-    copies = {"tensorboard": config.tensorboard, "wandb": config.wandb}
-    writer = hosts.first_only(MetricWriter, workdir, **copies, resume_step=first or -1)
+    writer = hosts.first_only(MetricWriter, workdir, trackers=config.tracker_names, resume_step=first or -1)
     progress = hosts.first_only(Progress, config.iterations, start=first, label=config.method)
     profile = hosts.first_only(Profile, workdir, config.profile)
     warned: set[str] = set()
@@ -162,14 +133,10 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             with phase("await update"):
                 reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
             now = time.perf_counter()
-            metrics |= {k: float(v) for k, v in lengths_now.items()}
-            metrics |= {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
             seconds = rewarded.seconds | {"update": now - update_start, "iteration": now - start}
-            metrics |= {f"time/{name}": value for name, value in seconds.items()}
-            inner_update = seconds["update"] / config.inner_updates
-            metrics |= beside_plan(plan, rollout=seconds["rollout"], update=inner_update)
-            metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
-            metrics["time/rewards_per_second"] = len(rewarded.rewards) / rewarded.seconds["reward"]
+            metrics |= {name: float(value) for name, value in lengths_now.items()}
+            metrics |= update_metrics(reports) | time_metrics(rewarded, seconds)
+            metrics |= beside_plan(plan, rollout=seconds["rollout"], update=seconds["update"] / config.inner_updates)
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 with phase("evaluate"):
                     metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
@@ -177,8 +144,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                 writer.write(iteration, metrics)
             shown = {name.split("/")[1]: metrics[name] for name in metrics if name.startswith("eval/")}
             progress.update(iteration, reward=metrics["reward/mean"], **shown)
-            for line in precursors(metrics):
-                kind = line.split()[0]
+            for kind, line in precursors(metrics).items():
                 if kind not in warned:
                     warned.add(kind)
                     progress.note(f"iteration {iteration}: {line}")
@@ -201,35 +167,62 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     return state
 
 
+def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainState], dict[str, float]], str]:
+    """Returns the evaluation while training, as a function of the state, and the name of its decisive metric.
+
+    Raises:
+      UserError: the task has no such metric.
+    """
+    task, watched = evaluated_task(config), config.evaluation
+    rows = task_rows(config.task, task, watched.split, count=watched.count)
+    held_out, greedy, key = (
+        encoded_rows(config, task, setup.tokenizer, rows),
+        greedy_sampler(config),
+        seed_key(config.seed),
+    )
+    best = "eval/" + known_metric(task, watched.best, "config.evaluation.best")
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        return evaluate_policy(
+            setup.model, *policy(setup.base, state.params), held_out, greedy, task, setup.tokenizer,
+            batch_rows=watched.batch_rows, key=key,
+        )  # fmt: skip
+
+    return evaluate, best
+
+
+# ----------------------------------------------------------------------------------------------- in each iteration
+
+
+def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:
+    """Averages the metrics of an iteration's inner updates."""
+    return {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
+
+
+def time_metrics(rewarded: Rewarded, seconds: dict[str, float]) -> dict[str, float]:
+    """Returns the seconds of an iteration's parts, and tokens and rewards per second."""
+    metrics = {f"time/{name}": value for name, value in seconds.items()}
+    metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
+    metrics["time/rewards_per_second"] = len(rewarded.rewards) / rewarded.seconds["reward"]
+    return metrics
+
+
 def due(iteration: int, every: int) -> bool:
-    """Whether what happens every so many iterations (0: never) happens in this one."""
+    """Returns whether a periodic action is due at this iteration; 0 disables it."""
     return every > 0 and iteration % every == 0
 
 
 def logged_completions(rewarded: Rewarded, tokenizer: hub.Tokenizer, limit: int) -> list[dict]:
-    """The first completions with their rewards, and every completion on which a reward failed."""
+    """Returns the first completions with their rewards, and every completion on which a reward failed."""
     failed = np.any([np.isnan(value) for value in rewarded.components.values()], axis=0)
     return completion_records(rewarded, tokenizer, [i for i in range(len(failed)) if i < limit or failed[i]])
 
 
-class StopSignal:
-    """While open, turns SIGTERM and SIGINT into a request to save and leave after the running iteration."""
-
-    def __enter__(self) -> StopSignal:
-        self.requested = False
-        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = True
-
-
 def main(config: TrainConfig, workdir: Path | None) -> None:
+    """Makes the start of an embedded model where it is missing, and trains; or runs one iteration in small."""
     if not config.dry_run:
+        checked_method(config)
+        embedded_start(config)
         train(config, workdir)
         return
     with tempfile.TemporaryDirectory() as temporary:

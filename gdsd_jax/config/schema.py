@@ -153,6 +153,8 @@ class TrainConfig:
       prompt_buckets: lengths that prompts are left-padded to.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
       save_every: iterations between checkpoints; `keep` of them are kept.
+      trackers: further places that metrics go to: "tensorboard", "wandb", or `package.module:NAME`, see
+        `gdsd_jax.telemetry.trackers`; `tensorboard=True` and `wandb=True` are short for the first two.
       profile: iteration whose timeline is recorded, see `gdsd_jax.telemetry.profile`; 0: none.
       dry_run: run one iteration in small instead, see `gdsd_jax.training.dry_run`.
     """
@@ -183,6 +185,7 @@ class TrainConfig:
     save_every: int = 100
     keep: int = 2
     completions_logged: int = 8
+    trackers: tuple[str, ...] = ()
     tensorboard: bool = False
     wandb: bool = False
     profile: int = 0
@@ -206,7 +209,14 @@ class TrainConfig:
             raise UserError(f"config.overlong_prompts {self.overlong_prompts!r} is neither 'error' nor 'keep_last'")
 
     @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The trackers that are asked for, each once."""
+        short = (name for name in ("tensorboard", "wandb") if getattr(self, name))
+        return tuple(dict.fromkeys((*self.trackers, *short)))
+
+    @property
     def method_settings(self) -> dict[str, Any]:
+        """The settings of the run's method."""
         return dict(self.settings.get(self.method, {}))
 
 

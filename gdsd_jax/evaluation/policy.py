@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import place
 from gdsd_jax.tasks import Task
+from gdsd_jax.training.record import read_record
 from gdsd_jax.training.setup import load_setup
 from gdsd_jax.training.state import parameter_shardings
 
@@ -90,21 +90,6 @@ def load_policy(
             del base
             base, iteration = load_params(workdir, shapes, places, best=best)
     return Policy(model, base, lora, tokenizer, task, config.checkpoint, stored, iteration)
-
-
-def read_record(workdir: Path) -> dict[str, Any]:
-    """The `run.json` of a training run: its config and the fingerprint of its base.
-
-    Raises:
-      UserError: there is none, or it does not parse.
-    """
-    path = workdir / "run.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} holds no training run: train first, or give another --workdir or a --checkpoint")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} does not parse ({error}): restore it or give another --workdir") from None
 
 
 def _run_record(config: TrainConfig, workdir: Path) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gdsd_jax.methods import coupled_grpo, dmpo, espo, gdsd, grpo, spg, teacher, tracerl, unigrpo, wd1
 from gdsd_jax.methods.method import Method
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 
 
 class Recipe(NamedTuple):
@@ -40,12 +40,8 @@ def build(name: str, **settings: Any) -> Method:
     Raises:
       UserError: an unknown method or setting; the message lists the known ones.
     """
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            recipe = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"config.method {name!r} cannot be imported: {error}") from None
+    if is_plugin(name):
+        recipe = load_plugin(name, "config.method")
         if not isinstance(recipe, Recipe):
             raise UserError(f"config.method {name!r} is a {type(recipe).__name__}, not a gdsd_jax.methods.Recipe")
     elif name in METHODS:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.telemetry.trackers import import_optional, open_tensorboard, open_wandb
+from gdsd_jax.runtime.files import replacing
+from gdsd_jax.telemetry.trackers import find_tracker
 
 if TYPE_CHECKING:
     pass
@@ -62,12 +63,10 @@ def _cut_back(path: Path, last_step: int | None) -> None:
     kept = b"".join(line for line, entry in _lines(path) if last_step is None or entry["step"] <= last_step)
     if len(kept) == path.stat().st_size:
         return
-    draft = path.with_name(path.name + ".new")
-    with draft.open("wb") as file:
+    with replacing(path) as draft, draft.open("wb") as file:
         file.write(kept)
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(path)
 
 
 class MetricWriter:
@@ -75,37 +74,26 @@ class MetricWriter:
 
     Args:
       workdir: created when missing.
-      tensorboard, wandb: also write to TensorBoard (`workdir/tensorboard`) or to Weights & Biases (project and mode
-        from its own environment variables).
+      trackers: names of further places that the metrics go to, see `gdsd_jax.telemetry.trackers`.
       resume_step: the step of the restored checkpoint; lines of later steps are cut away first. -1 starts the files
         anew; None appends to what is there.
 
     Raises:
-      UserError: a copy was asked for whose package is not installed, or a file holds something else than records.
+      UserError: an unknown tracker, one whose package is not installed, or a file that holds no records.
     """
 
     def __init__(
-        self,
-        workdir: str | os.PathLike,
-        *,
-        tensorboard: bool = False,
-        wandb: bool = False,
-        resume_step: int | None = None,
+        self, workdir: str | os.PathLike, *, trackers: Sequence[str] = (), resume_step: int | None = None
     ) -> None:
         workdir = Path(workdir)
-        # The copies first: whatever is missing for them is reported before a file is touched.
-        board = import_optional("tensorboardX", "tensorboard") if tensorboard else None
-        site = import_optional("wandb", "wandb") if wandb else None
+        # The trackers first: a missing package is reported before a file is touched.
+        makers = [find_tracker(name) for name in trackers]
         workdir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, COMPLETIONS):
             _cut_back(workdir / name, resume_step)
         self._metrics = (workdir / METRICS).open("a", encoding="utf-8")
         self._completions = (workdir / COMPLETIONS).open("a", encoding="utf-8")
-        self._copies = []
-        if board is not None:
-            self._copies.append(open_tensorboard(board, workdir, resume_step))
-        if site is not None:
-            self._copies.append(open_wandb(site, workdir, resume_step))
+        self._trackers = [make(workdir, resume_step) for make in makers]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line `{"step": step, name: value, ...}`. Values are scalars on the host; NaN and infinities become null.
@@ -115,19 +103,19 @@ class MetricWriter:
         values = {name: _plain(float(value)) for name, value in metrics.items()}
         self._append(self._metrics, [{"step": int(step), **values}])
         finite = {name: value for name, value in values.items() if value is not None}
-        for write_copy, _ in self._copies:
-            write_copy(int(step), finite)
+        for tracker in self._trackers:
+            tracker.write(int(step), finite)
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """One line a completion: `{"step": step, ...}` with whatever the row holds, text and rewards."""
         self._append(self._completions, [{"step": int(step), **_plain(row)} for row in rows])
 
     def close(self) -> None:
-        """Closes the files and finishes the copies."""
+        """Closes the files and the trackers."""
         self._metrics.close()
         self._completions.close()
-        for _, close_copy in self._copies:
-            close_copy()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> MetricWriter:
         return self

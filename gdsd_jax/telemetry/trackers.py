@@ -1,47 +1,108 @@
-"""Copies of a run's metrics for TensorBoard and Weights & Biases."""
+"""Trackers: copies of a run's metrics for TensorBoard, Weights & Biases, or a program of the user's own.
+
+A tracker is any object with `write(step, values)`, called once for each line of `metrics.jsonl` with its finite values,
+and `close()`. `config.trackers` names them: keys of `TRACKERS`, or a user's own as `package.module:NAME`, where NAME is
+called with the workdir and the step of the restored checkpoint.
+"""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 
 
-def import_optional(package: str, setting: str) -> Any:
+class Tracker(Protocol):
+    """Receives the metrics of a run while it goes on."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the finite metrics of one step."""
+
+    def close(self) -> None:
+        """Finishes what is still being written."""
+
+
+def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
+    """Returns the function that opens the tracker of this name.
+
+    It takes the directory of the run, and the step of the restored checkpoint: what a tracker holds of later steps is
+    no longer true; -1 starts anew, None appends.
+
+    Raises:
+      UserError: an unknown name, or a module or package that cannot be imported.
+    """
+    if is_plugin(name):
+        return load_plugin(name, "config.trackers")
+    if name not in TRACKERS:
+        raise UserError(f"config.trackers has {name!r}: it takes {', '.join(TRACKERS)}, or package.module:NAME")
+    tracker = TRACKERS[name]
+    import_package(tracker.package, name)
+    return tracker
+
+
+def import_package(package: str, setting: str) -> ModuleType:
+    """Imports the package behind a tracker.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
         return __import__(package)
     except ImportError as error:
         raise UserError(
-            f"config.{setting} needs the package {package}, which cannot be imported ({error}): "
-            f"pip install {package}, or set config.{setting}=False"
+            f"the tracker {setting} needs the package {package}, which cannot be imported ({error}): "
+            f"pip install {package}, or set config.{setting}=False and take it out of config.trackers"
         ) from error
 
 
-def open_tensorboard(module: Any, workdir: Path, resume_step: int | None) -> tuple[Any, Any]:
-    purge = None if resume_step is None else resume_step + 1
-    board = module.SummaryWriter(logdir=str(workdir / "tensorboard"), purge_step=purge)
+class TensorBoard:
+    """Writes event files to `workdir/tensorboard`."""
 
-    def write(step: int, values: dict[str, float]) -> None:
+    package = "tensorboardX"
+
+    def __init__(self, workdir: Path, resume_step: int | None):
+        purge = None if resume_step is None else resume_step + 1
+        module = import_package(self.package, "tensorboard")
+        self._board = module.SummaryWriter(logdir=str(workdir / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            board.add_scalar(name, value, step)
-        board.flush()
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
 
-    return write, board.close
+    def close(self) -> None:
+        self._board.close()
 
 
-def open_wandb(module: Any, workdir: Path, resume_step: int | None) -> tuple[Any, Any]:
-    # The name is the run's identity, so that a resumed run goes on in the same plot.
-    identity = workdir / "wandb_id.txt"
-    if resume_step is None or resume_step < 0 or not identity.exists():
-        identity.write_text(f"{workdir.resolve().name}-{time.time_ns():x}\n")
-    run = module.init(
-        dir=str(workdir),
-        project=os.environ.get("WANDB_PROJECT", "gdsd_jax"),
-        id=identity.read_text().strip(),
-        name=os.environ.get("WANDB_NAME", workdir.resolve().name),
-        resume="allow",
-    )
-    return lambda step, values: run.log(values, step=step), run.finish
+class WeightsAndBiases:
+    """Logs to Weights & Biases; project, name and mode come from its own environment variables."""
+
+    package = "wandb"
+
+    def __init__(self, workdir: Path, resume_step: int | None):
+        # The name is the run's identity, so that a resumed run continues the same plot.
+        identity = workdir / "wandb_id.txt"
+        if resume_step is None or resume_step < 0 or not identity.exists():
+            identity.write_text(f"{workdir.resolve().name}-{time.time_ns():x}\n")
+        self._run = import_package(self.package, "wandb").init(
+            dir=str(workdir),
+            project=os.environ.get("WANDB_PROJECT", "gdsd_jax"),
+            id=identity.read_text().strip(),
+            name=os.environ.get("WANDB_NAME", workdir.resolve().name),
+            resume="allow",
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

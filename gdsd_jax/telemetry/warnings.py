@@ -9,29 +9,29 @@ ZERO_SPREAD = 0.9
 DIVERSITY = 0.1
 
 
-def precursors(metrics: Mapping[str, float]) -> list[str]:
-    """One line for each precursor that shows; none where a metric is absent.
+def precursors(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Returns a line for each precursor that shows, by the precursor's name; a metric that is absent warns of nothing.
 
     Args:
-      metrics: of one iteration, by the names that `train` writes. `policy/clipped` is the share of ratios that the
-        trust region holds, `reward/zero_spread` that of groups whose completions all earn the same,
-        `completion/diversity` 0 where the completions of a group are all equal, 1 where all differ.
+      metrics: those of one iteration, by the names that `train` writes. `policy/clipped` is the share of ratios that
+        the trust region holds, `reward/zero_spread` the share of groups whose completions all earn the same,
+        `completion/diversity` is 0 where the completions of a group are all equal and 1 where all differ.
     """
-    lines = []
+    lines = {}
     clipped, flat = metrics.get("policy/clipped", 0.0), metrics.get("reward/zero_spread", 0.0)
     diversity = metrics.get("completion/diversity", 1.0)
     if clipped > CLIPPED:
-        lines.append(
+        lines["clipped"] = (
             f"clipped share {clipped:.2f} is above {CLIPPED}: most scores have no gradient; look at eps_low and "
             "eps_high of config.settings, config.inner_updates, config.optimizer.learning_rate"
         )
     if flat > ZERO_SPREAD:
-        lines.append(
+        lines["zero_spread"] = (
             f"zero-spread share {flat:.2f} is above {ZERO_SPREAD}: most groups teach nothing; look at "
             "config.group_size, config.sampler.temperature, the difficulty of config.task"
         )
     if diversity < DIVERSITY:
-        lines.append(
+        lines["diversity"] = (
             f"diversity {diversity:.2f} is below {DIVERSITY}: the completions of a prompt repeat each other; look at "
             "config.sampler.temperature, beta of config.settings, config.optimizer.learning_rate"
         )

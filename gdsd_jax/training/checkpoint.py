@@ -6,7 +6,6 @@ mesh and number of processes saved, any other resumes: the processes of a job sh
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from gdsd_jax import hub
-from gdsd_jax.config import TrainConfig, to_dict
+from gdsd_jax.config import TrainConfig
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import check_disk
+from gdsd_jax.training.record import keep_record
 from gdsd_jax.training.state import TrainState
-
-# Settings that may differ between the run that saved and the run that resumes.
-FREE_TO_CHANGE = (
-    "iterations", "save_every", "keep", "completions_logged", "tensorboard", "wandb", "profile", "evaluation", "mesh",
-    "hosts", "dry_run",
-)  # fmt: skip
 
 BEST = "best"
 
@@ -61,28 +54,8 @@ class Checkpoints:
         best = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
         if hosts.first():
             check_disk(workdir, size * max(config.keep + 1 - saved, 1) + best, "its checkpoints")
-            self._record(workdir, config)
+            keep_record(workdir, config)
         self._manager = _manager(workdir / "checkpoints", config.keep)
-
-    def _record(self, workdir: Path, config: TrainConfig) -> None:
-        """Writes `run.json` for a new run, compares with it for an old one."""
-        record = {"config": to_dict(config), "base": hub.fingerprint(config.checkpoint)}
-        path = workdir / "run.json"
-        if not path.exists():
-            metrics = workdir / "metrics.jsonl"
-            if metrics.exists() and metrics.stat().st_size:
-                raise UserError(f"{workdir} holds metrics of another kind of run: choose another --workdir")
-            workdir.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(".run.json")
-            draft.write_text(json.dumps(record, indent=1) + "\n")
-            draft.replace(path)
-            return
-        saved = json.loads(path.read_text())
-        changed = [k for k in _differences(saved["config"], record["config"]) if k.split(".")[0] not in FREE_TO_CHANGE]
-        if changed:
-            raise UserError(f"{workdir} belongs to a run with another config.{changed[0]}: choose another --workdir")
-        if saved["base"] != record["base"]:
-            raise UserError(f"{workdir} belongs to another base than {config.checkpoint}: choose another --workdir")
 
     @property
     def latest(self) -> int | None:
@@ -177,10 +150,3 @@ def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) 
 def _raw(state: TrainState) -> TrainState:
     """The state with its key as plain integers, which every checkpoint format can hold."""
     return state.replace(key=jax.random.key_data(state.key))
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(set(a) | set(b))
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
-    return [] if a == b else [path]

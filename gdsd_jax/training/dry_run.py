@@ -60,6 +60,7 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
         group_size=2,
         microbatch_rows=2,
         inner_updates=min(config.inner_updates, 2),
+        trackers=(),
         tensorboard=False,
         wandb=False,
     )

@@ -10,11 +10,14 @@ import jax
 
 from gdsd_jax import hub, tasks
 from gdsd_jax.config import ModelConfig, TaskConfig, TrainConfig
-from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.denoiser import DenoiserConfig, init_lora
 from gdsd_jax.hub.tokenizer import Tokenizer
+from gdsd_jax.methods import Method, build, check
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import Dimension, make_mesh
 from gdsd_jax.tasks import Task
+from gdsd_jax.training.rollout import Prompts, encode_prompts
+from gdsd_jax.training.state import make_optimizer, start_state
 
 
 class Setup(NamedTuple):
@@ -95,3 +98,39 @@ def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension
         Dimension("mlp", model.intermediate_size, "the model's MLP size"),
         *(Dimension("rows", size, name) for name, size in rows.items()),
     ]
+
+
+def checked_method(config: TrainConfig) -> Method:
+    """Builds the run's method and checks it against the contract, before anything is loaded."""
+    method = build(config.method, **config.method_settings)
+    check(
+        method, name=config.method, prompt_length=max(config.prompt_buckets),
+        completion_length=config.sampler.completion_length, group_size=config.group_size, sampler=config.sampler,
+    )  # fmt: skip
+    return method
+
+
+def spread_rows(config: TrainConfig) -> dict[str, int]:
+    """Returns the numbers of rows that are spread over the mesh, by the names of their settings."""
+    return {
+        "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
+        "config.microbatch_rows": config.microbatch_rows,
+    }
+
+
+def fresh_state(config: TrainConfig, setup: Setup) -> tuple:
+    """Returns the state before the first update, its placement, its optimizer and its learning-rate schedule."""
+    optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
+
+    def trained(base: Any) -> Any:
+        if not config.lora.rank:
+            return base
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        return init_lora(setup.model, key, **dataclasses.asdict(config.lora))
+
+    return *start_state(setup.model, optimizer, config.seed, trained, setup.base), optimizer, schedule
+
+
+def encoded_rows(config: TrainConfig, task: Task, tokenizer: hub.Tokenizer, rows: list[dict]) -> Prompts:
+    """Renders the rows of a task and pads their prompts to the config's buckets."""
+    return encode_prompts(task, tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts)

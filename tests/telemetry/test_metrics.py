@@ -103,9 +103,33 @@ def test_a_file_of_something_else_is_named_and_left_alone(tmp_path):
 @pytest.mark.parametrize(("setting", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_copy_without_its_package_names_it_and_the_setting(tmp_path, monkeypatch, setting, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"config\.{setting} .*pip install {package}") as caught:
-        MetricWriter(tmp_path / "run", **{setting: True})
+    with pytest.raises(UserError, match=rf"{setting} .*pip install {package}") as caught:
+        MetricWriter(tmp_path / "run", trackers=(setting,))
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_of_the_users_own_gets_every_step(tmp_path, monkeypatch):
+    (tmp_path / "my_tracker.py").write_text(
+        "class Lines:\n"
+        "    def __init__(self, workdir, resume_step):\n"
+        "        self.file = (workdir / 'lines.csv').open('w')\n"
+        "    def write(self, step, values):\n"
+        "        self.file.write(f'{step},{values[\"loss\"]}\\n')\n"
+        "    def close(self):\n"
+        "        self.file.close()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with MetricWriter(tmp_path / "run", trackers=("my_tracker:Lines",)) as writer:
+        writer.write(1, {"loss": 0.5})
+        writer.write(2, {"loss": 0.25, "policy/kl": math.inf})
+    assert (tmp_path / "run" / "lines.csv").read_text() == "1,0.5\n2,0.25\n"
+
+
+@pytest.mark.parametrize("name", ["comet", "no_such_module:Tracker", "math:Tracker"])
+def test_an_unknown_tracker_is_refused_before_a_file_is_touched(tmp_path, name):
+    with pytest.raises(UserError, match=r"config\.trackers"):
+        MetricWriter(tmp_path / "run", trackers=(name,))
     assert not (tmp_path / "run").exists()
 
 
@@ -126,7 +150,7 @@ def test_tensorboard_gets_the_finite_values_and_purges_on_resume(tmp_path, monke
             calls.append("closed")
 
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    with MetricWriter(tmp_path, tensorboard=True, resume_step=4) as writer:
+    with MetricWriter(tmp_path, trackers=("tensorboard",), resume_step=4) as writer:
         writer.write(5, {"loss": 0.5, "policy/kl": math.nan})
     assert calls == [(str(tmp_path / "tensorboard"), 5), ("loss", 0.5, 5), "closed"]
 
@@ -140,7 +164,7 @@ def test_a_resumed_run_keeps_its_name_at_weights_and_biases(tmp_path, monkeypatc
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for resume_step in (None, 1, -1):
-        with MetricWriter(tmp_path, wandb=True, resume_step=resume_step) as writer:
+        with MetricWriter(tmp_path, trackers=("wandb",), resume_step=resume_step) as writer:
             writer.write(2, {"loss": 0.5})
     first, resumed, anew = (settings["id"] for settings in started)
     assert first == resumed != anew
