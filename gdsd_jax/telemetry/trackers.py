@@ -11,8 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.plugins import is_plugin, load_plugin
@@ -46,7 +45,7 @@ def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
     return tracker
 
 
-def import_package(package: str, setting: str) -> ModuleType:
+def import_package(package: str, setting: str) -> Any:
     """Imports the package behind a tracker.
 
     Raises:
