@@ -21,6 +21,7 @@ from gdsd_jax import evaluate, export, train
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import launch
 from gdsd_jax.evaluation import reports
+from gdsd_jax.runtime.files import read_objects
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.tasks import TASKS
 
@@ -64,7 +65,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
         "seconds": time.perf_counter() - start,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     console.print(f"{summary['seconds']:.0f} s, {summary['peak_rss_gb']:.2f} GB; everything is in {workdir}")
     return summary
 
@@ -81,12 +82,12 @@ def percent(metrics: dict[str, float]) -> str:
 
 def write_samples(workdir: Path) -> None:
     """The first test puzzles with the completions before and after, as a Markdown table."""
-    read = lambda name: [json.loads(line) for line in (workdir / name / reports.COMPLETIONS).read_text().splitlines()]  # noqa: E731
+    read = lambda name: read_objects(workdir / name / reports.COMPLETIONS)  # noqa: E731
     lines = ["| puzzle | solution | before | after |", "|---|---|---|---|"]
     for before, after in list(zip(read("before"), read("after"), strict=True))[:SAMPLES]:
         cells = (before["puzzle"], before["solution"], before["completion"], after["completion"])
         lines.append("| " + " | ".join(f"`{cell}`" for cell in cells) + " |")
-    (workdir / "samples.md").write_text("\n".join(lines) + "\n")
+    (workdir / "samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main(config: TrainConfig, workdir: Path) -> None:

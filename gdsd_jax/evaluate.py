@@ -88,7 +88,7 @@ OPTIONS = POLICY_OPTIONS | {
     "pass_at": Option(str, None, "Numbers k for pass@k, such as 1,4."),
     "compare": Option(str, None, "Directory of an evaluation to hold the one in --output against."),
     "compare_decoding": Option(bool, False, "Several ways of decoding the rows, side by side."),
-    "output": Option(str, None, "Directory for the results."),
+    "output": Option(str, None, "Directory for the results.", written=True),
 }
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def main(config: TrainConfig, workdir: Path | None, *, output: str | None, forma
 
 
 OPTIONS = POLICY_OPTIONS | {
-    "output": Option(str, None, "Directory to write."),
+    "output": Option(str, None, "Directory to write.", written=True),
     "format": Option(str, "both", "merged, adapter or both."),
 }
 

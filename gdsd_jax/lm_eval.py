@@ -34,12 +34,13 @@ import numpy as np
 
 from gdsd_jax import hub
 from gdsd_jax.config import ModelConfig
-from gdsd_jax.config.flags import enable_compilation_cache, fail
+from gdsd_jax.config.flags import enable_compilation_cache
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.likelihood import is_greedy, lower_bound
 from gdsd_jax.evaluation.completions import complete
 from gdsd_jax.evaluation.statistics import mean_and_error
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime import front
+from gdsd_jax.runtime.errors import PackageError, UserError
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks import Task, resolve
 from gdsd_jax.telemetry.progress import Progress
@@ -51,7 +52,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 except ImportError as error:
-    raise ImportError("gdsd_jax.lm_eval needs lm-eval: pip install -r requirements-lm-eval.txt") from error
+    raise PackageError("gdsd_jax.lm_eval needs lm-eval: pip install -r requirements-lm-eval.txt") from error
 
 SHORTEST_BUCKET = 32
 
@@ -295,7 +296,7 @@ def judge_files(arguments: list[str]) -> None:
     task = resolve(given.task)
     for path in given.files:
         found = judge(path, task)
-        path.with_name(f"{path.name}.judged.json").write_text(json.dumps(found, indent=1) + "\n")
+        path.with_name(f"{path.name}.judged.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         values = (f"{name} {value['mean']:.3f} ± {value['error']:.3f}" for name, value in found["metrics"].items())
         print(f"{path.name}: {found['documents']} documents, {', '.join(values)}")
 
@@ -304,14 +305,11 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     enable_compilation_cache()
-    try:
-        if sys.argv[1:2] == ["judge"]:
-            judge_files(sys.argv[2:])
-        else:
-            cli_evaluate()
-    except UserError as error:
-        fail(error)
+    if sys.argv[1:2] == ["judge"]:
+        judge_files(sys.argv[2:])
+    else:
+        cli_evaluate()
 
 
 if __name__ == "__main__":
-    main()
+    front.run(main)

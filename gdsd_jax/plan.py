@@ -110,7 +110,7 @@ def main(
     print(table(report))
     if json:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
-        Path(json).write_text(dumps(report, indent=1) + "\n")
+        Path(json).write_text(dumps(report, indent=1) + "\n", encoding="utf-8")
     if not report["fits"]:
         raise SystemExit(1)
 
@@ -119,7 +119,7 @@ OPTIONS = {
     "topology": Option(str, None, "The slice, CHIP:SIZE in chips, such as v5e:2x4 or v5p:2x4x4."),
     "mesh": Option(str, None, "Mesh over it, such as data=1,fsdp=32,tensor=1, instead of config.mesh."),
     "programs": Option(str, ",".join(PROGRAMS), "Which programs to compile."),
-    "json": Option(str, None, "File for the report."),
+    "json": Option(str, None, "File for the report.", written=True),
     "search": Option(bool, False, "Look for the mesh and the largest rollout and micro-batch that fit."),
 }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import errno
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -17,23 +17,21 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.config import TrainConfig, freeze, to_dict
 from gdsd_jax.config.read import neighbours
-from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError
-
-# Outcomes of a disk or a path that the user can change, wherever they strike.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
 class Option(NamedTuple):
-    """A flag of one command. `kind` is str, int, float or bool."""
+    """A flag of one command. `kind` is str, int, float or bool; `written`: it names what the command writes."""
 
     kind: type
     default: Any
     help: str
+    written: bool = False
 
 
 def launch(
@@ -46,8 +44,8 @@ def launch(
 ) -> None:
     """Runs `main(config, workdir, **values of the options)` with absl flags and a config file.
 
-    What a user can act on ends the process with one line on stderr and exit code 2. `--help` shows the docstring of
-    main's module and the flags.
+    Errors end the process as `gdsd_jax.runtime.front` says. `--help` shows the docstring of main's module and the
+    flags.
 
     Args:
       needs_workdir: False where `main` also takes None.
@@ -59,7 +57,8 @@ def launch(
     # Orbax warns of its own defaults.
     logging.set_verbosity(logging.ERROR)
     argv = sys.argv if argv is None else argv
-    try:
+
+    def command() -> None:
         if {"--help", "-help", "-h"} & set(argv):
             print(_usage(main, options or {}))
             return
@@ -70,18 +69,17 @@ def launch(
             raise UserError("give --workdir DIRECTORY, where the run's files go")
         enable_compilation_cache()
         hosts.initialize(config.hosts)
+        hosts.agree(_shared(config))
         main(config, workdir, **values)
-    except UserError as error:
-        fail(error)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        fail(f"{error}: change the directory, or make room")
-    except Exception as error:
-        if not hosts.several():
-            raise
-        traceback.print_exc()
-        hosts.leave(error)
+
+    front.run(command)
+
+
+def _shared(config: TrainConfig) -> dict[str, str]:
+    """What all processes of a job must have been given alike, by setting."""
+    plain = to_dict(config)
+    plain["hosts"] = {name: value for name, value in plain["hosts"].items() if name in ("processes", "stall_seconds")}
+    return {f"config.{name}": repr(value) for name, value in plain.items()}
 
 
 def enable_compilation_cache() -> None:
@@ -90,12 +88,6 @@ def enable_compilation_cache() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(root / "gdsd_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def fail(error: object) -> None:
-    """Ends the process with one line on stderr."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    hosts.end(2)
 
 
 def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, Path | None, dict[str, Any]]:
@@ -121,21 +113,32 @@ def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig,
     neighbours(file)
     try:
         rest = values(known)[1:]
-    except Exception as error:
-        place = _place(error, file)
-        if place is None and not isinstance(error, flags.Error):
-            raise
-        raise UserError(place or _first_line(error)) from None
+    except Exception as error:  # a config file is a program and raises whatever it likes
+        raise UserError(_place(error, file) or f"{file}: {_first_line(error)}") from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --NAME=VALUE")
-    config = values["config"].value.to_dict()
+    config = values["config"].value
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config returns a {type(config).__name__}, not what gdsd_jax.config.default makes")
+    config = config.to_dict()
     for argument in free:
         _set_free(config, argument)
     workdir = values["workdir"].value
-    if workdir is not None and "://" in workdir:
-        raise UserError(f"--workdir {workdir} is no directory: mount the bucket and name the place where it is mounted")
     chosen = {name: values[name].value for name in options}
+    for name in (name for name in options if options[name].written):
+        _require_path(name, chosen[name])
+    _require_path("workdir", workdir)
     return freeze(TrainConfig, config), None if workdir is None else Path(workdir), chosen
+
+
+def _require_path(name: str, value: str | None) -> None:
+    """Raises UserError unless a path to write to is absent or a usable path on a disk."""
+    if value is None:
+        return
+    if not value.strip() or "\0" in value:
+        raise UserError(f"--{name} {value!r} is no path: name a directory or file, or leave the flag out")
+    if re.match("[a-zA-Z0-9+.-]+:/", value):
+        raise UserError(f"--{name} {value} is on no disk: mount the bucket and name the place where it is mounted")
 
 
 def _underscored(argument: str, options: Mapping[str, Option]) -> str:
@@ -181,6 +184,8 @@ def _set_free(config: dict[str, Any], argument: str) -> None:
         path = [path[0], ".".join(path[1:-1]), path[-1]]
     for name in path[:-1]:
         config = config.setdefault(name, {})
+        if not isinstance(config, dict):
+            raise UserError(f"{argument}: {name} has a value already, {config!r}, and no settings of its own")
     config[path[-1]] = _literal(text)
 
 
@@ -189,7 +194,7 @@ def _literal(text: str) -> Any:
     for read in (ast.literal_eval, float):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return text
 

@@ -124,6 +124,6 @@ def run(policy: Policy, parts: Sequence[Part], output: Path, *, batch_rows: int,
         rows += found
         tables.append(table(found))
         if jax.process_index() == 0:
-            (output / "decoding.json").write_text(json.dumps(rows, indent=1) + "\n")
-            (output / "decoding.md").write_text("\n".join(tables))
+            (output / "decoding.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            (output / "decoding.md").write_text("\n".join(tables), encoding="utf-8")
     return "\n".join(tables)

@@ -105,11 +105,11 @@ def build(
     hf = names.hf_config(config)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder)
-        (source / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        (source / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
         ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        (source / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        (source / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(str(source))
-        (source / "README.md").write_text(_CARD.format(model=hf["model_type"], seed=seed))
+        (source / "README.md").write_text(_CARD.format(model=hf["model_type"], seed=seed), encoding="utf-8")
         base = jax.jit(init_base, static_argnums=0)(config, jax.random.key(seed))
         export_checkpoint(directory, config, base, source=source)
 

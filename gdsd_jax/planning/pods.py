@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import jax
 
 from gdsd_jax.config import TrainConfig, freeze
-from gdsd_jax.config.flags import enable_compilation_cache, fail
+from gdsd_jax.config.flags import enable_compilation_cache
 from gdsd_jax.config.read import config_module
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.report import PROGRAMS, gib, report_of
+from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import read_object
 
 
 class Row(NamedTuple):
@@ -109,13 +111,13 @@ def main(store: Path, page: Path, chosen: list[str]) -> None:
     enable_compilation_cache()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     at = commit()
-    reports = json.loads(store.read_text()) if store.exists() else {}
+    reports = read_object(store) if store.exists() else {}
     for row in rows():
         if row.name not in reports and (not chosen or row.name in chosen):
             print(f"planning {row.name}", flush=True)
             report = report_of(row_config(row), chips.parse_topology(row.topology), list(PROGRAMS))
             reports[row.name] = report | {"commit": at}
-            store.write_text(json.dumps(reports, indent=1) + "\n")
+            store.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
         draw(reports, page, versions)
 
 
@@ -128,11 +130,19 @@ def draw(reports: dict[str, Any], page: Path, versions: dict[str, str]) -> None:
     text = INTRODUCTION.format(**versions) + head + "".join(line(reports[name]) for name in there)
     if missing:
         text += "\nNot compiled yet: " + ", ".join(f"`{name}`" for name in missing) + ".\n"
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
+
+
+def command(arguments: list[str]) -> None:
+    """Plans what the arguments ask for: the JSON file, the page and names of rows."""
+    if len(arguments) < 2 or any(argument.startswith("-") for argument in arguments):
+        raise UserError("usage: python -m gdsd_jax.planning.pods REPORTS.json PAGE.md [ROW ...]")
+    known = [row.name for row in rows()]
+    unknown = [name for name in arguments[2:] if name not in known]
+    if unknown:
+        raise UserError(f"unknown row {unknown[0]!r}: choose from {', '.join(known) or 'none: configs/ is not here'}")
+    main(Path(arguments[0]), Path(arguments[1]), arguments[2:])
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
-    except UserError as error:
-        fail(error)
+    front.run(lambda: command(sys.argv[1:]))

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Commands print it without a traceback and leave with exit code 2.
     """
+
+
+class PackageError(UserError, ImportError):
+    """A package that only some users need is not installed."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gdsd_jax.runtime.errors import UserError
+
+MOST_BYTES = 1 << 30  # of a file that is read whole
 
 
 @contextlib.contextmanager
@@ -31,6 +36,68 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file in UTF-8, as a whole or not at all."""
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def understood(path: object, advice: str) -> Iterator[None]:
+    """Turns whatever goes wrong while the contents of `path` are taken apart into one UserError that gives `advice`.
+
+    For files that anybody may have written: wrong types, absent keys, numbers without end, nesting without end.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {advice}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be used ({type(error).__name__}: {reason}): {advice}") from None
+
+
+def require_regular(path: Path, most: int = MOST_BYTES) -> None:
+    """Raises UserError if `path` is there and is no regular file, or one of more than `most` bytes.
+
+    What is opened without this check may be a pipe, which blocks, or a device, which has no end.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is no regular file: put a file there")
+    if found.st_size > most:
+        raise UserError(f"{path} has {found.st_size} bytes, more than the {most} that are read: shorten it")
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a regular file in UTF-8."""
+    require_regular(path)
+    return path.read_text(encoding="utf-8")
+
+
+def read_object(path: Path, advice: str = "restore it or remove it") -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      UserError: the file is absent, does not parse, or holds something else than an object; the message gives `advice`.
+    """
+    with understood(path, advice):
+        content = json.loads(read_text(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: {advice}")
+    return content
+
+
+def read_objects(path: Path, advice: str = "restore it or remove it") -> list[dict[str, Any]]:
+    """Returns the objects of a JSONL file, one a line; errors as for `read_object`."""
+    with understood(path, advice):
+        lines = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path} has a line that holds no JSON object: {advice}")
+    return lines
 
 
 def is_free(path: Path) -> bool:

@@ -8,6 +8,7 @@ process writes files. One process is the case that needs none of this, and pays 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import sys
 import threading
@@ -34,6 +35,11 @@ def initialize(config: HostsConfig) -> None:
     """
     environment = os.environ.get
     coordinator = config.coordinator or environment("JAX_COORDINATOR_ADDRESS")
+    if not coordinator and ((config.processes or 1) > 1 or config.process):
+        raise UserError(
+            f"config.hosts names process {config.process} of {config.processes} and no config.hosts.coordinator: "
+            "give ADDRESS:PORT of process 0, or leave both out"
+        )
     if not coordinator or jax.distributed.is_initialized():
         return
     arguments = {}
@@ -49,7 +55,11 @@ def initialize(config: HostsConfig) -> None:
     # The walk itself asks in every iteration whether a process has been told to stop.
     jax.config.update("jax_enable_preemption_service", False)
     bound = config.heartbeat_seconds
-    jax.distributed.initialize(heartbeat_timeout_seconds=bound, shutdown_timeout_seconds=bound, **arguments)
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=bound, shutdown_timeout_seconds=bound, **arguments)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the job of config.hosts does not come together ({reason}): check the coordinator") from None
     if jax.process_count() > 1:
         progressed()
         threading.Thread(target=_watch, args=(config.stall_seconds,), daemon=True).start()
@@ -126,6 +136,23 @@ def gather(values: np.ndarray) -> np.ndarray:
 def any_process(flag: bool) -> bool:
     """Whether `flag` is set in one of the processes; every process must ask."""
     return bool(gather(np.array([flag])).any()) if several() else flag
+
+
+def agree(settings: Mapping[str, str]) -> None:
+    """Checks that all processes were started with the same settings.
+
+    Raises:
+      UserError: another process has other settings; the message names the first that differs.
+    """
+    if not several():
+        return
+    digests = [hashlib.sha256(text.encode()).digest()[:8] for text in settings.values()]
+    own = np.frombuffer(b"".join(digests), np.uint8).reshape(1, -1)
+    everywhere = gather(own).reshape(jax.process_count(), len(settings), 8)
+    for index, name in enumerate(settings):
+        others = [p for p in range(jax.process_count()) if (everywhere[p, index] != everywhere[0, index]).any()]
+        if others:
+            raise UserError(f"process {others[0]} was started with another {name} than process 0: give all the same")
 
 
 def wait() -> None:

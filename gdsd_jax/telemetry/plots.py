@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.telemetry.metrics import METRICS, read_metrics
 
@@ -175,18 +176,16 @@ def _draw(
         axes.legend(fontsize=8, framealpha=0.7)
 
 
-def main(arguments: list[str]) -> int:
-    """Draws the curves of one run; 0, or 2 after a one-line error."""
+def main(arguments: list[str]) -> None:
+    """Draws the curves of one run and prints the path of the picture.
+
+    Raises:
+      UserError: another number of arguments than one, or no metrics to draw.
+    """
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m gdsd_jax.telemetry.plots WORKDIR", file=sys.stderr)
-        return 2
-    try:
-        print(plot_curves(arguments[0]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        raise UserError("usage: python -m gdsd_jax.telemetry.plots WORKDIR")
+    print(plot_curves(arguments[0]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    front.run(lambda: main(sys.argv[1:]))

@@ -53,7 +53,7 @@ class Profile:
         jax.profiler.stop_trace()
         newest = max(self.directory.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         table = markdown(timeline(jax.profiler.ProfileData.from_file(str(newest)).planes))
-        self.file.write_text(table + "\n")
+        self.file.write_text(table + "\n", encoding="utf-8")
         return table
 
     def __enter__(self) -> Profile:

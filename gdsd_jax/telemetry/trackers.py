@@ -88,11 +88,11 @@ class WeightsAndBiases:
         # The name is the run's identity, so that a resumed run continues the same plot.
         identity = workdir / "wandb_id.txt"
         if resume_step is None or resume_step < 0 or not identity.exists():
-            identity.write_text(f"{workdir.resolve().name}-{time.time_ns():x}\n")
+            identity.write_text(f"{workdir.resolve().name}-{time.time_ns():x}\n", encoding="utf-8")
         self._run = import_package(self.package, "wandb").init(
             dir=str(workdir),
             project=os.environ.get("WANDB_PROJECT", "gdsd_jax"),
-            id=identity.read_text().strip(),
+            id=identity.read_text(encoding="utf-8").strip(),
             name=os.environ.get("WANDB_NAME", workdir.resolve().name),
             resume="allow",
         )

@@ -34,7 +34,7 @@ def diverged(workdir: Path, iteration: int, rewarded: Rewarded, tokenizer: Token
         directory.mkdir(parents=True, exist_ok=True)
         np.savez(directory / f"{iteration}.npz", **arrays)
         rows = completion_records(rewarded, tokenizer, range(len(rewarded.completions)))
-        (directory / f"{iteration}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (directory / f"{iteration}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     kept = "there is no checkpoint yet" if latest is None else f"the last good checkpoint is that of iteration {latest}"
     return UserError(
         f"the update of iteration {iteration} is not finite; its batch is in {directory / f'{iteration}.npz'}, {kept}: "

@@ -1,0 +1,171 @@
+"""The front door: how a command ends when something goes wrong, whatever the command.
+
+    what a user can change        one line on stderr, exit code 2
+    Ctrl-C                        "interrupted", exit code 130
+    a reader that has gone away   nothing, exit code 141, as after SIGPIPE
+    a defect of this package      one line that names a saved report, exit code 1
+
+Imports nothing that takes time: it must be there while the rest is still being imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gdsd_jax.runtime.errors import UserError
+
+BUG, BAD_INPUT, INTERRUPTED, NO_READER = 1, 2, 130, 141
+
+# Outcomes of a disk or a path, wherever they strike.
+_DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+    errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
+}  # fmt: skip
+# Of what JAX reports: a text in it, and what can be done.
+_DEVICE_ERRORS = {
+    "RESOURCE_EXHAUSTED": "the memory of the devices is too small: lower config.microbatch_rows, "
+    "config.prompts_per_iteration or config.evaluation.batch_rows, or take more devices",
+    "Unable to initialize backend": "the devices cannot be used: see JAX_PLATFORMS and what else runs on them",
+}
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a command; an exception ends the process as the table above says."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character shows another one.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    threading.excepthook = _in_thread
+    try:
+        main()
+        sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        end(settle(error))
+
+
+def hook(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    """Does the same for what happens while a command is still being imported; a `sys.excepthook`."""
+    os._exit(settle(error))
+
+
+def settle(error: BaseException) -> int:
+    """Says on stderr what happened, and returns the exit code."""
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        say("interrupted")
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        # What is still in the buffers goes nowhere, without a complaint at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return NO_READER
+    reason = fault_of_the_user(error)
+    if reason is not None:
+        say(f"error: {reason}")
+        return BAD_INPUT
+    return _bug(error)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and those that led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def fault_of_the_user(error: BaseException) -> str | None:
+    """Returns what the user can act on, or None where the error is a defect of this package."""
+    if isinstance(error, UserError):
+        return str(error)
+    if disk_is_full(error):
+        return f"the disk is full ({first_line(error)}): make room, then give the same command again to go on"
+    if isinstance(error, OSError) and (error.errno in _DISK_ERRORS or error.filename is not None):
+        return f"{error}: change the path, or make it readable and writable"
+    if isinstance(error, MemoryError):
+        return f"the memory of this machine is too small ({first_line(error)}): lower the numbers of rows"
+    for text, advice in _DEVICE_ERRORS.items():
+        if isinstance(error, RuntimeError) and text in str(error):
+            return f"{advice} ({first_line(error)})"
+    return None
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Returns whether an error, or one that led to it, is that of a disk without room."""
+    return any(
+        (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(text in str(cause) for text in ("No space left on device", "Disk quota exceeded"))
+        for cause in causes(error)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the beginning of what an exception says, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def say(text: str) -> None:
+    """Prints one line on stderr, if anybody still reads it."""
+    with contextlib.suppress(OSError):
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def end(code: int) -> None:
+    """Ends the process with an exit code."""
+    hosts = sys.modules.get("gdsd_jax.runtime.hosts")
+    if hosts is None:
+        raise SystemExit(code)
+    hosts.end(code)
+
+
+def _bug(error: BaseException) -> int:
+    what = f"{type(error).__name__}: {first_line(error)}"
+    report = write_report(error)
+    hosts = sys.modules.get("gdsd_jax.runtime.hosts")
+    if hosts is not None and hosts.several():
+        hosts.leave(f"{what} (all of it is in {report})")
+    say(f"error: this is a defect of gdsd_jax, not of your input: {what}; please send {report}")
+    return BUG
+
+
+def write_report(error: BaseException) -> Path:
+    """Writes `crash-DATE.txt`, in the current directory or else where temporary files go."""
+    jax = sys.modules.get("jax")
+    text = "\n".join(
+        [
+            f"command  {' '.join(sys.orig_argv)}",
+            f"python   {platform.python_version()} on {platform.platform()}",
+            f"jax      {getattr(jax, '__version__', 'not imported')}",
+            "",
+            "".join(traceback.format_exception(error)),
+        ]
+    )
+    name = f"crash-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
+    for directory in (Path.cwd(), Path(tempfile.gettempdir())):
+        try:
+            (directory / name).write_text(text, encoding="utf-8", errors="replace")
+            return directory / name
+        except OSError:
+            continue
+    return Path(os.devnull)
+
+
+def _in_thread(arguments: threading.ExceptHookArgs) -> None:
+    """Says in one line what ended a thread; who waits for the thread's result meets the exception again."""
+    if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
+        say(f"note: a thread ended with {type(arguments.exc_value).__name__}: {first_line(arguments.exc_value)}")

@@ -1,0 +1,104 @@
+"""The front door: every way in which a command can end, and that a traceback is none of them."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gdsd_jax.runtime import front
+from gdsd_jax.runtime.errors import PackageError, UserError
+
+
+def ended(error: BaseException, capfd) -> tuple[int, list[str]]:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        front.run(main)
+    return stop.value.code, capfd.readouterr().err.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def signals(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def caused(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines"),
+        (PackageError("needs x"), 2, "error: needs x"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
+        (caused(ValueError("saving failed"), OSError(errno.ENOSPC, "No space left on device")), 2, "disk is full"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"), 2, "a.json"),
+        (MemoryError(), 2, "memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 2, "config.microbatch_rows"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (caused(ImportError("numpy"), KeyboardInterrupt()), 130, "interrupted"),
+    ],
+)
+def test_what_a_user_can_change_is_one_line(error, code, said, capfd, tmp_path):
+    found, lines = ended(error, capfd)
+    assert found == code and len(lines) == 1 and said in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_defect_is_one_line_and_a_saved_report(capfd, tmp_path):
+    code, lines = ended(ZeroDivisionError("division by zero"), capfd)
+    (report,) = tmp_path.glob("crash-*.txt")
+    assert code == 1 and len(lines) == 1 and str(report) in lines[0] and "ZeroDivisionError" in lines[0]
+    text = report.read_text()
+    assert "Traceback" in text and "raise error" in text and "python   3." in text
+
+
+def test_a_report_goes_elsewhere_where_the_directory_cannot_be_written(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(front.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(front.Path, "cwd", lambda: Path("/proc/self"))
+    code, lines = ended(KeyError("x"), capfd)
+    assert code == 1 and str(tmp_path) in lines[0]
+
+
+def test_a_terminal_of_another_encoding(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    front.run(lambda: print("0.5 ± 0.1 ░"))
+    assert raw.getvalue() == b"0.5 ? 0.1 ?\n"
+
+
+def test_nobody_reads_any_more():
+    """The pipe is closed before the help, longer than a buffer, is printed."""
+    script = "from gdsd_jax.runtime import front; front.run(lambda: print('x' * 10**6))"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == front.NO_READER
+
+
+@pytest.mark.parametrize("command", ["train", "lm_eval", "telemetry.plots", "planning.pods"])
+def test_an_interrupt_while_a_command_is_imported(command, tmp_path):
+    """Sent as soon as the package itself is there: a module that takes its place announces that."""
+    (tmp_path / "numpy.py").write_text("import time; print('here', flush=True); time.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"gdsd_jax.{command}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"here\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert (process.returncode, text) == (front.INTERRUPTED, b"interrupted\n")
