@@ -3,12 +3,11 @@
 Start reading in `gdsd_jax.train`.
 """
 
+import importlib
 import sys
 
 __version__ = "0.1.0"
 
 # `python -m gdsd_jax.COMMAND`: an interrupt while the command is still being imported shows no traceback either.
 if "-m" in sys.orig_argv and "".join(sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]).startswith("gdsd_jax."):
-    from gdsd_jax.runtime import front
-
-    sys.excepthook = front.hook
+    sys.excepthook = lambda *error: importlib.import_module("gdsd_jax.runtime.front").hook(*error)
