@@ -12,7 +12,10 @@ from gdsd_jax.tasks.graders.syntax import parse
 from gdsd_jax.tasks.graders.tokens import Token, Unreadable, flat, tokenize
 from gdsd_jax.tasks.graders.trees import Tree
 
-RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in", "equiv": "=", "approx": "="}
+RELATIONS = {
+    "=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in", "notin": "notin", "equiv": "=",
+    "approx": "=",
+}  # fmt: skip
 _OPENING = {"(", "[", "{", "\\{", "langle", "lfloor", "lceil"}
 _CLOSING = {")", "]", "}", "\\}", "rangle", "rfloor", "rceil"}
 _MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix"}
@@ -104,10 +107,13 @@ def strip(tokens: list[Token]) -> list[Token]:
         while tokens and tokens[0].text in ("=", ":", "*", ".", "\\", "approx", "&", ",", "^"):
             tokens = tokens[1:]
         words = [token.text.lower() for token in tokens[:8]]
-        if "answer" in words and all(token.kind == "word" for token in tokens[: words.index("answer") + 1]):
-            rest = tokens[words.index("answer") + 1 :]
+        lead = words.index("answer") + 1 if "answer" in words else 0
+        if lead and all(token.kind == "word" or token.text == "," for token in tokens[:lead]):
+            rest = tokens[lead:]
             if rest and rest[0].text in ("is", "are", ":", "="):
                 tokens = rest[1:]
+        if len(tokens) > 1 and words[0] in ("option", "choice"):
+            tokens = tokens[1:]
         if len(tokens) > 1 and tokens[0].text == "{" and _matching(tokens, 0) == len(tokens) - 1:
             tokens = tokens[1:-1]
         if len(tokens) == before:
@@ -190,7 +196,7 @@ def _typed(tokens: list[Token]) -> Answer | None:
         joints = [index for index in top if tokens[index].text == sign or (sign == "cup" and _is_cup(tokens, index))]
         if joints:
             return Union(tuple(read_tokens(part) for part in _cut(tokens, joints)), sign)
-    colons = [index for index in top if tokens[index][:2] == ("sign", ":")]
+    colons = [index for index in top if tokens[index][:2] in (("sign", ":"), ("word", "to"))]
     if colons:
         return _ratio(tokens, colons)
     opens = tokens[0].text in _OPENING or tokens[0].text.startswith("begin:")
@@ -286,8 +292,10 @@ def _bracketed(tokens: list[Token]) -> Answer | None:
         items = tuple(read_tokens(part) for part in _cut(inner, separators) if part)
         return Sequence(items, *pair)
     if pair == ("{", "}") and opening != "{":
-        if any(token.text == "|" for token in inner) or any(token[:2] == ("sign", ":") for token in inner):
-            return None
+        bar = next((index for index, token in enumerate(inner) if token[:2] in (("sign", "|"), ("sign", ":"))), None)
+        if bar is not None:  # {x | x > 5}
+            condition = read_tokens(inner[bar + 1 :]) if bar else None
+            return condition if isinstance(condition, (Relation, Sequence)) else None
         return Sequence((read_tokens(inner),), *pair)
     if pair in (("(", ")"), ("{", "}"), ("[", "]")):
         found = read_tokens(strip(inner))
@@ -296,7 +304,9 @@ def _bracketed(tokens: list[Token]) -> Answer | None:
 
 
 def _based(tokens: list[Token]) -> Based | None:
-    """2516_8, 2516_{8}, (2516)_8, 3A_{16}, 11_{\\text{two}}."""
+    """2516_8, 2516_{8}, (2516)_8, 3A_{16}, 11_{\\text{two}}, 2516 (base 8)."""
+    if any(token.kind == "word" and token.text.lower() == "base" for token in tokens):
+        tokens = [token for token in tokens if token.text not in ("(", ")", "{", "}", "_")]
     for index, token in enumerate(tokens):
         if token[:2] == ("sign", "_"):
             digits = flat([part for part in tokens[:index] if part.text not in ("(", ")", "{", "}")])

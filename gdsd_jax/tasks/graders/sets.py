@@ -136,11 +136,13 @@ def _joined(answer: Union) -> RealSet | None:
 
 def _relation(answer: Relation) -> RealSet | None:
     sides, signs = answer.sides, answer.signs
-    if signs == ("in",):
+    if signs in (("in",), ("notin",)):
         found = read(sides[1])
         name = _name(sides[0])
+        if signs == ("notin",) and found is not None:
+            found = _complement(found)
         return None if found is None or name is None else RealSet(found.intervals, name)
-    if "in" in signs or not set(signs) <= _FLIPPED.keys():
+    if not set(signs) <= _FLIPPED.keys():
         return None
     if len(sides) == 2:
         if _constant(sides[0]) and not _constant(sides[1]):

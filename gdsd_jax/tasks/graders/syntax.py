@@ -63,10 +63,18 @@ class _Parser:
     # -- grammar
 
     def whole(self) -> Tree:
-        tree = self.sum()
+        tree = self.chosen()
         if self.next is not _END:
             raise Unreadable(f"{self.next.text} at this place")
         return tree
+
+    def chosen(self) -> Tree:
+        """A sum, or two of them with `choose` between."""
+        tree = self.sum()
+        if not self.is_command("choose"):
+            return tree
+        self.take()
+        return ("function", "binom", tree, self.sum())
 
     def sum(self) -> Tree:
         self.depth += 1
@@ -238,10 +246,7 @@ class _Parser:
 
     def group(self, opening: str) -> Tree:
         bars, self.bars = self.bars, 0
-        tree = self.sum()
-        if self.is_command("choose"):
-            self.take()
-            tree = ("function", "binom", tree, self.sum())
+        tree = self.chosen()
         self.expect(_CLOSING[opening])
         self.bars = bars
         return tree

@@ -84,7 +84,9 @@ _DROPPED = {
     "bm", "pmb", "underline", "boxed", "fbox", "ensuremath", "bold", "mathnormal", "middle", "hfill", "enspace",
     "thinspace", "negthinspace", "space", "nobreak", "allowbreak", "mathop", "mathopen", "mathclose", "mathbin",
     "bfseries", "itshape", "centering", "therefore", "implies", "Rightarrow", "boxtext", "mathstrut", "strut",
+    "scriptsize", "footnotesize", "bbox", "tt", "sf", "sc", "nonumber", "hskip", "mathord", "mathrel",
 }  # fmt: skip
+_LAYOUT = {"aligned", "align", "align*", "equation", "equation*", "gather", "gather*", "gathered", "split", "center"}
 _ARGUMENT_DROPPED = {
     "color", "textcolor", "colorbox", "hspace", "vspace", "phantom", "hphantom", "vphantom", "label", "tag",
 }  # fmt: skip
@@ -117,7 +119,7 @@ UNITS = {
     "square", "per",
 }  # fmt: skip
 _ANSWERS = {
-    "yes", "no", "true", "false", "odd", "even", "none", "all", "red", "if", "is", "not", "for", "than", "the", "so",
+    "yes", "no", "true", "false", "odd", "even", "none", "all", "red", "if", "is", "not", "for", "than", "the", "so", "to",
 }  # fmt: skip
 
 
@@ -127,6 +129,10 @@ _ORDINAL = re.compile(
     r"|(?:st|nd|rd|th)(?![A-Za-z]))"
 )
 _MODULUS = re.compile(r"\(\s*\\?(?:text\{\s*)?mod(?:\s*\})?[\s~]*([0-9]{1,9})\s*\)")
+_TEMPERATURE = re.compile(rf"\\degree\s*(?:{_STYLE}([CFK])\s*\}}|([CFK])(?![A-Za-z]))")
+# The letter x for a multiplication sign: 1.6 x 10^8.
+_TIMES = re.compile(r"(?<=[0-9])(\s{0,3})[xX](?=\s{0,3}10\s?(?:\^|\*\*))")
+_DOTS = re.compile(r"\.\s?\.\s?\.")
 _BRACED_SIGN = re.compile(r"\{\s*([,:;])\s*\}")
 
 
@@ -136,7 +142,8 @@ def translate(text: str) -> str:
         run = f"[{''.join(signs)}]+"
         text = re.sub(run, lambda found: f"{mark}{{{''.join(signs[c] for c in found[0])}}}", text)  # noqa: B023
     text = _DEGREE.sub(r"\\degree ", text.translate(_TABLE))
-    return _MODULUS.sub(r"\\pmod{\1}", _ORDINAL.sub("", text))
+    text = _TIMES.sub(r"\1\\times ", _DOTS.sub(r"\\ldots ", _ORDINAL.sub("", text)))
+    return _TEMPERATURE.sub(r"\\degree ", _MODULUS.sub(r"\\pmod{\1}", text))
 
 
 def tokenize(text: str, loose: bool = True) -> list[Token]:
@@ -169,7 +176,7 @@ class _Lexer:
         while position < len(self.text):
             found = _LEXEME.match(self.text, position)
             position = found.end()
-            if found["environment"]:
+            if found["environment"] and found["name"] not in _LAYOUT:
                 self.add("command", f"{found['environment']}:{found['name']}")
             elif found["command"]:
                 position = self.command(found["command"], position)

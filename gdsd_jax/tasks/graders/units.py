@@ -86,7 +86,7 @@ def _is_unit(tail: list[Token]) -> bool:
     if any(word in SENTENCE or (word in SCALES and SCALES[word] is None) for word in words):
         return False
     return all(
-        token.kind in ("word", "number") or token.written or token.text in _BETWEEN or token.text == "degree"
+        token.kind in ("word", "number") or token.written or token.text in _BETWEEN or token.text in ("degree", *"hsm")
         for token in tail
     )
 
