@@ -238,10 +238,11 @@ def _end_with(connection: Connection) -> None:
 
     The kernel says so by a signal: a process that is killed cannot, and an item may wait for minutes.
     """
-    poller = select.poll()
-    poller.register(connection, select.POLLRDHUP)
 
     def look(number: int, frame: object) -> None:
+        # A poller of its own each time: the signal may come again in the middle, and one poller cannot be asked twice.
+        poller = select.poll()
+        poller.register(connection, select.POLLRDHUP)
         if poller.poll(0):
             os._exit(1)
 
