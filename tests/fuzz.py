@@ -1,5 +1,7 @@
 """Malformed answers without end, for the scores of every task: no exception, no item over its limit, bounded memory.
 
+And no reward above the metric: what the metric calls wrong is never paid for (`PAID`), under the default grader.
+
     python tests/fuzz.py --count 100000 [--tasks sudoku,math] [--seed 0]
     python tests/fuzz.py --tasks code --count 100000 --programs 2000
 
@@ -23,7 +25,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +83,15 @@ CASES = {
     "math": Case(_FRACTION, _FRACTION_RIGHT, _LATEX),
     "math_xml": Case(_FRACTION, _FRACTION_RIGHT, _LATEX),
 }  # fmt: skip
+# The component that pays for a right answer, its full value, the metric, and what a wrong answer may have of it.
+PAID = {
+    "sudoku": ("cells_correct", 1.0, "cells", 0.0),
+    "countdown": ("equation", 1.0, "accuracy", 0.1),
+    "gsm8k": ("correct", 1.0, "accuracy", 0.0),
+    "gsm8k_xml": ("correct", 2.0, "accuracy", 0.0),
+    "math": ("correct", 2.0, "accuracy", 0.0),
+    "math_xml": ("correct", 2.0, "accuracy", 0.0),
+}
 _PROGRAM = (
     "```", "```python\n", "\ndef up(x):\n    return x + 1\n", "\ndef up(x):\n    ", "return ", "up(", "f'{", "\"\"\"",
     "\nwhile True:\n    ", "pass\n", "\nif x:\n", "#", "await ", "lambda:", "\nx = [0] * 9**9\n", "\ndel up\n",
@@ -194,23 +205,37 @@ class Report(NamedTuple):
     failures: list[str]
 
 
+def overpaid(name: str, rewards: Mapping[str, float], metrics: Mapping[str, float]) -> bool:
+    """Whether a reward is above what the metric says."""
+    if name not in PAID:
+        return False
+    component, full, metric, shaping = PAID[name]
+    return rewards[component] / full > max(metrics[metric], shaping) + 1e-6
+
+
 def run(task: Task, case: Case, count: int, seed: int = 0, batch: int = 1000) -> Report:
-    """Scores `count` answers and measures every fourth batch of them; nothing is kept but the failures."""
+    """Scores and measures `count` answers; nothing is kept but the failures."""
     start, slowest, lost, over, failures = time.perf_counter(), 0.0, 0, 0, []
     pool = None if task.limits is None else workers.Workers(task.limits)
     limit = SECONDS if pool is None else task.limits.seconds + workers.GRACE
     stream = answers(case, count, seed)
     for first in range(0, count, batch):
         items = [(next(stream), case.row) for _ in range(first, min(first + batch, count))]
-        parts = [(task.score, task.weights), (task.measure, task.metrics_named)]
-        for function, names in parts[: 2 if first // batch % 4 == 0 else 1]:
+        found = []
+        for function, names in ((task.score, task.weights), (task.measure, task.metrics_named)):
             outcomes = [_here(function, item) for item in items] if pool is None else pool.map(function, items)
+            found.append(outcomes)
             for (text, _), outcome in zip(items, outcomes, strict=True):
                 slowest, lost = max(slowest, outcome.seconds), lost + outcome.lost
                 over += outcome.seconds > limit
                 finite = outcome.values is not None and all(math.isfinite(outcome.values[name]) for name in names)
                 if not finite and not outcome.lost:
                     failures.append(f"{outcome.error or outcome.values}: {text!r:.200}")
+        for (text, _), reward, metric in zip(items, *found, strict=True):
+            # An item that was lost earns 0, and so it may where the metric was lost.
+            measured = metric.values or dict.fromkeys(task.metrics_named, 0.0)
+            if reward.values and overpaid(task.name, reward.values, measured):
+                failures.append(f"paid {reward.values} for {metric.values}: {text!r:.200}")
     if pool is not None:
         pool.close()
     who = resource.RUSAGE_SELF if pool is None else resource.RUSAGE_CHILDREN

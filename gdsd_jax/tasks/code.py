@@ -139,10 +139,11 @@ def read(path: Path, *, sandboxed: bool = True) -> list[Row]:
     """Rows of a local file; UserError where one has none of the three forms, or there is no sandbox to judge with."""
     if sandboxed:
         sandbox.find()
-    return [_row(place, record) for place, record in read_records(path)]
+    return [to_row(place, record) for place, record in read_records(path)]
 
 
-def _row(place: str, record: Row) -> Row:
+def to_row(place: str, record: Row) -> Row:
+    """A row of the task from a record of one of the three forms; UserError, naming the place, where it has none."""
     if "test_list" in record:
         question, tests = column(place, record, "text", "prompt"), column(place, record, "test_list")
         setup, solution = _setup(record), record.get("code") or ""
@@ -215,7 +216,7 @@ TASK = Task(
     template="Write a Python program for this task.\n\n{question}\n\nIt must pass tests such as this one:\n{test}\n\n"
     "Explain your approach briefly, then end with the complete program in one fenced block:\n```python\n```",
     answer_template="```python\n{program}\n```",
-    examples=tuple(_row("a worked example", record) for record in _SHOWN),
+    examples=tuple(to_row("a worked example", record) for record in _SHOWN),
     held_out=_held_out,
     threads=workers.Workers(_PARSING).count,
     graders={PUBLIC: Grader(public_score, public_measure)},

@@ -57,8 +57,8 @@ _TABLE = str.maketrans(
 )
 
 # Separators of thousands that are nothing else, and those that may be a list's comma or a space.
-_THIN = r"(?:,\\!\s?|\{,\}|\\text\{,\}|\\[,:; ]|~)"
-_LOOSE = r"(?:,\\!\s?|\{,\}|\\text\{,\}|\\[,:; ]|~|,|\x20)"
+_THIN = r"(?:,\\!(?:\s|\\\s)?|\{,\}|\\text\{,\}|\\[,:; ]|~)"
+_LOOSE = r"(?:,\\!(?:\s|\\\s)?|\{,\}|\\text\{,\}|\\[,:; ]|~|,|\x20)"
 _GROUPS = {
     loose: re.compile(rf"(?<![0-9.])[0-9]{{1,3}}(?:{separator}[0-9]{{3}})+(?![0-9])")
     for loose, separator in ((False, _THIN), (True, _LOOSE))
@@ -119,7 +119,8 @@ UNITS = {
     "square", "per",
 }  # fmt: skip
 _ANSWERS = {
-    "yes", "no", "true", "false", "odd", "even", "none", "all", "red", "if", "is", "not", "for", "than", "the", "so", "to",
+    "yes", "no", "true", "false", "odd", "even", "none", "all", "red", "if", "is", "not", "for", "than", "the", "so",
+    "to",
 }  # fmt: skip
 
 

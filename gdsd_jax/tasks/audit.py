@@ -1,0 +1,151 @@
+"""Completions under both graders of a task: what each calls right, what training would pay, and where they differ.
+
+    python -m gdsd_jax.tasks.audit --task math --file runs/math/evaluation/evaluation.jsonl
+    python -m gdsd_jax.tasks.audit --task gsm8k --file completions.jsonl --all --limit 500
+
+FILE holds one JSON object a line, or an array of them: `completion` and the fields of its row, as `evaluate` writes
+them, or the row as an object under `row`. Objects with another `task` are left out, those without any count. Where they
+have `right`, the judgement of a person, each grader is held against it too.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.tasks import TASKS, code, resolve
+from gdsd_jax.tasks.data import Row, column, read_records
+from gdsd_jax.tasks.task import PUBLIC, ROBUST, Task, regraded
+
+WIDTH = 60
+
+
+class Item(NamedTuple):
+    """One completion: its place in the file, its row, and whether a person called it right, None where nobody did."""
+
+    place: str
+    completion: str
+    row: Row
+    right: bool | None
+
+
+class Verdict(NamedTuple):
+    """What a grader says of one completion: the task's last metric, and the reward as a share of the full one."""
+
+    metric: float
+    reward: float
+
+    @property
+    def right(self) -> bool:
+        return self.metric == 1.0
+
+
+def read(path: Path, task: Task) -> list[Item]:
+    """The task's completions of a file; UserError where it has none."""
+    items = []
+    for place, record in read_records(path):
+        if record.get("task") not in (None, task.name):
+            continue
+        row = column(place, record, "row") if "row" in record else record
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: row must be an object")
+        if task.name.startswith("code") and "tests" not in row:
+            row = code.to_row(place, row)
+        completion = str(column(place, record, "completion"))
+        right = record.get("right")
+        items.append(Item(place.rpartition(", ")[2], completion, row, right if isinstance(right, bool) else None))
+    if not items:
+        raise UserError(f"{path} has no completion of the task {task.name}: change --task or --file")
+    return items
+
+
+def judge(task: Task, items: Sequence[Item]) -> list[Verdict]:
+    """The verdicts of the task's grader."""
+    completions, rows = [item.completion for item in items], [item.row for item in items]
+    metric = np.nan_to_num(task.metrics(completions, rows)[task.metrics_named[-1]])
+    reward = task.reward(completions, rows) / full_reward(task)
+    return [Verdict(float(one), float(other)) for one, other in zip(metric, reward, strict=True)]
+
+
+def full_reward(task: Task) -> float:
+    """The reward of a right answer in the right form, that of the task's own worked example."""
+    example = task.examples[0]
+    answer = task.answer(example)
+    return float(task.reward([f"It is so.\n{answer}" if task.name.startswith("code") else answer], [example])[0]) or 1.0
+
+
+def differing(robust: Verdict, public: Verdict) -> bool:
+    """Whether the graders differ on what is right, or the public reward pays in full for what is wrong."""
+    return robust.right != public.right or (public.reward >= 1 and not robust.right)
+
+
+def report(
+    items: Sequence[Item], robust: Sequence[Verdict], public: Sequence[Verdict], *, show_all: bool, limit: int
+) -> str:
+    """The lines of the report: completions, then counts."""
+    lines = [f"{'place':>12}  {'robust':>6} {'reward':>6}  {'public':>6} {'reward':>6}  answer"]
+    chosen = [index for index in range(len(items)) if show_all or differing(robust[index], public[index])]
+    for index in chosen[:limit]:
+        figures = "  ".join(f"{one.metric:6.2f} {one.reward:6.2f}" for one in (robust[index], public[index]))
+        lines.append(f"{items[index].place:>12}  {figures}  {_shown(items[index])}")
+    if len(chosen) > limit:
+        lines.append(f"... and {len(chosen) - limit} more: raise --limit")
+    count = len(items)
+    wrong_paid = sum(two.reward >= 1 and not one.right for one, two in zip(robust, public, strict=True))
+    lines += [
+        "",
+        f"{count} completions; right: robust {_count(robust)}, public {_count(public)}; "
+        f"the graders differ on {sum(map(differing, robust, public))}",
+        f"the public reward pays in full for {wrong_paid} that the robust grader calls wrong",
+    ]
+    judged = [index for index, item in enumerate(items) if item.right is not None]
+    for name, verdicts in ((ROBUST, robust), (PUBLIC, public)) if judged else ():
+        agreed = sum(verdicts[index].right == items[index].right for index in judged)
+        wrong = [verdicts[index] for index in judged if not items[index].right]
+        accepted, paid = sum(one.right for one in wrong), sum(one.reward >= 1 for one in wrong)
+        lines.append(
+            f"{name}: {agreed} of {len(judged)} as judged; "
+            f"of {len(wrong)} wrong ones {accepted} accepted, {paid} paid in full"
+        )
+    return "\n".join(lines)
+
+
+def _count(verdicts: Sequence[Verdict]) -> int:
+    return sum(verdict.right for verdict in verdicts)
+
+
+def _shown(item: Item) -> str:
+    gold = item.row.get("answer", item.row.get("target", item.row.get("solution", "")))
+    end = item.completion.strip()[-WIDTH:]
+    return f"{json.dumps(end, ensure_ascii=False)} for {json.dumps(gold, ensure_ascii=False)[:WIDTH]}"
+
+
+def audit(name: str, path: Path, **settings: Any) -> str:
+    """The report on a file; UserError where the task has one grader only, or the file is not as it should be."""
+    task = resolve(name)
+    public = regraded(task, PUBLIC)
+    items = read(path, task)
+    return report(items, judge(task, items), judge(public, items), **settings)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}, or package.module:NAME")
+    parser.add_argument("--file", type=Path, required=True, help="completions with their rows")
+    parser.add_argument("--all", action="store_true", help="print every completion, not only where the graders differ")
+    parser.add_argument("--limit", type=int, default=50, help="completions to print")
+    flags = parser.parse_args(arguments)
+    try:
+        print(audit(flags.task, flags.file, show_all=flags.all, limit=flags.limit))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
