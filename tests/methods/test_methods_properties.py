@@ -421,7 +421,7 @@ def test_files_of_methods_stay_short_and_open_with_their_equation():
     ],
 )
 def test_precursors_of_a_collapse_name_the_setting_to_look_at(metrics, named):
-    lines = precursors(metrics)
+    lines = precursors(metrics).values()
     assert len(lines) == len(named) and all(name in line for name, line in zip(named, lines, strict=True))
 
 
