@@ -73,7 +73,7 @@ def compare(
     start = evaluated_start(config, workdir / ("before" if host_index == 0 else f"before{host_index}"))
 
     def report() -> dict[str, Any]:
-        return write_report(config, workdir, plan, methods, metric, start, draft=f".{host_index}.")
+        return write_report(config, workdir, plan, methods, metric, start, writer=f"{host_index}.")
 
     mine = plan[host_index::host_count]
     for number, (run, directory) in enumerate(mine, start=1):

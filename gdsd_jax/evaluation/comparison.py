@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.evaluation import reports
 from gdsd_jax.evaluation.statistics import interval
+from gdsd_jax.runtime.files import replacing
 from gdsd_jax.telemetry.metrics import read_metrics
 from gdsd_jax.telemetry.plots import COLOURS
 
@@ -126,12 +127,12 @@ def write_report(
     metric: str,
     start: dict[str, Any],
     *,
-    draft: str = ".",
+    writer: str = "",
 ) -> dict[str, Any]:
     """Writes table and figure from whatever runs of the plan are in, and returns the table.
 
     Args:
-      draft: prefix of the files while they are written, another one on each host.
+      writer: name of this host, where several write the same files.
     """
     outcomes: dict[str, list] = {method: [] for method in methods}
     curves: dict[str, list] = {method: [] for method in methods}
@@ -152,16 +153,14 @@ def write_report(
         "methods": summarise(outcomes),
     }
 
-    def write(name: str, save: Callable[[Path], Any]) -> None:
-        path = workdir / (draft + name)
-        save(path)
-        path.replace(workdir / name)
-
     workdir.mkdir(parents=True, exist_ok=True)
-    write(TABLE_JSON, lambda path: path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8"))
-    write(TABLE_MD, lambda path: path.write_text(markdown(table), encoding="utf-8"))
+    with replacing(workdir / TABLE_JSON, writer=writer) as draft:
+        draft.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    with replacing(workdir / TABLE_MD, writer=writer) as draft:
+        draft.write_text(markdown(table), encoding="utf-8")
     if table["runs_in"]:
-        write(CURVES, lambda path: draw(path, table, curves, config.evaluation.split))
+        with replacing(workdir / CURVES, writer=writer) as draft:
+            draw(draft, table, curves, config.evaluation.split)
     return table
 
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from gdsd_jax.diffusion import SamplerConfig, sample
@@ -25,6 +24,8 @@ from gdsd_jax.evaluation.completions import Completed, Part, judge
 from gdsd_jax.evaluation.policy import Policy
 from gdsd_jax.evaluation.reports import markdown
 from gdsd_jax.evaluation.statistics import mean_and_error
+from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.files import write_text
 from gdsd_jax.runtime.transfer import fetch, put, seed_key
 from gdsd_jax.training.rollout import Prompts
 
@@ -123,7 +124,7 @@ def run(policy: Policy, parts: Sequence[Part], output: Path, *, batch_rows: int,
         found = compare(policy, part, batch_rows=min(batch_rows, len(part.prompts.rows)), seed=seed)
         rows += found
         tables.append(table(found))
-        if jax.process_index() == 0:
-            (output / "decoding.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            (output / "decoding.md").write_text("\n".join(tables), encoding="utf-8")
+        if hosts.first():
+            write_text(output / "decoding.json", json.dumps(rows, indent=1) + "\n")
+            write_text(output / "decoding.md", "\n".join(tables))
     return "\n".join(tables)

@@ -12,6 +12,7 @@ import rich.table
 
 from gdsd_jax.evaluation.statistics import paired
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import replacing, write_text
 from gdsd_jax.telemetry.plots import COLOURS
 
 SUMMARY, TABLE, FIGURE, COMPLETIONS = (f"evaluation.{kind}" for kind in ("json", "md", "png", "jsonl"))
@@ -22,12 +23,11 @@ def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None
     """Writes the four files, each at once or not at all."""
     title, header, body = describe(summary), *_grid(summary)
     legend = "Mean ± standard error of the mean over rows; in parentheses the denoising steps."
-    _replace(directory / COMPLETIONS, "".join(json.dumps(record) + "\n" for record in records))
-    _replace(directory / TABLE, f"{title}\n\n{markdown(header, body, left=2)}\n\n{legend}\n")
-    draft = directory / f".{FIGURE}"
-    draw(draft, summary)
-    draft.replace(directory / FIGURE)
-    _replace(directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_text(directory / COMPLETIONS, "".join(json.dumps(record) + "\n" for record in records))
+    write_text(directory / TABLE, f"{title}\n\n{markdown(header, body, left=2)}\n\n{legend}\n")
+    with replacing(directory / FIGURE) as draft:
+        draw(draft, summary)
+    write_text(directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -130,8 +130,8 @@ def compare(directory: Path, other: Path) -> str:
     titles = f"this: {describe(summaries[0])}\n\nother: {describe(summaries[1])}"
     legend = "better, worse: items on which this does so. p: McNemar's exact test, for metrics that are 0 or 1."
     text = f"{titles}\n\n{markdown(header, body, left=3)}\n\n{legend}\n"
-    _replace(directory / f"{COMPARISON}.json", json.dumps({"other": str(other), "results": found}, indent=1) + "\n")
-    _replace(directory / f"{COMPARISON}.md", text)
+    write_text(directory / f"{COMPARISON}.json", json.dumps({"other": str(other), "results": found}, indent=1) + "\n")
+    write_text(directory / f"{COMPARISON}.md", text)
     return text
 
 
@@ -163,9 +163,3 @@ def _values(directory: Path, summary: dict[str, Any]) -> dict[tuple[str, int], d
             name: np.array([record[name] for record in own]).reshape(entry["count"], -1).mean(axis=1) for name in names
         }
     return found
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

@@ -21,6 +21,7 @@ from gdsd_jax.evaluation.policy import Policy, load_policy
 from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import replacing
 from gdsd_jax.runtime.transfer import fetch, seed_key
 from gdsd_jax.tasks import resolve
 from gdsd_jax.telemetry.progress import Progress
@@ -244,9 +245,8 @@ def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
     if hosts.first():
         path.parent.mkdir(parents=True, exist_ok=True)
         # Anew, without a last line that a kill cut short.
-        draft = path.with_name(f".{path.name}")
-        draft.write_bytes(b"".join(line + b"\n" for line in whole or [json.dumps(wanted).encode()]))
-        draft.replace(path)
+        with replacing(path) as draft:
+            draft.write_bytes(b"".join(line + b"\n" for line in whole or [json.dumps(wanted).encode()]))
     batches: dict[str, list[Completed]] = {}
     for line in lines[1:]:
         batches.setdefault(line["part"], []).append(Completed(line["texts"], line["kl"]))

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import jax
 
+from gdsd_jax.runtime.files import replacing
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -48,9 +50,8 @@ def compile_program(lowered: jax.stages.Lowered, topology: str) -> Compiled:
     found = _compile(lowered)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_bytes(gzip.compress(json.dumps(found._asdict()).encode()))
-        draft.replace(path)
+        with replacing(path) as draft:
+            draft.write_bytes(gzip.compress(json.dumps(found._asdict()).encode()))
     return found
 
 

@@ -119,5 +119,5 @@ def check_disk(directory: Path, needed: int, purpose: str) -> None:
 
 def refuse_existing(directory: Path, flag: str = "--workdir") -> None:
     """Raises UserError if `directory` holds something."""
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    if not is_free(directory):
         raise UserError(f"{directory} is not empty: choose another {flag} or remove it")

@@ -15,6 +15,7 @@ import numpy as np
 
 from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import replacing
 from gdsd_jax.telemetry.metrics import METRICS, read_metrics
 
 if TYPE_CHECKING:
@@ -118,9 +119,8 @@ def plot_curves(workdir: str | os.PathLike) -> Path:
         if index + columns >= len(drawn):
             axes.set_xlabel("step")
     path = Path(workdir) / CURVES
-    draft = path.with_name("." + path.name)
-    figure.savefig(draft, format="png")
-    draft.replace(path)
+    with replacing(path) as draft:
+        figure.savefig(draft, format="png")
     return path
 
 
