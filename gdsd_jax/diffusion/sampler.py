@@ -111,7 +111,7 @@ def _finished(config: DenoiserConfig, completion: Array) -> Array:
     return jnp.any((completion == config.eos_token_id) & (masked_before == 0), axis=1)
 
 
-def _passes(
+def passes(
     config: DenoiserConfig, settings: SamplerConfig, tokens: Array, prompt_mask: Array | None
 ) -> tuple[Array, Array | None]:
     """The rows that the denoiser sees, [B, T] or, with guidance, [2B, T]: the two passes of a row stand together."""
@@ -211,7 +211,7 @@ def compiled_sample(
 
     def exact_step(state: _State) -> _State:
         with jax.named_scope("denoise"):
-            inputs, mask = _passes(config, settings, state.tokens, prompt_mask)
+            inputs, mask = passes(config, settings, state.tokens, prompt_mask)
             read = hidden_states_at(config, base, lora, inputs, prompt_mask=mask)
             first, _ = region(settings, state.block)
         return commit(state, lambda place: read(prompt_length + first + place))
@@ -219,12 +219,12 @@ def compiled_sample(
     def refreshed_steps(state: _State) -> _State:
         """A full step, and the cached ones up to the next. The cache is a constant of their loop, never copied."""
         with jax.named_scope("refresh"):
-            inputs, mask = _passes(config, settings, state.tokens, prompt_mask)
+            inputs, mask = passes(config, settings, state.tokens, prompt_mask)
             hidden, cache = refresh(config, base, lora, inputs, mask, state.block, settings)
 
         def cached_step(state: _State) -> _State:
             with jax.named_scope("denoise"):
-                inputs, _ = _passes(config, settings, state.tokens, prompt_mask)
+                inputs, _ = passes(config, settings, state.tokens, prompt_mask)
                 read = cached_states_at(config, base, lora, hidden, cache, inputs, mask, state.block, settings)
             return commit(state, read)
 

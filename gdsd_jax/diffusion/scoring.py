@@ -39,6 +39,10 @@ class Views:
     weights: Any
     sources: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
+    def read(self, *arguments: Any, **options: Any) -> dict:
+        """How views of this kind are read; arguments as for `read_views`."""
+        return _read_chosen(*arguments, **options)
+
 
 def read_views(
     config: DenoiserConfig,
@@ -63,6 +67,23 @@ def read_views(
     Returns:
       `{read: [R, B, L] float32}`.
     """
+    options = {"prompt_mask": prompt_mask, "dropout_key": dropout_key, "chunk": chunk}
+    return views.read(config, base, lora, tokens, views, reads, **options)
+
+
+def _read_chosen(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    views: Views,
+    reads: tuple,
+    *,
+    prompt_mask: Array | None,
+    dropout_key: Array | None,
+    chunk: int,
+) -> dict:
+    """One read of each token and source, from the first pass of the source that masks it."""
     passes, rows, total = views.masked.shape
     length = views.weights.shape[-1]
     # The passes of a row stand together, and so on one device.
@@ -167,7 +188,7 @@ def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bo
     def step(carry: tuple, rows: Array, _: Array) -> tuple:
         highest, total, weighted, pulled = carry
         rows = rows.astype(hidden.dtype)
-        z = _logits(hidden, rows, hidden.dtype, precision)
+        z = chunk_logits(hidden, rows, hidden.dtype, precision)
         new = jnp.maximum(highest, jnp.max(z, axis=-1))
         weights, kept = jnp.exp(z - new[..., None]), jnp.exp(highest - new)
         total = kept * total + jnp.sum(weights, axis=-1)
@@ -181,7 +202,7 @@ def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bo
             pulled = kept[..., None] * pulled + rows
         return new, total, weighted, pulled
 
-    highest, total, weighted, pulled = _over_chunks(step, start, head, chunk)
+    highest, total, weighted, pulled = over_chunks(step, start, head, chunk)
     normaliser, mean_logit = highest + jnp.log(total), weighted / total
     mean_row = pulled / total[..., None] if pull else None
     return normaliser, ops.sum_of_products(hidden, mean_row) if by_row else mean_logit, mean_row
@@ -215,7 +236,7 @@ target_and_normaliser.defvjp(_target_and_normaliser_forward, _target_and_normali
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _logits(hidden: Float[Array, "*N D"], rows: Float[Array, "C D"], dtype: Any, precision: Any) -> Array:
+def chunk_logits(hidden: Float[Array, "*N D"], rows: Float[Array, "C D"], dtype: Any, precision: Any) -> Array:
     """Logits `[*N, C]` in float32 of factors that are cast to `dtype`; gradients have the dtypes of the arguments."""
     z = jnp.einsum(
         "...d,vd->...v", hidden.astype(dtype), rows.astype(dtype),
@@ -225,7 +246,7 @@ def _logits(hidden: Float[Array, "*N D"], rows: Float[Array, "C D"], dtype: Any,
 
 
 def _logits_forward(hidden: Array, rows: Array, dtype: Any, precision: Any) -> tuple[Array, tuple]:
-    return _logits(hidden, rows, dtype, precision), (hidden, rows)
+    return chunk_logits(hidden, rows, dtype, precision), (hidden, rows)
 
 
 def _logits_backward(dtype: Any, precision: Any, saved: tuple, gradient: Array) -> tuple[Array, Array]:
@@ -238,7 +259,7 @@ def _logits_backward(dtype: Any, precision: Any, saved: tuple, gradient: Array) 
     return of_hidden.astype(hidden.dtype), of_rows.astype(rows.dtype)
 
 
-_logits.defvjp(_logits_forward, _logits_backward)
+chunk_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def _vocabulary_statistics(
@@ -257,7 +278,7 @@ def _vocabulary_statistics(
     wide = hidden.astype(jnp.float32)
 
     def step(carry: dict, rows: Array, ids: Array) -> dict:
-        z = _logits(wide, rows, dtype, precision)
+        z = chunk_logits(wide, rows, dtype, precision)
         new = {"target": carry["target"] + jnp.sum(jnp.where(ids == targets[..., None], z, 0.0), axis=-1)}
         new["log_normaliser"] = jnp.logaddexp(carry["log_normaliser"], jax.nn.logsumexp(z, axis=-1))
         kept = jnp.exp(carry["log_normaliser"] - new["log_normaliser"]) * carry["mean_logit"]
@@ -267,10 +288,10 @@ def _vocabulary_statistics(
             new["top"] = jax.lax.top_k(jnp.concatenate([carry["top"], best], axis=-1), top_k)[0]
         return new
 
-    return _over_chunks(step, start, head, chunk)
+    return over_chunks(step, start, head, chunk)
 
 
-def _over_chunks(step: Callable[[Any, Array, Array], Any], carry: Any, head: Float[Array, "V D"], chunk: int) -> Any:
+def over_chunks(step: Callable[[Any, Array, Array], Any], carry: Any, head: Float[Array, "V D"], chunk: int) -> Any:
     """Folds `step(carry, rows, their ids)` over chunks of the head's rows."""
     vocab, width = head.shape
     if chunk >= vocab:

@@ -1,0 +1,314 @@
+"""The exact log-probability of a rollout: that every step commits just the tokens and positions that it committed.
+
+    log pi(trajectory) = sum_s log P(U_s, y_U | state before s)
+
+Each factor is computable with one forward pass (`gdsd_jax.diffusion.order`), for every strategy, schedule, block,
+temperature, cut and threshold of the sampler. It is the probability of the completion together with the order in which
+it came about; that of the completion alone is a sum over orders.
+
+K views, B rows, L completion tokens, T = P + L tokens, S positions of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at
+from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.order import NEVER, Walk, drawn_log_prob, proposal, step_log_prob
+from gdsd_jax.diffusion.sampler import Rollout, passes
+from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, Views, chunk_logits, over_chunks
+from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig, scheduled_count, time_shares
+from gdsd_jax.runtime.errors import UserError
+
+STEP_READS = ("step_log_prob", "proposal_log_prob", "log_prob", "entropy", "entropy_value")
+
+
+@flax.struct.dataclass
+class StepViews(Views):
+    """What a sampler saw before some of its steps; each view is a single pass, read by itself.
+
+    Reads are those of `STEP_READS`. "step_log_prob" adds up to the log-probability of the step over its positions,
+    "proposal_log_prob" is the log-probability at which a committed token is drawn, with temperature and cuts; the
+    others speak of the plain distribution. All are 0 at positions that the step does not commit, but for
+    "step_log_prob", which speaks of those that it leaves masked too.
+
+    Attributes:
+      step: `[K, B]` int32, the steps. A step that commits nothing reads 0.
+      commit_step: `[1, B, L]` int32.
+      sampler: static, its settings.
+      at_once: static, views whose activations exist at one time; None: all. A gradient recomputes the others.
+    """
+
+    step: Any = None
+    commit_step: Any = None
+    sampler: SamplerConfig | None = flax.struct.field(pytree_node=False, default=None)
+    at_once: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def read(self, *arguments: Any, **options: Any) -> dict:
+        return _read_steps(*arguments, **options)
+
+
+def step_views(
+    commit_step: Int[Array, "B L"],
+    step: Int[Array, "K B"],
+    prompt_length: int,
+    sampler: SamplerConfig,
+    *,
+    at_once: int | None = None,
+) -> StepViews:
+    """The states before `step`, weighing 1 where a step commits a token."""
+    masked = masking.behind_prompt(commit_step >= step[..., None], prompt_length)
+    weights = (commit_step == step[..., None]).astype(jnp.float32)
+    sources = tuple((index,) for index in range(step.shape[0]))
+    return StepViews(masked, weights, sources, step, commit_step[None], sampler, at_once)
+
+
+def trajectory_log_prob(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    rollout: Rollout,
+    prompt_mask: Array | np.ndarray | None,
+    settings: SamplerConfig,
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    steps_at_once: int = 1,
+) -> Float[Array, "B steps"]:
+    """Log-probability of each step of a rollout, in nats; 0 for steps that were not taken or had nothing to commit.
+
+    Differentiable in `base` and `lora`. The sum over steps is the log-probability of completions and commit steps. It
+    is -inf where the policy could not have made the step, which rounding brings about too: of two candidates within it
+    of each other either may rank first, and a token may be cut. One forward pass a step, none where no row commits.
+
+    Args:
+      rollout: of `sample` with these settings; all rows of the batch, as they decide together when it stops.
+      prompt_mask: `[B, P]`, True on real tokens, as for `sample`.
+      chunk: vocabulary entries whose logits exist at one time.
+      steps_at_once: steps that share a forward pass; a gradient recomputes one such pass after the other.
+
+    Returns:
+      `[B, SamplerConfig.step_limit]`, that is `settings.steps` unless blocks may take more.
+
+    Raises:
+      UserError: settings under which no likelihood is defined or computed here.
+    """
+    check_defined(settings)
+    expected = (rollout.tokens.shape[0], settings.completion_length)
+    if rollout.commit_step.shape != expected:
+        raise UserError(
+            f"rollout.commit_step has shape {rollout.commit_step.shape}, the settings expect {expected}; "
+            "pass the SamplerConfig that the rollout was sampled with"
+        )
+    return _compiled(config, base, lora, rollout, prompt_mask, settings, chunk, steps_at_once)
+
+
+def check_defined(settings: SamplerConfig) -> None:
+    """Raises UserError where the probability of a trajectory is not defined, or not that of the recorded steps."""
+    exact = settings.cache == "none" or settings.refresh_every == 1
+    for wrong, message in (
+        (
+            not settings.forbid_mask,
+            "forbid_mask=False lets a position be written again, and only the last write of each is recorded; "
+            "set config.sampler.forbid_mask=True",
+        ),
+        (
+            settings.temperature == 0,
+            "temperature 0 draws nothing, so that a completion has probability 1 or 0; set config.sampler.temperature "
+            "above 0",
+        ),
+        (
+            not exact,
+            f"cache={settings.cache!r} decodes from keys and values of earlier steps, which are not recorded; set "
+            "config.sampler.cache='none', or refresh_every=1",
+        ),
+    ):
+        if wrong:
+            raise UserError(f"the likelihood of a rollout is not defined here: {message}")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "chunk", "steps_at_once"))
+def _compiled(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    rollout: Rollout,
+    prompt_mask: Array | np.ndarray | None,
+    settings: SamplerConfig,
+    chunk: int,
+    steps_at_once: int,
+) -> Array:
+    rows = rollout.commit_step.shape[0]
+    prompt_length = rollout.tokens.shape[1] - settings.completion_length
+    steps = jnp.broadcast_to(jnp.arange(settings.step_limit)[:, None], (settings.step_limit, rows))
+    views = step_views(rollout.commit_step, steps, prompt_length, settings, at_once=steps_at_once)
+    options = {"prompt_mask": prompt_mask, "dropout_key": None, "chunk": chunk}
+    read = _read_steps(config, base, lora, rollout.tokens, views, ("step_log_prob",), **options)
+    return jnp.sum(read["step_log_prob"], axis=-1).T + schedule_log_prob(rollout.commit_step, settings)
+
+
+def schedule_log_prob(commit_step: Int[Array, "B L"], settings: SamplerConfig) -> Float[Array, "B steps"]:
+    """Log-probability of the number of tokens that each step commits: 0 or -inf, or with `origin` that of its coins.
+
+    Threshold and factor have no schedule: 0.
+    """
+    limit, per_block = settings.step_limit, settings.steps_per_block
+    step = jnp.arange(limit)
+    if settings.threshold is not None or settings.factor is not None:
+        return jnp.zeros((commit_step.shape[0], limit), jnp.float32)
+    block, inside = step // per_block, step % per_block
+    in_block = jnp.arange(settings.completion_length) // settings.block_length == block[:, None]
+    now = commit_step[:, None, :] == step[:, None]
+    masked = jnp.sum(in_block & (commit_step[:, None, :] >= step[:, None]), axis=-1)
+    count = jnp.sum(now & in_block, axis=-1)
+    last, strategy = inside == per_block - 1, STRATEGIES[settings.strategy]
+    if strategy.independent:
+        share = time_shares(settings)[inside]
+        coins = count * jnp.log(share) + (masked - count) * jnp.log1p(-share)
+        log_prob = jnp.where(last, jnp.where(count == masked, 0.0, -jnp.inf), coins)
+    else:
+        expected = scheduled_count(settings, masked.astype(jnp.float32), inside)
+        if strategy.timed:
+            expected = jnp.where(last, masked, expected)
+        log_prob = jnp.where(count == jnp.minimum(expected, masked), 0.0, -jnp.inf)
+    # The sampler stops after the step that finishes the last row.
+    written = jnp.where(commit_step < limit, commit_step, -1)
+    taken = step <= jnp.max(written) if settings.stop_at_eos else step >= 0
+    astray = jnp.any(now & ~in_block, axis=-1)
+    return jnp.where(taken & (block < settings.blocks), jnp.where(astray, -jnp.inf, log_prob), 0.0)
+
+
+def _read_steps(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    views: StepViews,
+    reads: tuple,
+    *,
+    prompt_mask: Array | None,
+    dropout_key: Array | None,
+    chunk: int,
+) -> dict:
+    """`read_views` for `StepViews`: only the active block of each step is read."""
+    count, at_once = views.step.shape[0], views.at_once or views.step.shape[0]
+    size = next(n for n in range(min(at_once, count), 0, -1) if count % n == 0)
+    read = functools.partial(_read_some, config, base, lora, tokens, views, reads, prompt_mask, chunk)
+    if size == count:
+        return read(views.masked, views.step, dropout_key)
+
+    def some(piece: tuple) -> tuple:
+        masked, step, index = piece
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        found = jax.eval_shape(read, masked, step, key)
+        nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tuple(found[name] for name in reads))  # noqa: E731
+        full = lambda: tuple(read(masked, step, key)[name] for name in reads)  # noqa: E731
+        return jax.lax.cond(jnp.any(views.commit_step == step[..., None]), full, nothing)
+
+    cut = lambda x: x.reshape(count // size, size, *x.shape[1:])  # noqa: E731
+    pieces = cut(views.masked), cut(views.step), jnp.arange(count // size)
+    found = jax.lax.map(jax.checkpoint(some), pieces)
+    return {name: value.reshape(count, *value.shape[2:]) for name, value in zip(reads, found, strict=True)}
+
+
+def _read_some(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Array,
+    views: StepViews,
+    reads: tuple,
+    prompt_mask: Array | None,
+    chunk: int,
+    masked: Array,
+    step: Array,
+    dropout_key: Array | None,
+) -> dict:
+    """The reads, `[c, B, L]`, of `masked` [c, B, T] before `step` [c, B], in one forward pass."""
+    settings, length = views.sampler, views.commit_step.shape[-1]
+    (count, rows, total), size = masked.shape, settings.block_length
+    commits = views.commit_step == step[..., None]
+    start = jnp.argmax(commits, axis=-1) // size * size
+    place = start[..., None] + jnp.arange(size)
+    at_block = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, (count, rows, length)), place, axis=-1)  # noqa: E731
+    committed, target = at_block(commits), at_block(tokens[:, total - length :])
+    # A row that commits nothing has no active block.
+    eligible = at_block(masked[:, :, total - length :]) & jnp.any(commits, axis=-1, keepdims=True)
+
+    # The views of a row stand together, and with guidance the two passes of a view.
+    noisy = jnp.moveaxis(jnp.where(masked, config.mask_token_id, tokens), 0, 1).reshape(rows * count, total)
+    real = None if prompt_mask is None else jnp.repeat(prompt_mask.astype(bool), count, axis=0)
+    noisy, real = passes(config, settings, noisy, real)
+    guided = noisy.shape[0] // (rows * count)
+    at = jnp.repeat(jnp.moveaxis(place, 0, 1).reshape(rows * count, size), guided, axis=0)
+    read = hidden_states_at(config, base, lora, noisy, prompt_mask=real, dropout_key=dropout_key)
+    hidden = read(total - length + at).reshape(rows, count, guided, size, -1)
+    walk = vocabulary_walk(config, base, jnp.transpose(hidden, (2, 1, 0, 3, 4)), settings, chunk)
+    values = step_reads(walk, target, committed, eligible, settings, config.vocab_size, reads)
+    inside = jnp.arange(length) - start[..., None]
+    spread = lambda x: jnp.take_along_axis(x, jnp.clip(inside, 0, size - 1), axis=-1)  # noqa: E731
+    return {name: jnp.where((inside >= 0) & (inside < size), spread(x), 0.0) for name, x in values.items()}
+
+
+def step_reads(
+    walk: Walk,
+    target: Array,
+    committed: Array,
+    eligible: Array,
+    settings: SamplerConfig,
+    vocab_size: int,
+    reads: tuple,
+    dtype: Any = jnp.float32,
+) -> dict:
+    """`STEP_READS` `[..., S]` from a walk over logits, see `gdsd_jax.diffusion.order`."""
+    out = {}
+    if "step_log_prob" in reads:
+        arguments = (walk, target, committed, eligible, settings, vocab_size, dtype)
+        out["step_log_prob"], found = step_log_prob(*arguments)
+    else:
+        found = proposal(walk, target, settings, vocab_size, dtype)
+    at_committed = lambda x: jnp.where(committed, x, 0.0)  # noqa: E731
+    if "proposal_log_prob" in reads:
+        out["proposal_log_prob"] = at_committed(drawn_log_prob(found, settings))
+    if "log_prob" in reads:
+        out["log_prob"] = at_committed(found.logit - found.plain)
+    if {"entropy", "entropy_value"} & set(reads):
+
+        def step(total: Array, z: Array, _: Array) -> Array:
+            difference = z - found.plain[..., None]
+            return total - jnp.sum(jnp.where(z > NEVER / 2, jnp.exp(difference) * difference, 0.0), axis=-1)
+
+        entropy = at_committed(walk(step, jnp.zeros(target.shape, dtype)))
+        out |= {"entropy": entropy, "entropy_value": jax.lax.stop_gradient(entropy)}
+    return {name: out[name] for name in reads}
+
+
+def vocabulary_walk(
+    config: DenoiserConfig, base: Any, hidden: Float[Array, "G K B S D"], settings: SamplerConfig, chunk: int
+) -> Walk:
+    """A walk over the logits of hidden states, conditional and with guidance unconditional; banned tokens are `NEVER`.
+
+    The backward pass recomputes each chunk's logits.
+    """
+    head = head_weights(config, base)
+    precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
+    banned = jnp.asarray((*settings.suppress, *[config.mask_token_id] * settings.forbid_mask), jnp.int32)
+    wide = hidden.astype(jnp.float32)
+
+    def walk(step: Any, start: Any) -> Any:
+        def one(carry: Any, rows: Array, ids: Array) -> Any:
+            z, *others = (chunk_logits(h, rows, hidden.dtype, precision) for h in wide)
+            for unconditional in others:
+                z = unconditional + (settings.cfg_scale + 1) * (z - unconditional)
+            return step(carry, jnp.where(jnp.isin(ids, banned), NEVER, z), ids)
+
+        return over_chunks(one, start, head, chunk)
+
+    return walk
