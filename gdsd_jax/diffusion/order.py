@@ -21,7 +21,7 @@ S positions that a step looks at, V vocabulary, N nodes of an integral. What a f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Proposal(NamedTuple):
     best: Array
 
 
-def proposal(walk: Walk, target: Array, settings: SamplerConfig, vocab_size: int, dtype: jnp.dtype) -> Proposal:
+def proposal(walk: Walk, target: Array, settings: SamplerConfig, vocab_size: int, dtype: Any) -> Proposal:
     """Reads the distributions, and the logits of `target` [..., S]."""
     heat = settings.temperature
     top_k = settings.top_k if settings.top_k is not None and settings.top_k < vocab_size else None
@@ -180,7 +180,7 @@ def _rule(settings: SamplerConfig, confidence: Array, committed: Array) -> Rule:
 
 
 def step_log_prob(
-    walk: Walk, target: Array, committed: Array, eligible: Array, settings: SamplerConfig, vocab_size: int, dtype
+    walk: Walk, target: Array, committed: Array, eligible: Array, settings: SamplerConfig, vocab_size: int, dtype: Any
 ) -> tuple[Array, Proposal]:
     """Log-probability of what a step commits, `target` [..., S] at `committed` out of `eligible`, given their number.
 
@@ -261,8 +261,10 @@ def step_log_prob(
         survival = summed_survival(walk, candidates, log_t, settings, target.shape, dtype)
         log_survival = jnp.log(jnp.maximum(survival, jnp.finfo(dtype).tiny))
     else:
-        log_free, log_late = _log(free, late + out), _log(late, free + out)
+        # Finite where there is no mass, which `certain` says: infinities have no gradient.
+        log_free, log_late = _log(free, late + out, NEVER), _log(late, free + out, NEVER)
         log_survival = jnp.logaddexp(log_free[..., None] - time(rate, log_t), log_late[..., None])
+    certain += jnp.where(rest & (free + late == 0), -jnp.inf, 0.0)
     order = race(rate, log_t, runs, lead & ~held, rest, log_survival, early)
     order = jnp.where(jnp.any(runs, axis=-1) & (jnp.any(rest, axis=-1) | early), order, 0.0)
     some_held = jnp.any(committed & held, axis=-1, keepdims=True)
@@ -273,10 +275,10 @@ def step_log_prob(
     return drawn + certain + own + at_first(jnp.where(some_held[..., 0], 0.0, order)), found
 
 
-def _log(mass: Array, rest: Array) -> Array:
-    """`log mass` of two masses that add up to 1, precise where it is next to 1, and -inf, with no gradient, at 0."""
+def _log(mass: Array, rest: Array, of_nothing: float = -jnp.inf) -> Array:
+    """`log mass` of two masses that add up to 1, precise next to 1; `of_nothing`, without gradient, at 0."""
     near = rest < 0.5
-    small = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
+    small = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1.0)), of_nothing)
     return jnp.where(near, jnp.log1p(-jnp.where(near, rest, 0.0)), small)
 
 

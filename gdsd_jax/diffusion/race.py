@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def time(rate: Array, log_t: Array) -> Array:
 
 
 def summed_survival(
-    walk: Callable, candidates: Callable, log_t: Array, settings: SamplerConfig, shape: tuple, dtype: jnp.dtype
+    walk: Callable, candidates: Callable, log_t: Array, settings: SamplerConfig, shape: tuple, dtype: Any
 ) -> Array:
     """`sum_v q(v) e^{-w(v) t}` of what may be left uncommitted, `[..., S, N]`, one node at a time."""
 

@@ -23,9 +23,9 @@ from jaxtyping import Array, Float, Int
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.order import NEVER, Walk, drawn_log_prob, proposal, step_log_prob
+from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig, scheduled_count, time_shares
 from gdsd_jax.diffusion.sampler import Rollout, passes
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, Views, chunk_logits, over_chunks
-from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig, scheduled_count, time_shares
 from gdsd_jax.runtime.errors import UserError
 
 STEP_READS = ("step_log_prob", "proposal_log_prob", "log_prob", "entropy", "entropy_value")
