@@ -35,8 +35,9 @@ from gdsd_jax.planning.cost import program_cost
 from gdsd_jax.planning.pods import load
 from gdsd_jax.planning.programs import parameters, place
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
+from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.setup import with_compute
-from gdsd_jax.training.state import make_optimizer, policy
+from gdsd_jax.training.state import policy
 
 ROOT = Path(__file__).parents[1]
 PLANS = ROOT / "docs" / "pods_plan.json"

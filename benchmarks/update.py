@@ -55,7 +55,8 @@ def prepare_ours(job: measure.Job) -> measure.Contest:
     from gdsd_jax.denoiser import TARGETS, init_lora
     from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK
     from gdsd_jax.methods import Batch, build
-    from gdsd_jax.training.state import init_state, make_optimizer
+    from gdsd_jax.training.optimizer import make_optimizer
+    from gdsd_jax.training.state import init_state
     from gdsd_jax.training.update import make_inner_update
 
     shape = WORKLOADS[job.workload]

@@ -28,7 +28,8 @@ from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, Policy, load_policy
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.transfer import fetch, put, seed_key
+from gdsd_jax.runtime.streams import Stream, stream_of_seed
+from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks import Task
 from gdsd_jax.training.rollout import encode_prompts
 from gdsd_jax.training.setup import task_rows
@@ -80,7 +81,7 @@ def run(
         text = tokenizer.render(prompt_messages(task, prompt), task.assistant_prefix)
         tokens, mask = tokenizer.prompts([text], **fit)
     sampler = dataclasses.replace(config.sampler, temperature=temperature)
-    key = seed_key(config.seed if seed is None else seed)
+    key = stream_of_seed(config.seed if seed is None else seed, Stream.GENERATION)
     rollout = fetch(sample(policy.model, policy.base, policy.lora, *put((tokens, mask)), key, sampler))
     texts = tokenizer.decode(rollout.tokens[:, tokens.shape[1] :])
     rewards = {"reward": task.reward(texts, chosen), **task.metrics(texts, chosen)} if chosen else {}

@@ -41,6 +41,7 @@ from gdsd_jax.evaluation.completions import complete
 from gdsd_jax.evaluation.statistics import mean_and_error
 from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import PackageError, UserError
+from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks import Task, resolve
 from gdsd_jax.telemetry.progress import Progress
@@ -172,7 +173,7 @@ class MaskedDiffusion(TemplateLM):
                 left = iter(indices)
                 for batch in complete(
                     self.model, self.base, self.lora, Prompts(tokens, mask, [{}] * len(indices)), sampler,
-                    self.tokenizer, batch_rows=self.batch_rows, key=jax.random.fold_in(self.key, done),
+                    self.tokenizer, batch_rows=self.batch_rows, key=stream_key(self.key, Stream.GENERATION, done),
                     divergence=False,
                 ):  # fmt: skip
                     for text in batch.texts:

@@ -35,14 +35,16 @@ from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import check_disk, refuse_existing
-from gdsd_jax.runtime.transfer import fetch, put, seed_key
+from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
+from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks import Task
 from gdsd_jax.telemetry.metrics import MetricWriter
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress
+from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.rollout import Prompts, encode_prompts
 from gdsd_jax.training.setup import evaluated_task, load_setup, task_rows
-from gdsd_jax.training.state import TrainState, make_optimizer, start_state
+from gdsd_jax.training.state import TrainState, start_state
 
 MIN_RATIO = 1e-3
 
@@ -92,7 +94,7 @@ def make_sft_update(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(state: TrainState, tokens: jax.Array, prompt_mask: jax.Array) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(state.key, state.updates)
+        key = stream_key(state.key, Stream.SFT_MASKS, state.updates)
         loss, gradient = jax.value_and_grad(
             lambda params: sft_loss(config, params, tokens, prompt_mask, key, length, chunk)
         )(state.params)
@@ -137,7 +139,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
         task, setup.tokenizer, task_rows(config.task, task, "validation", count=config.evaluation.count),
         buckets=config.prompt_buckets, overlong=config.overlong_prompts,
     )  # fmt: skip
-    greedy, key = greedy_sampler(config), seed_key(config.sft.seed)
+    greedy, key = greedy_sampler(config), stream_of_seed(config.sft.seed, Stream.EVALUATION)
 
     def accuracy(params: Any) -> float:
         """The task's last metric on the validation rows."""

@@ -29,7 +29,8 @@ from gdsd_jax.evaluation.completions import evaluate_policy
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.files import refuse_existing
 from gdsd_jax.runtime.signals import StopSignal
-from gdsd_jax.runtime.transfer import fetch, seed_key
+from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
+from gdsd_jax.runtime.transfer import fetch
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.telemetry.metrics import MetricWriter
 from gdsd_jax.telemetry.planned import beside_plan, read_plan
@@ -40,6 +41,7 @@ from gdsd_jax.telemetry.warnings import precursors
 from gdsd_jax.training.checkpoint import Best, Checkpoints
 from gdsd_jax.training.divergence import diverged
 from gdsd_jax.training.dry_run import shrink
+from gdsd_jax.training.record import with_first_schedule
 from gdsd_jax.training.rollout import (
     Prompts,
     Rewarded,
@@ -60,13 +62,14 @@ from gdsd_jax.training.setup import (
     task_rows,
 )
 from gdsd_jax.training.state import TrainState, policy
-from gdsd_jax.training.update import ROLLOUT_STREAM, make_inner_update, stream_key
+from gdsd_jax.training.update import make_inner_update
 
 
 def train(config: TrainConfig, workdir: Path) -> TrainState:
     """Runs (or resumes) the whole training and returns the final state."""
 
     # ------------------------------------------------------------------------------------------ set-up
+    config = with_first_schedule(config, workdir)
     method = checked_method(config)
     setup = load_setup(config, rows=spread_rows(config))
     model, base, tokenizer, task = setup
@@ -77,7 +80,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
         model, method, optimizer, schedule,
         microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk, shardings=places,
     )  # fmt: skip
-    rollout_key = jax.jit(lambda state: stream_key(state.key, ROLLOUT_STREAM, state.iteration))
+    rollout_key = jax.jit(lambda state: stream_key(state.key, Stream.ROLLOUT, state.iteration))
     finish = jax.jit(lambda state: state.replace(iteration=state.iteration + 1), out_shardings=places)
     snapshot = jax.jit(lambda params: jax.tree.map(lambda x: x + 0, params), out_shardings=places.params)
     lengths = jax.jit(length_metrics)
@@ -92,7 +95,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     if first is not None:
         state, position = checkpoints.restore()
     first = first or 0
-    best = Best(workdir, first)
+    best = Best(workdir, first, best_metric)
     plan = read_plan(workdir, config)
     # Without a checkpoint the files start anew, with one they are cut back to it.
     writer = hosts.first_only(MetricWriter, workdir, trackers=config.tracker_names, resume_step=first or -1)
@@ -100,6 +103,8 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     profile = hosts.first_only(Profile, workdir, config.profile)
     warned: set[str] = set()
     with writer, checkpoints, best, progress, profile, StopSignal() as stop, jax.transfer_guard("disallow"):
+        if checkpoints.note and first:
+            progress.note(checkpoints.note)
         for iteration in range(first + 1, config.iterations + 1):
             profile.begin(iteration)
             start = time.perf_counter()
@@ -154,7 +159,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             # ------------------------------------------------------------------------------ checkpoint
             with phase("checkpoint"):
                 if best_metric in metrics:
-                    best.offer(iteration, state.params, best_metric, metrics[best_metric])
+                    best.offer(iteration, state.params, metrics[best_metric])
                 done = hosts.any_process(stop.requested) or iteration == config.iterations
                 if done or iteration % config.save_every == 0:
                     checkpoints.save(iteration, state, position)
@@ -178,7 +183,7 @@ def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainS
     held_out, greedy, key = (
         encoded_rows(config, task, setup.tokenizer, rows),
         greedy_sampler(config),
-        seed_key(config.seed),
+        stream_of_seed(config.seed, Stream.EVALUATION),
     )
     best = "eval/" + known_metric(task, watched.best, "config.evaluation.best")
 

@@ -40,7 +40,16 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. `schedule` after the warm-up is "constant", "linear" or "cosine" (both to zero at the last update)."""
+    """Gradient clipping and AdamW, or another optimizer of optax.
+
+    Attributes:
+      schedule: after the warm-up "constant", "linear" or "cosine" (both to zero at the last update).
+      schedule_updates: updates over which it decays, warm-up included; None: those of the run as it was first started,
+        so that a run which is extended later ends its schedule where it would have ended.
+      name: `package.module:NAME` of a function that takes `learning_rate` and `settings`. `b1`, `b2` and
+        `weight_decay` are AdamW's alone.
+      settings: further arguments of that function.
+    """
 
     learning_rate: float = 3e-6
     b1: float = 0.9
@@ -49,6 +58,9 @@ class OptimizerConfig:
     clip_norm: float = 0.2
     warmup_updates: int = 1
     schedule: str = "constant"
+    schedule_updates: int | None = None
+    name: str = "optax:adamw"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

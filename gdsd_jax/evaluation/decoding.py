@@ -26,7 +26,8 @@ from gdsd_jax.evaluation.reports import markdown
 from gdsd_jax.evaluation.statistics import mean_and_error
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.files import write_text
-from gdsd_jax.runtime.transfer import fetch, put, seed_key
+from gdsd_jax.runtime.streams import Stream, stream_of_seed
+from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.training.rollout import Prompts
 
 WAYS = {
@@ -54,7 +55,7 @@ class Decoded(NamedTuple):
 
 def decode(policy: Policy, prompts: Prompts, sampler: SamplerConfig, *, batch_rows: int, seed: int) -> Decoded:
     """Completes all prompts; the last batch is filled up with its own first row."""
-    count, key = len(prompts.rows), seed_key(seed)
+    count, key = len(prompts.rows), stream_of_seed(seed, Stream.GENERATION)
     found, passes, seconds = [], [], []
     for start in [0, *range(0, count, batch_rows)]:
         chosen = np.arange(start, start + batch_rows)

@@ -22,7 +22,8 @@ from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import replacing
-from gdsd_jax.runtime.transfer import fetch, seed_key
+from gdsd_jax.runtime.streams import Stream, stream_of_seed
+from gdsd_jax.runtime.transfer import fetch
 from gdsd_jax.tasks import resolve
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.training.rollout import Prompts, encode_prompts
@@ -180,7 +181,7 @@ def plan(
 
 def completions(config: TrainConfig, policy: Policy, parts: list[Part], output: Path) -> dict[str, list[Completed]]:
     """The batches of every part, by its name: what `output` has of them, then the rest, kept there one by one."""
-    key = seed_key(config.seed)
+    key = stream_of_seed(config.seed, Stream.EVALUATION)
     rows = {part.name: min(config.evaluation.batch_rows, len(part.prompts.rows)) for part in parts}
     totals = {part.name: -(-len(part.prompts.rows) // rows[part.name]) for part in parts}
     path = output / UNFINISHED

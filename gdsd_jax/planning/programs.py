@@ -20,8 +20,9 @@ from gdsd_jax.diffusion.scoring import read_views
 from gdsd_jax.methods import Batch, Method, Scores, build
 from gdsd_jax.planning import flops
 from gdsd_jax.runtime import sharding
+from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.setup import with_compute
-from gdsd_jax.training.state import TrainState, init_state, make_optimizer, policy
+from gdsd_jax.training.state import TrainState, init_state, policy
 from gdsd_jax.training.update import make_inner_update, micro_batches
 
 STORED = jnp.bfloat16  # dtype of the published checkpoints

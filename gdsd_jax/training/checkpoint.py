@@ -37,6 +37,9 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 class Checkpoints:
     """The checkpoints of one workdir.
 
+    Attributes:
+      note: a line for the user where the run goes on with settings that round otherwise, else None.
+
     Args:
       state: a state of the run, for its shapes and for where a restored one shall lie.
 
@@ -50,11 +53,12 @@ class Checkpoints:
         self._template = jax.tree.map(lambda x, place: x.update(sharding=place), self._template, places)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._template))
         saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
+        self.note = None
         # The best parameters, and the next best until it is written.
         best = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
         if hosts.first():
             check_disk(workdir, size * max(config.keep + 1 - saved, 1) + best, "its checkpoints")
-            keep_record(workdir, config)
+            self.note = keep_record(workdir, config)
         self._manager = _manager(workdir / "checkpoints", config.keep)
 
     @property
@@ -95,22 +99,25 @@ class Best:
 
     Args:
       iteration: finished iterations of the run; what a killed run did best after them, it will do again.
+      metric: what "best" means; what did best by another metric gives way to the next evaluation.
     """
 
-    def __init__(self, workdir: Path, iteration: int):
+    def __init__(self, workdir: Path, iteration: int, metric: str):
+        self._metric = metric
         self._manager = _manager(workdir / BEST, 1)
         for later in (step for step in self._manager.all_steps() if step > iteration):
             self._manager.delete(later)
         self._value = -math.inf
         if self._manager.latest_step() is not None:
             data = ocp.args.Composite(data=ocp.args.JsonRestore())
-            self._value = self._manager.restore(self._manager.latest_step(), args=data)["data"]["value"]
+            saved = self._manager.restore(self._manager.latest_step(), args=data)["data"]
+            self._value = saved["value"] if saved["metric"] == metric else -math.inf
 
-    def offer(self, iteration: int, params: Any, metric: str, value: float) -> None:
+    def offer(self, iteration: int, params: Any, value: float) -> None:
         """Starts saving `params` in the background if their `value` of the metric is above all before."""
         if value > self._value:
             self._value = value
-            data = ocp.args.JsonSave({"metric": metric, "value": value})
+            data = ocp.args.JsonSave({"metric": self._metric, "value": value})
             with jax.transfer_guard_device_to_host("allow"):
                 arrays = ocp.args.StandardSave({"params": params})
                 self._manager.save(iteration, args=ocp.args.Composite(state=arrays, data=data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,11 +13,17 @@ from gdsd_jax.config import TrainConfig, default, freeze, to_dict
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import write_text
 
-# Settings that may differ between the run that saved and the run that resumes.
+# Settings that may differ between the run that saved and the run that resumes: those that change nothing of what is
+# computed, those that change the order of its sums and so their rounding, and those of the run's length.
 FREE_TO_CHANGE = (
-    "iterations", "save_every", "keep", "completions_logged", "trackers", "tensorboard", "wandb", "profile",
-    "evaluation", "mesh", "hosts", "dry_run",
+    "save_every", "keep", "completions_logged", "trackers", "tensorboard", "wandb", "profile", "evaluation", "hosts",
+    "dry_run",
 )  # fmt: skip
+ROUNDING_ONLY = (
+    "mesh", "microbatch_rows", "component_norms_every", "model.remat", "model.vocab_chunk", "model.layer_unroll",
+    "model.attention",
+)  # fmt: skip
+LENGTH = ("iterations", "optimizer.schedule_updates")
 
 
 def record_path(workdir: Path) -> Path:
@@ -39,40 +46,68 @@ def read_record(workdir: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not parse ({error}): restore it or give another --workdir") from None
 
 
-def keep_record(workdir: Path, config: TrainConfig) -> None:
+def keep_record(workdir: Path, config: TrainConfig) -> str | None:
     """Writes the record of a new run; compares the record of an old run with the config that resumes it.
+
+    Returns:
+      A line for the user where the run goes on within rounding only.
 
     Raises:
       UserError: the workdir belongs to a run with another config or base, or to another kind of run.
     """
     if record_path(workdir).exists():
         require_same_run(workdir, config)
-        return
+        return _within_rounding(workdir, config)
     metrics = workdir / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size:
         raise UserError(f"{workdir} holds metrics of another kind of run: choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     record = {"config": to_dict(config), "base": hub.fingerprint(config.checkpoint)}
     write_text(record_path(workdir), json.dumps(record, indent=1) + "\n")
+    return None
+
+
+def _within_rounding(workdir: Path, config: TrainConfig) -> str | None:
+    different = _changed(read_record(workdir)["config"], to_dict(config))
+    changed = [f"config.{name}" for name in different if _under(name, ROUNDING_ONLY)]
+    masks = ", and other dropout masks" if config.lora.dropout else ""
+    text = f"{', '.join(changed)} changed since the run began: it goes on within rounding{masks}, not bit by bit"
+    return text if changed else None
+
+
+def with_first_schedule(config: TrainConfig, workdir: Path) -> TrainConfig:
+    """Fixes the length of the learning rate's schedule: that of the run in `workdir` as it was first started, if any.
+
+    Without this, a run that is extended would go back to an earlier and higher point of a decaying schedule.
+    """
+    if config.optimizer.schedule_updates is not None:
+        return config
+    first = read_record(workdir)["config"] if record_path(workdir).exists() else to_dict(config)
+    updates = first["optimizer"].get("schedule_updates") or first["iterations"] * first["inner_updates"]
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule_updates=updates))
 
 
 def require_same_run(workdir: Path, config: TrainConfig, *, fixed: Iterable[str] = (), base: str | None = None) -> None:
     """Compares a config with the record in `workdir`.
 
     Args:
-      fixed: settings of `FREE_TO_CHANGE` that may not differ here.
+      fixed: settings free to change that may not differ here.
       base: fingerprint of the base, where the caller has it already.
 
     Raises:
       UserError: a setting or the base differs; the message names it.
     """
     record = read_record(workdir)
-    free = set(FREE_TO_CHANGE) - set(fixed)
-    changed = [name for name in _changed(record["config"], to_dict(config)) if name.split(".")[0] not in free]
+    free = set(FREE_TO_CHANGE + ROUNDING_ONLY + LENGTH) - set(fixed)
+    changed = [name for name in _changed(record["config"], to_dict(config)) if not _under(name, free)]
     if changed:
         raise UserError(f"{workdir} belongs to a run with another config.{changed[0]}: choose another --workdir")
     if record["base"] != (base or hub.fingerprint(config.checkpoint)):
         raise UserError(f"{workdir} belongs to another base than {config.checkpoint}: choose another --workdir")
+
+
+def _under(name: str, settings: Iterable[str]) -> bool:
+    return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
 
 
 def _changed(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

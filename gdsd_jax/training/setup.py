@@ -15,9 +15,11 @@ from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Method, build, check
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import Dimension, make_mesh
+from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.tasks import Task
+from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.rollout import Prompts, encode_prompts
-from gdsd_jax.training.state import make_optimizer, start_state
+from gdsd_jax.training.state import start_state
 
 
 class Setup(NamedTuple):
@@ -125,7 +127,7 @@ def fresh_state(config: TrainConfig, setup: Setup) -> tuple:
     def trained(base: Any) -> Any:
         if not config.lora.rank:
             return base
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        key = stream_key(jax.random.key(config.seed), Stream.ADAPTER)
         return init_lora(setup.model, key, **dataclasses.asdict(config.lora))
 
     return *start_state(setup.model, optimizer, config.seed, trained, setup.base), optimizer, schedule

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdsd_jax.config import OptimizerConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes
-from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import replicated, shardings
 
 
@@ -31,28 +29,6 @@ class TrainState:
     iteration: Any
     updates: Any
     key: Any
-
-
-def make_optimizer(config: OptimizerConfig, updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Clipped AdamW and its learning-rate schedule over `updates` updates.
-
-    Raises:
-      UserError: an unknown schedule.
-    """
-    after = max(updates - config.warmup_updates, 1)
-    shapes = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "linear": optax.linear_schedule(config.learning_rate, 0.0, after),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, after),
-    }
-    if config.schedule not in shapes:
-        raise UserError(f"optimizer schedule {config.schedule!r} is not one of {', '.join(shapes)}")
-    # The count is that of finished updates; a warm-up from zero would waste the first one.
-    warmup, rate = config.warmup_updates, config.learning_rate
-    ramp = optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup - 1, 1))
-    schedule = optax.join_schedules([ramp, shapes[config.schedule]], [config.warmup_updates])
-    adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), schedule
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -81,9 +57,17 @@ def state_shardings(model: DenoiserConfig, optimizer: optax.GradientTransformati
     """Where a state (or its shapes) lies: the optimizer's moments beside their parameters, the rest on every device."""
     everywhere = replicated(jax.sharding.get_mesh())
     params = parameter_shardings(model, state.params)
+
+    def beside(moment: Any, place: Any, param: Any) -> Any:
+        # An optimizer may leave a parameter to another one, or keep less than a moment of it, as Adafactor does.
+        if isinstance(moment, optax.MaskedNode):
+            return moment
+        return place if moment.shape == param.shape else everywhere
+
     moments = optax.tree.map_params(
-        optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: everywhere
-    )
+        optimizer, beside, state.opt_state, params, state.params, transform_non_params=lambda _: everywhere,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )  # fmt: skip
     return TrainState(params, moments, everywhere, everywhere, everywhere)
 
 

@@ -19,10 +19,8 @@ from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.methods import Batch, Method, Scores
 from gdsd_jax.runtime.sharding import constrain
+from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.training.state import TrainState, parameter_axes, policy
-
-# Folded into the run's key with the count of updates or iterations, so that every draw has a stream of its own.
-ROLLOUT_STREAM, MASK_STREAM, DROPOUT_STREAM, OLD_MASK_STREAM = range(4)
 
 
 class Recipe(NamedTuple):
@@ -80,7 +78,7 @@ def inner_update(
         costs a backward pass and memory for one more gradient.
     """
     with jax.named_scope("views"):
-        pieces = draw_pieces(recipe, stream_key(state.key, MASK_STREAM, state.updates), batch)
+        pieces = draw_pieces(recipe, stream_key(state.key, Stream.MASKS, state.updates), batch)
     with jax.named_scope("old_and_reference"):
         constants = prepare(recipe, state, base, old_params, batch, pieces)
     with jax.named_scope("gradient"):
@@ -101,11 +99,6 @@ def inner_update(
 
 
 # ------------------------------------------------------------------------------------------------- views and scores
-
-
-def stream_key(key: jax.Array, stream: int, count: jax.Array) -> jax.Array:
-    """Returns the key of one draw of a run."""
-    return jax.random.fold_in(jax.random.fold_in(key, stream), count)
 
 
 def draw_pieces(recipe: Recipe, key: jax.Array, batch: Batch) -> tuple[Batch, Views]:
@@ -150,7 +143,7 @@ def prepare(
     method, before = recipe.method, state.params if old_params is None else old_params
     old = ref = current = None
     if method.old == "own_masks":
-        own = draw_pieces(recipe, stream_key(state.key, OLD_MASK_STREAM, state.iteration), batch)
+        own = draw_pieces(recipe, stream_key(state.key, Stream.OLD_MASKS, state.iteration), batch)
         old = score_all(recipe, base, before, own)
     elif method.old == "always" or (method.old == "ratio" and old_params is not None):
         old = score_all(recipe, base, before, pieces)
@@ -219,7 +212,7 @@ def piece_losses(
 ) -> tuple[dict, dict]:
     """Returns the components of one micro-batch's loss, and its share of the metrics of the whole `batch`."""
     rows = batch.tokens.shape[0]
-    stream = stream_key(state.key, DROPOUT_STREAM, state.updates)
+    stream = stream_key(state.key, Stream.DROPOUT, state.updates)
     key = jax.random.fold_in(stream, index * recipe.microbatch_rows)
     new, reads = score(recipe, base, params, *piece, dropout_key=key, extra=("entropy_value",))
     losses, metrics = recipe.method.objective(new, constants)

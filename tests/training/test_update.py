@@ -13,8 +13,10 @@ from gdsd_jax.config import OptimizerConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora
 from gdsd_jax.methods import METHODS, Batch, build
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.training.state import init_state, make_optimizer, policy
-from gdsd_jax.training.update import make_inner_update, signal_to_noise, stream_key
+from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
+from gdsd_jax.training.optimizer import make_optimizer
+from gdsd_jax.training.state import init_state, policy, state_shardings
+from gdsd_jax.training.update import make_inner_update, signal_to_noise
 
 CONFIG = DenoiserConfig(
     family="llada",
@@ -215,11 +217,6 @@ def test_two_updates_of_one_rollout_draw_other_masks_and_leave_the_first_state_d
     assert float(first["policy/kl"]) != float(second["policy/kl"])
 
 
-def test_streams_of_a_run_are_distinct():
-    keys = [stream_key(jax.random.key(0), stream, jnp.int32(count)) for stream in range(3) for count in range(3)]
-    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 9
-
-
 def test_full_fine_tuning():
     """Without an adapter the base itself is the policy; the frozen one stays the reference."""
     params = jax.tree.map(lambda x: x * 1.01, base())
@@ -266,6 +263,60 @@ def test_schedule(schedule, expected):
 def test_schedule_without_warm_up_starts_at_the_full_rate(warmup):
     _, rate = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_updates=warmup, schedule="linear"), 10 + warmup)
     np.testing.assert_allclose([rate(0), rate(warmup), rate(5 + warmup)], [1.0, 1.0, 0.5], atol=1e-6)
+
+
+OTHERS = {"optax:lion": {"b1": 0.9}, "optax.contrib:muon": {}, "optax:adafactor": {}}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_optimizer_of_optax(name):
+    """Lion and Muon move a tree of every kind of parameter, and the state finds its place on a mesh."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_updates=0, name=name, settings=OTHERS[name])
+    optimizer, _ = make_optimizer(config, 10)
+    model = dataclasses.replace(CONFIG, qkv_bias=True)
+    shapes = jax.eval_shape(lambda: init_state(init_base(model, jax.random.key(0)), optimizer, 0))
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        places = state_shardings(model, optimizer, shapes)
+    assert jax.tree.structure(places) == jax.tree.structure(shapes)
+    lora = adapter()
+    changes, _ = optimizer.update(lora, optimizer.init(lora), lora)
+    assert all(0 < np.abs(change).max() < 10 for change in jax.tree.leaves(changes))
+
+
+def test_muon_takes_each_layer_as_a_matrix():
+    optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_updates=0, name="optax.contrib:muon"), 10)
+    g = np.random.default_rng(0).standard_normal((2, 6, 6)).astype(np.float32)
+    tree = lambda x: {"layers": {"q": {"kernel": jnp.asarray(x)}}}  # noqa: E731
+    changes, _ = optimizer.update(tree(g), optimizer.init(tree(g)), tree(0 * g))
+    for change, gradient in zip(changes["layers"]["q"]["kernel"], g, strict=True):
+        left, _, right = np.linalg.svd(gradient)
+        # An orthogonal matrix, up to what five Newton-Schulz steps leave.
+        cosine = -np.sum(change * (left @ right)) / np.linalg.norm(change) / np.sqrt(6)
+        assert cosine > 0.95
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [("optax:none_such", {}, "config.optimizer.name"), ("adamw", {}, "package.module:NAME"),
+     ("optax:lion", {"b3": 1}, "config.optimizer.settings do not fit 'optax:lion'")],
+)  # fmt: skip
+def test_an_optimizer_that_is_none(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer(OptimizerConfig(name=name, settings=settings), 10)
+
+
+def test_weight_decay_spares_norms_and_biases():
+    """With no gradient at all only the decay moves a parameter."""
+    model = dataclasses.replace(CONFIG, qkv_bias=True)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), jax.eval_shape(lambda: init_base(model, jax.random.key(0))))
+    optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup_updates=0), 10)
+    changes, _ = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params)
+    moved = {
+        "/".join(str(key.key) for key in path): float(np.abs(x).max()) for path, x in jax.tree.leaves_with_path(changes)
+    }
+    still = {name for name, change in moved.items() if change == 0}
+    assert still == {name for name in moved if name.endswith(("norm", "bias"))}
+    assert {"embedding", "head", "layers/q/kernel"} <= set(moved) - still and {"final_norm", "layers/q/bias"} <= still
 
 
 def test_unknown_schedule():

@@ -1,0 +1,92 @@
+"""The optimizer of a run: clipped AdamW, or any of optax by name, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import jax
+import optax
+
+from gdsd_jax.config import OptimizerConfig
+from gdsd_jax.runtime.errors import UserError
+
+ADAMW = "optax:adamw"
+
+
+def make_optimizer(config: OptimizerConfig, updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Builds gradient clipping, the optimizer of `config.name` behind it, and its learning-rate schedule.
+
+    Args:
+      updates: those of the run, over which the schedule decays unless `config.schedule_updates` says otherwise.
+
+    Raises:
+      UserError: an unknown schedule or optimizer, or settings that the optimizer does not take.
+    """
+    schedule = make_schedule(config, config.schedule_updates or updates)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _inner(config, schedule)), schedule
+
+
+def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
+    """Builds the learning rate as a function of the number of finished updates.
+
+    Raises:
+      UserError: an unknown schedule.
+    """
+    after = max(updates - config.warmup_updates, 1)
+    shapes = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, after),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, after),
+    }
+    if config.schedule not in shapes:
+        raise UserError(f"optimizer schedule {config.schedule!r} is not one of {', '.join(shapes)}")
+    # The count is that of finished updates; a warm-up from zero would waste the first one.
+    warmup, rate = config.warmup_updates, config.learning_rate
+    ramp = optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, shapes[config.schedule]], [config.warmup_updates])
+
+
+def _inner(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    settings = dict(config.settings)
+    if config.name == ADAMW:
+        settings = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay} | settings
+    module, _, attribute = config.name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+        known = inspect.signature(make).parameters
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"config.optimizer.name {config.name!r} is not package.module:NAME of an optimizer: {error}"
+        ) from None
+    # What an optimizer asks about our parameters, which no config file could say.
+    ours = {"mask": decayed, "weight_decay_mask": decayed, "muon_weight_dimension_numbers": matrices}
+    settings = {name: value for name, value in ours.items() if name in known} | settings
+    try:
+        return make(learning_rate=schedule, **settings)
+    except TypeError as error:
+        raise UserError(f"config.optimizer.settings do not fit {config.name!r}: {error}") from None
+
+
+def _by_path(decide: Any, params: Any) -> Any:
+    """Calls `decide(names along the path, array)` for every parameter."""
+    words = lambda path: [str(getattr(key, "key", getattr(key, "name", key))) for key in path]  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, x: decide(words(path), x), params)
+
+
+def decayed(params: Any) -> Any:
+    """Returns for every parameter whether weight decay applies: to matrices and tables, not to norms and biases."""
+    return _by_path(lambda names, _: names[-1] != "bias" and "norm" not in names[-1], params)
+
+
+def matrices(params: Any) -> Any:
+    """Returns for every parameter the axes that Muon orthogonalises; None, where Adam takes over: tables, vectors.
+
+    The first axis of a layer's matrix counts the layers, each of which is a matrix of its own (Muon: Jordan et al.
+    2024, https://kellerjordan.github.io/posts/muon).
+    """
+    from optax.contrib import MuonDimensionNumbers
+
+    axes = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return _by_path(lambda names, x: axes if "layers" in names and x.ndim == 3 else None, params)
