@@ -67,15 +67,21 @@ class Reader:
         self.fill(path, [(begin, buffer)])
         return buffer.tobytes()
 
-    def block(self, stored: Stored, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """A block `[rows, columns]` of a stored matrix in its dtype: one range, or one for each row that is cut."""
+    def block(
+        self, stored: Stored, rows: tuple[int, int], columns: tuple[int, int], out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """A block `[rows, columns]` of a stored matrix in its dtype: one range, or one for each row that is cut.
+
+        Args:
+          out: what to read into, of this shape and dtype and with contiguous rows; None for a new array.
+        """
         dtype, width = FLOATS[stored.dtype], stored.matrix[1]
-        out = np.empty((rows[1] - rows[0], columns[1] - columns[0]), dtype)
+        if out is None:
+            out = np.empty((rows[1] - rows[0], columns[1] - columns[0]), dtype)
         raw = out.view(np.uint8)
-        if out.shape[1] == width:
+        if out.shape[1] == width and out.flags.c_contiguous:
             raw = raw.reshape(1, -1)
-        begin = stored.begin + (rows[0] * width + columns[0]) * dtype.itemsize
-        stride = width * dtype.itemsize
+        begin, stride = stored.begin + (rows[0] * width + columns[0]) * dtype.itemsize, width * dtype.itemsize
         self.fill(stored.file, ((begin + row * stride, raw[row]) for row in range(raw.shape[0])))
         return out
 

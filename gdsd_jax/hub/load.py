@@ -79,13 +79,10 @@ def _match(tensors: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where
             raise UserError(f"tensor {name} in {stored.file} is stored as {stored.dtype}: use float weights")
 
 
-def _box(slot: names.Slot, index: tuple[slice, ...]) -> Box:
-    """The block of a stored tensor that is the block `index` of our matrix (or vector)."""
-    shape = slot.shape[::-1] if slot.transposed else slot.shape
+def _box(index: tuple[slice, ...], shape: tuple[int, ...], turned: bool) -> Box:
+    """The block of a stored tensor that `index` cuts out of an array of this shape: of it, or of its transpose."""
     spans = [piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True)]
-    if slot.transposed:
-        spans.reverse()
-    return Box(*spans, *[(0, 1)] * (2 - len(spans)))
+    return Box(*(spans[::-1] if turned else spans), *[(0, 1)] * (2 - len(spans)))
 
 
 def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
@@ -111,38 +108,49 @@ def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
                 yield Box((row, min(row + limit, last)), columns)
 
 
-def read_boxes(
-    stored: Stored, boxes: set[Box], dtype: np.dtype, transposed: bool, reader: Reader, pool: Executor
-) -> dict[Box, np.ndarray]:
-    """Boxes of a stored matrix, turned if `transposed`; boxes may overlap, and what they share is read once."""
-    pieces = {}
-    for box in boxes:
-        shape = (box.rows[1] - box.rows[0], box.columns[1] - box.columns[0])
-        pieces[box] = np.empty(shape[::-1] if transposed else shape, dtype)
+def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader, pool: Executor) -> None:
+    """Reads boxes of a stored matrix into arrays of their shapes; what boxes share is read once."""
 
     def read(block: Box) -> None:
-        data = reader.block(stored, *block)
+        targets = []
         for box, piece in pieces.items():
             spans = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, box, strict=True)]
             if all(begin < end for begin, end in spans):
-                source, target = (
-                    tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(spans, place, strict=True))
-                    for place in (block, box)
-                )
-                (piece.T if transposed else piece)[target] = data[source]
+                targets.append((Box(*spans), piece[_within(spans, box)]))
+        # Straight to where it belongs, if that takes all of it as it is.
+        fits = (part for spans, part in targets if spans == block and part.dtype == FLOATS[stored.dtype])
+        straight = next(fits, None)
+        data = reader.block(stored, *block, out=straight)
+        for spans, part in targets:
+            if part is not straight:
+                part[...] = data[_within(spans, block)]
 
-    for _ in pool.map(read, _blocks(boxes, stored)):
+    for _ in pool.map(read, _blocks(pieces, stored)):
         pass
-    return pieces
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+def _within(spans: Iterable[tuple[int, int]], box: Box) -> tuple[slice, slice]:
+    """The index of spans of rows and columns in a box that holds them."""
+    return tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(spans, box, strict=True))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="turned")
+def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array, *, turned: bool) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer.T if turned else layer, index, 0)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _turned(array: jax.Array, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+    turned = array.swapaxes(-1, -2)
+    return turned if sharding is None else jax.lax.with_sharding_constraint(turned, sharding)
 
 
 class _Loader(NamedTuple):
-    """Reads parameters, each given as its stored tensors, in the order of the layers, and the slot of any of them."""
+    """Reads parameters, each given as its stored tensors, in the order of the layers, and the slot of any of them.
+
+    Kernels are stored turned. Accelerators get them as they are stored and turn them themselves; where the devices are
+    this machine's CPUs, sending turns, which is what sending is good at.
+    """
 
     dtype: np.dtype | None
     reader: Reader
@@ -150,25 +158,40 @@ class _Loader(NamedTuple):
 
     def whole(self, layers: list[Stored], slot: names.Slot) -> jax.Array:
         """A parameter on the default device."""
-        dtype, everything = self._dtype(layers, slot), (slice(None),) * len(slot.shape)
-        tensors = [self._pieces(stored, slot, dtype, [everything])(everything) for stored in layers]
-        return jax.device_put(tensors[0] if slot.layer is None else np.stack(tensors))
+        (rows, columns), dtype = layers[0].matrix, self._dtype(layers, slot)
+        stack = np.empty((len(layers), rows, columns), dtype)
+        for stored, piece in zip(layers, stack, strict=True):
+            fill_boxes(stored, {Box((0, rows), (0, columns)): piece}, self.reader, self.pool)
+        stack = stack.reshape(*([] if slot.layer is None else [len(layers)]), *slot.shape)
+        if not slot.transposed:
+            return jax.device_put(stack)
+        return jax.device_put(stack.swapaxes(-1, -2)) if _on_cpus(jax.devices()[0]) else _turned(jax.device_put(stack))
 
     def spread(self, layers: list[Stored], slot: names.Slot, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
         """A parameter with these logical axes over a mesh."""
         dtype, shape = self._dtype(layers, slot), slot.shape[::-1] if slot.transposed else slot.shape
-        sharding = named_sharding(mesh, axes[-len(shape) :], shape)
-        held = sharding.addressable_devices_indices_map(shape).values()
-        arrays = (
-            jax.make_array_from_callback(shape, sharding, self._pieces(stored, slot, dtype, held)) for stored in layers
-        )
+        place = named_sharding(mesh, axes[-len(shape) :], shape)
+        turned = slot.transposed and not _on_cpus(mesh.devices.flat[0])
+        # What is sent, and where it goes: a turned matrix, or what is stored.
+        sent, goes = (slot.shape, NamedSharding(mesh, P(*place.spec[::-1]))) if turned else (shape, place)
+        held = goes.addressable_devices_indices_map(sent).values()
+
+        def send(stored: Stored) -> jax.Array:
+            pieces = self._pieces(stored, dtype, held, sent, slot.transposed and not turned)
+            return jax.make_array_from_callback(sent, goes, pieces)
+
         if slot.layer is None:
-            return next(arrays)
-        stack = jnp.zeros((len(layers), *shape), dtype, device=NamedSharding(mesh, P(None, *sharding.spec)))
-        for layer, array in enumerate(arrays):
-            # Waits, so that no more than one layer is on its way from the host.
-            stack = _set_layer(stack, array, np.int32(layer)).block_until_ready()
-        return stack
+            array = send(layers[0])
+            return _turned(array, place) if turned else array
+        stack, before = jnp.zeros((len(layers), *shape), dtype, device=NamedSharding(mesh, P(None, *place.spec))), None
+        for layer, stored in enumerate(layers):
+            array = send(stored)
+            stack = _set_layer(stack, array, np.int32(layer), turned=turned)
+            if before is not None:
+                # One layer is read while the one before is on its way, no more.
+                before.block_until_ready()
+            before = array
+        return stack.block_until_ready()
 
     def _dtype(self, layers: list[Stored], slot: names.Slot) -> np.dtype:
         kinds = {stored.dtype for stored in layers}
@@ -176,12 +199,31 @@ class _Loader(NamedTuple):
             raise UserError(f"{layers[0].file} stores the layers of {'/'.join(slot.path)} as {kinds}: give one dtype")
         return self.dtype or FLOATS[layers[0].dtype]
 
-    def _pieces(self, stored: Stored, slot: names.Slot, dtype: np.dtype, held: Iterable[tuple[slice, ...]]) -> Callable:
-        """Reads the parts `held` of a tensor, given as indices of our layout; returns index -> part."""
-        boxes = {_box(slot, index) for index in held}
-        pieces = read_boxes(stored, boxes, dtype, slot.transposed, self.reader, self.pool)
-        vector = len(slot.shape) == 1
-        return lambda index: pieces[_box(slot, index)][:, 0] if vector else pieces[_box(slot, index)]
+    def _pieces(
+        self,
+        stored: Stored,
+        dtype: np.dtype,
+        held: Iterable[tuple[slice, ...]],
+        shape: tuple[int, ...],
+        turned: bool,
+    ) -> Callable:
+        """Reads the parts `held` of a tensor, given as indices of it or, if `turned`, of its transpose.
+
+        Returns a function from such an index to the part.
+        """
+        boxes = {_box(index, shape, turned) for index in held}
+        pieces = {box: np.empty([end - begin for begin, end in box], dtype) for box in boxes}
+        fill_boxes(stored, pieces, self.reader, self.pool)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            piece = pieces[_box(index, shape, turned)]
+            return piece[:, 0] if len(shape) == 1 else piece.T if turned else piece
+
+        return part
+
+
+def _on_cpus(device: jax.Device) -> bool:
+    return device.platform == "cpu"
 
 
 def read_config(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> DenoiserConfig:

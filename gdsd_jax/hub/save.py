@@ -6,10 +6,12 @@ several hosts all processes take part in the gathers, the first writes, and none
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,12 +59,38 @@ class Outgoing(NamedTuple):
         return self.dtype.itemsize * int(np.prod(self.shape))
 
 
-def _host(array: Any, layer: int | None) -> np.ndarray:
-    """One layer of a parameter in host memory; every process must ask if the array spans several."""
-    piece = array if layer is None else array[layer]
-    if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(piece, tiled=True))
-    return np.asarray(piece)
+def _host(array: Any) -> np.ndarray:
+    """An array in host memory; every process must ask if it spans several."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _layer(array: Any, layer: int | None) -> Any:
+    """One layer of a stacked parameter, without sending what the host has to a device."""
+    if layer is None:
+        return array
+    return _pick(array, np.int32(layer)) if isinstance(array, jax.Array) else np.asarray(array)[layer]
+
+
+@jax.jit
+def _pick(stack: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, dtype: np.dtype) -> jax.Array:
+    """`W + scale * A B` in float32, rounded once."""
+    a, b = (factor.astype(jnp.float32) for factor in (a, b))
+    delta = jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (w.astype(jnp.float32) + scale * delta).astype(dtype)
+
+
+def _turned(array: Any) -> np.ndarray:
+    """The transpose in host memory, made by the devices; where those are CPUs by sending, which turns as it copies."""
+    if isinstance(array, jax.Array) and next(iter(array.devices())).platform != "cpu":
+        return _host(jnp.swapaxes(array, 0, 1))
+    return np.asarray(jax.device_put(_host(array).T, jax.local_devices(backend="cpu")[0]))
 
 
 def _outgoing(config: DenoiserConfig, base: Mapping, lora: LoRA | None, dtype: np.dtype | None) -> dict[str, Outgoing]:
@@ -89,13 +117,13 @@ def _outgoing(config: DenoiserConfig, base: Mapping, lora: LoRA | None, dtype: n
         factors = lora.weights["layers"].get(slot.path[1]) if lora is not None and slot.transposed else None
 
         def fetch(array=array, slot=slot, factors=factors, target=target) -> np.ndarray:
-            tensor = _host(array, slot.layer)
+            tensor = _layer(array, slot.layer)
             if factors is not None:
-                a, b = _host(factors["a"], slot.layer), _host(factors["b"], slot.layer)
-                delta = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
-                tensor = tensor.astype(np.float32) + np.float32(lora.alpha / lora.rank) * delta
-            tensor = tensor.astype(target, copy=False)
-            return np.ascontiguousarray(tensor.T if slot.transposed else tensor)
+                a, b = (_layer(factors[name], slot.layer) for name in "ab")
+                tensor = _merged(tensor, a, b, np.float32(lora.alpha / lora.rank), dtype=target)
+            elif tensor.dtype != target:
+                tensor = tensor.astype(target)
+            return _turned(tensor) if slot.transposed else np.ascontiguousarray(_host(tensor))
 
         tensors[name] = Outgoing(target, slot.shape, fetch)
     return tensors
@@ -122,8 +150,13 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Outgoing]) -> None:
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor in tensors.values():
-            file.write(tensor.fetch().reshape(-1).view(np.uint8).data)
+        # One tensor is fetched while the one before is written.
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for tensor in [*tensors.values(), None]:
+                before, ahead = ahead, tensor and pool.submit(tensor.fetch)
+                if before:
+                    file.write(before.result().reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -315,7 +348,7 @@ def export_adapter(
         array = lora.weights["layers"][target][factor]
 
         def fetch(array=array, layer=layer) -> np.ndarray:
-            return np.ascontiguousarray(_host(array, layer).T, np.float32)
+            return _turned(_layer(array, layer).astype(np.float32))
 
         tensors[name] = Outgoing(np.dtype(np.float32), array.shape[:0:-1], fetch)
 
