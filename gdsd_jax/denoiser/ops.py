@@ -55,7 +55,13 @@ def over_rows(
     x: Float[Array, "*B I"], y: Float[Array, "*B O"], precision: jax.lax.Precision
 ) -> Float[Array, "I O"]:
     """Returns `x^T y` in float32: where rows are cut over devices, their sums are then added in float32 too."""
-    return jnp.einsum("...i,...o->io", x, y, precision=precision, preferred_element_type=jnp.float32)
+    product = functools.partial(
+        jnp.einsum, "...i,...o->io", precision=precision, preferred_element_type=jnp.float32
+    )
+    # A CPU widens bfloat16 before it multiplies anyway, and XLA has no such product for every layout there.
+    return jax.lax.platform_dependent(
+        x, y, cpu=lambda x, y: product(x.astype(jnp.float32), y.astype(jnp.float32)), default=product
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

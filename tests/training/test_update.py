@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -335,3 +336,19 @@ def test_clipping_and_decay(scale, clipped):
     np.testing.assert_allclose(optax.tree.norm(adam.mu), 0.1 * clipped, rtol=1e-6)
     # Adam's first step has size 1 per entry; the decay is decoupled from it.
     np.testing.assert_allclose([changes["a"][0], changes["b"][0]], [-0.1 * (1 + 1.5), -0.1 * (1 + 2.0)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [adapter, pytest.param(base, marks=pytest.mark.slow)])
+def test_an_update_in_bfloat16_points_where_that_in_float32_does(trained):
+    """Also on a CPU, whose compiler lacks some products of bfloat16 with a float32 result."""
+
+    def change(dtype):
+        config, schedule = dataclasses.replace(CONFIG, dtype=dtype, remat="full"), optax.constant_schedule(RATE)
+        update = make_inner_update(
+            config, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16
+        )
+        state, _ = update(fresh(trained()), base(), None, batch())
+        return jax.tree.map(jnp.subtract, state.params, trained())
+
+    exact, rough = (jax.flatten_util.ravel_pytree(change(dtype))[0] for dtype in ("float32", "bfloat16"))
+    assert jnp.vdot(exact, rough) > 0.98 * jnp.linalg.norm(exact) * jnp.linalg.norm(rough)
