@@ -36,10 +36,10 @@ class Model(NamedTuple):
         c = self.config
         return 4 * c.num_layers * length * c.num_heads * c.head_dim
 
-    def forward(self, rows: int, length: int, *, adapter: bool = True) -> float:
-        """The layers on `[rows, length]` tokens."""
+    def forward(self, rows: int, length: int, *, window: int | None = None, adapter: bool = True) -> float:
+        """The layers on `[rows, length]` tokens, or on `window` tokens of each row under a cache of the others."""
         per_token = self._matrices() + self._attention(length) + (self._adapter() if adapter else 0)
-        return rows * length * per_token
+        return rows * (length if window is None else window) * per_token
 
     def recomputation(self, rows: int, length: int) -> float:
         """What the backward pass computes again under the remat policy.

@@ -1,0 +1,165 @@
+"""The 8B shape on whatever accelerator is there: steps, update, disk, and two iterations of a run.
+
+    python -m benchmarks.accelerator --workdir DIR [--parts product,full,dual,update,disk,train,torch] [--json FILE]
+
+Random weights of LLaDA-8B's shape in bfloat16, LoRA of rank 128 on all seven matrices, prompt 400 (a part of it pads),
+completion 256, blocks of 32. Utilisation is the share of the device's own large matrix product, measured in the same
+run, counted without recomputation. Medians over turns, each waited for; compilation is told apart.
+
+    product   a square matrix product, and a copy
+    full      a whole sampler step, 32 rows: all tokens through the layers, the head on the block, a token drawn
+    dual      the same under a cache of all around the block
+    update    an inner update, 8 rows: one coupled pair of views, KL to the base
+    disk      export of the checkpoint (16 GB) and its loading
+    train     `gdsd_jax.train` on that checkpoint for two iterations, then `gdsd_jax.export`; needs `disk` before
+    torch     step and update of PyTorch (SDPA, compiled layers, PEFT), where they are installed
+
+Parts that compute run in processes of their own, so that each has the device's memory to itself; a part that fails or
+finds no PyTorch is reported and the next one begins. `--tiny` runs all of it in small, on a CPU too. The whole takes
+under ten minutes on an H100. With XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 JAX may use all of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("product", "full", "dual", "update", "disk", "train", "torch")
+# Those that share a process, and so the weights.
+TOGETHER = ("product", "full", "dual", "update", "disk")
+TINY_RUN = (
+    "--config.lora.rank=4", "--config.sampler.completion_length=16", "--config.sampler.steps=4",
+    "--config.sampler.block_length=8", "--config.prompt_buckets=(16,)", "--config.prompts_per_iteration=1",
+    "--config.group_size=2", "--config.microbatch_rows=2", "--config.inner_updates=1",
+    "--config.evaluation.batch_rows=2", "--config.evaluation.count=2",
+)  # fmt: skip
+
+
+def train(workdir: Path, tiny: bool) -> dict[str, Any]:
+    """Two iterations of the public demo on the checkpoint of `disk`, and the export of what they trained."""
+    run, output = workdir / "run", workdir / "export"
+    for path in (run, output):
+        shutil.rmtree(path, ignore_errors=True)
+    common = [
+        "--config", "configs/llada_8b_sudoku.py", f"--config.checkpoint={workdir / 'checkpoint'}", "--workdir", str(run)
+    ]  # fmt: skip
+    options = ["--config.iterations=2", "--config.evaluation.count=16", *(TINY_RUN if tiny else ())]
+    start = time.perf_counter()
+    command("gdsd_jax.train", *common, *options)
+    trained = time.perf_counter()
+    command("gdsd_jax.export", *common, *options, "--output", str(output))
+    exported = time.perf_counter() - trained
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = ("time/rollout", "time/reward", "time/update", "time/iteration", "policy/clipped")
+    seconds = {f"iteration {n}": {k: row[k] for k in names if k in row} for n, row in enumerate(lines, 1)}
+    return {"train_seconds": trained - start, "export_seconds": exported} | seconds
+
+
+def command(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def together(wanted: list[str], tiny: bool, attention: str, workdir: Path) -> Iterator[dict[str, Any]]:
+    """The parts that share a process; yields a row for each."""
+    from benchmarks import accelerator_parts as parts
+
+    sizes = parts.TINY if tiny else parts.REAL
+    shapes = parts.make(sizes, attention) if set(wanted) - {"product"} else None
+    work: dict[str, Callable[[], dict[str, Any]]] = {"product": lambda: parts.product(sizes)}
+    if shapes:
+        work |= dict(parts.steps(sizes, shapes))
+        work |= {"update": lambda: parts.update(sizes, shapes), "disk": lambda: parts.disk(shapes, workdir)}
+    for name in TOGETHER:
+        if name in wanted:
+            try:
+                yield {"part": name} | work[name]()
+            except Exception as error:
+                yield {"part": name, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+
+def line(row: dict[str, Any], peak: float | None) -> str:
+    """A row in words."""
+    if "error" in row:
+        return f"{row['part']}: {row['error']}"
+    words = [f"{row.get('rows', '')} rows".strip()] if "rows" in row else []
+    for key, value in row.items():
+        if key.endswith("seconds"):
+            words.append(f"{key.removesuffix('_seconds').replace('seconds', 'median')} {value:.4f} s")
+        elif key.startswith("iteration"):
+            words.append(f"{key}: " + ", ".join(f"{k.split('/')[1]} {v:.2f}" for k, v in value.items()))
+    if "flops" in row:
+        words.append(f"{row['flops'] / 1e12:.0f} TFLOP/s, copy {row['copy_bytes'] / 1e9:.0f} GB/s, {row['device']}")
+    if peak and "flops_needed" in row:
+        share = row["flops_needed"] / row["seconds"] / peak
+        words.append(f"{row['flops_needed'] / 1e12:.1f} TFLOP, {100 * share:.1f} %")
+    if peak and "flops_done" in row:
+        words.append(f"with recomputation {100 * row['flops_done'] / row['seconds'] / peak:.1f} %")
+    words += [f"{row[key]:.1f} GB {name}" for key, name in (("gb", "written"), ("peak_gb", "peak")) if key in row]
+    return f"{row['part']}: " + ", ".join(words)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--workdir", type=Path, required=True, help="for 32 GB of checkpoints; what is there goes")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    flags = parser.parse_args(argv)
+    wanted = flags.parts.split(",")
+    if flags.inside:
+        for row in together(wanted, flags.tiny, flags.attention, flags.workdir):
+            print(json.dumps(row), flush=True)
+        return []
+    rows: list[dict[str, Any]] = []
+
+    def report(row: dict[str, Any]) -> None:
+        rows.append(row)
+        peak = next((r["flops"] for r in rows if "flops" in r), None)
+        print(line(row, peak), flush=True)
+        if flags.json:
+            flags.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+    shared = [part for part in TOGETHER if part in wanted]
+    if shared:
+        own = [f"--parts={','.join(shared)}", f"--workdir={flags.workdir}", f"--attention={flags.attention}"]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.accelerator", *own, "--inside", *["--tiny"] * flags.tiny],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"},
+        )  # fmt: skip
+        for text in child.stdout:
+            if text.startswith("{"):
+                report(json.loads(text))
+        child.wait()
+    rest = {"train": lambda: train(flags.workdir, flags.tiny), "torch": lambda: pytorch(flags.tiny)}
+    for name, work in rest.items():
+        if name in wanted:
+            try:
+                report({"part": name} | work())
+            except (subprocess.CalledProcessError, ImportError) as error:
+                report({"part": name, "error": f"{type(error).__name__}: {error}"})
+    return rows
+
+
+def pytorch(tiny: bool) -> dict[str, Any]:
+    """Step and update of PyTorch; late, because it needs packages that a run of ours does not."""
+    from benchmarks import accelerator_torch
+
+    return accelerator_torch.run(tiny)
+
+
+if __name__ == "__main__":
+    main()
