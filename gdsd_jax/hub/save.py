@@ -6,15 +6,13 @@ several hosts all processes take part in the gathers, the first writes, and none
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +22,11 @@ from jax.experimental import multihost_utils
 
 from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
-from gdsd_jax.denoiser.lora import target_shapes
-from gdsd_jax.hub import names
+from gdsd_jax.hub import names, outgoing
 from gdsd_jax.hub.cards import adapter_card, model_card
-from gdsd_jax.hub.files import FLOATS, checked_directory, read_json
+from gdsd_jax.hub.files import checked_directory, read_json
 from gdsd_jax.runtime.errors import UserError
 
-_CODES = {dtype: code for code, dtype in FLOATS.items()}
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -45,135 +41,6 @@ _SIDE_FILES = (
 )
 _SIDE_PATTERNS = ("*.py", "LICENSE*", "NOTICE*")
 _SPARE_BYTES = 16 << 20  # room for headers, index and small files
-
-
-class Outgoing(NamedTuple):
-    """A tensor to be written: what the header says of it, and how to get its bytes."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    fetch: Callable[[], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape))
-
-
-def _host(array: Any) -> np.ndarray:
-    """An array in host memory; every process must ask if it spans several."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
-
-
-def _layer(array: Any, layer: int | None) -> Any:
-    """One layer of a stacked parameter, without sending what the host has to a device."""
-    if layer is None:
-        return array
-    return _pick(array, np.int32(layer)) if isinstance(array, jax.Array) else np.asarray(array)[layer]
-
-
-@jax.jit
-def _pick(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, dtype: np.dtype) -> jax.Array:
-    """`W + scale * A B` in float32, rounded once."""
-    a, b = (factor.astype(jnp.float32) for factor in (a, b))
-    delta = jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
-    return (w.astype(jnp.float32) + scale * delta).astype(dtype)
-
-
-def _turned(array: Any) -> np.ndarray:
-    """The transpose in host memory, made by the devices; where those are CPUs by sending, which turns as it copies."""
-    if isinstance(array, jax.Array) and next(iter(array.devices())).platform != "cpu":
-        return _host(jnp.swapaxes(array, 0, 1))
-    return np.asarray(jax.device_put(_host(array).T, jax.local_devices(backend="cpu")[0]))
-
-
-def _outgoing(config: DenoiserConfig, base: Mapping, lora: LoRA | None, dtype: np.dtype | None) -> dict[str, Outgoing]:
-    """Every tensor of the checkpoint by its stored name, the adapter merged in where there is one."""
-    tensors = {}
-    slots = names.slots(config)
-    if lora is not None:
-        _check_adapter(config, lora)
-    paths = {tuple(key.key for key in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(base)}
-    for kind, odd in (("lack", set(names.parameters(config)) - paths), ("hold", paths - set(names.parameters(config)))):
-        if odd:
-            raise UserError(f"the parameters {kind} {'/'.join(min(odd))}, unlike their configuration")
-    for name in sorted(slots):
-        slot = slots[name]
-        array = names.at(base, slot.path)
-        matrix = slot.shape[::-1] if slot.transposed else slot.shape
-        wanted = matrix if slot.layer is None else (config.num_layers, *matrix)
-        if tuple(array.shape) != wanted:
-            raise UserError(f"parameter {'/'.join(slot.path)} has shape {tuple(array.shape)}, not {wanted}")
-        held = np.dtype(array.dtype)
-        target = dtype or held
-        if target not in _CODES:
-            raise UserError(f"parameter {'/'.join(slot.path)} cannot be stored as {target}: give dtype='bfloat16'")
-        factors = lora.weights["layers"].get(slot.path[1]) if lora is not None and slot.transposed else None
-
-        def fetch(array=array, slot=slot, factors=factors, target=target) -> np.ndarray:
-            tensor = _layer(array, slot.layer)
-            if factors is not None:
-                a, b = (_layer(factors[name], slot.layer) for name in "ab")
-                tensor = _merged(tensor, a, b, np.float32(lora.alpha / lora.rank), dtype=target)
-            elif tensor.dtype != target:
-                tensor = tensor.astype(target)
-            return _turned(tensor) if slot.transposed else np.ascontiguousarray(_host(tensor))
-
-        tensors[name] = Outgoing(target, slot.shape, fetch)
-    return tensors
-
-
-def _check_adapter(config: DenoiserConfig, lora: LoRA) -> None:
-    for target in lora.targets:
-        fan_in, fan_out = target_shapes(config)[target]
-        for factor, shape in (("a", (fan_in, lora.rank)), ("b", (lora.rank, fan_out))):
-            found = tuple(lora.weights["layers"][target][factor].shape)
-            if found != (config.num_layers, *shape):
-                raise UserError(f"adapter weight {target}/{factor} has shape {found}: it is of another model")
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Outgoing]) -> None:
-    """Streams tensors into a safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, tensor in tensors.items():
-        span = [position, position + tensor.size]
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        position += tensor.size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        # One tensor is fetched while the one before is written.
-        with ThreadPoolExecutor(1) as pool:
-            ahead = None
-            for tensor in [*tensors.values(), None]:
-                before, ahead = ahead, tensor and pool.submit(tensor.fetch)
-                if before:
-                    file.write(before.result().reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _shards(tensors: Mapping[str, Outgoing], max_bytes: int) -> dict[str, dict[str, Outgoing]]:
-    """Tensors grouped by file name, in order, each file at most `max_bytes` unless one tensor alone is larger."""
-    groups: list[dict[str, Outgoing]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and filled + tensor.size > max_bytes:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = tensor
-        filled += tensor.size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 @contextmanager
@@ -203,7 +70,7 @@ def _new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
 
 
 def _write_together(
-    directory: str | os.PathLike, needed: int, tensors: Mapping[str, Outgoing], write: Callable[[Path], None]
+    directory: str | os.PathLike, needed: int, tensors: Mapping[str, outgoing.Outgoing], write: Callable[[Path], None]
 ) -> None:
     """Has the first process write a new directory, in which it fetches `tensors` in their order, as all others do."""
     if jax.process_index() == 0:
@@ -239,7 +106,7 @@ def _hub_code(auto_map: Mapping[str, Any], repository: str, source: epath.Path) 
     return {key: point(reference) for key, reference in auto_map.items()}
 
 
-def _record_dtype(hf: dict[str, Any], tensors: Mapping[str, Outgoing]) -> None:
+def _record_dtype(hf: dict[str, Any], tensors: Mapping[str, outgoing.Outgoing]) -> None:
     """Keeps the dtype that a `config.json` records true of the tensors beside it."""
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
     for key in ("torch_dtype", "dtype"):
@@ -280,7 +147,7 @@ def export_checkpoint(
       UserError: the directory is not empty, the disk is too small, parameters or source do not fit the configuration.
     """
     dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
-    tensors = _outgoing(config, base, lora, dtype)
+    tensors = outgoing.checkpoint_tensors(config, base, lora, dtype)
     total = sum(tensor.size for tensor in tensors.values())
     side: list[epath.Path] = []
     if source is None:
@@ -297,7 +164,7 @@ def export_checkpoint(
     unchanged = source is not None and lora is None and training is None and hf == before
     if "auto_map" in hf and source is not None:
         hf["auto_map"] = _hub_code(hf["auto_map"], families.family_of(config).repository, source)
-    shards = _shards(tensors, max_shard_bytes)
+    shards = outgoing.shards_of(tensors, max_shard_bytes)
 
     def write(partial: Path) -> None:
         for path in side:
@@ -307,7 +174,7 @@ def export_checkpoint(
         else:
             _write_json(partial / "config.json", hf)
         for name, group in shards.items():
-            _write_safetensors(partial / name, group)
+            outgoing.write_safetensors(partial / name, group)
         if len(shards) > 1:
             weight_map = {tensor: name for name, group in shards.items() for tensor in group}
             _write_json(
@@ -342,15 +209,15 @@ def export_adapter(
     Raises:
       UserError: the directory is not empty, the disk is too small, the adapter does not fit the configuration.
     """
-    _check_adapter(config, lora)
+    outgoing.check_adapter(config, lora)
     tensors = {}
     for name, (target, factor, layer) in sorted(names.adapter_names(config, lora.targets).items()):
         array = lora.weights["layers"][target][factor]
 
         def fetch(array=array, layer=layer) -> np.ndarray:
-            return _turned(_layer(array, layer).astype(np.float32))
+            return outgoing.turned(outgoing.layer_of(array, layer).astype(np.float32))
 
-        tensors[name] = Outgoing(np.dtype(np.float32), array.shape[:0:-1], fetch)
+        tensors[name] = outgoing.Outgoing(np.dtype(np.float32), array.shape[:0:-1], fetch)
 
     def write(partial: Path) -> None:
         _write_json(
@@ -368,7 +235,7 @@ def export_adapter(
                 "task_type": families.family_of(config).task_type,
             },
         )
-        _write_safetensors(partial / "adapter_model.safetensors", tensors)
+        outgoing.write_safetensors(partial / "adapter_model.safetensors", tensors)
         card = adapter_card(Path(directory).name, lora, source, training)
         (partial / "README.md").write_text(card, encoding="utf-8")
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdsd_jax import hub
-from gdsd_jax.hub import files, load, tiny
+from gdsd_jax.hub import files, incoming, tiny
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
 
@@ -87,15 +87,15 @@ def test_boxes_of_a_tensor(scratch, data):
     span = lambda size: st.tuples(st.integers(0, size - 1), st.integers(1, size)).map(  # noqa: E731
         lambda ends: (min(ends[0], ends[1] - 1), ends[1])
     )
-    boxes = data.draw(st.sets(st.builds(load.Box, span(rows), span(columns)), min_size=1, max_size=5))
+    boxes = data.draw(st.sets(st.builds(incoming.Box, span(rows), span(columns)), min_size=1, max_size=5))
     dtype = data.draw(st.sampled_from((np.float32, np.float16)))
     pieces = {box: np.zeros([end - begin for begin, end in box], dtype) for box in boxes}
     (scratch / "tensor").write_bytes(b"abc" + whole.tobytes())
     stored = files.Stored(epath.Path(scratch / "tensor"), "F32", whole.shape, 3, whole.nbytes)
     reader, covered = files.Reader(), np.zeros_like(whole, bool)
     with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "_BLOCK_BYTES", data.draw(st.sampled_from((1, 50, 1000))))
-        load.fill_boxes(stored, pieces, reader, pool)
+        patch.setattr(incoming, "BLOCK_BYTES", data.draw(st.sampled_from((1, 50, 1000))))
+        incoming.fill_boxes(stored, pieces, reader, pool)
     for ((r0, r1), (c0, c1)), piece in pieces.items():
         np.testing.assert_array_equal(piece, whole[r0:r1, c0:c1])
         covered[r0:r1, c0:c1] = True
@@ -157,13 +157,13 @@ def test_tokenizer_and_export_take_their_files_from_a_bucket(bucket, tmp_path):
 
 def test_whole_rows_are_read_from_a_bucket(bucket):
     """Half of the columns: a disk gives them row by row, a bucket in one request with the rest of the rows."""
-    pieces, read = {load.Box((0, 4), (0, 2)): np.empty((4, 2), np.float32)}, {}
+    pieces, read = {incoming.Box((0, 4), (0, 2)): np.empty((4, 2), np.float32)}, {}
     for place in ("gs://bucket/model", str(bucket / "model")):
         tensors = files.checkpoint_tensors(epath.Path(place), files.Reader())
         stored = next(t for t in tensors.values() if len(t.shape) == 2 and t.shape[1] > 2)
         reader = files.Reader()
         with ThreadPoolExecutor(1) as pool:
-            load.fill_boxes(stored, pieces, reader, pool)
+            incoming.fill_boxes(stored, pieces, reader, pool)
         read[place] = reader.bytes_read
     whole = 4 * stored.shape[1] * files.FLOATS[stored.dtype].itemsize
     assert list(read.values()) == [whole, whole * 2 // stored.shape[1]]
@@ -218,5 +218,5 @@ def test_memory_is_bounded_by_tensors_not_by_the_checkpoint(tmp_path):
     (report,) = reports(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     assert report["bytes_read"] == report["file_bytes"] > 1e9 and report["differing"] == []
     compiler = 200e6
-    spare = 2 * report["largest_tensor_bytes"] + load._THREADS * load._BLOCK_BYTES + compiler
+    spare = 2 * report["largest_tensor_bytes"] + incoming.THREADS * incoming.BLOCK_BYTES + compiler
     assert report["peak_after"] - report["peak_before"] < report["array_bytes"] + spare

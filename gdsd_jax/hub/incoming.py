@@ -1,0 +1,177 @@
+"""Stored tensors on their way to the devices: blocks of files, every byte read once, stacked layer by layer."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gdsd_jax.hub import names
+from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import named_sharding
+
+# Blocks are read side by side: buckets answer slowly, and disks like several requests.
+THREADS, BLOCK_BYTES = min(8, os.cpu_count() or 1), 16 << 20
+
+
+class Box(NamedTuple):
+    """A block of a stored matrix: its first row and the one past its last, and the same of its columns."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...], turned: bool) -> Box:
+    """The block of a stored tensor that `index` cuts out of an array of this shape: of it, or of its transpose."""
+    spans = [piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True)]
+    return Box(*(spans[::-1] if turned else spans), *[(0, 1)] * (2 - len(spans)))
+
+
+def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
+    """Disjoint blocks of bounded size that cover the boxes and nothing else.
+
+    In a bucket they cover whole rows: a request for each row would cost more than the bytes beside what is needed.
+    """
+    width = stored.matrix[1]
+    limit = max(1, BLOCK_BYTES // (width * FLOATS[stored.dtype].itemsize))
+    edges = sorted({edge for box in boxes for edge in box.rows})
+    for first, last in zip(edges, edges[1:], strict=False):
+        spans = sorted(box.columns for box in boxes if box.rows[0] <= first and last <= box.rows[1])
+        if spans and in_bucket(stored.file):
+            spans = [(0, width)]
+        merged: list[tuple[int, int]] = []
+        for begin, end in spans:
+            if merged and begin <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((begin, end))
+        for row in range(first, last, limit):
+            for columns in merged:
+                yield Box((row, min(row + limit, last)), columns)
+
+
+def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader, pool: Executor) -> None:
+    """Reads boxes of a stored matrix into arrays of their shapes; what boxes share is read once."""
+
+    def read(block: Box) -> None:
+        targets = []
+        for box, piece in pieces.items():
+            spans = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, box, strict=True)]
+            if all(begin < end for begin, end in spans):
+                targets.append((Box(*spans), piece[_within(spans, box)]))
+        # Straight to where it belongs, if that takes all of it as it is.
+        fits = (part for spans, part in targets if spans == block and part.dtype == FLOATS[stored.dtype])
+        straight = next(fits, None)
+        data = reader.block(stored, *block, out=straight)
+        for spans, part in targets:
+            if part is not straight:
+                part[...] = data[_within(spans, block)]
+
+    for _ in pool.map(read, _blocks(pieces, stored)):
+        pass
+
+
+def _within(spans: Iterable[tuple[int, int]], box: Box) -> tuple[slice, slice]:
+    """The index of spans of rows and columns in a box that holds them."""
+    return tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(spans, box, strict=True))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="turned")
+def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array, *, turned: bool) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer.T if turned else layer, index, 0)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _turned(array: jax.Array, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+    turned = array.swapaxes(-1, -2)
+    return turned if sharding is None else jax.lax.with_sharding_constraint(turned, sharding)
+
+
+class Loader(NamedTuple):
+    """Reads parameters, each given as its stored tensors, in the order of the layers, and the slot of any of them.
+
+    Kernels are stored turned. Accelerators get them as they are stored and turn them themselves; where the devices are
+    this machine's CPUs, sending turns, which is what sending is good at.
+    """
+
+    dtype: np.dtype | None
+    reader: Reader
+    pool: Executor
+
+    def whole(self, layers: list[Stored], slot: names.Slot) -> jax.Array:
+        """A parameter on the default device."""
+        (rows, columns), dtype = layers[0].matrix, self._dtype(layers, slot)
+        stack = np.empty((len(layers), rows, columns), dtype)
+        for stored, piece in zip(layers, stack, strict=True):
+            fill_boxes(stored, {Box((0, rows), (0, columns)): piece}, self.reader, self.pool)
+        stack = stack.reshape(*([] if slot.layer is None else [len(layers)]), *slot.shape)
+        if not slot.transposed:
+            return jax.device_put(stack)
+        return jax.device_put(stack.swapaxes(-1, -2)) if _on_cpus(jax.devices()[0]) else _turned(jax.device_put(stack))
+
+    def spread(self, layers: list[Stored], slot: names.Slot, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
+        """A parameter with these logical axes over a mesh."""
+        dtype, shape = self._dtype(layers, slot), slot.shape[::-1] if slot.transposed else slot.shape
+        place = named_sharding(mesh, axes[-len(shape) :], shape)
+        turned = slot.transposed and not _on_cpus(mesh.devices.flat[0])
+        # What is sent, and where it goes: a turned matrix, or what is stored.
+        sent, goes = (slot.shape, NamedSharding(mesh, P(*place.spec[::-1]))) if turned else (shape, place)
+        held = goes.addressable_devices_indices_map(sent).values()
+
+        def send(stored: Stored) -> jax.Array:
+            pieces = self._pieces(stored, dtype, held, sent, slot.transposed and not turned)
+            return jax.make_array_from_callback(sent, goes, pieces)
+
+        if slot.layer is None:
+            array = send(layers[0])
+            return _turned(array, place) if turned else array
+        stack, before = jnp.zeros((len(layers), *shape), dtype, device=NamedSharding(mesh, P(None, *place.spec))), None
+        for layer, stored in enumerate(layers):
+            array = send(stored)
+            stack = _set_layer(stack, array, np.int32(layer), turned=turned)
+            if before is not None:
+                # One layer is read while the one before is on its way, no more.
+                before.block_until_ready()
+            before = array
+        return stack.block_until_ready()
+
+    def _dtype(self, layers: list[Stored], slot: names.Slot) -> np.dtype:
+        kinds = {stored.dtype for stored in layers}
+        if self.dtype is None and len(kinds) > 1:
+            raise UserError(f"{layers[0].file} stores the layers of {'/'.join(slot.path)} as {kinds}: give one dtype")
+        return self.dtype or FLOATS[layers[0].dtype]
+
+    def _pieces(
+        self,
+        stored: Stored,
+        dtype: np.dtype,
+        held: Iterable[tuple[slice, ...]],
+        shape: tuple[int, ...],
+        turned: bool,
+    ) -> Callable:
+        """Reads the parts `held` of a tensor, given as indices of it or, if `turned`, of its transpose.
+
+        Returns a function from such an index to the part.
+        """
+        boxes = {_box(index, shape, turned) for index in held}
+        pieces = {box: np.empty([end - begin for begin, end in box], dtype) for box in boxes}
+        fill_boxes(stored, pieces, self.reader, self.pool)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            piece = pieces[_box(index, shape, turned)]
+            return piece[:, 0] if len(shape) == 1 else piece.T if turned else piece
+
+        return part
+
+
+def _on_cpus(device: jax.Device) -> bool:
+    return device.platform == "cpu"

@@ -1,0 +1,158 @@
+"""Tensors on their way to a safetensors file: what its header says of them, and their bytes, one tensor at a time.
+
+Devices pick a layer, merge the adapter into it and turn it; the host gets what is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gdsd_jax.denoiser import DenoiserConfig, LoRA
+from gdsd_jax.denoiser.lora import target_shapes
+from gdsd_jax.hub import names
+from gdsd_jax.hub.files import FLOATS
+from gdsd_jax.runtime.errors import UserError
+
+_CODES = {dtype: code for code, dtype in FLOATS.items()}
+
+
+class Outgoing(NamedTuple):
+    """A tensor to be written: what the header says of it, and how to get its bytes."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape))
+
+
+def _host(array: Any) -> np.ndarray:
+    """An array in host memory; every process must ask if it spans several."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def layer_of(array: Any, layer: int | None) -> Any:
+    """One layer of a stacked parameter, without sending what the host has to a device."""
+    if layer is None:
+        return array
+    return _pick(array, np.int32(layer)) if isinstance(array, jax.Array) else np.asarray(array)[layer]
+
+
+@jax.jit
+def _pick(stack: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, dtype: np.dtype) -> jax.Array:
+    """`W + scale * A B` in float32, rounded once."""
+    a, b = (factor.astype(jnp.float32) for factor in (a, b))
+    delta = jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (w.astype(jnp.float32) + scale * delta).astype(dtype)
+
+
+def turned(array: Any) -> np.ndarray:
+    """The transpose in host memory, made by the devices; where those are CPUs by sending, which turns as it copies."""
+    if isinstance(array, jax.Array) and next(iter(array.devices())).platform != "cpu":
+        return _host(jnp.swapaxes(array, 0, 1))
+    return np.asarray(jax.device_put(_host(array).T, jax.local_devices(backend="cpu")[0]))
+
+
+def checkpoint_tensors(
+    config: DenoiserConfig, base: Mapping, lora: LoRA | None, dtype: np.dtype | None
+) -> dict[str, Outgoing]:
+    """Every tensor of the checkpoint by its stored name, the adapter merged in where there is one."""
+    tensors = {}
+    slots = names.slots(config)
+    if lora is not None:
+        check_adapter(config, lora)
+    paths = {tuple(key.key for key in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(base)}
+    for kind, odd in (("lack", set(names.parameters(config)) - paths), ("hold", paths - set(names.parameters(config)))):
+        if odd:
+            raise UserError(f"the parameters {kind} {'/'.join(min(odd))}, unlike their configuration")
+    for name in sorted(slots):
+        slot = slots[name]
+        array = names.at(base, slot.path)
+        matrix = slot.shape[::-1] if slot.transposed else slot.shape
+        wanted = matrix if slot.layer is None else (config.num_layers, *matrix)
+        if tuple(array.shape) != wanted:
+            raise UserError(f"parameter {'/'.join(slot.path)} has shape {tuple(array.shape)}, not {wanted}")
+        held = np.dtype(array.dtype)
+        target = dtype or held
+        if target not in _CODES:
+            raise UserError(f"parameter {'/'.join(slot.path)} cannot be stored as {target}: give dtype='bfloat16'")
+        factors = lora.weights["layers"].get(slot.path[1]) if lora is not None and slot.transposed else None
+
+        def fetch(array=array, slot=slot, factors=factors, target=target) -> np.ndarray:
+            tensor = layer_of(array, slot.layer)
+            if factors is not None:
+                a, b = (layer_of(factors[name], slot.layer) for name in "ab")
+                tensor = _merged(tensor, a, b, np.float32(lora.alpha / lora.rank), dtype=target)
+            elif tensor.dtype != target:
+                tensor = tensor.astype(target)
+            return turned(tensor) if slot.transposed else np.ascontiguousarray(_host(tensor))
+
+        tensors[name] = Outgoing(target, slot.shape, fetch)
+    return tensors
+
+
+def check_adapter(config: DenoiserConfig, lora: LoRA) -> None:
+    for target in lora.targets:
+        fan_in, fan_out = target_shapes(config)[target]
+        for factor, shape in (("a", (fan_in, lora.rank)), ("b", (lora.rank, fan_out))):
+            found = tuple(lora.weights["layers"][target][factor].shape)
+            if found != (config.num_layers, *shape):
+                raise UserError(f"adapter weight {target}/{factor} has shape {found}: it is of another model")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Outgoing]) -> None:
+    """Streams tensors into a safetensors file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        span = [position, position + tensor.size]
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        position += tensor.size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        # One tensor is fetched while the one before is written.
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for tensor in [*tensors.values(), None]:
+                before, ahead = ahead, tensor and pool.submit(tensor.fetch)
+                if before:
+                    file.write(before.result().reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def shards_of(tensors: Mapping[str, Outgoing], max_bytes: int) -> dict[str, dict[str, Outgoing]]:
+    """Tensors grouped by file name, in order, each file at most `max_bytes` unless one tensor alone is larger."""
+    groups: list[dict[str, Outgoing]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and filled + tensor.size > max_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensor
+        filled += tensor.size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
