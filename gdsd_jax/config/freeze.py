@@ -41,7 +41,14 @@ def default(checkpoint: str = "") -> ConfigDict:
     )
     result = ConfigDict(dataclasses.asdict(config), type_safe=False)
     _type_optionals(result, TrainConfig)
-    return result.lock()
+    return with_open_settings(result.lock())
+
+
+def with_open_settings(config: ConfigDict) -> ConfigDict:
+    """Returns the config, locked except where keys are free: the settings of methods and those of the task."""
+    config.settings.unlock()
+    config.task.settings.unlock()
+    return config
 
 
 def _type_optionals(config: ConfigDict, kind: type) -> None:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from gdsd_jax.config.freeze import with_open_settings
 from gdsd_jax.runtime.errors import UserError
 
 
@@ -42,7 +43,10 @@ def config_module(file: str | Path) -> ModuleType:
 
 
 def read_config(name: str | Path) -> ConfigDict:
-    """Returns the ConfigDict of `FILE.py`, or of `FILE.py:RUN` as `--config` takes it, for editing and `freeze`."""
+    """Returns the ConfigDict of `FILE.py`, or of `FILE.py:RUN` as `--config` takes it, for editing and `freeze`.
+
+    Settings of methods and tasks have no fixed names, so those two mappings are left open for new ones.
+    """
     file, colon, run = str(name).partition(":")
     get_config = config_module(file).get_config
-    return get_config(run) if colon else get_config()
+    return with_open_settings(get_config(run) if colon else get_config())

@@ -1,6 +1,7 @@
 """Curves of a run as a picture.
 
-python -m gdsd_jax.telemetry.plots WORKDIR        draws WORKDIR/curves.png anew, also while the run goes on
+    python -m gdsd_jax.telemetry.plots WORKDIR                           draws WORKDIR/curves.png, at any time
+    python -m gdsd_jax.telemetry.plots WORKDIR reward/mean eval/puzzles  draws these metrics alone
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,10 +81,11 @@ SPREAD = "reward/std"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def plot_curves(workdir: str | os.PathLike) -> Path:
+def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
     """Draws `workdir/curves.png` from `workdir/metrics.jsonl`: a panel for each kind of metric that was logged.
 
-    Noisy curves of more than 60 points are drawn faint with their running mean over a twentieth of them on top.
+    With `only`, the metrics of these names alone are drawn. Noisy curves of more than 60 points are drawn faint, with
+    their running mean over a twentieth of them on top.
 
     Raises:
       UserError: there are no metrics to draw.
@@ -94,11 +97,14 @@ def plot_curves(workdir: str | os.PathLike) -> Path:
     names = sorted({name for entry in entries for name in entry} - {"step"})
     series = {name: _series(entries, name) for name in names}
     series = {name: points for name, points in series.items() if np.isfinite(points[1]).any()}
+    unknown = sorted(set(only) - set(series))
+    if unknown:
+        raise UserError(f"{Path(workdir) / METRICS} holds no {unknown[0]}: it holds {', '.join(series)}")
     claimed = {name for panel in PANELS for name in panel.names} | {SPREAD}
     drawn = []
     for panel in PANELS:
         wanted = panel.names or sorted(n for n in series if n.startswith(panel.prefix) and n not in claimed)
-        present = [name for name in wanted if name in series]
+        present = [name for name in wanted if name in series and (not only or name in only)]
         # A curve of zeros says nothing about rewards that failed; an empty panel would only push others aside.
         if present and not (present == ["reward/nan"] and not np.nansum(series["reward/nan"][1])):
             drawn.append((panel, present))
@@ -180,11 +186,11 @@ def main(arguments: list[str]) -> None:
     """Draws the curves of one run and prints the path of the picture.
 
     Raises:
-      UserError: another number of arguments than one, or no metrics to draw.
+      UserError: no directory is given, or it holds no metrics to draw.
     """
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("usage: python -m gdsd_jax.telemetry.plots WORKDIR")
-    print(plot_curves(arguments[0]))
+    if not arguments or any(argument.startswith("-") for argument in arguments):
+        raise UserError("usage: python -m gdsd_jax.telemetry.plots WORKDIR [METRIC ...]")
+    print(plot_curves(arguments[0], arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,11 @@ def test_a_config_imports_its_neighbours_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(text)
     config, _, _ = _parse(["test", f"--config={tmp_path}/own.py:wd1"], {})
     assert (config.seed, config.method) == (11, "wd1")
-    assert freeze(TrainConfig, read_config(f"{tmp_path}/own.py:wd1")) == config
+    read = read_config(f"{tmp_path}/own.py:wd1")
+    assert freeze(TrainConfig, read) == config
+    read.settings["module:MINE"] = {"psi": 2.0}
+    read.task.settings.template = "{puzzle}"
+    with pytest.raises(AttributeError):
+        read.sampler.no_such_setting = 1
     with pytest.raises(UserError, match="other.py does not exist"):
         read_config(tmp_path / "other.py")

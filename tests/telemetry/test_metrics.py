@@ -302,6 +302,14 @@ def test_a_record_that_is_being_written_can_be_drawn(tmp_path, panels, capsys):
     assert panels == {"Loss": ["loss"]}
 
 
+def test_chosen_metrics_are_drawn_alone(tmp_path, panels):
+    log_run(tmp_path, 4)
+    plots.main([str(tmp_path), "reward/mean", "eval/puzzles"])
+    assert panels == {"Reward of the rollouts": ["reward/mean"], "Evaluation": ["eval/puzzles"]}
+    with pytest.raises(UserError, match="holds no eval/none"):
+        plots.main([str(tmp_path), "eval/none"])
+
+
 @pytest.mark.parametrize("record", [None, "", '{"step": 1, "lo', '{"step": 1, "unknown": 1.0}\n'])
 def test_nothing_to_draw_is_refused(tmp_path, record):
     if record is not None:

@@ -1,0 +1,108 @@
+"""Writes docs/configuration.md from the dataclasses: every setting with its default and its description.
+
+    python docs/make_configuration.py
+
+A test compares the file with what this script returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FILE = Path(__file__).with_name("configuration.md")
+sys.path.insert(0, str(FILE.resolve().parents[1]))
+
+from gdsd_jax.config import TrainConfig, default, freeze  # noqa: E402
+from gdsd_jax.methods import METHODS  # noqa: E402
+
+HEAD = """# Configuration
+
+This page is generated from the dataclasses by `python docs/make_configuration.py`; edit their docstrings instead.
+
+A config file is Python with a `get_config` that edits the locked result of `gdsd_jax.config.default()`. The command
+line overrides single settings: `--config.iterations=100`, `--config.sampler.threshold=None`,
+`--config.optimizer.learning_rate=1e-4`. An unknown setting or a value of another type ends the command with one line.
+"""
+METHOD_HEAD = """## config.settings
+
+Settings of methods, by the method's name: `--config.settings.gdsd.psi=0.5`, or
+`config.settings["gdsd"] = {"psi": 0.5}` in a config file. A method of your own is named `package.module:NAME` here too.
+[Methods](methods.md) has their equations.
+"""
+
+
+class Described(NamedTuple):
+    """The prose of a dataclass's docstring, and the description of each field that has one."""
+
+    prose: str
+    fields: dict[str, str]
+
+
+def described(kind: type) -> Described:
+    """Reads the docstring of a dataclass; fields without a description of their own take that of a base class."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    fields: dict[str, str] = {}
+    for base in reversed(kind.__mro__[1:]):
+        if dataclasses.is_dataclass(base):
+            fields |= described(base).fields
+    prose, current, depth = [], [], 0
+    for line in (inspect.getdoc(kind) or "").splitlines():
+        names, colon, text = line.strip().partition(":")
+        indent, listed = len(line) - len(line.lstrip()), [name.strip() for name in names.split(",")]
+        if colon and known.issuperset(listed):
+            current, depth = listed, indent
+            fields |= dict.fromkeys(current, text.strip())
+        elif current and line.strip() and indent > depth:
+            fields |= {name: f"{fields[name]} {line.strip()}" for name in current}
+        elif line.strip() not in ("Attributes:", "Args:"):
+            current = []
+            prose.append(line)
+    return Described("\n".join(prose).strip(), fields)
+
+
+def type_name(hint: Any) -> str:
+    """Returns a type as a reader writes it: `int`, `str | None`, `tuple[int, ...]`."""
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if plain else str(hint).replace("typing.", "").replace("collections.abc.", "")
+
+
+def table(kind: type, values: Any, hints: dict[str, Any]) -> list[str]:
+    """Returns one dataclass's settings as a Markdown table; nested dataclasses have sections of their own."""
+    about, lines = described(kind).fields, ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            continue
+        cells = (f"`{field.name}`", f"`{type_name(hints[field.name])}`", f"`{getattr(values, field.name)!r}`")
+        cells = (*cells, about.get(field.name, ""))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def section(title: str, kind: type, values: Any) -> list[str]:
+    """Returns the section of one dataclass, followed by those of the dataclasses inside it."""
+    hints = typing.get_type_hints(kind)
+    lines = [f"## {title}", "", described(kind).prose, "", *table(kind, values, hints), ""]
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            lines += section(f"{title}.{field.name}", hints[field.name], getattr(values, field.name))
+    return lines
+
+
+def page() -> str:
+    """Returns the page as text."""
+    lines = [HEAD, *section("config", TrainConfig, freeze(TrainConfig, default())), METHOD_HEAD]
+    for name, recipe in METHODS.items():
+        hints = typing.get_type_hints(recipe.settings)
+        lines += [f"### {name}", "", described(recipe.settings).prose, ""]
+        lines += [*table(recipe.settings, recipe.settings(), hints), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(page(), encoding="utf-8")
+    print(FILE)
