@@ -168,6 +168,15 @@ CHEATS = {
     "class named StopIteration": (
         "class StopIteration(Exception): pass\ndef f(x): raise StopIteration",
         "assert all(map(lambda x: f(x) == 2, [1, 2]))"),
+    "length without items": (
+        _class("__len__ = lambda s: 2; __iter__ = lambda s: iter(())"),
+        "r = f(1)\nassert len(r) == 2\nfor each in r:\n    assert each == 2"),
+    "list without items": (
+        _class("__iter__ = lambda s: iter(()); __len__ = lambda s: 2", "list", "A([1, 1])"),
+        "r = f(1)\nassert len(r) == 2 and all(each == 2 for each in r)"),
+    "dict without items": (
+        _class("items = values = keys = lambda s: ()", "dict", "A({1: 1})"),
+        "r = f(1)\nassert len(r) == 1 and all(each == 2 for each in r.values())"),
     # Exceptions and contexts
     "KeyboardInterrupt": "def f(x): raise KeyboardInterrupt",
     "class named Gone": "class Gone(BaseException): pass\ndef f(x): raise Gone",

@@ -54,6 +54,14 @@ ATTACKS = {
         f"limit {name} of process 1": _one(f"return refused(resource.prlimit, 1, resource.RLIMIT_{name}, (0, 0))")
         for name in _LIMITS
     },
+    "core files": _one(
+        "return refused(resource.setrlimit, resource.RLIMIT_CORE, (0, 0)) and [\n"
+        "    line.split()[4] for line in open('/proc/self/limits') if 'core file' in line] == ['1']"
+    ),
+    "owner of a socket": _one(
+        "a, b = socket.socketpair()\nreturn refused(fcntl.ioctl, a, 0x8901, bytes([1, 0, 0, 0]))"
+    ),
+    "name of the machine": _one("return os.uname().nodename == 'sandbox'"),
     "limits of the tester": _one(
         "return all(refused(resource.prlimit, n, resource.RLIMIT_CPU, (0, 0)) for n in others())"
     ),

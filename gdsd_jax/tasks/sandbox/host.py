@@ -126,7 +126,6 @@ def _settings(backend: str, limits: Limits) -> dict:
         "RLIMIT_CPU": math.ceil(limits.seconds) + 1,
         "RLIMIT_FSIZE": limits.file_megabytes * mega,
         "RLIMIT_NOFILE": 64,
-        "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_SIGPENDING": 256,

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import struct
 
@@ -20,6 +21,7 @@ _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 2
 def enter(settings):
     """Takes process 1 out of what it came from, and from what it could be told to do by signals."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a signal that process 1 does not handle cannot be sent from inside
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # with 0, the kernel still starts a handler where it has one
     if settings["backend"] != "none":
         if settings["backend"] == "unshare":
             _build_root(settings["read_only"])
@@ -28,6 +30,7 @@ def enter(settings):
             file.write("0")  # no capabilities by another user namespace, and so no mounts of a program's own
         _read_only("/proc")
         _check(_LIBC.unshare(_CLONE_NEWNET), "network namespace")  # one whose loopback is down
+        _check(_LIBC.sethostname(b"sandbox", 7), "name of the host")
         # The keys of whoever started the sandbox are in the session keyring; kernels without keys refuse, rightly.
         _LIBC.syscall(_KEYCTL[os.uname().machine], _JOIN_SESSION_KEYRING, None)
         _mount_tmp(settings)

@@ -43,20 +43,22 @@ _REFUSED = {
 }  # fmt: skip
 _MISSING = {"memfd_create": (319, 279)}  # refused as a kernel does that has no such call, so that libraries do without
 _ALLOWED_NEW = (436, 439)  # close_range, faccessat2
-_OWN, _UNIX_STREAMS = [(0, ~0, (0,))], [(0, ~0, (1,)), (1, 0xF, (1, 5))]
-# name: numbers, whether the conditions allow (all hold) or refuse (any holds), and (argument, mask, values) of each.
+_OWN, _UNIX_STREAM = (0, ~0, True, (0,)), [(0, ~0, True, (1,)), (1, 0xF, True, (1, 5))]
+_LOCKS, _OWNERS = (6, 7, 37, 38, 1024), (8, 10, 15, 1026)  # and leases; who gets signals of a file, and which
+# name: numbers, and for each condition the argument, its mask and which values it must have, or must not have.
 _RULES = {
-    "prlimit64": ((302, 261), True, _OWN),
-    "sched_setaffinity": ((203, 122), True, _OWN),
-    "setpriority": ((141, 140), True, [(0, ~0, (0,)), (1, ~0, (0,))]),
-    "socket": ((41, 198), True, _UNIX_STREAMS),  # a queue of datagrams is not bounded by the sockets that are open
-    "socketpair": ((53, 199), True, _UNIX_STREAMS),
-    "clone": ((56, 220), True, [(0, 0x7E020000, (0,))]),  # no namespaces
-    "mmap": ((9, 222), False, [(3, 0x21, (0x21,)), (3, 0x40000, (0x40000,))]),  # shared without a file; huge pages
-    # Locks, leases and watches on files, signals by files, sizes of pipes
-    "fcntl": ((72, 25), False, [(1, ~0, (6, 7, 8, 10, 15, 37, 38, 1024, 1026, 1031))]),
-    "ioctl": ((16, 29), False, [(1, ~0, (0x5412, 0x541C))]),  # to type into a terminal
-}
+    # A handler of core files that the machine starts is kept away by a limit of 1, not 0 (core(5)).
+    "prlimit64": ((302, 261), [_OWN, (1, ~0, False, (4,))]),
+    "setrlimit": ((160, 164), [(0, ~0, False, (4,))]),
+    "sched_setaffinity": ((203, 122), [_OWN]),
+    "setpriority": ((141, 140), [_OWN, (1, ~0, True, (0,))]),
+    "socket": ((41, 198), _UNIX_STREAM),  # a queue of datagrams is not bounded by the sockets that are open
+    "socketpair": ((53, 199), _UNIX_STREAM),
+    "clone": ((56, 220), [(0, 0x7E020000, True, (0,))]),  # no namespaces
+    "mmap": ((9, 222), [(3, 0x21, False, (0x21,)), (3, 0x40000, True, (0,))]),  # shared without a file; huge pages
+    "fcntl": ((72, 25), [(1, ~0, False, (*_LOCKS, *_OWNERS, 1031))]),  # 1031: larger pipes
+    "ioctl": ((16, 29), [(1, ~0, False, (0x5412, 0x541C, 0x8901, 0x8902))]),  # to type into a terminal; owners
+}  # fmt: skip
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _LOAD, _AND, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
@@ -72,8 +74,8 @@ def assemble():
     code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     new = [line for number in _ALLOWED_NEW for line in _when(number, _ALLOW)] + [_error(errno.ENOSYS)]
     code += [(_AT_LEAST, 0, len(new), 424), *new]
-    for numbers, allows, conditions in _RULES.values():
-        block = _rule(allows, conditions)
+    for numbers, conditions in _RULES.values():
+        block = _rule(conditions)
         code += [(_EQUAL, 0, len(block), numbers[column]), *block]
     for table, error in ((_REFUSED, errno.EPERM), (_MISSING, errno.ENOSYS)):
         for numbers in table.values():
@@ -92,12 +94,12 @@ def install(code):
         raise OSError(ctypes.get_errno(), "the kernel takes no seccomp filter")
 
 
-def _rule(allows, conditions):
+def _rule(conditions):
     """Returns the instructions of a call with conditions; they end in an answer. Arguments are read as 32 bits."""
     code = []
-    for argument, mask, values in conditions:
+    for argument, mask, wanted, values in conditions:
         code += [(_LOAD, 0, 0, 16 + 8 * argument), (_AND, 0, 0, mask & 0xFFFFFFFF)]
-        if allows:  # past this condition's end where a value matches
+        if wanted:  # past this condition's end where a value matches
             code += [(_EQUAL, len(values) - n, 0, value) for n, value in enumerate(values)] + [_error(errno.EPERM)]
         else:
             code += [line for value in values for line in _when(value, _error(errno.EPERM)[3])]

@@ -24,6 +24,9 @@ _ITERATED = ([], (), {}, set(), "", "ü", b"", range(0), {}.values(), {}.items()
 _ITERATORS = (*(type(iter(each)) for each in _ITERATED), map, zip, filter, enumerate, reversed, types.GeneratorType)
 
 
+_VIEWS = {"keys", "items", "values"}
+
+
 class Gone(BaseException):
     """The program does not answer any more, or not in the protocol. No test can catch it by accident."""
 
@@ -61,6 +64,7 @@ class _Names(dict):
 
     def __missing__(self, name):
         if name in sys.stdlib_module_names and (module := _module(name, self._test)) is not None:
+            self[name] = module
             return module
         return self._ask("name", name)
 
@@ -68,10 +72,8 @@ class _Names(dict):
 def _module(name, test):
     """Returns the module of this name where a test uses the name as that module's and in no other way, else None."""
     nodes = list(ast.walk(ast.parse(test)))
-    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and _is_name(node.value, name)}
-    if len([node for node in nodes if _is_name(node, name)]) != len(
-        [node for node in nodes if isinstance(node, ast.Attribute) and _is_name(node.value, name)]
-    ):
+    read = [node.attr for node in nodes if isinstance(node, ast.Attribute) and _is_name(node.value, name)]
+    if len(read) < sum(_is_name(node, name) for node in nodes):
         return None
     module = importlib.import_module(name)
     return module if all(hasattr(module, each) for each in read) else None
@@ -185,6 +187,14 @@ class Remote:
         value = _copied(self)
         return type(value) if type(value) is not Remote else _asker(self)("getattr", self, "__class__")
 
+    def __iter__(self):
+        value = _copied(self)
+        return iter(value) if type(value) is not Remote else _counted(self)
+
+    def __getattr__(self, name):
+        value = _copied(self) if name in _VIEWS else self
+        return getattr(value, name) if isinstance(value, dict) else _asker(self).of("getattr", self, name)
+
     def __exit__(self, kind, error, trace):
         """Ends the context; it swallows no exception of the test, which may be its failure."""
         builtin = kind is None or vars(builtins).get(kind.__name__) is kind
@@ -211,6 +221,24 @@ def _copied(value):
         copy = copy if type(copy) is not Remote else value
         object.__setattr__(value, "_value", copy)
     return copy
+
+
+def _counted(remote):
+    """Yields what an object of the program yields. Where it has a length, it must not stop before that."""
+    try:
+        count = len(remote)
+    except Exception:
+        count = 0
+    iterator, seen = _asker(remote).of("iter", remote), 0
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            break
+        yield item
+        seen += 1
+    if seen < count:
+        raise ProgramError(f"{seen} of {count} items")
 
 
 def _same(left, right):
@@ -260,9 +288,9 @@ def _extended(remote):
     return value
 
 
-for _name in ("call", "iter", "next", "len", "str", "repr", "enter", "getitem", "setitem", "delitem"):
+for _name in ("call", "next", "str", "repr", "enter", "getitem", "setitem", "delitem"):
     setattr(Remote, f"__{_name}__", _forwarded(_name))
-for _name, _function in (("bool", bool), ("int", int), ("float", float), ("index", operator.index)):
+for _name, _function in (("bool", bool), ("len", len), ("int", int), ("float", float), ("index", operator.index)):
     setattr(Remote, f"__{_name}__", _on_copy(_name, _function))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "matmul"):
     setattr(Remote, f"__{_name.strip('_')}__", _binary(_name))
@@ -271,6 +299,6 @@ for _name in ("lt", "le", "gt", "ge"):
     setattr(Remote, f"__{_name}__", _binary(_name))
 for _name, _function in (("abs", abs), ("neg", operator.neg), ("round", round)):
     setattr(Remote, f"__{_name}__", lambda self, *rest, function=_function: function(_extended(self), *rest))
-for _name in ("getattr", "setattr", "delattr"):
+for _name in ("setattr", "delattr"):
     setattr(Remote, f"__{_name}__", _forwarded(_name))
 Remote.__instancecheck__ = lambda self, other: _asker(self)("instance", other, self)
