@@ -25,7 +25,8 @@ from gdsd_jax.hub.published import LLADA_8B
 from gdsd_jax.methods import Batch, build
 from gdsd_jax.planning import flops
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
-from gdsd_jax.training.state import init_state, make_optimizer
+from gdsd_jax.training.optimizer import make_optimizer
+from gdsd_jax.training.state import init_state
 from gdsd_jax.training.update import make_inner_update
 
 
@@ -138,7 +139,7 @@ def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict
     rows, length = tokens.shape
     settings = SamplerConfig(sizes.completion, sizes.completion, sizes.block, "low_confidence", temperature=1.0)
     start, places = jnp.int32(sizes.prompt + sizes.block), jnp.arange(sizes.block)
-    uniform = jax.random.uniform(jax.random.key(3), (rows, sizes.block))
+    uniform = jax.random.uniform(jax.random.key(3), (rows, sizes.block, 2))
     counted = flops.Model(model, sizes.rank, TARGETS)
     head = counted.head(rows * sizes.block)
 
