@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,6 +22,7 @@ from gdsd_jax.config.schema import (
     TrainConfig,
 )
 from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 
 
@@ -60,15 +61,17 @@ def _type_optionals(config: ConfigDict, kind: type) -> None:
             config[name] = placeholder(next(o for o in typing.get_args(hint) if o is not types.NoneType))
 
 
-def freeze(kind: type, values: Mapping[str, Any] | ConfigDict, where: str = "config") -> Any:
+def freeze(kind: type, values: Any, where: str = "config") -> Any:
     """Builds the dataclass `kind` from a ConfigDict or mapping, nested dataclasses included.
 
     Raises:
       UserError: a key that is unknown or missing, or a value of another type; the message names it in full.
     """
+    if not isinstance(values, (Mapping, ConfigDict)):
+        raise UserError(f"{where} is {values!r}: it has settings of its own, {where}.NAME")
     values = dict(values.items())
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
+    hints = ranges.hints(kind)
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise UserError(f"unknown setting {where}.{unknown[0]}: {where} knows {', '.join(fields)}")
@@ -96,20 +99,4 @@ def _plain(value: Any) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return freeze(hint, value, where)
-    if isinstance(value, ConfigDict):
-        value = value.to_dict()
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin in (tuple, Sequence) and isinstance(value, (tuple, list)):
-            return tuple(value)
-        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if origin is Mapping and isinstance(value, Mapping):
-            return value
-        if origin in (int, bool, str) and type(value) is origin:
-            return value
-        if option is types.NoneType and value is None:
-            return None
-    name = hint if options != (hint,) else getattr(hint, "__name__", hint)
-    raise UserError(f"{where} is {value!r}, not of type {name}")
+    return ranges.convert(hint, value.to_dict() if isinstance(value, ConfigDict) else value, where)

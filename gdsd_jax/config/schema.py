@@ -7,13 +7,14 @@ into one and refuses a field that is missing, unknown or of another type. Nothin
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.hosts import HostsConfig
+from gdsd_jax.runtime.ranges import BelowOne, Count, Positive, Seed, Share
 from gdsd_jax.runtime.sharding import MeshConfig
 
 
@@ -24,8 +25,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     remat: str = "full"
     attention: str = "auto"
-    layer_unroll: int = 1
-    vocab_chunk: int = 16384
+    layer_unroll: Count = 1
+    vocab_chunk: Count = 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,9 @@ class LoRAConfig:
     """Adapter. `rank` 0 trains all parameters instead."""
 
     rank: int = 128
-    alpha: float = 64.0
+    alpha: Positive = 64.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    dropout: float = 0.05
+    dropout: BelowOne = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,10 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 3e-6
-    b1: float = 0.9
-    b2: float = 0.99
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.99
     weight_decay: float = 0.01
-    clip_norm: float = 0.2
+    clip_norm: Positive = 0.2
     warmup_updates: int = 1
     schedule: str = "constant"
     schedule_updates: int | None = None
@@ -79,7 +80,7 @@ class TaskConfig:
     train_path: str | None = None
     validation_path: str | None = None
     eval_path: str | None = None
-    train_rows: int | None = None
+    train_rows: Count | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def path(self, split: str) -> str | None:
@@ -102,13 +103,13 @@ class EvalConfig:
       best: the metric by which the best checkpoint is kept, with `every` above 0; None: the task's last.
     """
 
-    steps: int | None = None
+    steps: Count | None = None
     evaluation_prompt: bool = True
-    batch_rows: int = 64
-    lengths: tuple[int, ...] = (128, 256, 512)
+    batch_rows: Count = 64
+    lengths: tuple[Count, ...] = (128, 256, 512)
     every: int = 0
     split: str = "validation"
-    count: int | None = None
+    count: Count | None = None
     best: str | None = None
 
 
@@ -122,12 +123,12 @@ class SFTConfig:
     `check_every` steps: how fast a small model learns hangs on rounding, where it is left should not.
     """
 
-    seed: int = 0
-    careless: float = 0.0
-    until: float = 0.0
-    check_every: int = 50
-    steps: int = 1000
-    batch_rows: int = 64
+    seed: Seed = 0
+    careless: Share = 0.0
+    until: Share = 0.0
+    check_every: Count = 50
+    steps: Count = 1000
+    batch_rows: Count = 64
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-3, clip_norm=1.0, warmup_updates=50, schedule="cosine"
     )
@@ -142,11 +143,11 @@ class TinyConfig:
     """
 
     family: str = ""
-    hidden_size: int = 64
-    num_layers: int = 3
-    num_heads: int = 4
-    num_kv_heads: int | None = None
-    intermediate_size: int = 192
+    hidden_size: Count = 64
+    num_layers: Count = 3
+    num_heads: Count = 4
+    num_kv_heads: Count | None = None
+    intermediate_size: Count = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,18 +185,18 @@ class TrainConfig:
     hosts: HostsConfig = HostsConfig()
     method: str = "gdsd"
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    seed: int = 42
-    iterations: int = 1000
-    prompts_per_iteration: int = 20
+    seed: Seed = 42
+    iterations: Count = 1000
+    prompts_per_iteration: Count = 20
     group_size: int = 16
-    inner_updates: int = 8
-    microbatch_rows: int = 16
+    inner_updates: Count = 8
+    microbatch_rows: Count = 16
     component_norms_every: int = 0
     eos_token_id: int | None = None
-    prompt_buckets: tuple[int, ...] = (400,)
+    prompt_buckets: tuple[Count, ...] = (400,)
     overlong_prompts: str = "keep_last"
-    save_every: int = 100
-    keep: int = 2
+    save_every: Count = 100
+    keep: Count = 2
     completions_logged: int = 8
     trackers: tuple[str, ...] = ()
     tensorboard: bool = False
@@ -204,14 +205,13 @@ class TrainConfig:
     dry_run: bool = False
 
     def __post_init__(self):
-        names = "iterations prompts_per_iteration inner_updates microbatch_rows save_every keep evaluation.batch_rows"
-        for name in f"{names} model.vocab_chunk model.layer_unroll sft.steps sft.batch_rows sft.check_every".split():
-            value = functools.reduce(getattr, name.split("."), self)
-            if value < 1:
-                raise UserError(f"config.{name} {value} must be at least 1")
+        ranges.check(self, "config")
         rows = self.prompts_per_iteration * self.group_size
         if self.group_size < 2:
             raise UserError(f"config.group_size {self.group_size}: an advantage compares completions, set at least 2")
+        for name, lengths in (("prompt_buckets", self.prompt_buckets), ("evaluation.lengths", self.evaluation.lengths)):
+            if not lengths:
+                raise UserError(f"config.{name} is empty: give at least one length")
         if rows % self.microbatch_rows:
             raise UserError(
                 f"config.microbatch_rows {self.microbatch_rows} does not divide the {rows} rows of an iteration "
@@ -232,7 +232,7 @@ class TrainConfig:
         return dict(self.settings.get(self.method, {}))
 
 
-def greedy_sampler(config: TrainConfig, length: int | None = None, steps: int | None = None) -> SamplerConfig:
+def greedy_sampler(config: TrainConfig, length: int | None = None, steps: Count | None = None) -> SamplerConfig:
     """The run's sampler as it is evaluated, for another length or number of steps where given.
 
     A sampler without blocks stays without; a threshold, factor or cache is for rollouts and left out.

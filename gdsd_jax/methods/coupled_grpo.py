@@ -20,6 +20,7 @@ from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.grpo import PPO, token_ppo
 from gdsd_jax.methods.method import Batch, Method
+from gdsd_jax.runtime.ranges import Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Settings(PPO):
     """`coupled_grpo`: the mask ratio of an inner update is uniform in `[low, high]`."""
 
     beta: float = 0.01
-    low: float = 0.2
-    high: float = 0.8
+    low: Share = 0.2
+    high: Share = 0.8
 
 
 def make(settings: Settings) -> Method:

@@ -20,6 +20,7 @@ from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Count, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +34,16 @@ class Settings:
       low, high: range of the mask ratio of each row and pair.
     """
 
-    alpha: float = 0.04
+    alpha: Positive = 0.04
     negative_weight: float = 1.0
-    pairs: int = 2
-    low: float = 0.1
-    high: float = 1.0
+    pairs: Count = 2
+    low: Share = 0.1
+    high: Share = 1.0
 
     def __post_init__(self):
         common.require(self.alpha > 0, f"alpha {self.alpha} must be positive")
         common.require(self.pairs >= 1, f"pairs {self.pairs} must be at least 1")
+        common.require(self.low <= self.high, f"low {self.low} is above high {self.high}")
 
 
 def make(settings: Settings) -> Method:

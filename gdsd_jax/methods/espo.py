@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Bound, Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,11 @@ class Settings:
       views: coupled pairs per row and inner update, M.
     """
 
-    eps_low: float = 0.2
-    eps_high: float = 0.2
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.2
     beta: float = 1e-3
     kl: str = "k2"
-    views: int = 2
+    views: Count = 2
 
     def __post_init__(self):
         common.require_clip(self)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Bound, Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +45,13 @@ class Guidance:
     """
 
     psi: float = 1.0
-    eps_low: float = 4e-4
-    eps_high: float = 4e-4
+    eps_low: Bound = 4e-4
+    eps_high: Bound = 4e-4
     beta: float = 1e-3
     weighting: str = "plain"
-    views: int = 2
+    views: Count = 2
     masking: str = "stratified"
-    block_length: int | None = None
+    block_length: Count | None = None
     scale_advantages: bool = False
 
     def __post_init__(self):
@@ -65,7 +66,7 @@ class Centred(Guidance):
     """`gdsd_tlc`: ELBO weights by default; `top_k` centres by the mean of that many largest logits (None: all)."""
 
     weighting: str = "elbo"
-    top_k: int | None = None
+    top_k: Count | None = None
 
 
 def make(settings: Guidance) -> Method:

@@ -19,14 +19,15 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Bound, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
     """Trust region of each token's ratio, and weight and estimator (a name of `common.KL`) of the KL."""
 
-    eps_low: float = 0.5
-    eps_high: float = 0.5
+    eps_low: Bound = 0.5
+    eps_high: Bound = 0.5
     beta: float = 0.04
     kl: str = "k3"
 
@@ -39,7 +40,7 @@ class PPO:
 class Settings(PPO):
     """`diffu_grpo`."""
 
-    prompt_mask_rate: float = 0.15
+    prompt_mask_rate: Share = 0.15
 
 
 def make(settings: Settings) -> Method:

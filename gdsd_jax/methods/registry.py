@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from gdsd_jax.methods import coupled_grpo, dmpo, espo, gdsd, grpo, spg, teacher, tracerl, unigrpo, wd1
 from gdsd_jax.methods.method import Method
+from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 
@@ -53,4 +54,4 @@ def build(name: str, **settings: Any) -> Method:
     unknown = sorted(set(settings) - known)
     if unknown:
         raise UserError(f"method {name!r} has no setting {', '.join(unknown)}: it knows {', '.join(sorted(known))}")
-    return recipe.make(recipe.settings(**settings))
+    return recipe.make(ranges.build(recipe.settings, settings, f"config.settings.{name}"))

@@ -23,6 +23,7 @@ from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Count, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Settings:
     """
 
     negative: str = "mix"
-    eubo_beta: float = 1.5
-    mix_weight: float = 0.5
-    num_t: int = 2
-    block_length: int = 32
-    prompt_mask_rate: float = 0.15
+    eubo_beta: Positive = 1.5
+    mix_weight: Share = 0.5
+    num_t: Count = 2
+    block_length: Count = 32
+    prompt_mask_rate: Share = 0.15
 
     def __post_init__(self):
         kinds = ("mix", "eubo", "elbo", "zero")

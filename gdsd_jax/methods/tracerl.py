@@ -21,23 +21,24 @@ from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Bound, Count
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """`tracerl`: trust region of each token's ratio, weight of the KL, commit steps per group."""
 
-    eps_low: float = 0.2
-    eps_high: float = 0.2
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.2
     beta: float = 0.01
-    shrink: int = 8
+    shrink: Count = 8
 
     def __post_init__(self):
         common.require_clip(self)
         common.require(self.shrink >= 1, f"shrink {self.shrink} must be at least 1")
 
 
-def trajectory_groups(commit_step: jax.Array, shrink: int) -> jax.Array:
+def trajectory_groups(commit_step: jax.Array, shrink: Count) -> jax.Array:
     """`[B, L]` int32: for each token its group, counted from 0 in the order of the distinct commit steps of its row."""
     order = jnp.argsort(commit_step, axis=1, stable=True)
     steps = jnp.take_along_axis(commit_step, order, axis=1)

@@ -19,14 +19,15 @@ from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.grpo import PPO, token_ppo
 from gdsd_jax.methods.method import Batch, Method
+from gdsd_jax.runtime.ranges import Bound
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(PPO):
     """`unigrpo`."""
 
-    eps_low: float = 0.2
-    eps_high: float = 0.2
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.2
     beta: float = 0.01
 
 

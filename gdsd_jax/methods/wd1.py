@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Settings:
     """`wd1`: whether to leave the negative side out, and the probability that a prompt token is masked."""
 
     positive_only: bool = False
-    prompt_mask_rate: float = 0.15
+    prompt_mask_rate: Share = 0.15
 
 
 def make(settings: Settings) -> Method:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.ranges import Count, Positive
 
 FAILED = 3  # exit code of a process that leaves a job of several
 
@@ -194,7 +195,7 @@ class HostsConfig:
     """
 
     coordinator: str = ""
-    processes: int | None = None
+    processes: Count | None = None
     process: int | None = None
-    heartbeat_seconds: int = 30
-    stall_seconds: float = 3600.0
+    heartbeat_seconds: Count = 30
+    stall_seconds: Positive = 3600.0

@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.ranges import Count, Range
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -50,6 +51,9 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+Extent = Annotated[int, Range(-1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh; of the three sizes one may be -1, for what the others leave.
@@ -57,10 +61,10 @@ class MeshConfig:
     `slices` is the number of TPU slices, which the data axis spans over the data-center network.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    slices: int = 1
+    data: Extent = 1
+    fsdp: Extent = -1
+    tensor: Extent = 1
+    slices: Count = 1
 
 
 class Dimension(NamedTuple):

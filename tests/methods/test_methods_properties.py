@@ -393,9 +393,9 @@ def test_a_method_that_breaks_the_contract_is_refused_with_what_was_expected(mes
         ("example_method:make", {}, "not a gdsd_jax.methods.Recipe"),
         ("espo", {"psi": 1.0}, "has no setting psi: it knows beta, eps_high"),
         ("spg", {"negative": "none"}, "not one of mix, eubo, elbo, zero"),
-        ("dmpo", {"alpha": 0.0}, "alpha 0.0 must be positive"),
-        ("tracerl", {"shrink": 0}, "shrink 0 must be at least 1"),
-        ("diffu_grpo", {"eps_low": -0.1}, "must not be negative"),
+        ("dmpo", {"alpha": 0.0}, "alpha is 0.0, it must be above 0"),
+        ("tracerl", {"shrink": 0}, "shrink is 0, it must be at least 1"),
+        ("diffu_grpo", {"eps_low": -0.1}, "eps_low is -0.1, it must be at least 0"),
     ],
 )
 def test_bad_names_and_settings_say_what_is_known(name, given, message):

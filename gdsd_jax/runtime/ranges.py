@@ -1,0 +1,137 @@
+"""Types and ranges of settings, declared beside the fields of a dataclass: `rate: Positive = 1e-3`.
+
+A number without a range of its own is finite and not negative; a float fits into float32 and an int into int32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from gdsd_jax.runtime.errors import UserError
+
+LARGEST_FLOAT, LARGEST_INT = 3.4028234e38, 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`; without the ends themselves where `above` or `below` say so."""
+
+    least: float = 0.0
+    most: float | None = None
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Returns whether the number lies in the range; NaN lies in none."""
+        most = self.most if self.most is not None else LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT
+        low = value > self.least if self.above else value >= self.least
+        return low and (value < most if self.below else value <= most)
+
+    def __str__(self) -> str:
+        low = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
+        if self.most is None or math.isinf(self.most):
+            return low if self.most is not None else f"{low} and finite"
+        return f"{low} and {'below' if self.below else 'at most'} {self.most:g}"
+
+
+Count = Annotated[int, Range(1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Positive = Annotated[float, Range(above=True)]
+Share = Annotated[float, Range(0, 1)]
+BelowOne = Annotated[float, Range(0, 1, below=True)]
+# A bound that may be open.
+Bound = Annotated[float, Range(0, math.inf)]
+
+
+@functools.cache
+def hints(kind: type) -> dict[str, Any]:
+    """Returns the annotations of a dataclass with their ranges."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """Returns a value as its annotation wants it: ints become floats and lists tuples where it says so.
+
+    Raises:
+      UserError: another type, or a number out of its range; the message begins with `where`.
+    """
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and types.NoneType in options:
+            return None
+        options = [option for option in options if option is not types.NoneType]
+        if len(options) == 1:
+            return convert(options[0], value, where)
+        for option in options:
+            try:
+                return convert(option, value, where)
+            except UserError:
+                continue
+        raise UserError(f"{where} is {value!r}, not of type {_name(hint)}")
+    base, limits = hint, Range()
+    if typing.get_origin(hint) is Annotated:
+        base, *notes = typing.get_args(hint)
+        limits = next((note for note in notes if isinstance(note, Range)), limits)
+    origin = typing.get_origin(base) or base
+    if origin is float and type(value) is int:
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if origin in (int, float) and type(value) is origin:
+        if not limits.holds(value):
+            raise UserError(f"{where} is {value!r}, it must be {limits}")
+        return value
+    if origin in (tuple, Sequence) and isinstance(value, (tuple, list)):
+        (inner, *_) = typing.get_args(base) or (Any,)
+        return tuple(convert(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        _, inner = typing.get_args(base) or (Any, Any)
+        return {key: convert(inner, item, f"{where}.{key}") for key, item in value.items()}
+    if origin in (bool, str) and type(value) is origin:
+        if origin is str and "\0" in value:
+            raise UserError(f"{where} is {value!r}, which holds a zero byte")
+        return value
+    if dataclasses.is_dataclass(origin) and isinstance(value, origin):
+        check(value, where)
+        return value
+    if origin is Any:
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{where} is {value!r}, it must be a number")
+        if isinstance(value, (Mapping, tuple, list)):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, item in items:
+                convert(Any, item, f"{where}.{key}")
+        return value
+    raise UserError(f"{where} is {value!r}, not of type {_name(hint)}")
+
+
+def check(settings: Any, where: str) -> None:
+    """Checks every field of a dataclass, nested ones too.
+
+    Raises:
+      UserError: as for `convert`; the message names the field in full, behind `where`.
+    """
+    for name, hint in hints(type(settings)).items():
+        convert(hint, getattr(settings, name), f"{where}.{name}" if where else name)
+
+
+def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """Returns the dataclass `kind` with these values of its fields, each converted and checked.
+
+    Raises:
+      UserError: as for `convert`, or what the dataclass itself refuses.
+    """
+    known = hints(kind)
+    made = kind(**{name: convert(known[name], value, f"{where}.{name}") for name, value in values.items()})
+    check(made, where)
+    return made
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("NoneType", "None")

@@ -1,0 +1,114 @@
+"""Every number of a config and of a method's settings has a range, every field a type, and both are checked."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator
+
+import pytest
+
+from gdsd_jax.config import TrainConfig, default, freeze, to_dict
+from gdsd_jax.methods import METHODS, build
+from gdsd_jax.runtime import ranges
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.ranges import Bound
+
+# Numbers that may be negative.
+SIGNED = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+
+
+def leaves(kind: type, path: str = "") -> Iterator[tuple[str, object]]:
+    """(name, annotation) of every field that is no dataclass itself."""
+    for name, hint in ranges.hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{path}{name}.")
+        else:
+            yield path + name, hint
+
+
+def plain(hint: object) -> type:
+    """The type of the values, without None and ranges."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    return typing.get_origin(hint) or hint
+
+
+FIELDS = dict(leaves(TrainConfig))
+NUMBERS = {name: hint for name, hint in FIELDS.items() if plain(hint) in (int, float)}
+
+
+def changed(name: str, value: object) -> TrainConfig:
+    values = to_dict(freeze(TrainConfig, default("somewhere")))
+    inner, *rest = name.split("."), None
+    place = values
+    for part in inner[:-1]:
+        place = place[part]
+    place[inner[-1]] = value
+    return freeze(TrainConfig, values)
+
+
+def test_there_are_numbers():
+    assert len(NUMBERS) > 40
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_takes_nan_or_what_lies_beyond_float32(name):
+    for value in (math.nan, -math.inf, math.inf, 1e300, -(10**400)):
+        with pytest.raises(UserError, match=name.rpartition(".")[2]):
+            changed(name, value)
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name not in SIGNED])
+def test_no_number_is_negative(name):
+    for value in (-1, -0.2):
+        with pytest.raises(UserError, match=name.rpartition(".")[2]):
+            changed(name, value)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_field_takes_another_type(name):
+    odd = [object(), {1: 2}, "text", True, [[]]]
+    kind = plain(FIELDS[name])
+    fitting = {str: "text", bool: True, dict: {1: 2}}
+    for value in odd:
+        if kind in (int, float) or (fitting.get(kind) != value and not issubclass(kind, (tuple, typing.Mapping))):
+            with pytest.raises(UserError):
+                changed(name, value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_of_methods(method):
+    for name, hint in leaves(METHODS[method].settings):
+        if plain(hint) not in (int, float):
+            continue
+        infinities = () if hint == Bound else (math.inf,)
+        for value in (math.nan, -1, "text", True, -math.inf, *infinities):
+            with pytest.raises(UserError, match=rf"config\.settings\.{method}\.{name}"):
+                build(method, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer.clip_norm", 0.0), ("optimizer.clip_norm", -0.2), ("optimizer.b1", 2.0), ("optimizer.b2", 1.0),
+        ("lora.dropout", 1.0), ("lora.alpha", 0.0), ("sft.steps", 0), ("sft.careless", 1.5),
+        ("iterations", 0), ("seed", 2**32), ("prompt_buckets", ()), ("prompt_buckets", (4, 0)), ("mesh.data", -2),
+        ("lora.targets", "q"), ("lora.targets", (1,)), ("task", 3), ("settings", {"gdsd": 3}), ("keep", 0),
+        ("checkpoint", "a\0b"), ("evaluation.lengths", ()),
+    ],
+)  # fmt: skip
+def test_limits(name, value):
+    with pytest.raises(UserError, match=rf"config\.{name}"):
+        changed(name, value)
+
+
+def test_what_fits_is_converted():
+    config = changed("prompt_buckets", [4, 8])
+    assert config.prompt_buckets == (4, 8)
+    assert type(changed("optimizer.learning_rate", 1).optimizer.learning_rate) is float
+    assert build("gdsd", eps_high=math.inf, psi=3) is not None
+    with pytest.raises(UserError, match="learning_rate"):
+        dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=math.nan))
