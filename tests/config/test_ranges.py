@@ -44,7 +44,7 @@ NUMBERS = {name: hint for name, hint in FIELDS.items() if plain(hint) in (int, f
 
 def changed(name: str, value: object) -> TrainConfig:
     values = copy.deepcopy(DEFAULTS)
-    inner, *rest = name.split("."), None
+    inner = name.split(".")
     place = values
     for part in inner[:-1]:
         place = place[part]
