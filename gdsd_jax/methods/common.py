@@ -72,6 +72,17 @@ def centred(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(-1)
 
 
+def scaled(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
+    """`A_i = (r_i - mean) / (std + 1e-4)` of its group, with the sample's standard deviation."""
+    deviation = jnp.std(rewards.reshape(-1, group_size), axis=1, ddof=1)
+    return centred(rewards, group_size) / (jnp.repeat(deviation, group_size) + 1e-4)
+
+
+def group_mean(values: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
+    """The mean of its group, for each row."""
+    return jnp.repeat(jnp.mean(values.reshape(-1, group_size), axis=1), group_size)
+
+
 def standardised(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     """`A_i = (r_i - mean) / std` of its group (population std); 0 in a group without spread."""
     groups = rewards.reshape(-1, group_size)

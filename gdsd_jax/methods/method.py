@@ -38,6 +38,7 @@ class Batch:
       entropy: `[B, L]` float32, the entropy of the distribution of which `confidence` is a probability, or None.
       step_rewards: `[B, S]` float32, rewards of partial completions, where a method uses them, or None.
       group_size: static, G.
+      eos_token_id: static, the token that ends a completion, or None where a batch does not say.
       sampler: static, the settings that the completions were sampled with, or None.
     """
 
@@ -52,6 +53,7 @@ class Batch:
     entropy: Any = None
     step_rewards: Any = None
     group_size: int = flax.struct.field(pytree_node=False, default=1)
+    eos_token_id: int | None = flax.struct.field(pytree_node=False, default=None)
     sampler: SamplerConfig | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
@@ -114,7 +116,7 @@ class Method(NamedTuple):
         return jax.lax.stop_gradient(self.prepare(batch, *jax.lax.stop_gradient(scores)))
 
 
-READS = ("log_prob", "centred", "entropy", ("centred_top_k", "k"))
+READS = ("log_prob", "centred", "entropy", ("centred_top_k", "k"), "step_log_prob", "proposal_log_prob")
 
 
 OLD = ("unused", "ratio", "always", "own_masks")

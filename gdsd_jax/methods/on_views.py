@@ -37,6 +37,7 @@ def loss_on_views(
     rollout_entropy: ArrayLike | None = None,
     step_rewards: ArrayLike | None = None,
     sampler: SamplerConfig | None = None,
+    eos_token_id: int | None = None,
     chunk: int = DEFAULT_CHUNK,
     **settings: Any,
 ) -> tuple[Float[Array, ""], Array]:
@@ -53,7 +54,7 @@ def loss_on_views(
       prompt_mask: True on real prompt tokens; None: everything is attended to, pads too.
       completion_mask: `[B, L]`, 1 through the first EOS; None: all ones.
       commit_step: `[B, L]`, the denoising step that committed each token.
-      confidence, rollout_log_prob, rollout_entropy, step_rewards, sampler: further fields of `Batch`.
+      confidence, rollout_log_prob, rollout_entropy, step_rewards, sampler, eos_token_id: further fields of `Batch`.
       chunk: vocabulary entries whose logits exist at one time.
       **settings: fields of the method's settings class.
 
@@ -76,6 +77,7 @@ def loss_on_views(
         step_rewards=array(step_rewards),
         group_size=group_size or rows,
         sampler=sampler,
+        eos_token_id=eos_token_id,
     )
     views = method.views(array(masked, bool), batch)
     reads = read_views(

@@ -6,7 +6,26 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gdsd_jax.methods import coupled_grpo, dmpo, espo, gdsd, grpo, spg, teacher, tracerl, unigrpo, wd1
+from gdsd_jax.methods import (
+    agrpo,
+    coupled_grpo,
+    dmpo,
+    egspo,
+    espo,
+    exact_pg,
+    gdpo,
+    gdsd,
+    grpo,
+    just_grpo,
+    rspo,
+    spg,
+    stable_drl,
+    teacher,
+    tracerl,
+    trafl,
+    unigrpo,
+    wd1,
+)  # fmt: skip
 from gdsd_jax.methods.method import Method
 from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
@@ -32,6 +51,14 @@ METHODS: dict[str, Recipe] = {
     "unigrpo": Recipe(unigrpo.Settings, unigrpo.make),
     "dmpo": Recipe(dmpo.Settings, dmpo.make),
     "tracerl": Recipe(tracerl.Settings, tracerl.make),
+    "exact_pg": Recipe(exact_pg.Settings, exact_pg.make),
+    "just_grpo": Recipe(just_grpo.Settings, just_grpo.make),
+    "stable_drl": Recipe(stable_drl.Settings, stable_drl.make),
+    "agrpo": Recipe(agrpo.Settings, agrpo.make),
+    "egspo": Recipe(egspo.Settings, egspo.make),
+    "gdpo": Recipe(gdpo.Settings, gdpo.make),
+    "rspo": Recipe(rspo.Settings, rspo.make),
+    "trafl": Recipe(trafl.Settings, trafl.make),
 }
 
 

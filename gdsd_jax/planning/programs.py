@@ -185,5 +185,6 @@ def _batch(config: TrainConfig, mesh: Mesh, method: Method) -> Batch:
         log_prob=array(jnp.float32, completion) if method.records else None,
         entropy=array(jnp.float32, completion) if method.records else None,
         group_size=config.group_size,
+        eos_token_id=config.eos_token_id,
         sampler=config.sampler,
     )

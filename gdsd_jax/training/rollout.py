@@ -97,6 +97,7 @@ def roll_out(
         log_prob=rollout.log_prob,
         entropy=rollout.entropy,
         group_size=group_size,
+        eos_token_id=config.eos_token_id,
         sampler=sampler,
     )
     seconds = {"rollout": sampled - start, "reward": time.perf_counter() - sampled}

@@ -1,0 +1,106 @@
+"""EGSPO, policy gradients on the rollout's steps of highest entropy, and its stepwise advantages (arXiv 2603.12554).
+
+    loss = 1/(B S n) sum_{i,j} [ -min(r_ij A_ij, clip(r_ij) A_ij) + beta k3(q_ij) ],    r = exp(q_theta - q_rollout)
+
+over rows i and S slots j: the row's steps of highest mean entropy, the highest first. `q` sums the log-probabilities of
+what the step committed, without the temperature, in the state before it; `n` is the number of tokens per step. The
+authors take one slot after the other (`slot`), here an update takes all and averages. With `mean`, `q` is a mean over
+tokens and `n` 1. `A` is the return of the slot less its group mean: the reward, or with `stepwise` (EGSPO-SA) lambda
+
+    ret_ij = (R_i + lambda (R_i - r_ij)) / (1 + lambda)
+
+`r_ij` the reward of the completion that the policy would have written at once before step j: `Batch.step_rewards`,
+which `gdsd_jax.train` cannot give, as a task rewards whole completions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.diffusion.trajectory import StepViews
+from gdsd_jax.methods import common, steps
+from gdsd_jax.methods.method import Batch, Method, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`egspo`: trust region, KL, slots (S), the only one of them to take, lambda, mean, steps that share a pass."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.5
+    beta: float = 0.04
+    slots: int = 8
+    slot: int | None = None
+    stepwise: float = 0.0
+    mean: bool = False
+    at_once: int = 8
+
+    def __post_init__(self):
+        common.require_clip(self)
+        common.require(min(self.slots, self.at_once) >= 1, "slots and at_once must be at least 1")
+        inside = self.slot is None or 0 <= self.slot < self.slots
+        common.require(inside, f"slot {self.slot} is not one of the {self.slots} slots")
+
+
+def make(settings: Settings) -> Method:
+    def masks(key: jax.Array, batch: Batch) -> jax.Array:
+        steps.of_batch(batch, "egspo")
+        total, tokens = steps.by_step(batch.entropy, batch, batch.sampler.step_limit)
+        mean = jnp.where(tokens > 0, total / jnp.maximum(tokens, 1), -1.0)
+        chosen = jnp.argsort(-mean, axis=1, stable=True)[:, : settings.slots]
+        if settings.slot is not None:
+            chosen = chosen[:, settings.slot : settings.slot + 1]
+        return steps.masks_before(batch, chosen.T)
+
+    def views(masked: jax.Array, batch: Batch) -> StepViews:
+        return steps.views_before(masked, batch, at_once=settings.at_once)
+
+    def summed(values: jax.Array, committed: jax.Array) -> jax.Array:
+        total = jnp.sum(jnp.where(committed > 0, values, 0.0), axis=-1)
+        return total / jnp.maximum(jnp.sum(committed, axis=-1), 1) if settings.mean else total
+
+    def score(reads: dict, views: StepViews) -> Scores:
+        committed = jnp.swapaxes(views.weights, 0, 1)
+        q = summed(jnp.swapaxes(reads["log_prob"], 0, 1), committed)
+        return Scores(q, q, {"committed": committed})
+
+    def slot_advantages(batch: Batch) -> jax.Array:
+        """`[B, 1]`, or with rewards of slots `[B, S]`."""
+        if batch.advantages is not None or not settings.stepwise:
+            return common.advantages(batch, common.centred)[:, None]
+        common.require(batch.step_rewards is not None, "stepwise needs step_rewards, which the trainer cannot give")
+        own = slice(None) if settings.slot is None else slice(settings.slot, settings.slot + 1)
+        whole, part = batch.rewards[:, None], batch.step_rewards[:, own]
+        returns = (whole + settings.stepwise * (whole - part)) / (1 + settings.stepwise)
+        groups = returns.reshape(-1, batch.group_size, returns.shape[1])
+        return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(returns.shape)
+
+    def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
+        rows, sampler = batch.tokens.shape[0], batch.sampler
+        per_step = 1.0 if settings.mean else batch.completion_length / (sampler.blocks * sampler.steps_per_block)
+        return {
+            "advantage": slot_advantages(batch),
+            "old": jnp.log(batch.confidence),
+            "ref": ref.normalised if ref is not None and settings.beta else None,
+            "denominator": common.per_row(rows * per_step, rows),
+        }
+
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
+        committed, q = new.extra["committed"], new.guided
+        old = summed(constants["old"][:, None], committed)
+        log_ratio = q - old
+        policy, clipped = common.ppo(log_ratio, constants["advantage"], settings.eps_low, settings.eps_high)
+        metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
+        losses = {"objective": jnp.mean(policy, axis=1) / constants["denominator"]}
+        if constants["ref"] is not None:
+            metrics["kl"] = common.k3(q, constants["ref"])
+            losses["kl"] = settings.beta * jnp.mean(metrics["kl"], axis=1) / constants["denominator"]
+        return losses, {name: jnp.mean(x, axis=1) for name, x in metrics.items()}
+
+    return Method(
+        ("log_prob",), masks, views, score, prepare, objective,
+        needs_reference=settings.beta > 0, old="unused", records=True,
+    )  # fmt: skip

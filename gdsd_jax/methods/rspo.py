@@ -1,0 +1,66 @@
+"""RSPO, our reading of the abstract (arXiv 2605.10218): the advantage is the target of the log-ratio to the reference.
+
+    loss = 1/B sum_i 1/2 (d_i - A_i / tau)^2,    d = (S_theta - S_ref) / L
+
+over B rows. The abstract names neither the estimator of the likelihood nor scale and clip. Here `S` is ESPO's bound,
+the ELBO-weighted score of coupled views averaged over M pairs, and taken per token; `A` is leave-one-out and nothing
+is clipped. It is the closed form of GDSD where the reference is the old policy (beta = 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gdsd_jax.diffusion.scoring import Views
+from gdsd_jax.methods import common
+from gdsd_jax.methods.method import Batch, Method, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`rspo`: temperature of the target per token, and coupled pairs per row and inner update (M)."""
+
+    tau: float = 1.0
+    views: int = 2
+
+    def __post_init__(self):
+        common.require(self.tau > 0, f"tau {self.tau} must be positive")
+        common.require(self.views >= 1, f"views {self.views} must be at least 1")
+
+
+def bound_method(views_per_row: int, prepare, *, current: bool) -> Method:
+    """Regression of the bound's log-ratio to the reference on a target that `prepare` gives, by a squared error."""
+
+    def views(masked: jax.Array, batch: Batch) -> Views:
+        return common.coupled_views(masked, batch, weighted=True)
+
+    def score(reads: dict, views: Views) -> Scores:
+        per_view = common.weighted_sum(reads["log_prob"], views) / views.weights.shape[-1]
+        mean = jnp.mean(per_view, axis=1)
+        return Scores(mean, mean, {"spread": common.spread(per_view)})
+
+    def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
+        d = new.guided - constants["ref"]
+        error = d - constants["target"]
+        losses = {"objective": constants["weight"] * error**2}
+        return losses, {"kl": 0.5 * d**2, "residual": jnp.abs(error), "score_spread": new.extra["spread"]}
+
+    masks = common.stratified_masks(views_per_row)
+    return Method(
+        ("log_prob",), masks, views, score, prepare, objective, needs_reference=True, old="unused", current=current
+    )
+
+
+def make(settings: Settings) -> Method:
+    def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
+        rows = batch.tokens.shape[0]
+        return {
+            "ref": jnp.zeros(rows) if ref is None else ref.normalised,
+            "target": common.advantages(batch, common.leave_one_out) / settings.tau,
+            "weight": common.per_row(0.5 / rows, rows),
+        }
+
+    return bound_method(settings.views, prepare, current=False)
