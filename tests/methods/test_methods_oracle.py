@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion.trajectory import StepViews, step_reads
 from gdsd_jax.methods import METHODS, Batch, build
 
 B, G, P, L, V, M = 6, 3, 2, 6, 5, 2
@@ -27,7 +29,11 @@ MASKED[0, 0, P:], MASKED[0, 1, P:], MASKED[1, 4, P:] = True, False, False
 PROMPT_TOO = np.concatenate([RNG.random((1, B, P)) < 0.5, np.ones((1, B, L), bool)], axis=2)
 ENDS = np.array([6, 4, 1, 6, 3, 5])
 REWARDS = np.array([1.0, 0.2, 0.0, 0.4, 0.4, 0.4])
-COMMITS = RNG.integers(0, 5, (B, L))
+STEPS = 5
+COMMITS = RNG.integers(0, STEPS, (B, L))
+RECORDED, ENTROPIES = -1.5 * RNG.random((B, L)) - 0.5, RNG.random((B, L))  # of the rollout's tokens
+BEFORE = [[COMMITS[i] >= n if n in COMMITS[i] else np.zeros(L, bool) for i in range(B)] for n in range(STEPS)]
+BEFORE = np.concatenate([np.zeros((STEPS, B, P), bool), np.array(BEFORE)], axis=2)
 
 
 def logits(policy, i, view):
@@ -245,8 +251,144 @@ def tracerl(new, old, ref, masked, s):
     return loss
 
 
-FUNCTIONS = (gdsd, gdsd_teacher, espo, spg, diffu_grpo, coupled_grpo, unigrpo, wd1, dmpo, tracerl)
+def first_step(i, view):
+    """The step that a view precedes, None where it masks nothing."""
+    return min((COMMITS[i, k] for k in range(L) if view[P + k]), default=None)
+
+
+def exact_pg(new, old, ref, masked, s):
+    def step_log_prob(policy, i, view, step):
+        p = np.exp(logits(policy, i, view))
+        p = p / p.sum(axis=1, keepdims=True)
+        own = [p[k, COMPLETIONS[i, k]] for k in range(L)]
+        chosen = [k for k in range(L) if COMMITS[i, k] == step]
+        last = min((own[k], -k) for k in chosen)
+        rest = [k for k in range(L) if view[P + k] and k not in chosen]
+        behind = [sum(x for x in p[j] if (x, -j) < last) for j in rest]
+        return np.log(np.prod([own[k] for k in chosen] + behind))
+
+    loss = 0.0
+    for i in range(B):
+        for view in masked[:, i]:
+            step = first_step(i, view)
+            if step is not None:
+                with np.errstate(divide="ignore"):
+                    now, before, base = (step_log_prob(policy, i, view, step) for policy in (new, old, ref))
+                if np.isfinite([now, before]).all():
+                    base = base if np.isfinite(base) else now
+                    loss -= ppo_term(np.exp(now - before), leave_one_out(i), s) / B
+                    loss += (s.beta * k3(now, base) + s.beta_old * k3(now, before)) / B
+    return loss
+
+
+def just_grpo(new, old, ref, masked, s):
+    scale = [(REWARDS[i] - np.mean(REWARDS[group(i)])) / (np.std(REWARDS[group(i)], ddof=1) + 1e-4) for i in range(B)]
+    moved = np.mean([sum(abs(scale[j]) > 1e-9 for j in group(g * G)) for g in range(B // G)])
+    loss = 0.0
+    for i in range(B):
+        for k in range(L):
+            view = np.arange(P + L) >= P + k
+            ratio = np.exp(log_prob(new, i, view, k) - log_prob(NEW, i, view, k))
+            loss -= ratio * scale[i] / (L * (moved + 1e-5)) / (B // G)
+    return loss
+
+
+def stable_drl(new, old, ref, masked, s):
+    def bounds(policy, i):
+        n, elbos, terms = ENDS[i], [], {}
+        views = [v for v in masked[:, i] if v[P : P + n].any()]
+        for v in views:
+            inside = [k for k in range(n) if v[P + k]]
+            elbos.append(np.mean([log_prob(policy, i, v, k) for k in inside]))
+            for k in inside:
+                terms.setdefault(k, []).append(np.exp(log_prob(policy, i, v, k)) ** s.eubo_beta * n / len(inside))
+        upper = [np.log(sum(t) / len(views)) / s.eubo_beta for t in terms.values()]
+        return (np.mean(elbos), np.mean(upper)) if views else (0.0, 0.0)
+
+    gain = np.array([min(bounds(NEW, i)[0] - bounds(old, i)[0], np.log(s.clip)) for i in range(B)])
+    loss = 0.0
+    for i in range(B):
+        lower, upper = bounds(new, i)
+        estimate = lower if centred_advantage(i) > 0 else s.mix_weight * upper + (1 - s.mix_weight) * lower
+        loss -= softmax(i, gain) * centred_advantage(i) * estimate / (B // G)
+    return loss
+
+
+def agrpo(new, old, ref, masked, s):
+    loss = 0.0
+    for i in range(B):
+        end = 1 + max(COMMITS[i])
+        weight = np.array([sum(ENTROPIES[i][COMMITS[i] == step]) + 1e-8 for step in range(end)])
+        p = weight / weight.sum() if s.importance else np.full(end, 1 / end)
+        for view in masked[:, i]:
+            step = first_step(i, view)
+            for k in range(L):
+                if step is not None and COMMITS[i, k] == step:
+                    now, base = log_prob(new, i, view, k), log_prob(ref, i, view, k)
+                    ratio = np.exp(now - RECORDED[i, k])
+                    term = -ppo_term(ratio, centred_advantage(i), s) + s.beta * k3(now, base) * ratio
+                    loss += term / (end * p[step]) / len(masked) / G
+    return loss
+
+
+def egspo(new, old, ref, masked, s):
+    loss = 0.0
+    for i in range(B):
+        for view in masked[:, i]:
+            own = [k for k in range(L) if COMMITS[i, k] == first_step(i, view)]
+            total = lambda values, own=own: np.mean(values) if s.mean and own else np.sum(values)  # noqa: E731
+            now, base = (total([log_prob(policy, i, view, k) for k in own]) for policy in (new, ref))
+            term = -ppo_term(np.exp(now - total([RECORDED[i, k] for k in own])), centred_advantage(i), s)
+            loss += (term + s.beta * k3(now, base)) / len(masked) / B / (1 if s.mean else L / STEPS)
+    return loss
+
+
+def gdpo(new, old, ref, masked, s):
+    node, weight = {"gauss-2": ((0.5 - 12**-0.5, 0.5 + 12**-0.5), (0.5, 0.5))}[s.rule]
+
+    def score(policy, i):
+        total = 0.0
+        for m in range(M):
+            inside = [k for k in range(ENDS[i]) if masked[m, i, P + k]]
+            total += weight[m] / node[m] * sum(log_prob(policy, i, masked[m, i], k) for k in inside)
+        return total / ENDS[i]
+
+    loss = 0.0
+    for i in range(B):
+        loss -= ppo_term(np.exp(score(new, i) - score(old, i)), centred_advantage(i), s) / B
+        loss += s.beta * k3(score(new, i), score(ref, i)) / B
+    return loss
+
+
+def bound(policy, i, masked):
+    """ESPO's score of a row, per token."""
+    total = 0.0
+    for m in range(M):
+        for k in range(L):
+            view, count = pair(masked[m, i], k)
+            total += 0.5 * (L + 1) / count * log_prob(policy, i, view, k) / M / L
+    return total
+
+
+def rspo(new, old, ref, masked, s):
+    errors = [bound(new, i, masked) - bound(ref, i, masked) - leave_one_out(i) / s.tau for i in range(B)]
+    return np.mean([error**2 / 2 for error in errors])
+
+
+def trafl(new, old, ref, masked, s):
+    loss = 0.0
+    for i in range(B):
+        at_start = [REWARDS[j] / s.tau - bound(NEW, j, masked) + bound(ref, j, masked) for j in group(i)]
+        loss += (np.mean(at_start) + bound(new, i, masked) - bound(ref, i, masked) - REWARDS[i] / s.tau) ** 2 / B
+    return loss
+
+
+FUNCTIONS = (
+    gdsd, gdsd_teacher, espo, spg, diffu_grpo, coupled_grpo, unigrpo, wd1, dmpo, tracerl,
+    exact_pg, just_grpo, stable_drl, agrpo, egspo, gdpo, rspo, trafl,
+)  # fmt: skip
 ORACLES = {"gdsd_tlc": gdsd} | {oracle.__name__: oracle for oracle in FUNCTIONS}
+STEPWISE = ("exact_pg", "agrpo", "egspo")
 ONE_VIEW, WHOLE = ("coupled_grpo", "unigrpo"), ("diffu_grpo", "wd1")
 WIDE = {"eps_low": 0.3, "eps_high": 0.4}
 CASES = [
@@ -269,6 +411,16 @@ CASES = [
     ("dmpo", {"alpha": 0.5, "negative_weight": 0.7}),
     ("tracerl", {**WIDE, "beta": 0.3, "shrink": 2}),
     ("tracerl", {"shrink": 1}),
+    ("exact_pg", {**WIDE, "beta": 0.2, "beta_old": 0.1, "at_once": 2}),
+    ("just_grpo", {}),
+    ("stable_drl", {"clip": 1.05}),
+    ("agrpo", {**WIDE, "beta": 0.2}),
+    ("agrpo", {"importance": False}),
+    ("egspo", {**WIDE, "beta": 0.2}),
+    ("egspo", {"mean": True}),
+    ("gdpo", {"eps_low": 0.1, "eps_high": 0.3, "rule": "gauss-2", "beta": 0.1}),
+    ("rspo", {"tau": 0.5}),
+    ("trafl", {"tau": 2.0}),
 ]
 
 
@@ -276,6 +428,12 @@ def reads_of(method, views, policy, rows):
     """What the scorer would read: each token in the first of its passes that masks it, in the last if none does."""
     response = jnp.asarray(RESPONSE, jnp.float32)
     z = policy[None] + jnp.einsum("kbt,tlv->kblv", views.masked.astype(jnp.float32), response)
+    if isinstance(views, StepViews):
+        walk = lambda step, start: step(start, z, jnp.arange(V))  # noqa: E731
+        committed, target = (jnp.broadcast_to(x, z.shape[:3]) for x in (
+            views.commit_step == views.step[..., None], rows.tokens[:, P:]))  # fmt: skip
+        eligible = views.masked[:, :, P:]
+        return step_reads(walk, target, committed & eligible, eligible, views.sampler, V, method.reads)
     hidden, chosen = views.masked[:, :, P:], []
     for source in views.sources:
         read = z[source[-1]]
@@ -297,11 +455,17 @@ def batch():
         completion_mask=jnp.asarray(np.arange(L) < ENDS[:, None], jnp.float32),
         rewards=jnp.asarray(REWARDS, jnp.float32),
         commit_step=jnp.asarray(COMMITS, jnp.int32),
+        confidence=jnp.asarray(np.exp(RECORDED), jnp.float32),
+        log_prob=jnp.asarray(RECORDED, jnp.float32),
+        entropy=jnp.asarray(ENTROPIES, jnp.float32),
         group_size=G,
+        sampler=SamplerConfig(L, STEPS, L, "low_confidence", temperature=1.0),
     )
 
 
 def masks_for(name):
+    if name in STEPWISE:
+        return BEFORE
     return PROMPT_TOO if name in WHOLE else MASKED[:1] if name in ONE_VIEW else MASKED
 
 
@@ -317,8 +481,8 @@ def test_value_and_gradient(name, settings, on_policy):
         def score(policy):
             return method.score(reads_of(method, views, policy, rows), views)
 
-        given = score(old) if not on_policy or method.old == "always" else None
-        constants = method.prepare(rows, None if method.old == "unused" else given, score(ref))
+        given = score(old) if not on_policy or method.old in ("always", "own_masks") else None
+        constants = method.constants(rows, None if method.old == "unused" else given, score(ref), score(new))
         def loss(policy):
             return jnp.sum(sum(method.objective(score(policy), constants)[0].values()))
 
