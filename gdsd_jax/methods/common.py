@@ -73,9 +73,9 @@ def centred(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
 
 
 def scaled(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
-    """`A_i = (r_i - mean) / (std + 1e-4)` of its group, with the sample's standard deviation."""
-    deviation = jnp.std(rewards.reshape(-1, group_size), axis=1, ddof=1)
-    return centred(rewards, group_size) / (jnp.repeat(deviation, group_size) + 1e-4)
+    """`A_i = (r_i - mean) / (std + 1e-4)` of its group (sample std); 0 in a group without spread."""
+    deviation = jnp.repeat(jnp.std(rewards.reshape(-1, group_size), axis=1, ddof=1), group_size)
+    return jnp.where(deviation < 1e-6, 0.0, centred(rewards, group_size) / (deviation + 1e-4))
 
 
 def group_mean(values: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:

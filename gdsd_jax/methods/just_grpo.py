@@ -54,8 +54,7 @@ def make(settings: Settings) -> Method:
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
         (rows, length), size = batch.completion_mask.shape, batch.group_size
         advantage = common.advantages(batch, common.scaled)
-        # Equal rewards leave rounding behind, less than this.
-        count = jnp.mean(jnp.sum((jnp.abs(advantage) > 1e-3).reshape(-1, size), axis=1))
+        count = jnp.mean(jnp.sum((advantage != 0).reshape(-1, size), axis=1))
         share = 1 / (length * (count + 1e-5) * (rows // size))
         return {"weight": advantage * share, "length": common.per_row(length, rows)}
 

@@ -151,7 +151,8 @@ def test_only_some_methods_score_the_tail_behind_the_first_eos(name, tables, dra
         np.testing.assert_allclose(after[0], before[0], rtol=1e-6)
         assert not np.any(np.asarray(before[2])[tail])
     else:
-        assert np.max(np.abs(after[0] - before[0])) > 0
+        # A ratio of a score to itself is 1 whatever it is: of such a loss only the gradient tells.
+        assert np.max(np.abs(after[0] - before[0])) > 0 or np.any(np.asarray(before[2])[tail])
 
 
 @EVERY
