@@ -27,12 +27,12 @@ import jax.numpy as jnp
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, freeze
 from gdsd_jax.config.flags import enable_compilation_cache
+from gdsd_jax.config.read import config_module
 from gdsd_jax.denoiser import hidden_states_at, refresh_cache, window_states_at
 from gdsd_jax.diffusion.proposals import propose
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.compiler import compile_program
 from gdsd_jax.planning.cost import program_cost
-from gdsd_jax.planning.pods import load
 from gdsd_jax.planning.programs import parameters, place
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
 from gdsd_jax.training.optimizer import make_optimizer
@@ -55,7 +55,7 @@ def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[]
     size, total = settings.block_length, prompt + settings.completion_length
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return place(mesh, jax.ShapeDtypeStruct(shape, dtype), ("rows", "tokens")[: len(shape)])
+        return place(mesh, jax.ShapeDtypeStruct(shape, dtype), ("rows", "tokens", "tokens")[: len(shape)])
 
     scalar = place(mesh, jax.ShapeDtypeStruct((), jnp.int32), ())
     tokens, mask, uniform = array(jnp.int32, rows, total), array(bool, rows, prompt), array(jnp.float32, rows, size, 2)
@@ -166,7 +166,7 @@ def main() -> None:
     flags = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     enable_compilation_cache()
-    config = freeze(TrainConfig, load(ROOT / "configs" / "llada_8b_pod.py").get_config("v5p-32_countdown"))
+    config = freeze(TrainConfig, config_module(ROOT / "configs" / "llada_8b_pod.py").get_config("v5p-32_countdown"))
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, block_length=32))
     found = []
     for name in flags.topologies.split(","):

@@ -1,7 +1,7 @@
 """What a run would take on TPUs that are not here: memory, FLOPs, collectives, roofline time, and whether it fits.
 
     python -m gdsd_jax.plan --config configs/FILE_pod.py:v5p-64_countdown --topology v5p:2x4x4
-        [--mesh data=1,fsdp=32,tensor=1] [--json FILE] [--programs sampler,update] [--search]
+        [--mesh data=1,fsdp=32,tensor=1] [--json FILE] [--programs sampler,update] [--search] [--top 5]
 
 Compiles the run's own programs at their real size for the named chips, on any machine with libtpu (`make venv-tpu`,
 then `.venv-tpu/bin/python`), without a weight and without a TPU. Minutes per program. `config.checkpoint` need not be
@@ -15,7 +15,8 @@ All figures are per chip. FLOPs, bytes and collectives are counted in the optimi
 run; kernels count by the shapes that they are called with; `ratio` compares with the FLOPs that follow from the
 equations (`gdsd_jax.planning.flops`), recomputation included. `peak` is the compiler's figure for the program, and what
 lives beside it. The roofline time is the longest of FLOPs, HBM bytes and bytes sent over the chip's published figures:
-nothing runs faster, and this is no forecast. Leaves with exit code 1 if something does not fit.
+nothing runs faster, and this is no forecast. `--top N` names the N largest movers of HBM bytes and of network bytes of
+each program, each by the operation that it belongs to. Leaves with exit code 1 if something does not fit.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def main(
     programs: str,
     json: str | None,
     search: bool,
+    top: int,
 ) -> None:
     if topology is None:
         raise UserError("give --topology CHIP:SIZE, such as v5p:2x4x4")
@@ -106,7 +108,7 @@ def main(
         config = dataclasses.replace(config, mesh=parse_mesh(mesh, config.mesh))
     if search:
         config = suggestion(config, where)
-    report = report_of(config, where, wanted)
+    report = report_of(config, where, wanted, top=top)
     print(table(report))
     if json:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +123,7 @@ OPTIONS = {
     "programs": Option(str, ",".join(PROGRAMS), "Which programs to compile."),
     "json": Option(str, None, "File for the report.", written=True),
     "search": Option(bool, False, "Look for the mesh and the largest rollout and micro-batch that fit."),
+    "top": Option(int, 0, "Largest movers of HBM and network bytes to name for each program."),
 }
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ _FREE = {
     "opt-barrier", "add-dependency",
 }  # fmt: skip
 _SLICING = ("dynamic-slice", "slice", "gather")
+_SCOPES = ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation")
 
 
 @dataclasses.dataclass
@@ -33,6 +34,7 @@ class Cost:
       kernels: calls of each kernel by its name.
       sent: bytes that the chip sends, by kind of collective, in rings: a gather of n shards sends n - 1 of them.
       calls: how often each kind of collective runs.
+      hbm_by, sent_by: bytes of HBM and of the network by what moves them, see `_label`.
       open_loops: loops whose length hangs on data, and for which the caller's number was taken.
     """
 
@@ -41,14 +43,17 @@ class Cost:
     kernels: Counter = dataclasses.field(default_factory=Counter)
     sent: Counter = dataclasses.field(default_factory=Counter)
     calls: Counter = dataclasses.field(default_factory=Counter)
+    hbm_by: Counter = dataclasses.field(default_factory=Counter)
+    sent_by: Counter = dataclasses.field(default_factory=Counter)
     open_loops: int = 0
 
     def add(self, other: Cost, times: int = 1) -> None:
         self.flops += times * other.flops
         self.hbm += times * other.hbm
         self.open_loops += other.open_loops
-        for mine, theirs in ((self.kernels, other.kernels), (self.sent, other.sent), (self.calls, other.calls)):
-            for name, value in theirs.items():
+        for counter in ("kernels", "sent", "calls", "hbm_by", "sent_by"):
+            mine = getattr(self, counter)
+            for name, value in getattr(other, counter).items():
                 mine[name] += times * value
 
 
@@ -67,13 +72,19 @@ class _Walk:
     def __init__(self, module: Module, open_loop: int):
         self.module, self.open_loop = module, open_loop
 
-    def computation(self, scope: Scope) -> Cost:
-        total = Cost()
+    def computation(self, scope: Scope, channels: set[str] | None = None) -> Cost:
+        """The cost of one execution of a computation.
+
+        Args:
+          channels: collectives that have been counted in this execution. The TPU compiler clones an asynchronous
+            collective into the computations where it starts, is carried along and ends, all on one channel.
+        """
+        total, channels = Cost(), set() if channels is None else channels
         for instruction in scope.body.instructions.values():
-            total.add(self.instruction(scope, instruction))
+            total.add(self.instruction(scope, instruction, channels))
         return total
 
-    def instruction(self, scope: Scope, instruction: Instruction) -> Cost:
+    def instruction(self, scope: Scope, instruction: Instruction, channels: set[str]) -> Cost:
         opcode = instruction.opcode
         if opcode == "while":
             return self.loop(scope, instruction)
@@ -84,9 +95,12 @@ class _Walk:
             return max(costs, key=lambda cost: (cost.flops, cost.hbm))
         if opcode in ("call", "async-start"):
             called = instruction.attribute("to_apply") or instruction.attribute("calls")
-            return self.computation(Scope(self.module, called, lambda n, i: scope.value(instruction.operands[n], i)))
+            inner = Scope(self.module, called, lambda n, i: scope.value(instruction.operands[n], i))
+            return self.computation(inner, channels)
         cost = Cost(hbm=_hbm_bytes(self.module, scope.body, instruction))
-        self.products(scope.body, instruction, cost)
+        if cost.hbm:
+            cost.hbm_by[_label(instruction)] += cost.hbm
+        self.products(scope.body, instruction, cost, channels)
         return cost
 
     def loop(self, scope: Scope, instruction: Instruction) -> Cost:
@@ -98,13 +112,13 @@ class _Walk:
             total.add(self.computation(inner), self.open_loop if count is None else count)
         return total
 
-    def products(self, body: Computation, instruction: Instruction, cost: Cost) -> None:
+    def products(self, body: Computation, instruction: Instruction, cost: Cost, channels: set[str]) -> None:
         """Adds the FLOPs and collectives of an instruction, and of what is fused into it."""
         opcode = instruction.opcode
         if opcode == "fusion":
             fused = self.module.computations[instruction.attribute("calls")]
             for inner in fused.instructions.values():
-                self.products(fused, inner, cost)
+                self.products(fused, inner, cost, channels)
         elif opcode == "dot":
             cost.flops += dot_flops(body, instruction)
         elif opcode == "convolution":
@@ -116,9 +130,21 @@ class _Walk:
                 cost.flops += kernel_flops(body, instruction, name)
         else:
             kind = opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            channel = instruction.attribute("channel_id")
+            if kind in COLLECTIVES and channel not in channels:
+                channels |= {channel} - {None}
+                sent = sent_bytes(body, instruction, kind)
                 cost.calls[kind] += 1
-                cost.sent[kind] += sent_bytes(body, instruction, kind)
+                cost.sent[kind] += sent
+                cost.sent_by[_label(instruction)] += sent
+
+
+def _label(instruction: Instruction) -> str:
+    """The opcode of an instruction and, where the compiler says it, the operation of the program that it belongs to."""
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    # The scopes of loops and of transformations are the same for all.
+    parts = [part for part in source[1].split("/")[1:] if part not in _SCOPES] if source else [instruction.name]
+    return f"{instruction.opcode.removesuffix('-start').removesuffix('-done')} {'/'.join(parts)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- FLOPs

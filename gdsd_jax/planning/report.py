@@ -18,8 +18,12 @@ from gdsd_jax.training.setup import dimensions
 PROGRAMS = ("sampler", "score", "update")
 
 
-def measure(config: TrainConfig, program: Program, topology: Slice) -> dict[str, Any]:
-    """Compiles one program of a run and says what it takes on one chip, in plain JSON values."""
+def measure(config: TrainConfig, program: Program, topology: Slice, *, top: int = 0) -> dict[str, Any]:
+    """Compiles one program of a run and says what it takes on one chip, in plain JSON values.
+
+    Args:
+      top: names so many of the largest movers of HBM bytes and of network bytes.
+    """
     compiled = compile_program(program.lower(), topology.name)
     chip = topology.chip
     report: dict[str, Any] = {
@@ -40,6 +44,9 @@ def measure(config: TrainConfig, program: Program, topology: Slice) -> dict[str,
         "network": sum(cost.sent.values()) / topology.network_bandwidth if topology.chips > 1 else 0.0,
     }
     longest = max(seconds.values())
+    movers = {"hbm": cost.hbm_by, "network": cost.sent_by}
+    if top:
+        report["largest"] = {kind: dict(by.most_common(top)) for kind, by in movers.items()}
     return report | {
         "argument_bytes": compiled.arguments,
         "output_bytes": compiled.outputs - compiled.aliased,
@@ -56,8 +63,8 @@ def measure(config: TrainConfig, program: Program, topology: Slice) -> dict[str,
     }
 
 
-def report_of(config: TrainConfig, topology: Slice, programs: list[str]) -> dict[str, Any]:
-    """The report of a run on a slice, in plain JSON values; the module's docstring says what is in it.
+def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top: int = 0) -> dict[str, Any]:
+    """The report of a run on a slice, in plain JSON values; `top` as for `measure`.
 
     Raises:
       UserError: libtpu is missing, or model, mesh and rows do not go together.
@@ -69,7 +76,7 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str]) -> dict
     needed = dimensions(hub.architecture(config.checkpoint), rows)
     mesh = make_mesh(config.mesh, chips.devices(topology), dimensions=needed)
     plan = make_plan(config, mesh)
-    reports = {name: measure(config, plan.programs[name], topology) for name in programs}
+    reports = {name: measure(config, plan.programs[name], topology, top=top) for name in programs}
     return {
         "model": Path(config.checkpoint).name,
         "method": config.method,
@@ -125,6 +132,8 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"  {kind}: {found['calls']} calls, {found['bytes_sent'] / 1e9:.4g} GB sent")
         for kernel, count in part["kernels"].items():
             lines.append(f"  kernel {kernel}: {count} calls")
+        for kind, movers in part.get("largest", {}).items():
+            lines += [f"  {kind} {moved / 1e9:.4g} GB: {mover}"[:80] for mover, moved in movers.items()]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from gdsd_jax import hub, plan
 from gdsd_jax.config import TrainConfig, freeze
 from gdsd_jax.families import read_config
 from gdsd_jax.hub.names import hf_config
-from gdsd_jax.hub.published import PUBLISHED
+from gdsd_jax.hub.published import LLADA_8B, PUBLISHED
 from gdsd_jax.planning import chips, cost, pods, programs, report
 from gdsd_jax.planning.compiler import Compiled, compile_program, needed_bytes
 from gdsd_jax.runtime import sharding
@@ -138,6 +139,60 @@ def test_bytes_kernels_and_collectives():
     assert (found.calls, found.sent) == ({"all-gather": 1}, {"all-gather": 7 * row})
     with pytest.raises(ValueError, match="KERNELS"):
         cost.program_cost(MODULE.replace("splash_mha_fwd_segmented_no_residuals", "unheard_of"))
+
+
+# An asynchronous gather as the TPU compiler writes it in a loop of 3: started, carried along by a product, ended.
+CLONES = """
+%start (p0: bf16[8,128]) -> bf16[64,128] {
+  %p0 = bf16[8,128]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[64,128]{1,0} all-gather(%p0), channel_id=8, replica_groups=[1,8]<=[8], dimensions={0}, metadata={op_name="jit(f)/layers/while/body/closed_call/q/convert_element_type"}
+}
+
+%carry (p0: bf16[8,128], p1: bf16[64,128]) -> bf16[64,64] {
+  %p0 = bf16[8,128]{1,0} parameter(0)
+  %p1 = bf16[64,128]{1,0} parameter(1)
+  %all-gather.2 = bf16[64,128]{1,0} all-gather(%p0), channel_id=8, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %dot = bf16[64,64]{1,0} dot(%p1, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%body (s: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %s = (s32[], bf16[8,128]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = bf16[8,128]{1,0} get-tuple-element(%s), index=1
+  %begun = bf16[64,128]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %carried = bf16[64,64]{1,0} fusion(%x, %begun), kind=kOutput, calls=%carry
+  %ended = bf16[64,128]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %other = bf16[64,128]{1,0} all-gather(%x), channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], bf16[8,128]) tuple(%next, %x)
+}
+
+%condition (s: (s32[], bf16[8,128])) -> pred[] {
+  %s = (s32[], bf16[8,128]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %three = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %three), direction=LT
+}
+
+ENTRY %main (p: bf16[8,128]) -> (s32[], bf16[8,128]) {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start_state = (s32[], bf16[8,128]) tuple(%zero, %p)
+  ROOT %loop = (s32[], bf16[8,128]) while(%start_state), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_clones_of_a_collective_count_once_in_each_execution():
+    found = cost.program_cost(CLONES)
+    shard = 8 * 128 * 2
+    assert found.calls == {"all-gather": 3 * 2} and found.sent == {"all-gather": 3 * 2 * 7 * shard}
+    assert found.flops == 3 * 2 * 64 * 64 * 128
+    # By the operation of the program, or else by the instruction.
+    movers = ("all-gather layers/q/convert_element_type", "all-gather other")
+    assert found.sent_by == dict.fromkeys(movers, 3 * 7 * shard)
+    assert sum(found.hbm_by.values()) == found.hbm
 
 
 @pytest.mark.parametrize(
@@ -279,7 +334,7 @@ def config_file(directory):
 def test_report_and_table(compiler, tmp_path, capsys):
     """The JSON has what others read, the table stays within 80 columns, and what fits leaves quietly."""
     file = tmp_path / "out" / "plan.json"
-    command(plan, "--config", config_file(tmp_path), "--topology", "v5e:1x1", "--json", file)
+    command(plan, "--config", config_file(tmp_path), "--topology", "v5e:1x1", "--json", file, "--top", 1)
     found = json.loads(file.read_text())
     assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
     for name in ("sampler", "score", "update"):
@@ -295,6 +350,10 @@ def test_report_and_table(compiler, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("splash_mha_fwd" in line for line in lines)
+    # Of the two movers of HBM bytes the larger, and the only one of the network.
+    largest = found["update"]["largest"]
+    assert [list(largest[kind]) for kind in ("hbm", "network")] == [["all-gather gather"], ["all-gather gather-start"]]
+    assert lines.count("  network 2.867e-05 GB: all-gather gather-start") == 3
 
 
 def test_what_does_not_fit_is_refused(compiler, tmp_path, capsys):
@@ -397,6 +456,28 @@ def test_a_real_program_for_chips_that_are_not_here(tmp_path):
     assert found["flops_ratio"] == pytest.approx(1, abs=0.05)
     assert found["kernels"] == {"splash_mha_fwd_segmented_no_residuals": 32}
     assert found["collectives"]
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+def test_no_product_of_a_layer_passes_shards_around():
+    """Two layers of the real size on sixteen chips: each device's weights travel once, as gathers, and nothing else.
+
+    Cut along the contracted axis each product would be a loop of collective-permutes that adds in bfloat16.
+    """
+    mesh = make_mesh(MeshConfig(1, 16, 1), chips.devices(chips.parse_topology("v5p:2x2x4")))
+    ids = dict.fromkeys(("mask_token_id", "eos_token_id", "pad_token_id"), 1)
+    model = dataclasses.replace(LLADA_8B, num_layers=2, vocab_size=1024, dtype="bfloat16", **ids)
+    base = jax.tree.map(lambda x, a: programs.place(mesh, x, a), programs.base_shapes(model), logical_axes(model))
+    tokens = programs.place(mesh, jax.ShapeDtypeStruct((320, 656), jnp.int32), ("rows", "tokens"))
+    # Not the precision of the parity tests.
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        run = jax.jit(lambda base, tokens: hidden_states(model, base, None, tokens))
+        found = cost.program_cost(compile_program(run.lower(base, tokens), "v5p:2x2x4").text)
+    assert set(found.sent) == {"all-gather"}
+    layers = sum(math.prod(x.shape) * 2 for x in jax.tree.leaves(base["layers"]))
+    assert found.sent["all-gather"] == pytest.approx(layers * 15 / 16, rel=0.05)
+    assert found.hbm < 2 * 400e9 / 32
 
 
 @pytest.mark.slow
