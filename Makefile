@@ -6,7 +6,8 @@
 #   make test-multi of them, the meshes of eight devices and the jobs of several processes
 #   make test-plan  compiles a program of the real size for TPUs that are not here; part of test-slow
 #   make plan-table the table of docs/pods_plan.md: compiles what its JSON file does not hold yet
-#   make lint       ruff
+#   make lint       ruff; make format rewrites as ruff does; make types checks the types of the public surface
+#   make docs       the site in build/docs/index.html, its notebook executed; a warning is an error
 #   make venv-tpu   the environment for TPU hosts (.venv-tpu);  make venv-gpu  the one for NVIDIA GPUs (.venv-gpu)
 #   make clean      removes environments and caches, never runs/
 # PYTHON=... chooses the interpreter; the default is the first of the names below that is new enough.
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 PYTEST_ARGS ?=
 
-.PHONY: demo compare test test-slow test-multi test-plan plan-table lint clean venv venv-tpu venv-gpu
+.PHONY: demo compare test test-slow test-multi test-plan plan-table lint format types docs clean venv venv-tpu venv-gpu
 
 demo: .venv/.installed
 	.venv/bin/python -m gdsd_jax.demo --config configs/tiny_sudoku.py --workdir runs/demo
@@ -31,7 +32,7 @@ test: .venv/.installed
 
 test-slow: .venv-slow/.installed
 	.venv-slow/bin/python -m pytest -m "slow and not libtpu" $(PYTEST_ARGS)
-	$(MAKE) test-plan
+	$(MAKE) test-plan types docs
 
 test-plan: .venv-tpu/.installed
 	.venv-tpu/bin/python -m pytest -m libtpu tests/planning/test_plan.py
@@ -45,12 +46,23 @@ test-multi: .venv/.installed
 lint: .venv/.installed
 	.venv/bin/ruff check .
 
+format: .venv/.installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+types: .venv-docs/.installed
+	.venv-docs/bin/python -m mypy
+
+docs: .venv-docs/.installed
+	.venv-docs/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
 venv: .venv/.installed
 venv-tpu: .venv-tpu/.installed
 venv-gpu: .venv-gpu/.installed
 
 clean:
-	rm -rf .venv .venv-slow .venv-tpu .venv-gpu .jax_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-slow .venv-docs .venv-tpu .venv-gpu .jax_cache .pytest_cache .ruff_cache .hypothesis .mypy_cache build *.egg-info docs/notebook.py
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: requirements.txt
@@ -58,6 +70,9 @@ clean:
 
 .venv-slow/.installed: requirements.txt requirements-torch.txt requirements-lm-eval.txt
 	$(call install,.venv-slow,requirements-torch.txt)
+
+.venv-docs/.installed: requirements.txt requirements-docs.txt
+	$(call install,.venv-docs,requirements-docs.txt)
 
 .venv-tpu/.installed: requirements.txt requirements-tpu.txt
 	$(call install,.venv-tpu,requirements-tpu.txt)

@@ -17,7 +17,7 @@ def read(path: Path) -> list[Row]:
 def source(split: str, count: int | None, seed: int) -> list[Row]:
     """Words where no file is given: any five letters, the evaluation splits fixed and apart from training."""
     letters = random.Random(f"{split}:{seed if split == 'train' else 0}")
-    rows = []
+    rows: list[Row] = []
     while len(rows) < (count or 256):
         word = "".join(letters.choices("abcdefghij", k=5))
         if (split != "train") == held_out(word):

@@ -28,14 +28,13 @@ from gdsd_jax.runtime.errors import UserError
 
 def default(checkpoint: str = "") -> ConfigDict:
     """A locked ConfigDict with every field of `TrainConfig` at its default, to be edited by a config file."""
-    lengths = {"completion_length": 256, "steps": 256, "block_length": 32}
     config = TrainConfig(
         checkpoint=checkpoint,
         task=TaskConfig(),
         model=ModelConfig(),
         lora=LoRAConfig(),
         optimizer=OptimizerConfig(),
-        sampler=SamplerConfig(**lengths, strategy="low_confidence", temperature=1.0),
+        sampler=SamplerConfig(256, steps=256, block_length=32, strategy="low_confidence", temperature=1.0),
         evaluation=EvalConfig(),
         sft=SFTConfig(),
         tiny=TinyConfig(),
@@ -52,7 +51,7 @@ def with_open_settings(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _type_optionals(config: ConfigDict, kind: type) -> None:
+def _type_optionals(config: ConfigDict, kind: Any) -> None:
     """Gives fields that are None their type, without which ml_collections takes no override for them."""
     for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
@@ -61,7 +60,7 @@ def _type_optionals(config: ConfigDict, kind: type) -> None:
             config[name] = placeholder(next(o for o in typing.get_args(hint) if o is not types.NoneType))
 
 
-def freeze(kind: type, values: Any, where: str = "config") -> Any:
+def freeze(kind: Any, values: Any, where: str = "config") -> Any:
     """Builds the dataclass `kind` from a ConfigDict or mapping, nested dataclasses included.
 
     Raises:

@@ -239,10 +239,9 @@ def greedy_sampler(config: TrainConfig, length: int | None = None, steps: Count 
     """
     sampler = config.sampler
     length = length or sampler.completion_length
-    if steps is None and config.evaluation.steps is None:
-        steps = length // 2
-    elif steps is None:
-        steps = config.evaluation.steps * length // sampler.completion_length
+    if steps is None:
+        wanted = config.evaluation.steps
+        steps = length // 2 if wanted is None else wanted * length // sampler.completion_length
     whole = sampler.block_length == sampler.completion_length
     return dataclasses.replace(
         sampler,

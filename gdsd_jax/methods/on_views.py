@@ -62,7 +62,7 @@ def loss_on_views(
       The loss, a float32 scalar, and the scores that the objective steers, rows first.
     """
     method = build(name, **settings)
-    rows, length = completions.shape
+    rows, length = jnp.shape(completions)
     array = lambda x, dtype=jnp.float32: None if x is None else jnp.asarray(x, dtype)  # noqa: E731
     batch = Batch(
         tokens=jnp.concatenate([jnp.asarray(prompts), jnp.asarray(completions)], axis=1),

@@ -170,9 +170,10 @@ class Task:
         table = np.full((len(rows), len(names)), np.nan, np.float32)
         failures = []
         for index, outcome in enumerate(outcomes):
-            missing = [name for name in names if name not in (outcome.values or {})]
+            values = outcome.values or {}
+            missing = [name for name in names if name not in values]
             if not missing:
-                table[index] = [outcome.values[name] for name in names]
+                table[index] = [values[name] for name in names]
             elif outcome.lost:
                 table[index] = 0.0
             if missing:

@@ -104,4 +104,4 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

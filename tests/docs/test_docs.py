@@ -2,13 +2,18 @@
 
 import importlib.util
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_run
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
+
+from gdsd_jax.telemetry.metrics import MetricWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,6 +39,7 @@ def test_the_configuration_page_is_up_to_date():
     assert (ROOT / "docs" / "configuration.md").read_text() == script.page()
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_readme_trains(tmp_path, monkeypatch):
     """The code as it is printed, as a script in a checkout whose config is the smallest one."""
     (block,) = CODE.findall((ROOT / "README.md").read_text())
@@ -48,3 +54,27 @@ def test_the_loss_of_the_readme_trains(tmp_path, monkeypatch):
     entries = [json.loads(line) for line in (tmp_path / "runs/elbo/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
     assert all("policy/log_prob" in entry and entry["grad/norm"] > 0 for entry in entries)
+
+
+def test_the_tracker_of_the_guide_follows_a_resumed_run(tmp_path):
+    assert f"```python\n{(ROOT / 'tests' / 'example_tracker.py').read_text()}```" in (
+        ROOT / "docs" / "new_tracker.md"
+    ).read_text()
+    for first, resumed in ((1, -1), (3, 2), (5, None)):
+        with MetricWriter(tmp_path, trackers=("example_tracker:CSV",), resume_step=resumed) as writer:
+            for step in range(first, first + 3):
+                writer.write(step, {"reward/mean": step / 10, "loss": float("nan")})
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[:2] == ["1,reward/mean,0.1", "2,reward/mean,0.2"]
+    assert [int(line.split(",")[0]) for line in lines] == [1, 2, 3, 4, 5, 5, 6, 7]
+    assert len(lines) == len((tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_as_a_script(tmp_path):
+    """Its last cell asserts that the export gives the trained policy's logits."""
+    script = ROOT / "examples" / "quickstart.py"
+    environment = os.environ | {"MPLBACKEND": "Agg", "TMPDIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "largest difference of two logits" in ran.stdout

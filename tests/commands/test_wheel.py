@@ -1,0 +1,60 @@
+"""The package as users install it: a wheel in an environment of its own, away from the checkout."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_from_a_config_of_the_users_own(tmp_path):
+    """Two iterations of `gdsd-train`, a method beside the config; dependencies are those of this environment."""
+    pytest.importorskip("setuptools", minversion="77")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # From a copy: a build leaves files in the sources, and finds those of an earlier one there.
+    sources = tmp_path / "sources"
+    shutil.copytree(ROOT / "gdsd_jax", sources / "gdsd_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    pip = [sys.executable, "-m", "pip"]
+    build = [*pip, "wheel", sources, "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
+    subprocess.run(build, check=True, cwd=tmp_path, env=environment)
+    (wheel,) = tmp_path.glob("gdsd_jax-*.whl")
+    home = tmp_path / "environment"
+    venv.create(home, with_pip=False)
+    (site,) = home.glob("lib/python*/site-packages")
+    install = [*pip, "--python", home / "bin" / "python", "install", "--no-deps", "--no-index", "-q", wheel]
+    subprocess.run(install, check=True, cwd=tmp_path, env=environment)
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+    own = tmp_path / "own"
+    own.mkdir()
+    file = tiny_run.build(own)
+    # A task of the package: the one of the other tests is in a module of theirs.
+    text = file.read_text().replace("tiny_run:TASK", "sudoku")
+    file.write_text(text)
+    (own / "my_loss.py").write_text("from gdsd_jax.methods import METHODS\n\nMINE = METHODS['wd1']\n")
+    ran = subprocess.run(
+        [home / "bin" / "gdsd-train", f"--config={file}", f"--workdir={own / 'run'}", "--config.method=my_loss:MINE"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    steps = [json.loads(line)["step"] for line in (own / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+
+def test_every_command_has_a_script():
+    scripts = set(re.findall(r"^gdsd-([\w-]+) = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    files = (ROOT / "gdsd_jax").glob("*.py")
+    commands = {path.stem.replace("_", "-") for path in files if "__main__" in path.read_text()}
+    assert scripts == commands - {"--init--"} | {"plots"}
