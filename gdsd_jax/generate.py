@@ -113,9 +113,9 @@ def frames(policy: Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -
 def _picture(policy: Policy, before: np.ndarray, after: np.ndarray) -> Text:
     """The completion `[L]` with masks as dim blocks and what has just been committed highlighted."""
     text = Text()
-    mask, end = policy.model.mask_token_id, policy.model.eos_token_id
+    mask, ends = policy.model.mask_token_id, policy.model.ends
     kinds = [
-        "mask" if new == mask else "end" if new == end else "new" if old != new else "old"
+        "mask" if new == mask else "end" if new in ends else "new" if old != new else "old"
         for old, new in zip(before.tolist(), after.tolist(), strict=True)
     ]
     for kind, group in itertools.groupby(range(len(kinds)), kinds.__getitem__):

@@ -46,7 +46,7 @@ from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks import Task, resolve
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.training.rollout import Prompts
-from gdsd_jax.training.setup import with_compute
+from gdsd_jax.training.setup import with_compute, with_tokens
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -74,6 +74,7 @@ class MaskedDiffusion(TemplateLM):
       block_length, strategy: see `gdsd_jax.diffusion.SamplerConfig`; block_length 0 for no blocks.
       draws: views per likelihood.
       seed: of sampling and of the draws.
+      add_bos_token: every text begins with the tokenizer's BOS, unless it does so already.
       batch_size: rows at a time, lm-eval's `--batch_size`.
       max_batch_size, device: lm-eval passes them to every model; JAX has its own devices.
 
@@ -92,6 +93,7 @@ class MaskedDiffusion(TemplateLM):
         strategy: str = "low_confidence",
         draws: int = 128,
         seed: int = 0,
+        add_bos_token: bool = False,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -104,7 +106,10 @@ class MaskedDiffusion(TemplateLM):
         self.batch_rows = int(batch_size)
         self.tokenizer = hub.load_tokenizer(checkpoint)
         model, self.base = hub.load_checkpoint(checkpoint)
-        self.model = with_compute(model, ModelConfig(dtype=dtype, remat="none"))
+        self.model = with_compute(with_tokens(model, self.tokenizer), ModelConfig(dtype=dtype, remat="none"))
+        if add_bos_token and self.tokenizer.bos_token_id is None:
+            raise UserError(f"{checkpoint} has no BOS token: leave add_bos_token out of --model_args")
+        self.add_bos_token = bool(add_bos_token)
         self.lora = None if adapter is None else hub.load_adapter(adapter, self.model)
         self.length, self.steps, self.draws = length, steps, draws
         self.block_length, self.strategy = block_length, strategy
@@ -122,8 +127,8 @@ class MaskedDiffusion(TemplateLM):
         return self.tokenizer.eos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Special tokens that are written in the text are read; none are added, whatever is asked."""
-        return self.tokenizer.encode([string])[0]
+        """Special tokens that are written in the text are read; only `add_bos_token` adds one, whatever is asked."""
+        return self.tokenizer.encode([string], add_bos=self.add_bos_token)[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of a chat; without `add_generation_prompt` its last message is how the answer opens."""
@@ -169,7 +174,9 @@ class MaskedDiffusion(TemplateLM):
         with Progress(total, label="generate", enabled=not disable_tqdm) as progress:
             for (sampler, size), indices in groups.items():
                 contexts = [requests[index].args[0] for index in indices]
-                tokens, mask = self.tokenizer.prompts(contexts, buckets=(size,), overlong="keep_last")
+                tokens, mask = self.tokenizer.prompts(
+                    contexts, buckets=(size,), overlong="keep_last", add_bos=self.add_bos_token
+                )
                 left = iter(indices)
                 for batch in complete(
                     self.model, self.base, self.lora, Prompts(tokens, mask, [{}] * len(indices)), sampler,

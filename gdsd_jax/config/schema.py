@@ -162,7 +162,7 @@ class TrainConfig:
       component_norms_every: iterations between those that log the gradient norm of each component of the loss
         (`grad/objective`, `grad/kl`); 0: never. Their updates are a program of its own, which for a loss of two
         components runs a second backward pass and holds a second gradient. The norm of a single one is `grad/norm`.
-      eos_token_id: what ends a completion; None: the tokenizer's EOS.
+      eos_token_id: what alone ends a completion; None: the tokenizer's EOS and all else that ends a turn.
       prompt_buckets: lengths that prompts are left-padded to.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
       save_every: iterations between checkpoints; `keep` of them are kept.

@@ -26,6 +26,9 @@ class DenoiserConfig:
       next_token_logits: the raw logits at position `i` predict token `i + 1`. The denoiser shifts them, so that
         everything above it sees target-aligned logits.
       mask_token_id, eos_token_id, pad_token_id: always those of the checkpoint.
+      end_token_ids: further ids that end a completion, such as that of an end of turn.
+      known_tokens: ids from here on fill up the embedding and are known to no tokenizer; they are never proposed. None:
+        every row is a token.
       head_size: size of a head; None: `hidden_size / num_heads`.
       qk_norm: queries and keys of each head pass an RMSNorm of their own before they are rotated.
       block_size: None: every token attends to every other. Else attention is block-causal: a token attends to its own
@@ -63,6 +66,8 @@ class DenoiserConfig:
     qk_norm: bool = False
     block_size: int | None = None
     block_origin: str = "sequence"
+    end_token_ids: tuple[int, ...] = ()
+    known_tokens: int | None = None
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
@@ -89,6 +94,16 @@ class DenoiserConfig:
                 raise UserError(f"{name} in config.json is {value!r}: one whole number is needed")
             if not 0 <= value < self.vocab_size:
                 raise UserError(f"{name} {value} lies outside the vocabulary of {self.vocab_size}: see config.json")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every id that ends a completion, the EOS first."""
+        return (self.eos_token_id, *self.end_token_ids)
+
+    @property
+    def padding_tokens(self) -> tuple[int, ...]:
+        """Ids that no tokenizer knows."""
+        return () if self.known_tokens is None else tuple(range(self.known_tokens, self.vocab_size))
 
     @property
     def head_dim(self) -> int:

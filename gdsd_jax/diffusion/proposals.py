@@ -169,7 +169,7 @@ def propose(
     config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
 ) -> tuple[Array, ...]:
     """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S, 2] -> as `candidates`, [B, S]."""
-    banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask)
+    banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask, *config.padding_tokens)
 
     def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, ...]:
         hidden, uniform = slices

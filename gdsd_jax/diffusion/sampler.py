@@ -106,9 +106,10 @@ def replay(rollout: Rollout, config: DenoiserConfig, step: int) -> Int[Array, "B
 
 
 def _finished(config: DenoiserConfig, completion: Array) -> Array:
-    """[B]: an EOS is committed and nothing before it is masked."""
+    """[B]: an id that ends a completion is committed and nothing before it is masked."""
     masked_before = jnp.cumsum(completion == config.mask_token_id, axis=1)
-    return jnp.any((completion == config.eos_token_id) & (masked_before == 0), axis=1)
+    ends = functools.reduce(jnp.logical_or, [completion == token for token in config.ends])
+    return jnp.any(ends & (masked_before == 0), axis=1)
 
 
 def passes(

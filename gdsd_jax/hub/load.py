@@ -82,6 +82,9 @@ def read_config(directory: str | os.PathLike, overrides: Mapping[str, Any] | Non
     for key, value in declared_ids(directory, families.family_of_type(hf.get("model_type"))).items():
         if hf.get(key) is None:
             hf[key] = value
+    if isinstance(hf.get("eos_token_id"), list) and hf["eos_token_id"]:
+        # Several ids end a turn; the tokenizer knows the others.
+        hf["eos_token_id"] = hf["eos_token_id"][0]
     return families.read_config(hf)
 
 

@@ -24,16 +24,27 @@ class Tokenizer:
 
     Attributes:
       mask_token_id, eos_token_id, pad_token_id: the tokenizer's own, or `config.json`'s where it names none.
-      vocab_size: number of ids that the tokenizer knows; the embedding may have more rows.
+      bos_token_id: the tokenizer's own, or None.
+      end_token_ids: what else ends a turn: further ids of `eos_token_id` in `config.json` or `generation_config.json`,
+        and the special token that the chat template writes behind an answer.
+      vocab_size: one more than the largest id that the tokenizer knows; the embedding may have more rows.
     """
 
-    def __init__(self, directory: os.PathLike, tokenizer: Any, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        directory: os.PathLike,
+        tokenizer: Any,
+        config: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+    ):
         self._directory = directory
         self._tokenizer = tokenizer
-        self.vocab_size: int = len(tokenizer)
+        self.vocab_size: int = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         self.mask_token_id = self._special("mask_token_id", config)
         self.eos_token_id = self._special("eos_token_id", config)
         self.pad_token_id = self._special("pad_token_id", config)
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+        self.end_token_ids = self._further_ends(config, generation or {})
         named = config.get("mask_token_id", self.mask_token_id)
         if named != self.mask_token_id:
             raise UserError(
@@ -45,6 +56,8 @@ class Tokenizer:
         value = getattr(self._tokenizer, name)
         if value is None:
             value = config.get(name)
+            # A list is of ids that end a turn, the first of them the EOS.
+            value = value[0] if isinstance(value, list) and value else value
         known = isinstance(value, int) and value >= 0 and self._tokenizer.convert_ids_to_tokens(value) is not None
         if not known:
             token = name.removesuffix("_id")
@@ -53,6 +66,30 @@ class Tokenizer:
                 f"set {token} in tokenizer_config.json, or {name} in config.json"
             )
         return value
+
+    def _further_ends(self, config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+        found = []
+        for source in (config, generation):
+            value = source.get("eos_token_id")
+            found += value if isinstance(value, list) else [value]
+        found.append(self._end_of_turn())
+        known = [token for token in found if type(token) is int and 0 <= token < self.vocab_size]
+        return tuple(dict.fromkeys(token for token in known if token not in (self.eos_token_id, self.mask_token_id)))
+
+    def _end_of_turn(self) -> int | None:
+        """The special token that the chat template writes behind an answer; None where it does not say."""
+        import jinja2
+
+        answer = "ANSWER"
+        if not isinstance(self._tokenizer.chat_template, str):
+            return None
+        messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return None
+        first = self.encode([text.rpartition(answer)[2].strip()])[0][:1] if answer in text else []
+        return first[0] if first and first[0] in self._tokenizer.added_tokens_decoder else None
 
     @property
     def chat_template(self) -> str | None:
@@ -75,24 +112,39 @@ class Tokenizer:
                 f"{self._directory} has no chat template: add chat_template.jinja, "
                 "or chat_template in tokenizer_config.json"
             )
+        if isinstance(self._tokenizer.chat_template, Mapping) and "default" not in self._tokenizer.chat_template:
+            raise UserError(
+                f"{self._directory} has the chat templates {', '.join(self._tokenizer.chat_template)} and none named "
+                "default: name one of them so under chat_template in tokenizer_config.json, or add chat_template.jinja"
+            )
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template of {self._directory} refuses the messages: {error}") from None
         return text + assistant_prefix
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; special tokens written in the text are read, none are added."""
+    def encode(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
+        """Token ids of each text; special tokens written in the text are read, and none are added.
+
+        Args:
+          add_bos: each text begins with the BOS, unless it does so already.
+        """
         if not len(texts):
             return []
-        return self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        if not add_bos:
+            return ids
+        return [one if one[:1] == [self.bos_token_id] else [self.bos_token_id, *one] for one in ids]
 
-    def prompts(self, texts: Sequence[str], *, buckets: Sequence[int], overlong: str) -> tuple[np.ndarray, np.ndarray]:
+    def prompts(
+        self, texts: Sequence[str], *, buckets: Sequence[int], overlong: str, add_bos: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded prompts in the smallest bucket that holds them all, so that few shapes are ever compiled.
 
         Args:
           buckets: the lengths to choose from.
           overlong: what becomes of a prompt longer than the largest: "error", or "keep_last" to keep its end.
+          add_bos: see `encode`.
 
         Returns:
           tokens `[B, P]` int32, and their mask `[B, P]` bool, True on real tokens.
@@ -104,7 +156,7 @@ class Tokenizer:
             raise UserError(f"overlong {overlong!r} is neither 'error' nor 'keep_last': change config.overlong_prompts")
         if not buckets or min(buckets) < 1:
             raise UserError(f"prompt buckets {tuple(buckets)} are not positive lengths: change config.prompt_buckets")
-        ids = self.encode(texts)
+        ids = self.encode(texts, add_bos)
         largest = max(buckets)
         longest = max(map(len, ids), default=0)
         if longest > largest and overlong == "error":
@@ -124,15 +176,16 @@ class Tokenizer:
         return tokens, mask
 
     def decode(self, tokens: np.ndarray | Sequence[Sequence[int]]) -> list[str]:
-        """Text of each row of `[B, L]` completion ids, cut at its first EOS, without special tokens."""
-        return [self._text(self._before_eos(row), skip=True) for row in np.asarray(tokens).tolist()]
+        """Text of each row of `[B, L]` completion ids, cut before the first that ends it, without special tokens."""
+        return [self._text(self._before_end(row), skip=True) for row in np.asarray(tokens).tolist()]
 
     def decode_one(self, ids: np.ndarray | Sequence[int], special: bool = True) -> str:
         """Text of one sequence for display, nothing cut; special tokens are shown if `special`."""
         return self._text(np.asarray(ids).tolist(), skip=not special)
 
-    def _before_eos(self, ids: list[int]) -> list[int]:
-        return ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids
+    def _before_end(self, ids: list[int]) -> list[int]:
+        ends = {self.eos_token_id, *self.end_token_ids}
+        return ids[: next((index for index, token in enumerate(ids) if token in ends), None)]
 
     def _text(self, ids: list[int], skip: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
@@ -148,6 +201,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 
     directory = checked_directory(directory)
     config = read_json(directory / "config.json")
+    settings = directory / "generation_config.json"
+    generation = read_json(settings) if settings.is_file() else {}
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"{directory} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     file = directory / "tokenizer_config.json"
@@ -167,4 +222,4 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None
-    return Tokenizer(directory, tokenizer, config)
+    return Tokenizer(directory, tokenizer, config, generation)

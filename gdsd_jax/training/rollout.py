@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +15,16 @@ from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch
 from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks.task import Task, weighted_sum
 from gdsd_jax.telemetry.profile import phase
 
 
-def completion_mask(completions: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """`[B, L]` float32, 1 up to and including the first EOS; all ones in a row without one."""
-    ends = np.cumsum(completions == eos_token_id, axis=1)
-    return ((ends - (completions == eos_token_id)) == 0).astype(np.float32)
+def completion_mask(completions: np.ndarray, ends: int | Sequence[int]) -> np.ndarray:
+    """Returns `[B, L]` float32, 1 up to and including the first id that ends a completion; all ones without one."""
+    is_end = np.isin(completions, ends)
+    return ((np.cumsum(is_end, axis=1) - is_end) == 0).astype(np.float32)
 
 
 class Prompts(NamedTuple):
@@ -80,12 +81,13 @@ def roll_out(
         rollout = sample(config, base, lora, tokens, mask, key, sampler)
         completions = fetch(rollout.tokens)[:, prompts.tokens.shape[1] :]
     sampled = time.perf_counter()
-    seen = completion_mask(completions, config.eos_token_id)
+    seen = completion_mask(completions, config.ends)
     completions = np.where(seen, completions, config.eos_token_id)
     rows = [row for row in prompts.rows for _ in range(group_size)]
     judge = lambda completions, rows: task.rewards(tokenizer.decode(completions), rows)  # noqa: E731
     with phase("reward"):
         components = hosts.share_out(judge, completions, rows, group_size=group_size)
+    require_finite(components, task)
     rewards = weighted_sum(components, task.weights)
     batch = Batch(
         tokens=rollout.tokens,
@@ -102,6 +104,17 @@ def roll_out(
     )
     seconds = {"rollout": sampled - start, "reward": time.perf_counter() - sampled}
     return Rewarded(batch, completions, rewards, components, seconds)
+
+
+def require_finite(components: Mapping[str, np.ndarray], task: Task) -> None:
+    """Raises UserError, naming the reward, where one is infinite; NaN is a completion that could not be scored."""
+    for name, values in components.items():
+        if np.isinf(values).any():
+            infinite = np.isinf(values)
+            raise UserError(
+                f"the reward {name} of the task {task.name} is {values[infinite][0]} for {infinite.sum()} of "
+                f"{len(values)} completions, and must be finite: change the task's score"
+            )
 
 
 def reward_metrics(rewarded: Rewarded) -> dict[str, float]:

@@ -52,10 +52,18 @@ def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) ->
     jax.set_mesh(mesh)
     model, base = hub.load_checkpoint(config.checkpoint, mesh=mesh)
     if config.eos_token_id is not None:
-        tokenizer.eos_token_id = config.eos_token_id
-    # One EOS everywhere: what ends the text that is rewarded ends the completion that is scored.
-    model = dataclasses.replace(model, eos_token_id=tokenizer.eos_token_id)
-    return Setup(with_compute(model, config.model), base, tokenizer, task)
+        tokenizer.eos_token_id, tokenizer.end_token_ids = config.eos_token_id, ()
+    return Setup(with_compute(with_tokens(model, tokenizer), config.model), base, tokenizer, task)
+
+
+def with_tokens(config: DenoiserConfig, tokenizer: hub.Tokenizer) -> DenoiserConfig:
+    """Returns the denoiser's config with the tokenizer's ids: what ends the rewarded text ends the completion."""
+    return dataclasses.replace(
+        config,
+        eos_token_id=tokenizer.eos_token_id,
+        end_token_ids=tuple(token for token in tokenizer.end_token_ids if token < config.vocab_size),
+        known_tokens=min(tokenizer.vocab_size, config.vocab_size),
+    )
 
 
 def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:

@@ -20,6 +20,7 @@ from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.likelihood import lower_bound
 from gdsd_jax.hub import tiny
 from gdsd_jax.tasks import countdown
+from gdsd_jax.training.setup import with_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,7 @@ def generated(directory: Path, questions: list[str], length: int, until: str) ->
     """What the sampler writes, one row at a time, cut before the stop string."""
     tokenizer = hub.load_tokenizer(directory / "base")
     config, base = hub.load_checkpoint(directory / "base")
+    config = with_tokens(config, tokenizer)
     sampler = SamplerConfig(length, length // 2, 4, "low_confidence")
     texts = []
     for question in questions:

@@ -309,6 +309,20 @@ def test_origin_postpones_suppressed_confidence():
     np.testing.assert_array_equal(last, eligible)
 
 
+def test_rows_that_only_fill_up_the_embedding_are_never_proposed(flat):
+    filled = dataclasses.replace(TINY, known_tokens=4)
+    run = settings(temperature=1.0, steps=8)
+    rollout = sample(filled, flat, None, PROMPTS, None, jax.random.key(1), run)
+    assert set(np.unique(rollout.tokens[:, 3:]).tolist()) == {0, 1, 2, 3}
+
+
+def test_every_id_that_ends_a_completion_finishes_it():
+    config = dataclasses.replace(TINY, end_token_ids=(5,))
+    completion = jnp.array([[1, 5, 11], [11, 5, 1], [1, 0, 11], [1, 2, 3]])
+    np.testing.assert_array_equal(sampler._finished(config, completion), [True, False, True, False])
+    np.testing.assert_array_equal(sampler._finished(TINY, completion), [False, False, True, False])
+
+
 def test_suppressed_tokens(flat):
     run = settings(temperature=1.0, suppress=(1, 2, 3, 4, 5), suppress_confidence=[6, 7, 8, 9], steps=8)
     tokens = jnp.ones((200, 1), jnp.int32)

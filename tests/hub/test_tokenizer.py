@@ -93,6 +93,37 @@ def test_decoding_stops_at_the_first_eos_and_drops_special_and_unknown_ids(token
     assert tokenizer.decode_one([one, mask, eos, two], special=False) == "12"
 
 
+def test_every_id_that_ends_a_turn_ends_a_completion(copy):
+    """The EOS, further ones of either file's list, and what the chat template writes behind an answer."""
+    tokenizer = hub.load_tokenizer(copy)
+    (turn,) = tokenizer.encode(["<|eot|>"])[0]
+    assert tokenizer.end_token_ids == (turn,)
+    change_json(copy / "generation_config.json", eos_token_id=[tokenizer.eos_token_id, 7, 1000])
+    change_json(copy / "config.json", eos_token_id=[tokenizer.eos_token_id, 6])
+    tokenizer = hub.load_tokenizer(copy)
+    assert tokenizer.end_token_ids == (6, 7, turn)
+    (one,) = tokenizer.encode(["1"])[0]
+    assert tokenizer.decode([[one, end, one] for end in (6, 7, turn, tokenizer.eos_token_id)]) == ["1"] * 4
+    assert hub.read_config(copy).eos_token_id == tokenizer.eos_token_id
+
+
+def test_templates_of_which_none_is_the_default(copy):
+    (copy / "chat_template.jinja").unlink()
+    templates = [{"name": name, "template": "{{ messages[0].content }}"} for name in ("rag", "tools")]
+    change_json(copy / "tokenizer_config.json", chat_template=templates)
+    with pytest.raises(UserError, match="chat templates rag, tools and none named default.*tokenizer_config.json"):
+        hub.load_tokenizer(copy).render([{"role": "user", "content": "1"}])
+    change_json(copy / "tokenizer_config.json", chat_template=[*templates, {"name": "default", "template": "2"}])
+    assert hub.load_tokenizer(copy).render([{"role": "user", "content": "1"}]) == "2"
+
+
+def test_bos_is_added_where_it_is_asked_for_and_once(tokenizer):
+    plain, twice = tokenizer.encode(["1", "<|bos|>1"], add_bos=True)
+    assert plain == twice == [tokenizer.bos_token_id, *tokenizer.encode(["1"])[0]]
+    tokens, _ = tokenizer.prompts(["1"], buckets=(4,), overlong="error", add_bos=True)
+    assert tokens[0, -2:].tolist() == plain
+
+
 def test_mask_token_named_only_in_the_model_config(copy):
     change_json(copy / "tokenizer_config.json", mask_token=None)
     assert hub.load_tokenizer(copy).mask_token_id == 4
