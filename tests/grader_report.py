@@ -3,12 +3,14 @@ r"""The graders at large: judged answers by kind, pairs of different right answe
     python tests/grader_report.py judged --file answers.jsonl [--pythons PYTHON,PYTHON]
     python tests/grader_report.py pairs --data DIR [--count 2000] [--programs 0]
     python tests/grader_report.py spellings --data DIR
+    python tests/grader_report.py forms --data DIR [--count 100]
 
 `judged` counts, for each kind of answer, the rows that are judged as a person judged them (`task`, `row`, `completion`,
 `right`), by both graders and by math-verify called directly in each of the given interpreters, which may hold other
 versions of it. `pairs` prints every pair of different right answers that counts as equal: all pairs of MATH-500, and
 `--count` random ones of each other task, of programs `--programs`. `spellings` ends with 1 where an answer does not
-equal itself.
+equal itself. `forms` writes the reference answers of `--count` rows in the forms that models use, and prints the share
+that each grader's metric calls right and its reward pays in full.
 """
 
 import argparse
@@ -197,9 +199,84 @@ def check_spellings(data: Path) -> int:
     return failed
 
 
+# Forms of an answer: {} is the answer, {target} Countdown's target.
+_ARITHMETIC = {
+    "as asked": "<answer>{}</answer>",
+    "with = target": "<answer>{} = {target}</answer>",
+    "target = ": "<answer>{target} = {}</answer>",
+    "operators of LaTeX": "<answer>\\({latex}\\)</answer>",
+    "× and ÷": "<answer>{signs}</answer>",
+    "boxed in the tags": "<answer>\\boxed{{}}</answer>",
+    "boxed, no tags": "\\boxed{{}}",
+    "tag never closes": "<answer>{}",
+    "in a sentence": "<answer>The expression is {}.</answer>",
+    "no tags, with = target": "so {} = {target}",
+}
+_NUMBERS = {
+    "as asked": "<answer>\\boxed{{}}</answer>",
+    "no box": "<answer>{}</answer>",
+    "no tags": "\\boxed{{}}",
+    "The answer is N.": "The answer is {}.",
+    "#### N and its unit": "#### {} dollars every 2 weeks",
+    "unit with an exponent": "<answer>{} \\text{ ft}^2</answer>",
+    "thousands": "<answer>\\boxed{{thousands}}</answer>",
+    "money in a sentence": "<answer>It costs \\${} for 2 of them.</answer>",
+}
+_LATEX = {
+    "as asked": "<answer>\\boxed{{}}</answer>",
+    "no tags": "\\boxed{{}}",
+    "no box": "<answer>{}</answer>",
+    "period in the box": "<answer>\\boxed{{}.}</answer>",
+    "dollar signs in the box": "<answer>\\boxed{${}$}</answer>",
+    "a colour": "<answer>\\boxed{\\color{blue}{{}}}</answer>",
+    "The answer is, in the box": "<answer>\\boxed{\\text{The answer is } {}}</answer>",
+    "another box in the reasoning": "<reasoning>\\boxed{7777}</reasoning><answer>{}</answer>",
+}
+_FORMS = {
+    "countdown": ("countdown_cd3_test.jsonl", _ARITHMETIC),
+    "gsm8k": ("gsm8k_test.jsonl", _NUMBERS),
+    "math": ("math500_test.jsonl", _LATEX),
+}
+
+
+def forms(data: Path, count: int) -> None:
+    from gdsd_jax.tasks import TASKS, audit
+    from gdsd_jax.tasks.task import PUBLIC, regraded
+
+    print("| task | form | robust metric | robust reward | public metric | public reward |")
+    print("|---|---|---:|---:|---:|---:|")
+    for name, (file, patterns) in _FORMS.items():
+        task = TASKS[name]
+        rows = task.rows("test", path=data / file, count=count)
+        if name == "gsm8k":
+            rows = [{**row, "answer": str(1000 + int(row["answer"]) % 9000)} for row in rows]
+        for form, pattern in patterns.items():
+            items = [audit.Item("", _written(pattern, task.reference(row)), row, None) for row in rows]
+            cells = []
+            for graded in (task, regraded(task, PUBLIC)):
+                verdicts = audit.judge(graded, items)
+                cells += [sum(v.right for v in verdicts), sum(v.reward >= 1 for v in verdicts)]
+            print(
+                f"| {name} | {form} |", " | ".join(f"{100 * cell / len(rows):.0f} %" for cell in cells), "|", flush=True
+            )
+
+
+def _written(pattern: str, row: dict) -> str:
+    answer = row.get("expression") or row["answer"]
+    latex = answer.replace("*", " \\times ").replace("/", " \\div ")
+    fields = {
+        "{latex}": latex, "{signs}": answer.replace("*", "×").replace("/", "÷"), "{target}": str(row.get("target")),
+        "{thousands}": f"{int(answer):,}".replace(",", "{,}") if answer.isdigit() else answer, "{}": answer,
+    }  # fmt: skip
+    text = pattern
+    for field, value in fields.items():
+        text = text.replace(field, value)
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("judged", "pairs", "spellings", "library"))
+    parser.add_argument("what", choices=("judged", "pairs", "spellings", "forms", "library"))
     parser.add_argument("--file", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--pythons", default="")
@@ -210,6 +287,8 @@ def main() -> None:
         library(flags.file)
     elif flags.what == "judged":
         sys.exit(judged(flags.file, list(filter(None, flags.pythons.split(",")))) > 0)
+    elif flags.what == "forms":
+        forms(flags.data, min(flags.count, 100))
     elif flags.what == "pairs":
         pairs(flags.data, flags.count, flags.programs)
     else:

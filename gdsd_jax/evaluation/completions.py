@@ -17,7 +17,7 @@ from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch, common
 from gdsd_jax.runtime.hosts import share_out
 from gdsd_jax.runtime.transfer import fetch, put
-from gdsd_jax.tasks.task import Task
+from gdsd_jax.tasks.task import Task, regraded
 from gdsd_jax.training.rollout import Prompts
 
 _split = jax.jit(jax.random.split, static_argnums=1)
@@ -93,6 +93,17 @@ def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, n
     if batches[0].kl is not None:
         values["kl"] = np.concatenate([np.asarray(batch.kl, np.float32) for batch in batches])
     return values
+
+
+def judge_by_all(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:
+    """Returns what `judge` does, and the metrics under the task's other graders as "METRIC (GRADER)"."""
+    values = judge(task, rows, batches)
+    distance = {name: values.pop(name) for name in ("kl",) if name in values}
+    for name, grader in task.graders.items():
+        if grader.measure is not task.measure:
+            other = judge(regraded(task, name), rows, batches)
+            values |= {f"{metric} ({name})": other[metric] for metric in task.metrics_named}
+    return values | distance
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from gdsd_jax.config import TaskConfig, TrainConfig, greedy_sampler
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.evaluation import decoding, reports
-from gdsd_jax.evaluation.completions import Completed, Part, checksum, complete, judge
+from gdsd_jax.evaluation.completions import Completed, Part, checksum, complete, judge_by_all
 from gdsd_jax.evaluation.policy import Policy, load_policy
 from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
 from gdsd_jax.runtime import hosts
@@ -89,6 +89,7 @@ def run(
         "temperature": temperature,
         "samples": samples,
         "seed": config.seed,
+        "grader": config.task.grader,
         "results": results,
     }
     if hosts.first():
@@ -258,7 +259,7 @@ def result(
     part: Part, batches: list[Completed], samples: int, pass_at_k: Sequence[int]
 ) -> tuple[dict[str, Any], list[dict]]:
     """The entry of `results` and the records of one part."""
-    values = judge(part.task, part.prompts.rows, batches)
+    values = judge_by_all(part.task, part.prompts.rows, batches)
     by_item = {name: value.reshape(-1, samples) for name, value in values.items()}
     metrics = {name: mean_and_error(value.mean(axis=1)) for name, value in by_item.items()}
     solved = part.task.metrics_named[-1]

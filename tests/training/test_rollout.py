@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from gdsd_jax.evaluation.completions import Completed, judge_by_all
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS
+from gdsd_jax.tasks.task import regraded
 from gdsd_jax.training.rollout import completion_mask, require_finite
 
 
@@ -22,3 +24,17 @@ def test_an_infinite_reward_is_named():
     require_finite(finite, task)
     with pytest.raises(UserError, match="the reward correct of the task gsm8k is inf for 1 of 2 completions"):
         require_finite(task.rewards(["1", "inf"], [{"answer": "1"}] * 2), task)
+
+
+def test_an_evaluation_shows_what_each_grader_says():
+    rows = [{"answer": "18"}] * 3
+    texts = ["\\boxed{18}", "<answer>20-18</answer>", "#### 18 eggs in 2 days"]
+    batches = [Completed(texts[:2], [0.5, 1.0]), Completed(texts[2:], [0.0])]
+    values = judge_by_all(TASKS["gsm8k"], rows, batches)
+    assert list(values) == ["accuracy", "accuracy (public)", "kl"]
+    np.testing.assert_array_equal(values["accuracy"], [1, 0, 1])
+    np.testing.assert_array_equal(values["accuracy (public)"], [1, 0, 0])
+    values = judge_by_all(regraded(TASKS["gsm8k"], "public"), rows, batches)
+    np.testing.assert_array_equal(values["accuracy (robust)"], [1, 0, 1])
+    grid = [{"puzzle": "0" * 16, "solution": "1" * 16}]
+    assert list(judge_by_all(TASKS["sudoku"], grid, [Completed([""], None)])) == ["cells", "puzzles"]
