@@ -48,7 +48,7 @@ KINDS = (
 
 
 def kind(task: str, row: dict, completion: str) -> str:
-    """The kind of a judged row."""
+    """Returns the kind of a judged row."""
     if task != "math":
         return task
     if (
@@ -113,7 +113,7 @@ def judged(path: Path, pythons: list[str]) -> int:
 
 
 def golds(path: Path) -> list[str]:
-    """The answers of a file, as its task reads them."""
+    """Returns the answers of a file, as its task reads them."""
     from gdsd_jax.tasks import TASKS
 
     task = TASKS["math" if "math" in path.name else "gsm8k"]
@@ -166,7 +166,10 @@ def _crossed(name: str, task, chosen: list) -> None:
 
 
 def spellings(gold: str) -> Iterable[str]:
-    """An answer in ten spellings, each by a rule; a unit is added to a plain number and left out of one that has it."""
+    """Returns an answer in ten spellings, each by a rule.
+
+    A unit is added to a plain number and left out of one that has it.
+    """
     if re.fullmatch(r"[0-9.]+", gold):
         unit = f"{gold} \\text{{ cm}}"
     else:

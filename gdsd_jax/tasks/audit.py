@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
 
 
 def read(path: Path, task: Task) -> list[Item]:
-    """The task's completions of a file; UserError where it has none."""
+    """Returns the task's completions of a file; UserError where it has none."""
     items = []
     for place, record in read_records(path):
         if record.get("task") not in (None, task.name):
@@ -65,7 +65,7 @@ def read(path: Path, task: Task) -> list[Item]:
 
 
 def judge(task: Task, items: Sequence[Item]) -> list[Verdict]:
-    """The verdicts of the task's grader."""
+    """Returns the verdicts of the task's grader."""
     completions, rows = [item.completion for item in items], [item.row for item in items]
     metric = np.nan_to_num(task.metrics(completions, rows)[task.metrics_named[-1]])
     reward = task.reward(completions, rows) / full_reward(task)
@@ -73,21 +73,21 @@ def judge(task: Task, items: Sequence[Item]) -> list[Verdict]:
 
 
 def full_reward(task: Task) -> float:
-    """The reward of a right answer in the right form, that of the task's own worked example."""
+    """Returns the reward of a right answer in the right form, that of the task's own worked example."""
     example = task.examples[0]
     answer = task.answer(example)
     return float(task.reward([f"It is so.\n{answer}" if task.name.startswith("code") else answer], [example])[0]) or 1.0
 
 
 def differing(robust: Verdict, public: Verdict) -> bool:
-    """Whether the graders differ on what is right, or the public reward pays in full for what is wrong."""
+    """Returns whether the graders differ on what is right, or the public reward pays in full for what is wrong."""
     return robust.right != public.right or (public.reward >= 1 and not robust.right)
 
 
 def report(
     items: Sequence[Item], robust: Sequence[Verdict], public: Sequence[Verdict], *, show_all: bool, limit: int
 ) -> str:
-    """The lines of the report: completions, then counts."""
+    """Returns the lines of the report: completions, then counts."""
     lines = [f"{'place':>12}  {'robust':>6} {'reward':>6}  {'public':>6} {'reward':>6}  answer"]
     chosen = [index for index in range(len(items)) if show_all or differing(robust[index], public[index])]
     for index in chosen[:limit]:
@@ -126,7 +126,10 @@ def _shown(item: Item) -> str:
 
 
 def audit(name: str, path: Path, **settings: Any) -> str:
-    """The report on a file; UserError where the task has one grader only, or the file is not as it should be."""
+    """Returns the report on a file.
+
+    Raises UserError where the task has one grader only, or the file is not as it should be.
+    """
     task = resolve(name)
     public = regraded(task, PUBLIC)
     items = read(path, task)

@@ -42,7 +42,7 @@ MAX_TESTS = 20_000
 
 
 def fenced(completion: str) -> str | None:
-    """The program of a completion: prose, then one block fenced as `python`, at the end; None where it is not so.
+    """Returns the program of a completion: prose, then one block fenced as `python`; None else.
 
     As the references' pattern, in linear time: no other fence before or inside, at most one newline after.
     """
@@ -56,7 +56,7 @@ def fenced(completion: str) -> str | None:
 
 
 def parse(program: str) -> dict[str, float]:
-    """{"parses": 1 or 0}: whether it is Python of the version that runs here. Never raises."""
+    """Returns {"parses": 1 or 0}: whether it is Python of the version that runs here. Never raises."""
     try:
         ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -65,7 +65,7 @@ def parse(program: str) -> dict[str, float]:
 
 
 def format_reward(completion: str) -> float:
-    """1 for a program in its place, 0.5 for one that does not parse (or not within 1 s), 0 for none."""
+    """Returns 1 for a program in its place, 0.5 for one that does not parse (or not within 1 s), 0 for none."""
     text = fenced(completion)
     if text is None:
         return 0.0
@@ -74,19 +74,19 @@ def format_reward(completion: str) -> float:
 
 
 def program_from(completion: str, row: Row) -> Program:
-    """What the sandbox gets of the public grader: the last block fenced as `python` or the whole text, and tests."""
+    """Returns what the public grader gives the sandbox: the last block fenced as `python` or the whole text."""
     _, fence, rest = completion.rpartition(_OPEN)
     return program(rest.partition(_FENCE)[0] if fence else completion, row)
 
 
 def program(text: str, row: Row) -> Program:
-    """A program text with the tests of a row."""
+    """Returns a program text with the tests of a row."""
     tests = tuple(f"{row['setup']}\n{test}" for test in row["tests"])
     return Program(text, tests, tuple(row["shadowed"]))
 
 
 def found_program(completion: str, row: Row) -> tuple[float, Program]:
-    """The format reward of a completion, and the program that `graders.programs` finds in it.
+    """Returns the format reward of a completion, and the program that `graders.programs` finds in it.
 
     The format is 1 for a fenced program that parses, 0.5 for a fenced one that does not (or not within the limits), 0
     for none.
@@ -105,24 +105,27 @@ def called(tests: list[str]) -> tuple[str, ...]:
 
 
 def score(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
-    """Format, and where that is 1 the share of the tests that pass, each after the program in a fresh namespace."""
+    """Returns the format, and where that is 1 the share of the tests that pass.
+
+    Each test runs after the program in a fresh namespace.
+    """
     form, found = found_program(completion, row)
     return {"format": form, "tests": _passed([found], backend) if form == 1.0 else 0.0}
 
 
 def measure(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
-    """Whether all tests pass."""
+    """Returns whether all tests pass."""
     return {"passed": float(_passed([found_program(completion, row)[1]], backend) == 1.0)}
 
 
 def public_score(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
-    """As `score`, of a program that is in the only block, fenced as `python` and at the end."""
+    """Scores as `score` does, but only a program in the only block, fenced as `python` and at the end."""
     form = format_reward(completion)
     return {"format": form, "tests": _passed([program(fenced(completion), row)], backend) if form == 1.0 else 0.0}
 
 
 def public_measure(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
-    """Whether all tests pass."""
+    """Returns whether all tests pass."""
     return {"passed": float(_passed([program_from(completion, row)], backend) == 1.0)}
 
 
@@ -143,7 +146,10 @@ def read(path: Path, *, sandboxed: bool = True) -> list[Row]:
 
 
 def to_row(place: str, record: Row) -> Row:
-    """A row of the task from a record of one of the three forms; UserError, naming the place, where it has none."""
+    """Returns a row of the task from a record of one of the three forms.
+
+    Raises UserError, naming the place, where it has none.
+    """
     if "test_list" in record:
         question, tests = column(place, record, "text", "prompt"), column(place, record, "test_list")
         setup, solution = _setup(record), record.get("code") or ""
@@ -168,7 +174,7 @@ def to_row(place: str, record: Row) -> Row:
 
 
 def _setup(record: Row) -> str:
-    """What runs before each test of MBPP; the sanitized edition has imports instead of a setup."""
+    """Returns what runs before each test of MBPP; the sanitized edition has imports instead of a setup."""
     imports = record.get("test_imports")
     lines = [record.get("test_setup_code") or "", *(imports if isinstance(imports, (list, tuple)) else [])]
     return "\n".join(filter(None, map(str, lines)))

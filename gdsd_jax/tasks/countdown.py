@@ -37,7 +37,7 @@ class _Term(NamedTuple):
 
 
 def solves(expression: str, row: Row) -> bool:
-    """Whether the expression uses exactly the row's numbers and reaches its target.
+    """Returns whether the expression uses exactly the row's numbers and reaches its target.
 
     The numbers used are all runs of digits, so that `3.` is a 3 and `5.0` is a 5 and a 0.
     """
@@ -50,25 +50,25 @@ def solves(expression: str, row: Row) -> bool:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """The training reward: 1 right and in a complete `<answer>`, 0.1 wrong or unusable there, 0 without one."""
+    """Returns the training reward: 1 right and inside the tags, 0.1 wrong or unusable there, 0 without closed tags."""
     if last_answer(completion) is None:
         return {"equation": 0.0}
     return {"equation": max(0.1, measure(completion, row)["accuracy"])}
 
 
 def measure(completion: str, row: Row) -> dict[str, float]:
-    """The evaluation metric: 1 where the answer is one expression that solves the problem, however it is written."""
+    """Returns the metric: 1 where the answer is one expression that solves the problem, however it is written."""
     return {"accuracy": float(arithmetic.right(completion, row["numbers"], row["target"]))}
 
 
 def public_score(completion: str, row: Row) -> dict[str, float]:
-    """The public trainers' reward, from the last `<answer>`: 1 right, 0.1 wrong or unusable, 0 no answer."""
+    """Returns the public trainers' reward, from the last `<answer>`: 1 right, 0.1 wrong or unusable, 0 no answer."""
     answer = last_answer(completion)
     return {"equation": 0.0 if answer is None else 1.0 if solves(answer, row) else 0.1}
 
 
 def public_measure(completion: str, row: Row) -> dict[str, float]:
-    r"""The papers' metric: 1 right, else 0; more lenient about form than their reward.
+    r"""Returns the papers' metric: 1 right, else 0; more lenient about form than their reward.
 
     Reads the last `\boxed{}`, else the last `<answer>`, else the whole text; takes LaTeX operators; where a number
     follows an equals sign, only what stands before it counts.
@@ -86,7 +86,7 @@ def public_measure(completion: str, row: Row) -> dict[str, float]:
 
 
 def _combine(left: _Term, symbol: str, right: _Term) -> _Term | None:
-    """`left symbol right` with the parentheses it needs; None for a division by zero."""
+    """Returns `left symbol right` with the parentheses it needs; None for a division by zero."""
     if symbol == "/" and right.value == 0:
         return None
     precedence = PRECEDENCE[symbol]
@@ -101,7 +101,7 @@ def _terms(numbers: list[int]) -> list[_Term]:
 
 
 def solve(numbers: list[int], target: int) -> str | None:
-    """An expression that reaches the target with each number once, or None where there is none; exhaustive."""
+    """Returns an expression that reaches the target with each number once, or None where no expression does."""
 
     def search(terms: list[_Term]) -> str | None:
         if len(terms) == 1:
@@ -120,14 +120,14 @@ def solve(numbers: list[int], target: int) -> str | None:
 
 
 def split_of(numbers: list[int], target: int) -> str:
-    """The split a problem belongs to, by a hash of (sorted numbers, target): 80 % train, 10 % each other."""
+    """Returns the split a problem belongs to, by a hash of (sorted numbers, target): 80 % train, 10 % each other."""
     problem = f"countdown:{sorted(numbers)}:{target}"
     bucket = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:8]) % 10
     return ("test", "validation")[bucket] if bucket < 2 else "train"
 
 
 def generate(split: str, count: int | None = None, seed: int = 0) -> list[Row]:
-    """Solvable problems: three numbers from 1 to 100 and a target from 1 to 100, with a solution (`expression`).
+    """Returns solvable problems: three numbers and a target from 1 to 100, with a solution (`expression`).
 
     More rows of one split and seed continue fewer. Validation and test problems do not depend on the seed.
 
@@ -188,7 +188,10 @@ def _row(place: str, numbers: list[Any], target: Any) -> Row:
 
 
 def reference(row: Row) -> Row:
-    """The row with its `expression`, found by search where it has none; UserError where nothing reaches the target."""
+    """Returns the row with its `expression`, found by search where it has none.
+
+    Raises UserError where nothing reaches the target.
+    """
     expression = row.get("expression") or solve(row["numbers"], row["target"])
     if expression is None:
         raise UserError(

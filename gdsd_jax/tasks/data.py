@@ -24,7 +24,7 @@ HELD_OUT = 20
 
 
 def read_records(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each row of a local file or saved data set; the place, "file, row n", is for messages.
+    """Reads (place, row) for each row of a local file or saved data set; the place, "file, row n", is for messages.
 
     Raises UserError where it cannot be read, has a row that is none, or has no row.
     """
@@ -46,7 +46,7 @@ def read_records(path: Path) -> list[tuple[str, Row]]:
 
 
 def column(place: str, record: Row, *names: str) -> Any:
-    """The first of these columns that the record has; UserError, naming the place, where it has none."""
+    """Returns the first of these columns that the record has; UserError, naming the place, where it has none."""
     for name in names:
         if record.get(name) is not None:
             return record[name]
@@ -54,7 +54,7 @@ def column(place: str, record: Row, *names: str) -> Any:
 
 
 def from_hub(name: str, configuration: str | None, split: str, row: Callable[[str, Row], Row]) -> list[Row]:
-    """The rows of a data set of the Hugging Face hub, from the hub or from the cache of an earlier run.
+    """Returns the rows of a data set of the Hugging Face hub, from the hub or from the cache of an earlier run.
 
     Raises UserError, naming the setting that takes a local file instead, where it cannot be had.
     """
@@ -94,7 +94,7 @@ def public_rows(
 
 
 def draw(rows: list[Row], count: int | None, seed: int, place: object) -> list[Row]:
-    """`count` of the rows, drawn without replacement and left in their order; all where None.
+    """Returns `count` of the rows, drawn without replacement and left in their order; all where None.
 
     Raises UserError, naming the place, where there are fewer.
     """
@@ -106,7 +106,7 @@ def draw(rows: list[Row], count: int | None, seed: int, place: object) -> list[R
 
 
 def held_out(text: str) -> bool:
-    """Whether a row known by this text belongs to the validation share of its training set: one in `HELD_OUT`.
+    """Returns whether a row known by this text belongs to the validation share of its training set: one in `HELD_OUT`.
 
     By a salted hash, so that the same rows are held out of a part of the set, of another order, and of any file format.
     """
@@ -115,7 +115,10 @@ def held_out(text: str) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a local UTF-8 file, unpacked where its name ends in `.gz`; UserError where it cannot be read."""
+    """Returns the text of a local UTF-8 file, unpacked where its name ends in `.gz`.
+
+    Raises UserError where it cannot be read.
+    """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode("utf-8-sig")

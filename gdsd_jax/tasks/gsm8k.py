@@ -29,7 +29,7 @@ _TURN = re.compile(r"</reasoning>\s*<answer>")
 
 
 def stated_number(completion: str) -> str:
-    """The number that `gsm8k` rewards, as it is written; empty where there is none.
+    """Returns the number that `gsm8k` rewards, as it is written; empty where there is none.
 
     What the first "The answer is N." says, else the first "#### N", else the last integer with its sign.
     """
@@ -38,17 +38,20 @@ def stated_number(completion: str) -> str:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """1 where the completion's number is the row's answer, however it is written, else 0."""
+    """Returns 1 where the completion's number is the row's answer, however it is written, else 0."""
     return {"correct": float(numbers.equal(row["answer"], completion))}
 
 
 def measure(completion: str, row: Row) -> dict[str, float]:
-    """The evaluation metric: 1 where the completion's number is the row's answer, however it is written, else 0."""
+    """Returns the evaluation metric.
+
+    1 where the completion's number is the row's answer, however it is written, else 0.
+    """
     return {"accuracy": score(completion, row)["correct"]}
 
 
 def score_xml(completion: str, row: Row) -> dict[str, float]:
-    """2 for the right number, and four components of form as large as the public trainer's."""
+    """Returns 2 for the right number, and four components of form as large as the public trainer's."""
     return {**public_score_xml(completion, row), "correct": 2.0 * score(completion, row)["correct"]}
 
 
@@ -57,12 +60,12 @@ def score_xml(completion: str, row: Row) -> dict[str, float]:
 
 
 def public_score(completion: str, row: Row) -> dict[str, float]:
-    """1 where the number is the row's answer as a string, else 0."""
+    """Returns 1 where the number is the row's answer as a string, else 0."""
     return {"correct": float(stated_number(completion) == row["answer"])}
 
 
 def public_score_xml(completion: str, row: Row) -> dict[str, float]:
-    """Five components, each as large as the public trainer's: tags, loose form, strict form, a whole number, correct.
+    """Returns five components, each as large as the public trainer's: tags, loose, strict, whole number, correct.
 
     The answer is what follows the last `<answer>` (else everything), up to `</answer>`.
     """
@@ -77,7 +80,7 @@ def public_score_xml(completion: str, row: Row) -> dict[str, float]:
 
 
 def _tags(text: str) -> float:
-    """0.125 for each tag that stands exactly once on its line, less 0.001 for each character behind the last two.
+    """Returns 0.125 for each tag that is once on its line, less 0.001 for each character behind the last two.
 
     The closing tag's own newline is free. Many characters make it negative.
     """
@@ -90,13 +93,16 @@ def _tags(text: str) -> float:
 
 
 def _is_loose(text: str) -> bool:
-    """`<reasoning> ... </reasoning> <answer> ... </answer>` from the first character on, anything behind it."""
+    """Returns whether the tags follow each other from the first character on, with anything behind them."""
     turn = _TURN.search(text, len("<reasoning>")) if text.startswith("<reasoning>") else None
     return turn is not None and text.find("</answer>", turn.end()) >= 0
 
 
 def _is_strict(text: str) -> bool:
-    """Each tag on a line of its own, nothing in front, one or two newlines behind; a line may not be missing."""
+    """Returns whether each tag has a line of its own, nothing in front, one or two newlines behind.
+
+    A line may not be missing.
+    """
     opening, middle, closing = "<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>\n"
     if text.endswith(closing + "\n"):
         text = text[:-1]
@@ -105,7 +111,7 @@ def _is_strict(text: str) -> bool:
 
 
 def public_measure(completion: str, row: Row) -> dict[str, float]:
-    r"""The papers' metric: 1 where the answer equals the row's as a number.
+    r"""Returns the papers' metric: 1 where the answer equals the row's as a number.
 
     The last number of the last `\boxed{}`, else of the last `<answer>`, else of what follows the last `####`, else of
     the whole text; commas, a dollar sign and zeros without meaning do not count.
@@ -119,7 +125,7 @@ def public_measure(completion: str, row: Row) -> dict[str, float]:
 
 
 def _canonical(number: str) -> str:
-    """One spelling for equal numbers, without computing: a completion may write a million digits."""
+    """Returns one spelling for equal numbers, without computing: a completion may write a million digits."""
     whole, _, fraction = number.replace(",", "").replace("$", "").partition(".")
     digits = f"{whole.lstrip('-').lstrip('0')}.{fraction.rstrip('0')}"
     return f"-{digits}" if whole.startswith("-") and digits != "." else digits
@@ -149,7 +155,7 @@ def source(split: str, count: int | None, seed: int) -> list[Row]:
 
 
 def held_out(row: Row) -> bool:
-    """See `data.held_out`; a row is known by its question."""
+    """Follows `data.held_out`; a row is known by its question."""
     return data.held_out(row["question"])
 
 

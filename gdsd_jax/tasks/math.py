@@ -34,7 +34,7 @@ MAX_TEXT = 4_000
 
 
 def right(completion: str, row: Row) -> bool:
-    """Whether the completion's answer, as the format says where it is, says the same as the row's."""
+    """Returns whether the completion's answer, as the format says where it is, says the same as the row's."""
     # Late: only workers need the arithmetic.
     from gdsd_jax.tasks.graders import compare, extract
 
@@ -45,17 +45,17 @@ def right(completion: str, row: Row) -> bool:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """2 where the completion's answer is right, else 0."""
+    """Returns 2 where the completion's answer is right, else 0."""
     return {"correct": 2.0 * right(completion, row)}
 
 
 def measure(completion: str, row: Row) -> dict[str, float]:
-    """The evaluation metric: 1 where the completion's answer is right, else 0."""
+    """Returns the evaluation metric: 1 where the completion's answer is right, else 0."""
     return {"accuracy": float(right(completion, row))}
 
 
 def score_xml(completion: str, row: Row) -> dict[str, float]:
-    r"""2 where the answer is right; 0.25 for `<answer>` missing or 0.5, and as much for `\boxed`."""
+    r"""Returns 2 where the answer is right; 0.25 for `<answer>` missing or 0.5, and as much for `\boxed`."""
     return {**score(completion, row), **_form(completion)}
 
 
@@ -69,7 +69,10 @@ def _form(completion: str) -> dict[str, float]:
 
 
 def equivalent(response: str, answer: str) -> bool:
-    r"""Whether math-verify finds the response's answer equal to `answer`, which is LaTeX or a text with a box."""
+    r"""Returns whether math-verify finds the response's answer equal to `answer`.
+
+    Which is LaTeX or a text with a box.
+    """
     # Late: SymPy takes a second to import, and only workers need it.
     import sympy.core.random
     from math_verify import parse, verify
@@ -89,7 +92,10 @@ def _gold(answer: str) -> list[Any]:
 
 
 def _sets(expressions: list[Any]) -> list[Any]:
-    r"""The S of every `x \in S`, which math-verify takes for the equation x = S and finds equal to any other such."""
+    r"""Returns the S of every `x \in S`.
+
+    Which math-verify takes for the equation x = S and finds equal to any other such.
+    """
     import sympy
 
     membership = [isinstance(e, sympy.Eq) and isinstance(e.rhs, sympy.Set) for e in expressions]
@@ -97,12 +103,12 @@ def _sets(expressions: list[Any]) -> list[Any]:
 
 
 def public_score(completion: str, row: Row) -> dict[str, float]:
-    """2 where math-verify finds the completion's answer equivalent to the row's, else 0."""
+    """Returns 2 where math-verify finds the completion's answer equivalent to the row's, else 0."""
     return {"correct": 2.0 * equivalent(completion, row["answer"])}
 
 
 def public_score_xml(completion: str, row: Row) -> dict[str, float]:
-    r"""2 for the same string after normalisation; form as in `score_xml`.
+    r"""Returns 2 for the same string after normalisation; form as in `score_xml`.
 
     What is compared is the last box of the first complete `<answer>`, else of the whole text; a text without a box
     counts as it is. Where a box never closes there is no answer, and no answer is never equal to another: the public
@@ -114,20 +120,23 @@ def public_score_xml(completion: str, row: Row) -> dict[str, float]:
 
 
 def public_measure(completion: str, row: Row) -> dict[str, float]:
-    """1 where the last `<answer>`, else the whole text, is the same string or equivalent."""
+    """Returns 1 where the last `<answer>`, else the whole text, is the same string or equivalent."""
     answer = last_answer(completion)
     text = completion if answer is None else answer
     return {"accuracy": float(same(text, row["answer"]) or equivalent(text, row["answer"]))}
 
 
 def same(response: str, answer: str) -> bool:
-    """Whether the boxes of both are the same string after normalisation."""
+    """Returns whether the boxes of both are the same string after normalisation."""
     found, wanted = boxed(response), boxed(answer)
     return found is not None and wanted is not None and normalise(found) == normalise(wanted)
 
 
 def boxed(text: str) -> str | None:
-    r"""The last `\boxed{...}` or `\boxed ...$`; the text itself where it has no box, None where one never closes."""
+    r"""Returns the last `\boxed{...}` or `\boxed ...$`.
+
+    The text itself where it has no box, None where one never closes.
+    """
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
     return last_boxed(text) if "\\boxed" in text else text
@@ -150,7 +159,7 @@ _POINTS = (("\\%", ""), (" .", " 0."), ("{.", "{0."))
 
 
 def normalise(latex: str) -> str:
-    r"""One spelling for answers that differ in layout, units, percent signs, brackets of `\frac` and `\sqrt`, or `x =`.
+    r"""Returns one spelling for answers that differ in layout, units, brackets of `\frac` and `\sqrt`, or `x =`.
 
     Follows the equality test that comes with the MATH data set (Hendrycks et al. 2021, arXiv 2103.03874).
     """
@@ -197,7 +206,7 @@ def source(split: str, count: int | None, seed: int) -> list[Row]:
 
 
 def held_out(row: Row) -> bool:
-    """See `data.held_out`; a row is known by its question."""
+    """Follows `data.held_out`; a row is known by its question."""
     return data.held_out(row["question"])
 
 

@@ -34,7 +34,7 @@ _CHUNK = 256
 
 @cache
 def grids() -> tuple[str, ...]:
-    """All 288 solved grids, in lexicographic order."""
+    """Returns all 288 solved grids, in lexicographic order."""
     lines = ["".join(line) for line in itertools.permutations("1234")]
     pairs = [(a, b) for a, b in itertools.product(lines, lines) if set(a[:2]) == set(b[2:])]
     clash = {(a, b) for a, b in itertools.product(lines, lines) if any(map(str.__eq__, a, b))}
@@ -47,7 +47,7 @@ def grids() -> tuple[str, ...]:
 
 @cache
 def solutions(split: str) -> tuple[str, ...]:
-    """The solved grids of a split, in lexicographic order.
+    """Returns the solved grids of a split, in lexicographic order.
 
     Grids are dealt out in the order of a salted hash, which no version of any library can change.
     """
@@ -57,7 +57,7 @@ def solutions(split: str) -> tuple[str, ...]:
 
 
 def overlap(rows: Iterable[Row]) -> dict[str, int]:
-    """How many different solutions of these rows belong to each split."""
+    """Counts how many different solutions of these rows belong to each split."""
     present = {row["solution"] for row in rows}
     return {split: len(present & set(solutions(split))) for split in SPLITS}
 
@@ -98,7 +98,7 @@ def _puzzles(split: str, seed: int, chunk: int) -> list[Row]:
 
 
 def unique(puzzles: Int8[np.ndarray, "N 16"]) -> Bool[np.ndarray, "N"]:
-    """Whether exactly one of the 288 grids agrees with the clues of each puzzle; 0 is an empty cell."""
+    """Returns whether exactly one of the 288 grids agrees with the clues of each puzzle; 0 is an empty cell."""
     agreeing = _one_hot(puzzles) @ _one_hot_grids()
     return (agreeing == (puzzles > 0).sum(axis=1, keepdims=True)).sum(axis=1) == 1
 
@@ -137,20 +137,23 @@ def read(path: Path) -> list[Row]:
 
 
 def _share(cells: str, row: Row) -> float:
-    """Share of the puzzle's empty cells that `cells` fills in correctly; 0 where none is empty."""
+    """Returns share of the puzzle's empty cells that `cells` fills in correctly; 0 where none is empty."""
     empty = [index for index, clue in enumerate(row["puzzle"]) if clue == "0"]
     right = sum(cells[index : index + 1] == row["solution"][index] for index in empty)
     return right / len(empty) if empty else 0.0
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """The training reward: the metric's share of the empty cells; 0 without digits in a complete `<answer>`."""
+    """Returns the training reward: the metric's share of the empty cells.
+
+    0 without digits in a complete `<answer>`.
+    """
     answered = re.search("[0-9]", last_answer(completion) or "")
     return {"cells_correct": measure(completion, row)["cells"] if answered else 0.0}
 
 
 def public_score(completion: str, row: Row) -> dict[str, float]:
-    """The public trainers' reward: digits of the last `<answer>` in order; missing cells, a missing answer are wrong.
+    """Returns the public trainers' reward: digits of the last `<answer>` in order; missing cells are wrong.
 
     Digits of other scripts take their place and are wrong, and so do digits of words ("Row1:"), as in the GDSD reward.
     """
@@ -158,7 +161,7 @@ def public_score(completion: str, row: Row) -> dict[str, float]:
 
 
 def measure(completion: str, row: Row) -> dict[str, float]:
-    """The papers' metric: `cells` (their accuracy) and `puzzles` (all 16 cells right, which keeps the clues).
+    """Returns the papers' metric: `cells` (their accuracy) and `puzzles` (all 16 cells right, which keeps the clues).
 
     Digits are those of the last answer, closed or not; without any, the last run of 16 digits anywhere (a completion
     that first repeats the puzzle answers last). They are padded with 0 or cut to 16. `cells` divides by the empty cells
@@ -199,7 +202,7 @@ Puzzle: {puzzle}"""
 
 
 def careless(row: Row, rate: float, generator: random.Random) -> Row:
-    """The row with a 1 written into `rate` of the empty cells, whatever belongs there."""
+    """Returns the row with a 1 written into `rate` of the empty cells, whatever belongs there."""
     solution = [
         "1" if cell == "0" and generator.random() < rate else digit
         for cell, digit in zip(row["puzzle"], row["solution"], strict=True)

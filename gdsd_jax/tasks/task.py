@@ -104,7 +104,7 @@ class Task:
         count: int | None = None,
         seed: int = 0,
     ) -> list[Row]:
-        """The rows of a split, or of a local file.
+        """Returns the rows of a split, or of a local file.
 
         Args:
           split: "train", "validation" or "test"; a file is taken as it is, for whichever split it is given.
@@ -130,16 +130,16 @@ class Task:
         return draw(rows, count, seed, path)
 
     def messages(self, row: Row) -> list[dict]:
-        """The chat messages of the prompt; `assistant_prefix` follows them when they are rendered."""
+        """Returns the chat messages of the prompt; `assistant_prefix` follows them when they are rendered."""
         shots = [(prompting.fill(self.template, shot), self.answer(shot)) for shot in self.examples[: self.shots]]
         return prompting.messages(row, template=self.template, system=self.system, examples=shots)
 
     def answer(self, row: Row) -> str:
-        """The reference completion, the target of supervised training."""
+        """Returns the reference completion, the target of supervised training."""
         return prompting.fill(self.answer_template, self.reference(row))
 
     def rewards(self, completions: list[str], rows: list[Row]) -> Scores:
-        """Reward components of each completion for its row.
+        """Returns reward components of each completion for its row.
 
         Never raises on account of a text: where `score` raises or leaves a component out, this item is NaN. A text that
         cannot be judged within the limits earns 0. A warning is logged for both.
@@ -147,11 +147,11 @@ class Task:
         return self._each(self.score, tuple(self.weights), completions, rows)
 
     def reward(self, completions: list[str], rows: list[Row]) -> Float32[np.ndarray, "B"]:
-        """The weighted sum of the components; a component that is NaN counts 0."""
+        """Returns the weighted sum of the components; a component that is NaN counts 0."""
         return weighted_sum(self.rewards(completions, rows), self.weights)
 
     def metrics(self, completions: list[str], rows: list[Row]) -> Scores:
-        """Evaluation metrics of each completion for its row; NaN where `measure` raises.
+        """Returns evaluation metrics of each completion for its row; NaN where `measure` raises.
 
         An answer that cannot be judged within the limits is not right: it counts 0. A warning is logged for both.
         """
@@ -202,13 +202,13 @@ class Task:
 
 
 def weighted_sum(components: Scores, weights: Mapping[str, float]) -> Float32[np.ndarray, "B"]:
-    """Sum of the components times their weights, NaN counting 0."""
+    """Returns sum of the components times their weights, NaN counting 0."""
     terms = [weights[name] * np.where(np.isnan(value), 0.0, value) for name, value in components.items()]
     return np.sum(terms, axis=0).astype(np.float32)
 
 
 def regraded(task: Task, grader: str | None) -> Task:
-    """The task under one of its graders; None and "robust" are the task's own `score` and `measure`.
+    """Returns the task under one of its graders; None and "robust" are the task's own `score` and `measure`.
 
     Raises UserError where the task has no grader of this name.
     """
@@ -226,7 +226,7 @@ def regraded(task: Task, grader: str | None) -> Task:
 
 
 def configure(task: Task, *, evaluation: bool = False, grader: str | None = None, **settings: Any) -> Task:
-    """The task with other prompt settings or weights, or another grader.
+    """Returns the task with other prompt settings or weights, or another grader.
 
     Args:
       grader: a name among the task's graders, "public" for the public trainers' rewards and the papers' metrics; None

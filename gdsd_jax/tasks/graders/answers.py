@@ -91,7 +91,10 @@ EMPTY = Sequence((), "{", "}")
 
 @functools.lru_cache(maxsize=512)
 def read(text: str, loose: bool = True) -> Answer:
-    """The answer that a text is; see `tokenize` for `loose`. Raises Unreadable where the text has no tokens."""
+    """Returns the answer that a text is.
+
+    See `tokenize` for `loose`. Raises Unreadable where the text has no tokens.
+    """
     tokens = strip(tokenize(text, loose))
     if not tokens:
         raise Unreadable("empty")
@@ -99,7 +102,10 @@ def read(text: str, loose: bool = True) -> Answer:
 
 
 def strip(tokens: list[Token]) -> list[Token]:
-    """Without what introduces an answer or ends its sentence: "The answer is", "=", a period, braces around all."""
+    """Returns the tokens without what introduces an answer or ends its sentence.
+
+    That is "The answer is", "=", a period, or braces around all.
+    """
     while True:
         before = len(tokens)
         while tokens and (tokens[-1].text in (".", ",", ";", ":", "\\", "*", "&", "^") and tokens[-1].kind != "number"):
@@ -121,7 +127,7 @@ def strip(tokens: list[Token]) -> list[Token]:
 
 
 def _matching(tokens: list[Token], start: int) -> int:
-    """The index of the bracket that closes the one at `start`, of whatever kind; -1 where none does."""
+    """Returns the index of the bracket that closes the one at `start`, of whatever kind; -1 where none does."""
     depth = 0
     for index in range(start, len(tokens)):
         kind, text, _ = tokens[index]
@@ -153,13 +159,13 @@ def _top(tokens: list[Token]) -> list[int]:
 
 
 def _cut(tokens: list[Token], indices: list[int]) -> list[list[Token]]:
-    """The parts between the tokens at these indices."""
+    """Returns the parts between the tokens at these indices."""
     edges = [-1, *indices, len(tokens)]
     return [tokens[start + 1 : end] for start, end in zip(edges, edges[1:], strict=False)]
 
 
 def read_tokens(tokens: list[Token]) -> Answer:
-    """The answer that these tokens are."""
+    """Returns the answer that these tokens are."""
     try:
         found = _typed(tokens) if tokens else None
     except (Unreadable, RecursionError):
@@ -168,7 +174,7 @@ def read_tokens(tokens: list[Token]) -> Answer:
 
 
 def opaque(tokens: list[Token]) -> Opaque:
-    """The tokens as one string: words in lower case, parentheses around a single choice left out."""
+    """Returns the tokens as one string: words in lower case, parentheses around a single choice left out."""
     tokens = [token for token in tokens if token.text not in ("{", "}")]
     text = flat(tokens)
     if text in _NOTHING:
@@ -212,7 +218,7 @@ def _typed(tokens: list[Token]) -> Answer | None:
 
 
 def _is_cup(tokens: list[Token], index: int) -> bool:
-    """A capital U between two intervals."""
+    """Returns whether the token is a capital U between two intervals."""
     inside = 0 < index < len(tokens) - 1 and tokens[index].text == "U"
     return inside and tokens[index - 1].text in (")", "]", "\\}") and tokens[index + 1].text in ("(", "[", "\\{")
 
@@ -282,7 +288,7 @@ def _matrix(tokens: list[Token]) -> Answer | None:
 
 
 def _bracketed(tokens: list[Token]) -> Answer | None:
-    """A tuple, an interval, a set; None for parentheses of an expression."""
+    """Reads a tuple, an interval or a set; None for parentheses of an expression."""
     opening, closing, inner = tokens[0].text, tokens[-1].text, tokens[1:-1]
     pair = {"\\{": "{", "langle": "("}.get(opening, opening), {"\\}": "}", "rangle": ")"}.get(closing, closing)
     if not inner:
@@ -304,7 +310,7 @@ def _bracketed(tokens: list[Token]) -> Answer | None:
 
 
 def _based(tokens: list[Token]) -> Based | None:
-    """2516_8, 2516_{8}, (2516)_8, 3A_{16}, 11_{\\text{two}}, 2516 (base 8)."""
+    """Reads 2516_8, 2516_{8}, (2516)_8, 3A_{16}, 11_{\\text{two}}, 2516 (base 8)."""
     if any(token.kind == "word" and token.text.lower() == "base" for token in tokens):
         tokens = [token for token in tokens if token.text not in ("(", ")", "{", "}", "_")]
     for index, token in enumerate(tokens):

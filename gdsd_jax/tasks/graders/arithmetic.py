@@ -23,7 +23,7 @@ _TOKEN = re.compile(
 
 
 def compute(expression: str) -> Fraction | None:
-    """The exact value of an arithmetic expression, or None where it is none.
+    """Returns the exact value of an arithmetic expression, or None where it is none.
 
     Numbers, signs, + - * / and parentheses, with Python's precedence; a line break only inside parentheses. Neither
     `**` nor `//`. Two stacks instead of recursion, so that no nesting is too deep; None for a division by zero and
@@ -99,7 +99,7 @@ _JOINT = re.compile(r"(?<=[0-9)])([ \t]{0,3})(?=\()|(?<=\))([ \t]{0,3})(?=[0-9])
 
 
 def plain(text: str) -> str:
-    """The text with operators, fractions and brackets of LaTeX in plain spelling."""
+    """Returns the text with operators, fractions and brackets of LaTeX in plain spelling."""
     text = translate(text)
     for pattern, replacement in _COMMANDS:
         text = pattern.sub(replacement, text)
@@ -111,7 +111,7 @@ def plain(text: str) -> str:
 
 
 def expressions(text: str) -> list[str]:
-    """The runs of arithmetic in a text that hold an operation: equations are one run, line breaks end one.
+    """Returns the runs of arithmetic in a text that hold an operation: equations are one run, line breaks end one.
 
     Empty for a run that is a part of what this arithmetic does not know, such as a power.
     """
@@ -128,7 +128,7 @@ def expressions(text: str) -> list[str]:
 
 
 def solves(expression: str, numbers: list[int], target: int) -> bool:
-    """Whether an expression or equation uses exactly these numbers, each once, and reaches the target.
+    """Returns whether an expression or equation uses exactly these numbers, each once, and reaches the target.
 
     An equation's first or last side is the expression; every side must be equal to the target.
     """
@@ -141,7 +141,7 @@ def solves(expression: str, numbers: list[int], target: int) -> bool:
 
 
 def _unwrapped(expression: str) -> str:
-    """An equation in parentheses without them."""
+    """Takes the parentheses off an equation."""
     if "=" in expression and expression.startswith("(") and expression.endswith(")"):
         inner = expression[1:-1]
         if inner.count("(") == inner.count(")") and compute(inner.partition("=")[0]) is not None:
@@ -154,7 +154,7 @@ def _numbers(side: str) -> list[Fraction]:
 
 
 def right(completion: str, numbers: list[int], target: int) -> bool:
-    """Whether the answer of a completion is one expression that solves the problem.
+    """Returns whether the answer of a completion is one expression that solves the problem.
 
     Of a text without tags and box the last line with an expression counts.
     """

@@ -31,7 +31,7 @@ _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether the answer says the same as the gold. Never raises on account of a text."""
+    """Returns whether the answer says the same as the gold. Never raises on account of a text."""
     for loose in (True, False):
         try:
             wanted, found = read(gold, loose), read(answer, loose)
@@ -48,7 +48,7 @@ def _same_words(gold: Answer, answer: str) -> bool:
 
 
 def same(gold: Answer, answer: Answer) -> bool:
-    """Whether two typed answers are the same; see `equal`."""
+    """Returns whether two typed answers are the same; see `equal`."""
     if isinstance(gold, Relation) or isinstance(answer, Relation):
         return _with_relation(gold, answer)
     if isinstance(gold, Scalar) and isinstance(answer, Scalar) and len(gold.trees) == len(answer.trees) == 1:
@@ -79,7 +79,7 @@ def same(gold: Answer, answer: Answer) -> bool:
 
 
 def sets_equal(gold: Answer, answer: Answer) -> bool:
-    """Whether both describe the same set of real numbers."""
+    """Returns whether both describe the same set of real numbers."""
     one, other = sets.read(gold), sets.read(answer)
     if one is not None and other is not None:
         return sets.equal(one, other)
@@ -128,7 +128,7 @@ def _is_time(ratio: Ratio) -> bool:
 
 
 def _matched(gold: tuple, answer: tuple, rule: Callable[[Answer, Answer], bool]) -> bool:
-    """Whether each member of one can be paired with a member of the other, in any order."""
+    """Returns whether each member of one can be paired with a member of the other, in any order."""
     if len(gold) != len(answer) or len(gold) > 64:
         return False
     rest = list(answer)
@@ -241,7 +241,7 @@ def _same_relation(gold: Relation, answer: Relation) -> bool:
 
 
 def _difference(relation: Relation) -> tuple[Tree, str]:
-    """(left - right, sign) with < turned to >."""
+    """Returns (left - right, sign) with < turned to >."""
     left, right = (side.trees[0] for side in relation.sides)
     if relation.signs[0] in ("<", "<="):
         return ("-", right, left), _MIRRORED[relation.signs[0]]
@@ -249,7 +249,10 @@ def _difference(relation: Relation) -> tuple[Tree, str]:
 
 
 def _named_value(relation: Relation) -> tuple[Answer, Answer] | None:
-    """(name, value) of `x = value`, `value = x`, `f(x) = expression` and `x in S`, also with steps between."""
+    """Returns (name, value) of `x = value`, `value = x`, `f(x) = expression` and `x in S`.
+
+    There may be steps between them: `A = bh/2 = 12`.
+    """
     sides = relation.sides
     if relation.signs == ("in",):
         return sides if _is_name(sides[0]) else None
@@ -267,7 +270,7 @@ def _named_value(relation: Relation) -> tuple[Answer, Answer] | None:
 
 
 def _unwrapped(relation: Relation) -> Answer | None:
-    """The value that an equation gives: of its name, or of both sides where they are numbers and equal."""
+    """Returns the value that an equation gives: of its name, or of both sides where they are numbers and equal."""
     pair = _named_value(relation)
     if pair is not None:
         return pair[1]
@@ -282,7 +285,7 @@ def _is_call(answer: Answer) -> bool:
 
 
 def _is_name(answer: Answer) -> bool:
-    """x, x_1, f(x), AB, "Area", (x, y)."""
+    """Returns whether it is a name: x, x_1, f(x), AB, "Area", (x, y)."""
     if isinstance(answer, Opaque):
         return answer.words
     if isinstance(answer, Sequence):
@@ -293,7 +296,7 @@ def _is_name(answer: Answer) -> bool:
 
 
 def _is_word(tree: Tree) -> bool:
-    """Capital letters side by side, as geometry names its segments."""
+    """Returns whether capital letters stand side by side, as geometry names its segments."""
     if tree[0] == "symbol":
         return len(tree[1]) == 1 and tree[1].isupper()
     return tree[0] == "*" and _is_word(tree[1]) and _is_word(tree[2])

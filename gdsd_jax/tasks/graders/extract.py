@@ -21,7 +21,7 @@ _BARE = 300
 
 
 def scope(completion: str) -> str:
-    """The content of the last complete `<answer>`, else what follows the last one that opens, else the whole text."""
+    """Returns the content of the last closed `<answer>`, else what follows the last open one, else all of the text."""
     answer = last_answer(completion)
     if answer is not None:
         return answer
@@ -29,7 +29,7 @@ def scope(completion: str) -> str:
 
 
 def answer(completion: str) -> str | None:
-    """The answer as it is written, or None where the completion gives none."""
+    """Returns the answer as it is written, or None where the completion gives none."""
     text = scope(completion)
     found = boxes(text)
     if found is not None:
@@ -42,7 +42,7 @@ def answer(completion: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is" or "answer:", to the end of the sentence; None where nothing does."""
+    """Returns what follows the last "answer is" or "answer:", to the end of the sentence; None where nothing does."""
     last = next(reversed(list(_STATED.finditer(text))), None)
     if last is None:
         return None
@@ -50,7 +50,7 @@ def stated(text: str) -> str | None:
 
 
 def boxes(text: str) -> str | None:
-    r"""What the last box holds, with the boxes before it that belong to the same answer; None without a box.
+    r"""Returns what the last box holds, with the boxes before it that belong to the same answer; None without a box.
 
     Empty where the last box is empty or never closes.
     """
@@ -74,7 +74,7 @@ def boxes(text: str) -> str | None:
 
 
 def _content(text: str, start: int) -> tuple[str | None, int]:
-    """The content of a box whose command ends at `start`, and where it ends; None where it never does."""
+    """Returns the content of a box whose command ends at `start`, and where it ends; None where it never does."""
     opening = re.compile(r"\s{0,3}\{").match(text, start)
     if opening is None:
         word = re.compile(r"\s{0,3}([^\s$]{0,200})").match(text, start)

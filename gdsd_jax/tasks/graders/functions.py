@@ -25,14 +25,17 @@ class TooLarge(ArithmeticError):
 
 
 def real(value: Value) -> Value:
-    """A number of mpmath; Fractions are rounded to the precision."""
+    """Returns a number of mpmath; Fractions are rounded to the precision."""
     if isinstance(value, Fraction):
         return mpmath.mpf(value.numerator) / value.denominator
     return value
 
 
 def power(base: Value, exponent: Value) -> Value:
-    """base ** exponent: exact where it is rational, the real root of a negative number under an odd index."""
+    """Computes base ** exponent.
+
+    Exact where it is rational, the real root of a negative number under an odd index.
+    """
     if isinstance(exponent, Fraction) and exponent.denominator == 1 and isinstance(base, Fraction):
         size = max(base.numerator.bit_length(), base.denominator.bit_length())
         if size > 1 and abs(exponent.numerator) * (size - 1) > MAX_BITS:
@@ -58,7 +61,7 @@ def power(base: Value, exponent: Value) -> Value:
 
 
 def _exact_root(value: Fraction, index: int) -> Fraction | None:
-    """The rational root, or None where it is irrational."""
+    """Returns the rational root, or None where it is irrational."""
     if index > 64:
         return None
     parts = []
@@ -196,7 +199,7 @@ ARITY = dict.fromkeys(FUNCTIONS, (1, 1)) | {
 
 
 def unknown(name: str, values: list[Value]) -> Fraction:
-    """A value for f(x) that depends on f and x and on nothing else."""
+    """Returns a value for f(x) that depends on f and x and on nothing else."""
     shown = [str(value) if isinstance(value, Fraction) else mpmath.nstr(value, 30) for value in values]
     digest = hashlib.sha256(f"{name}({','.join(shown)})".encode()).digest()
     return Fraction(int.from_bytes(digest[:6]), 1 << 46)

@@ -34,13 +34,13 @@ _RAISED = re.compile(r"(?<=[A-Za-z)])\s?\^\s?[0-9]+|(?<=[A-Za-z])[23](?![0-9])")
 
 
 def equal(gold: str, completion: str) -> bool:
-    """Whether the completion's number is the gold."""
+    """Returns whether the completion's number is the gold."""
     text = answer(completion)
     return text is not None and says(gold, text)
 
 
 def answer(completion: str) -> str | None:
-    """The part of a completion that gives its answer, or None."""
+    """Returns the part of a completion that gives its answer, or None."""
     text = extract.scope(completion)
     found = extract.boxes(text)
     if found is not None:
@@ -56,7 +56,7 @@ def answer(completion: str) -> str | None:
 
 
 def _last_sentence(text: str) -> str | None:
-    """The last line with a digit; of several sentences, the last one with a digit."""
+    """Returns the last line with a digit; of several sentences, the last one with a digit."""
     for line in reversed(text.splitlines()[-20:]):
         for sentence in reversed(re.split(r"(?<=[a-z0-9)])[.!?]\s+(?=[A-Z])", line[-MAX_LINE:])):
             if re.search("[0-9]", sentence):
@@ -65,7 +65,7 @@ def _last_sentence(text: str) -> str | None:
 
 
 def says(gold: str, text: str) -> bool:
-    """Whether a text that gives an answer gives this number."""
+    """Returns whether a text that gives an answer gives this number."""
     text = _without_remark(text.strip()[:MAX_LINE])
     if compare.equal(gold, text):
         return True
@@ -77,13 +77,16 @@ def says(gold: str, text: str) -> bool:
 
 
 def _without_remark(text: str) -> str:
-    """Without a remark in parentheses behind a number: 18 (= 9 * 2)."""
+    """Returns the text without a remark in parentheses behind a number: 18 (= 9 * 2)."""
     found = _REMARK.search(text)
     return text[: found.start()] if found and re.search("[0-9]", text[: found.start()]) else text
 
 
 def _typed(text: str) -> Answer | None:
-    """The answer as mathematics, where it is a claim about numbers alone, which no reading as a sentence may mend."""
+    """Returns the answer as mathematics, where it is a claim about numbers alone.
+
+    No reading as a sentence may mend such a claim.
+    """
     try:
         found = read(text)
     except (Unreadable, RecursionError):
@@ -94,7 +97,7 @@ def _typed(text: str) -> Answer | None:
 
 
 def _mentions(found: object) -> bool:
-    """Whether words or symbols are in it."""
+    """Returns whether words or symbols are in it."""
     if isinstance(found, Opaque):
         return True
     if isinstance(found, Relation):
@@ -105,7 +108,7 @@ def _mentions(found: object) -> bool:
 
 
 def first_number(text: str) -> str | None:
-    """The number of a sentence, as plain text; None where it has none, or it is part of an operation."""
+    """Returns the number of a sentence, as plain text; None where it has none, or it is part of an operation."""
     text = translate(text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)

@@ -32,12 +32,12 @@ class Block(NamedTuple):
 
 
 def normal(completion: str) -> str:
-    """The completion with one kind of line end."""
+    """Returns the completion with one kind of line end."""
     return completion[-MAX_TEXT:].replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parses(text: str) -> bool:
-    """Whether a text is Python of the version that runs here."""
+    """Returns whether a text is Python of the version that runs here."""
     try:
         ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -46,7 +46,7 @@ def parses(text: str) -> bool:
 
 
 def locate(completion: str, names: tuple[str, ...], prompt: str) -> dict[str, float]:
-    """Where the program of a completion lies: start, end, whether it is fenced, and whether it parses.
+    """Returns where the program of a completion lies: start, end, whether it is fenced, and whether it parses.
 
     Args:
       names: what the tests call; the last block that defines one of them is the program.
@@ -66,7 +66,7 @@ def locate(completion: str, names: tuple[str, ...], prompt: str) -> dict[str, fl
 
 
 def complete(code: str, names: tuple[str, ...], prompt: str) -> str:
-    """The program that a piece of code stands for: without common indentation, a body behind its prompt.
+    """Returns the program that a piece of code stands for: without common indentation, a body behind its prompt.
 
     A program of a prompt's function gets the prompt's imports and helpers in front; `from __future__` stays first.
     """
@@ -118,7 +118,7 @@ def _is_python(fence: re.Match) -> bool:
 
 
 def _choose(text: str, blocks: list[Block], names: set[str]) -> Block:
-    """The last block that defines one of the names, else the last that defines anything, else the last with text."""
+    """Returns the last block that defines one of the names, else the last definition, else the last text."""
     defined = [set(_DEFINITION.findall(text, block.start, block.end)) for block in blocks]
     for wanted in (lambda own: own & names, bool):
         for block, own in zip(reversed(blocks), reversed(defined), strict=True):
@@ -129,7 +129,7 @@ def _choose(text: str, blocks: list[Block], names: set[str]) -> Block:
 
 
 def _unfenced(text: str, prompt: str) -> Block | None:
-    """Code without a fence: between markers, or from the first line of code on as far as it parses."""
+    """Finds code without a fence: between markers, or from the first line of code on as far as it parses."""
     marked = _MARKED.search(text)
     if marked:
         return Block(marked.start(1), marked.end(1))

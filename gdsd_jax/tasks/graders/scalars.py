@@ -15,7 +15,7 @@ ROUNDED, CUT = 6, 10
 
 
 def same(gold: Scalar, answer: Scalar) -> bool:
-    """Whether two expressions of one tree each are the same number, in units that do not contradict each other."""
+    """Returns whether two expressions of one tree each are the same number, in units that may go together."""
     if not units.agree(gold.unit, answer.unit):
         return False
     (one,), (other,) = gold.trees, answer.trees
@@ -37,7 +37,7 @@ def same(gold: Scalar, answer: Scalar) -> bool:
 
 
 def _is_rounded(gold: Tree, answer: Tree) -> bool:
-    """A fraction without end, rounded or cut off in a decimal of enough digits: 0.333333 for 1/3."""
+    """Returns whether a decimal of enough digits rounds or cuts off a fraction without end: 0.333333 for 1/3."""
     negative = answer[0] == "-" and values.exact(answer[1]) == 0
     literal = answer[2] if negative else answer
     if literal[0] != "number" or literal[2] is None:
@@ -52,7 +52,7 @@ def _is_rounded(gold: Tree, answer: Tree) -> bool:
 
 
 def _ends(denominator: int) -> bool:
-    """Whether the decimal expansion of a fraction with this denominator ends."""
+    """Returns whether the decimal expansion of a fraction with this denominator ends."""
     for prime in (2, 5):
         while denominator % prime == 0:
             denominator //= prime

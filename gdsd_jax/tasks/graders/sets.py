@@ -42,14 +42,14 @@ _MOST = Bound(mp.inf, _INFINITY, False)
 
 
 def infinite(tree: Tree) -> int:
-    """1 or -1 for infinity and minus infinity, else 0."""
+    """Returns 1 or -1 for infinity and minus infinity, else 0."""
     if tree == _INFINITY:
         return 1
     return -1 if tree[0] == "-" and tree[2] == _INFINITY and values.exact(tree[1]) == 0 else 0
 
 
 def equal(one: RealSet, other: RealSet) -> bool:
-    """Whether both are the same set, of the same symbol where both name one."""
+    """Returns whether both are the same set, of the same symbol where both name one."""
     if one.name and other.name and one.name != other.name:
         return False
     ends = [[bound for interval in each.intervals for bound in interval] for each in (one, other)]
@@ -63,7 +63,7 @@ def _same_end(one: Bound, other: Bound) -> bool:
 
 
 def read(answer: Answer) -> RealSet | None:
-    """The set that an answer describes, or None."""
+    """Returns the set that an answer describes, or None."""
     if answer == REALS:
         return RealSet((Interval(_LEAST, _MOST),))
     if answer == EMPTY or answer == Opaque("emptyset"):
@@ -163,7 +163,7 @@ def _name(answer: Answer) -> str | None:
 
 
 def _half(side: Answer, sign: str, bound: Answer) -> RealSet | None:
-    """The x with `x sign bound`, or `|x - c| sign bound`."""
+    """Returns the x with `x sign bound`, or `|x - c| sign bound`."""
     end = _constant(bound, sign in ("<=", ">=", "=", "!="))
     if end is None:
         return None
@@ -214,7 +214,10 @@ def _complement(one: RealSet) -> RealSet:
 
 
 def _combine(parts: list[RealSet], rule: Callable[[list[bool]], bool]) -> RealSet:
-    """The points x for which `rule` holds of [x in part for each part], by looking at every end and between them."""
+    """Returns the points x for which `rule` holds of [x in part for each part].
+
+    The rule is asked at every end and between two ends.
+    """
     ends: dict[Any, Tree] = {}
     for part in parts:
         for interval in part.intervals:

@@ -19,7 +19,7 @@ _END = Token("end", "")
 
 
 def parse(tokens: list[Token]) -> list[Tree]:
-    """The tree of an expression, or two where it has plus-minus signs: one with the upper, one with the lower signs.
+    """Returns the tree of an expression, or two where it has plus-minus signs: with the upper and with the lower ones.
 
     Raises Unreadable where the tokens are no expression.
     """
@@ -69,7 +69,7 @@ class _Parser:
         return tree
 
     def chosen(self) -> Tree:
-        """A sum, or two of them with `choose` between."""
+        """Returns a sum, or two of them with `choose` between."""
         tree = self.sum()
         if not self.is_command("choose"):
             return tree
@@ -88,7 +88,7 @@ class _Parser:
         return tree
 
     def symbol(self) -> str:
-        """+ or -, of a plus-minus sign the upper or the lower one."""
+        """Returns + or -, of a plus-minus sign the upper or the lower one."""
         text = self.take().text
         if text in ("pm", "mp"):
             self.has_signs = True
@@ -211,7 +211,7 @@ class _Parser:
         return ("number", Fraction(text) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**decimals), None)
 
     def mixed(self) -> Fraction | None:
-        """The proper fraction behind a whole number, which belongs to it: \\frac{1}{2}, or 1/2 in plain text."""
+        """Returns the proper fraction behind a whole number, which belongs to it: 1/2, or that with `frac`."""
         start = self.index
         if self.is_command("frac"):
             self.take()
@@ -229,7 +229,7 @@ class _Parser:
         return None
 
     def argument(self) -> Tree:
-        """What a command such as \\frac takes: a group, one digit, one letter or one command."""
+        """Returns what a command such as \\frac takes: a group, one digit, one letter or one command."""
         token = self.next
         if token.kind == "number":
             digit, rest = token.text[0], token.text[1:]
@@ -261,7 +261,7 @@ class _Parser:
         return ("function", "root", self.base(), degree)
 
     def named(self, name: str) -> Tree:
-        """A symbol with its subscript and primes; a call where it is a function's name."""
+        """Returns a symbol with its subscript and primes; a call where it is a function's name."""
         if self.is_sign("_"):
             self.take()
             name = f"{name}_{self.subscript()}"
@@ -287,7 +287,7 @@ class _Parser:
         return inside
 
     def marked(self, command: str) -> Tree:
-        """A symbol such as \\overline{AB} or \\angle ABC: a name, not a product."""
+        """Returns a symbol such as \\overline{AB} or \\angle ABC: a name, not a product."""
         if self.is_sign("{"):
             self.take()
             return ("symbol", f"{command}:{self.letters()}", self.expect("}"))[:2]
@@ -332,7 +332,7 @@ class _Parser:
         return tree if exponent is None else ("^", tree, exponent)
 
     def operand(self) -> Tree:
-        """The argument of a function without parentheses: factors side by side, up to the next function."""
+        """Returns the argument of a function without parentheses: factors side by side, up to the next function."""
         tree = self.power()
         while self.starts_factor() and self.next.text not in FUNCTIONS and not self.is_sign("(", "[", "{"):
             tree = ("*", tree, self.power())

@@ -138,7 +138,7 @@ _BRACED_SIGN = re.compile(r"\{\s*([,:;])\s*\}")
 
 
 def translate(text: str) -> str:
-    """The text with signs of Unicode spelled in LaTeX."""
+    """Returns the text with signs of Unicode spelled in LaTeX."""
     for signs, mark in ((_RAISED, "^"), (_LOWERED, "_")):
         run = f"[{''.join(signs)}]+"
         text = re.sub(run, lambda found: f"{mark}{{{''.join(signs[c] for c in found[0])}}}", text)  # noqa: B023
@@ -148,7 +148,7 @@ def translate(text: str) -> str:
 
 
 def tokenize(text: str, loose: bool = True) -> list[Token]:
-    """The tokens of an answer.
+    """Returns the tokens of an answer.
 
     Args:
       loose: "1,000" and "1 000" are one number; otherwise a plain comma or space always separates.
@@ -286,5 +286,5 @@ class _Lexer:
 
 
 def flat(tokens: list[Token]) -> str:
-    """One string for the tokens, without spaces; words in lower case."""
+    """Returns one string for the tokens, without spaces; words in lower case."""
     return "".join(token.text.lower() if token.kind == "word" else token.text for token in tokens if token.text != "")

@@ -17,7 +17,7 @@ MAX_EXPONENT = 400  # of scientific notation such as 1e9
 
 
 def number(text: str) -> Tree:
-    """The tree of a number as it is written: digits, a point, an exponent of ten."""
+    """Returns the tree of a number as it is written: digits, a point, an exponent of ten."""
     mantissa, _, exponent = text.lower().partition("e")
     if len(mantissa) > MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_EXPONENT:
         raise Unreadable("too large")

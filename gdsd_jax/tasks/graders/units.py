@@ -47,7 +47,7 @@ class Measured(NamedTuple):
 
 
 def split(tokens: list[Token]) -> Measured:
-    """A number apart from its unit; the tokens as they are where they do not end in one."""
+    """Returns a number apart from its unit; the tokens as they are where they do not end in one."""
     money = [token.text.partition(":")[2] for token in tokens if token.text.startswith("currency:")]
     tokens = [token for token in tokens if not token.text.startswith("currency:")]
     start = next((index for index, token in enumerate(tokens) if index and _begins(tokens, index)), len(tokens))
@@ -69,12 +69,12 @@ def split(tokens: list[Token]) -> Measured:
 
 
 def agree(one: str, other: str) -> bool:
-    """Whether the units do not contradict each other; none is every unit."""
+    """Returns whether the units do not contradict each other; none is every unit."""
     return one == other or one in _GENERIC or other in _GENERIC
 
 
 def _begins(tokens: list[Token], index: int) -> bool:
-    """Whether a unit begins here: a word, or a letter written as text, or m^2 and the like, behind a number."""
+    """Returns whether a unit begins here: a word or a letter written as text, behind a number."""
     token, before = tokens[index], tokens[index - 1]
     if token.kind == "word":
         return True

@@ -94,7 +94,7 @@ class _Evaluator:
 
 
 def _in_degrees(tree: Tree) -> tuple[bool, Tree]:
-    """Whether an angle has a degree sign, and the angle without it."""
+    """Returns whether an angle has a degree sign, and the angle without it."""
     if tree[0] == "degree":
         return True, tree[1]
     if tree[0] in ("+", "-", "*", "/") and any(_in_degrees(part)[0] for part in tree[1:]):
@@ -103,7 +103,7 @@ def _in_degrees(tree: Tree) -> tuple[bool, Tree]:
 
 
 def exact(tree: Tree) -> Fraction | None:
-    """The rational value of a tree without symbols, or None where it has none that this arithmetic finds."""
+    """Returns the rational value of a tree without symbols, or None where it has none that this arithmetic finds."""
     try:
         with mp.workprec(PRECISION):
             value = None if symbols(tree) else _Evaluator({}).value(tree)
@@ -113,7 +113,7 @@ def exact(tree: Tree) -> Fraction | None:
 
 
 def approximate(tree: Tree) -> Value | None:
-    """The value of a tree without symbols as a number of mpmath, or None."""
+    """Returns the value of a tree without symbols as a number of mpmath, or None."""
     try:
         with mp.workprec(PRECISION):
             return None if symbols(tree) else real(_Evaluator({}).value(tree))
@@ -122,7 +122,7 @@ def approximate(tree: Tree) -> Value | None:
 
 
 def points(names: set[str]) -> list[dict[str, Fraction]]:
-    """Fixed rational points, for the comparison of expressions in these symbols; every other one is positive."""
+    """Returns fixed rational points for the comparison of expressions in these symbols; every other one is positive."""
     draw = random.Random(7)
     found = []
     for index in range(TRIES if names else 1):
@@ -173,7 +173,7 @@ def _has_unit(tree: Any) -> bool:
 
 
 def equal(left: Tree, right: Tree) -> bool:
-    """Whether two expressions are equal wherever both are real."""
+    """Returns whether two expressions are equal wherever both are real."""
     if left == right:
         return True
     names = symbols(left) | symbols(right)
@@ -197,7 +197,7 @@ def equal(left: Tree, right: Tree) -> bool:
 
 
 def proportional(left: Tree, right: Tree) -> Value | None:
-    """The constant c with right = c * left at all points, or None where there is none or it is 0."""
+    """Returns the constant c with right = c * left at all points, or None where there is none or it is 0."""
     names = symbols(left) | symbols(right)
     first, agreed = None, 0
     for point in points(names):
