@@ -43,7 +43,6 @@ from gdsd_jax.training.divergence import diverged
 from gdsd_jax.training.dry_run import shrink
 from gdsd_jax.training.record import with_first_schedule
 from gdsd_jax.training.rollout import (
-    Prompts,
     Rewarded,
     completion_records,
     length_metrics,
@@ -112,7 +111,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             # ---------------------------------------------------------------- prompts, rollout, reward
             chosen = [order[position + i] for i in range(config.prompts_per_iteration)]
             position += config.prompts_per_iteration
-            asked = Prompts(prompts.tokens[chosen], prompts.mask[chosen], [rows[i] for i in chosen])
+            asked = prompts.pick(chosen, config.prompt_buckets)
             rewarded = roll_out(
                 model, *policy(base, state.params), asked, rollout_key(state), sampler, task, tokenizer,
                 group_size=config.group_size,
@@ -140,7 +139,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             now = time.perf_counter()
             seconds = rewarded.seconds | {"update": now - update_start, "iteration": now - start}
             metrics |= {name: float(value) for name, value in lengths_now.items()}
-            metrics |= update_metrics(reports) | time_metrics(rewarded, seconds)
+            metrics |= update_metrics(reports) | time_metrics(rewarded, seconds, metrics["completion/length"])
             metrics |= beside_plan(plan, rollout=seconds["rollout"], update=seconds["update"] / config.inner_updates)
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 with phase("evaluate"):
@@ -200,14 +199,23 @@ def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainS
 
 
 def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:
-    """Averages the metrics of an iteration's inner updates."""
-    return {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
+    """Sums up an iteration's inner updates: the largest value of a name in `_max`, of others the mean.
+
+    The first update clips nothing, as it compares the policy with itself: `policy/clipped` is the mean of the others,
+    and `clipped/update_N` the share of each.
+    """
+    of = lambda name: np.max if name.endswith("_max") else np.mean  # noqa: E731
+    metrics = {name: float(of(name)([report[name] for report in reports])) for name in reports[0]}
+    if "policy/clipped" in metrics and len(reports) > 1:
+        later = {f"clipped/update_{n}": float(r["policy/clipped"]) for n, r in enumerate(reports, start=1) if n > 1}
+        metrics |= later | {"policy/clipped": float(np.mean(list(later.values())))}
+    return metrics
 
 
-def time_metrics(rewarded: Rewarded, seconds: dict[str, float]) -> dict[str, float]:
-    """Returns the seconds of an iteration's parts, and tokens and rewards per second."""
+def time_metrics(rewarded: Rewarded, seconds: dict[str, float], length: float) -> dict[str, float]:
+    """Returns the seconds of an iteration's parts, and tokens (through EOS, `length` a row) and rewards per second."""
     metrics = {f"time/{name}": value for name, value in seconds.items()}
-    metrics["time/tokens_per_second"] = rewarded.batch.completion_mask.size / rewarded.seconds["rollout"]
+    metrics["time/tokens_per_second"] = len(rewarded.rewards) * length / rewarded.seconds["rollout"]
     metrics["time/rewards_per_second"] = len(rewarded.rewards) / rewarded.seconds["reward"]
     return metrics
 

@@ -16,7 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, noisy_states_at, ops
 from gdsd_jax.runtime.sharding import constrain
@@ -42,6 +42,12 @@ class Views:
     def read(self, *arguments: Any, **options: Any) -> dict:
         """How views of this kind are read; arguments as for `read_views`."""
         return _read_chosen(*arguments, **options)
+
+
+def hidden_where_read(views: Views) -> Bool[Array, "R B L"]:
+    """Returns where a token is masked in the pass that it is read from; elsewhere the model has seen it."""
+    masked = views.masked[:, :, -views.weights.shape[-1] :]
+    return jnp.stack([jnp.any(masked[jnp.array(source)], axis=0) for source in views.sources])
 
 
 def read_views(

@@ -188,6 +188,21 @@ def old_or_new(old: Array | None, new: Array) -> Array:
     return jax.lax.stop_gradient(new) if old is None else old
 
 
+def size_of(name: str, values: Float[Array, "B ..."]) -> dict[str, Float[Array, " B"]]:
+    """Returns two metrics of every row: the mean and, as `NAME_max`, the largest of the absolute values."""
+    sizes = jnp.abs(values).reshape(values.shape[0], -1)
+    return {name: jnp.mean(sizes, axis=1), f"{name}_max": jnp.max(sizes, axis=1)}
+
+
+def pull_of(error: Float[Array, "B M"], length: Float[Array, " B"]) -> dict[str, Float[Array, " B"]]:
+    """Returns metrics of a squared error: its size, and the slope `2 error / L` with which it pulls at the score.
+
+    The slope leaves the clip's zero aside; as `pull_std` its spread over rows is logged.
+    """
+    pull = 2 * jnp.mean(error, axis=1) / length
+    return {"residual": jnp.mean(jnp.abs(error), axis=1), "pull": jnp.abs(pull), "pull_std": pull}
+
+
 def spread(scores: Float[Array, "B M"]) -> Float[Array, " B"]:
     """Standard deviation across views: how noisy the score of one completion is."""
     return jnp.std(jax.lax.stop_gradient(scores), axis=1)

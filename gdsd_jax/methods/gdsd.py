@@ -32,7 +32,7 @@ class Guidance:
     """Settings of `gdsd`.
 
     Attributes:
-      psi: guidance scale per token; the paper's sequence-level 10 is 10 / L here.
+      psi: guidance scale per token: the paper's 10 is 10 / L here. The authors' code has 0.04 now; recipes had 1 or 10.
       eps_low, eps_high: trust region on the log-ratio summed over the sequence. At or above 1, and at infinity, the
         side is open.
       beta: weight of the reference.
@@ -44,7 +44,7 @@ class Guidance:
       scale_advantages: divide by the group's standard deviation.
     """
 
-    psi: float = 1.0
+    psi: float = 0.04
     eps_low: Bound = 4e-4
     eps_high: Bound = 4e-4
     beta: float = 1e-3
@@ -77,8 +77,8 @@ def make(settings: Guidance) -> Method:
         return common.coupled_views(masked, batch, weighted=settings.weighting == "elbo")
 
     def score(reads: dict, views: Views) -> Scores:
-        normalised = common.weighted_sum(reads["log_prob"], views) if "log_prob" in reads else None
-        return Scores(common.weighted_sum(reads[guided], views), normalised)
+        sums = {name: common.weighted_sum(values, views) for name, values in reads.items()}
+        return Scores(sums[guided], sums.get("log_prob"))
 
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
         rows, length = batch.completion_mask.shape
@@ -97,11 +97,12 @@ def make(settings: Guidance) -> Method:
         error = delta / length[:, None] - settings.psi * constants["advantage"][:, None]
         losses = {"objective": jnp.sum(error**2, axis=1) / rows}
         metrics = {"clipped": jnp.mean(clipped, axis=1), "score_spread": common.spread(new.guided)}
-        metrics["log_ratio"] = jnp.mean(jnp.abs(difference), axis=1)
+        metrics |= common.size_of("log_ratio", difference) | common.pull_of(error, length)
+        metrics["target"] = jnp.abs(settings.psi * constants["advantage"])
         if constants["ref"] is not None:
-            kl = jnp.mean(0.5 * (new.normalised - constants["ref"]) ** 2, axis=1) / length
-            losses["kl"] = settings.beta * kl / rows
-            metrics["kl"] = kl
+            kl = common.k2(new.normalised, constants["ref"]) / length[:, None]
+            losses["kl"] = settings.beta * jnp.mean(kl, axis=1) / rows
+            metrics |= common.size_of("kl", kl)
         return losses, metrics
 
     reads = (guided,) if settings.beta == 0 or guided == "log_prob" else (guided, "log_prob")

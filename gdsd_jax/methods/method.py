@@ -89,7 +89,8 @@ class Method(NamedTuple):
     prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first. With
       `current` it takes a fourth argument, the detached scores of the policy as it is before this inner update.
     objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum of its components and
-      of rows; components are named ("objective", "kl"), so that the gradient of each can be measured. Where the
+      of rows; components are named ("objective", "kl"), so that the gradient of each can be measured. A metric is
+      averaged over rows; a name in `_max` takes the largest, one in `_std` the standard deviation. Where the
       constants hold no old scores, old is the stop-gradient of new: the first inner update after a rollout, exactly.
     needs_reference: whether `prepare` uses the reference's scores.
     old: "unused" (no old policy), "ratio" (old only enters differences with new, so the first inner update needs no

@@ -42,19 +42,23 @@ def make(settings: Teacher) -> Method:
         return common.coupled_views(masked, batch, weighted=settings.weighting == "elbo")
 
     def score(reads: dict, views: Views) -> Scores:
-        if settings.level == "sequence":
-            x = common.weighted_sum(reads[guided], views)[..., None] / views.weights.shape[-1]
-        else:
-            x = jnp.swapaxes(2.0 * views.weights * reads[guided], 0, 1)
-        return Scores(x, x)
+        def of(values: jax.Array) -> jax.Array:
+            if settings.level == "sequence":
+                return common.weighted_sum(values, views)[..., None] / views.weights.shape[-1]
+            return jnp.swapaxes(2.0 * views.weights * values, 0, 1)
+
+        # The second is for the KL that is logged, of which a centred logit says nothing.
+        return Scores(of(reads[guided]), of(reads["log_prob"]) if "log_prob" in reads else None)
 
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
-        rows = batch.completion_mask.shape[0]
+        rows, length = batch.completion_mask.shape
         return {
             "advantage": group_advantages(batch, settings),
             "old": None if old is None else old.guided,
-            "ref": None if ref is None else ref.normalised,
+            "ref": None if ref is None else ref.guided,
+            "ref_log_prob": None if ref is None else ref.normalised,
             "rows": jnp.full(rows, rows, jnp.float32),
+            "length": jnp.full(rows, length, jnp.float32),
         }
 
     def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
@@ -63,10 +67,15 @@ def make(settings: Teacher) -> Method:
         ref = old if constants["ref"] is None else constants["ref"]
         blended = (1 - settings.beta) * old + settings.beta * ref
         error = x - blended - settings.psi * constants["advantage"][:, None, None]
-        metrics = {"score_spread": common.spread(jnp.mean(x, axis=2))}
-        metrics["kl"] = jnp.mean(common.k2(x, ref), axis=(1, 2))
-        metrics["log_ratio"] = jnp.mean(jnp.abs(x - old), axis=(1, 2))
+        metrics = {"score_spread": common.spread(jnp.mean(x, axis=2)), **common.size_of("log_ratio", x - old)}
+        metrics["target"] = jnp.abs(settings.psi * constants["advantage"])
+        metrics["residual"] = jnp.mean(jnp.abs(error), axis=(1, 2))
+        if constants["ref_log_prob"] is not None:
+            # Per token, of a sequence as `gdsd` has it: the square of a sum over the length, not of a mean.
+            tokens = constants["length"][:, None, None] if settings.level == "sequence" else 1.0
+            metrics |= common.size_of("kl", tokens * common.k2(new.normalised, constants["ref_log_prob"]))
         return {"objective": jnp.mean(error**2, axis=(1, 2)) / constants["rows"]}, metrics
 
     masks = common.stratified_masks(settings.views, settings.masking, settings.block_length)
-    return Method((guided,), masks, views, score, prepare, objective, needs_reference=settings.beta > 0)
+    reads = (guided, "log_prob") if settings.beta > 0 else (guided,)
+    return Method(reads, masks, views, score, prepare, objective, needs_reference=settings.beta > 0)

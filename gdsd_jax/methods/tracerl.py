@@ -47,6 +47,13 @@ def trajectory_groups(commit_step: jax.Array, shrink: Count) -> jax.Array:
     return rank // shrink
 
 
+def sampled(batch: Batch) -> jax.Array:
+    """Returns `[B, L]` bool, False on what no step of the sampler wrote: `stop_at_eos` fills the tail up with EOS."""
+    if batch.commit_step is None or batch.sampler is None:
+        return jnp.ones(batch.completion_mask.shape, bool)
+    return batch.commit_step < batch.sampler.step_limit
+
+
 def make(settings: Settings) -> Method:
     def trajectory(batch: Batch) -> jax.Array:
         """One mask per group, the last group first."""
@@ -66,8 +73,9 @@ def make(settings: Settings) -> Method:
         masked = masked if given else trajectory(batch)
         # Nested masks number the groups: a token of group g is masked in the views of groups 0 to g.
         count = jnp.sum(masked[:, :, batch.prompt_length :], axis=0)
-        members = jnp.sum(count[:, :, None] == count[:, None, :], axis=2)
-        weights = jnp.where(count > 0, 1 / members, 0.0).astype(jnp.float32)
+        scored = (count > 0) & sampled(batch)
+        members = jnp.sum((count[:, :, None] == count[:, None, :]) & scored[:, None, :], axis=2)
+        weights = jnp.where(scored, 1 / jnp.maximum(members, 1), 0.0).astype(jnp.float32)
         # The first view that masks a token, from the last group backwards, is that of its own group.
         return Views(masked, weights[None], (tuple(range(masked.shape[0])),))
 

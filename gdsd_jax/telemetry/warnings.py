@@ -14,16 +14,19 @@ def precursors(metrics: Mapping[str, float]) -> dict[str, str]:
 
     Args:
       metrics: those of one iteration, by the names that `train` writes. `policy/clipped` is the share of ratios that
-        the trust region holds, `reward/zero_spread` the share of groups whose completions all earn the same,
-        `completion/diversity` is 0 where the completions of a group are all equal and 1 where all differ.
+        the trust region holds in the inner updates after the first, `clipped/update_N` that of each of them,
+        `reward/zero_spread` the share of groups whose completions all earn the same, `completion/diversity` is 0 where
+        the completions of a group are all equal and 1 where all differ.
     """
     lines = {}
-    clipped, flat = metrics.get("policy/clipped", 0.0), metrics.get("reward/zero_spread", 0.0)
+    by_update = [value for name, value in metrics.items() if name.startswith("clipped/")]
+    clipped = max([metrics.get("policy/clipped", 0.0), *by_update])
+    flat = metrics.get("reward/zero_spread", 0.0)
     diversity = metrics.get("completion/diversity", 1.0)
     if clipped > CLIPPED:
         lines["clipped"] = (
-            f"clipped share {clipped:.2f} is above {CLIPPED}: most scores have no gradient; look at eps_low and "
-            "eps_high of config.settings, config.inner_updates, config.optimizer.learning_rate"
+            f"clipped share {clipped:.2f} of an inner update is above {CLIPPED}: most scores have no gradient; look at "
+            "eps_low and eps_high of config.settings, config.inner_updates, config.optimizer.learning_rate"
         )
     if flat > ZERO_SPREAD:
         lines["zero_spread"] = (

@@ -34,6 +34,13 @@ class Prompts(NamedTuple):
     mask: np.ndarray
     rows: list[dict]
 
+    def pick(self, chosen: Sequence[int], buckets: Sequence[int]) -> Prompts:
+        """Returns some of the prompts, in the smallest bucket that holds these."""
+        tokens, mask = self.tokens[chosen], self.mask[chosen]
+        longest = int(mask.sum(axis=1).max())
+        length = min((bucket for bucket in buckets if longest <= bucket <= tokens.shape[1]), default=tokens.shape[1])
+        return Prompts(tokens[:, -length:], mask[:, -length:], [self.rows[i] for i in chosen])
+
 
 def encode_prompts(
     task: Task, tokenizer: Tokenizer, rows: Sequence[dict], *, buckets: tuple[int, ...], overlong: str

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from gdsd_jax.denoiser import DenoiserConfig
-from gdsd_jax.diffusion.scoring import Views, read_views
+from gdsd_jax.diffusion.scoring import Views, hidden_where_read, read_views
 from gdsd_jax.methods import Batch, Method, Scores
 from gdsd_jax.runtime.sharding import constrain
 from gdsd_jax.runtime.streams import Stream, stream_key
@@ -88,12 +88,13 @@ def inner_update(
         changes, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
     norm = optax.tree.norm(gradient)
-    report = {f"policy/{name}": jnp.sum(value) for name, value in metrics.items()}
+    report = {f"policy/{name}": value for name, value in summaries(metrics).items()}
     report |= {"loss": jnp.sum(losses), "grad/norm": norm, "lr": jnp.asarray(recipe.schedule(state.updates))}
     report["update/norm"] = optax.tree.norm(changes)
     if by_component:
         report |= {f"grad/{name}": optax.tree.norm(part) for name, part in gradients.items()}
-    if len(losses) > 1:
+    # Rows of a group are not independent of each other: their advantages sum to zero.
+    if len(losses) > 1 and recipe.microbatch_rows % batch.group_size == 0:
         report["grad/signal_to_noise"] = signal_to_noise(norm, square, len(losses))
     return state.replace(params=params, opt_state=opt_state, updates=state.updates + 1), report
 
@@ -130,10 +131,30 @@ def score(
     return recipe.method.score(reads, views), reads
 
 
-def score_all(recipe: Recipe, base: Any, params: Any, pieces: tuple[Batch, Views]) -> Scores:
-    """Scores all micro-batches without a gradient and returns the scores of the whole batch, rows first."""
-    scores = jax.lax.map(lambda piece: score(recipe, base, params, *piece)[0], pieces)
+def score_all(
+    recipe: Recipe, state: TrainState, base: Any, params: Any, pieces: tuple[Batch, Views], *, dropout: bool = False
+) -> Scores:
+    """Scores all micro-batches without a gradient and returns the scores of the whole batch, rows first.
+
+    With `dropout` the adapter drops what it drops in this update's gradient, so that a ratio of the two policies
+    measures how far they are apart and not what each of them dropped.
+    """
+
+    def one(inputs: tuple) -> Scores:
+        index, piece = inputs
+        key = dropout_key(recipe, state, index) if dropout else None
+        return score(recipe, base, params, *piece, dropout_key=key)[0]
+
+    count = pieces[0].tokens.shape[0]
+    scores = jax.lax.map(one, (jnp.arange(count), pieces))
     return jax.tree.map(lambda x: replicate(x).reshape(-1, *x.shape[2:]), scores)
+
+
+def dropout_key(recipe: Recipe, state: TrainState, index: jax.Array) -> jax.Array:
+    """Returns the key of what the adapter drops in one micro-batch of an update."""
+    return jax.random.fold_in(
+        stream_key(state.key, Stream.DROPOUT, state.updates), index * recipe.microbatch_rows
+    )
 
 
 def prepare(
@@ -144,13 +165,13 @@ def prepare(
     old = ref = current = None
     if method.old == "own_masks":
         own = draw_pieces(recipe, stream_key(state.key, Stream.OLD_MASKS, state.iteration), batch)
-        old = score_all(recipe, base, before, own)
+        old = score_all(recipe, state, base, before, own)
     elif method.old == "always" or (method.old == "ratio" and old_params is not None):
-        old = score_all(recipe, base, before, pieces)
+        old = score_all(recipe, state, base, before, pieces, dropout=True)
     if method.needs_reference:
-        ref = score_all(recipe, base, None, pieces)
+        ref = score_all(recipe, state, base, None, pieces)
     if method.current:
-        current = score_all(recipe, base, state.params, pieces)
+        current = score_all(recipe, state, base, state.params, pieces, dropout=True)
     return method.constants(batch, old, ref, current)
 
 
@@ -210,22 +231,34 @@ def piece_losses(
     piece: tuple[Batch, Views],
     constants: Any,
 ) -> tuple[dict, dict]:
-    """Returns the components of one micro-batch's loss, and its share of the metrics of the whole `batch`."""
-    rows = batch.tokens.shape[0]
-    stream = stream_key(state.key, Stream.DROPOUT, state.updates)
-    key = jax.random.fold_in(stream, index * recipe.microbatch_rows)
+    """Returns the components of one micro-batch's loss, and the metrics of its rows."""
+    key = dropout_key(recipe, state, index)
     new, reads = score(recipe, base, params, *piece, dropout_key=key, extra=("entropy_value",))
     losses, metrics = recipe.method.objective(new, constants)
-    metrics = {name: jnp.sum(value) / rows for name, value in metrics.items()}
-    entropy = jnp.mean(reads["entropy_value"], axis=0)
-    metrics["entropy"] = jnp.sum(entropy * piece[0].completion_mask) / jnp.sum(batch.completion_mask)
+    # A token that its view shows is no prediction.
+    counted = hidden_where_read(piece[1]) * piece[0].completion_mask
+    metrics |= {"entropy_total": jnp.sum(reads["entropy_value"] * counted, axis=(0, 2))}
+    metrics |= {"hidden_total": jnp.sum(counted, axis=(0, 2))}
     return {name: jnp.sum(value) for name, value in losses.items()}, metrics
 
 
-def signal_to_noise(norm: jax.Array, square_sum: jax.Array, pieces: int) -> jax.Array:
-    """Estimates the squared norm of the expected gradient over the variance of its estimate, from micro-batches.
+def summaries(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sums up the rows of a batch: the largest value of a name in `_max`, the spread of one in `_std`, else the mean.
 
-    The squared norm of a mean of noise is its variance, so that much is taken off: pure noise gives 0 on average.
+    Args:
+      metrics: `[micro-batches, rows]` each; "entropy_total" and "hidden_total" become "entropy", per hidden token.
+    """
+    of = {"max": jnp.max, "std": jnp.std}
+    found = {name: of.get(name.rpartition("_")[2], jnp.mean)(value) for name, value in metrics.items()}
+    per_token = found.pop("entropy_total") / jnp.maximum(found.pop("hidden_total"), jnp.finfo(jnp.float32).tiny)
+    return found | {"entropy": per_token}
+
+
+def signal_to_noise(norm: jax.Array, square_sum: jax.Array, pieces: int) -> jax.Array:
+    """Estimates the squared norm of the expected gradient over the variance of its estimate, from independent pieces.
+
+    The squared norm of a mean of noise is its variance, so that much is taken off: pure noise gives 0 on average, and
+    so every other value is negative there.
 
     Args:
       norm: norm of the sum of the pieces.
@@ -235,7 +268,7 @@ def signal_to_noise(norm: jax.Array, square_sum: jax.Array, pieces: int) -> jax.
     mean_square = (norm / pieces) ** 2
     variance = (square_sum / pieces - mean_square) * pieces / (pieces - 1)
     noise = variance / pieces
-    return jnp.maximum(mean_square - noise, 0.0) / jnp.maximum(noise, jnp.finfo(jnp.float32).tiny)
+    return (mean_square - noise) / jnp.maximum(noise, jnp.finfo(jnp.float32).tiny)
 
 
 # ------------------------------------------------------------------------------------------------------ arrangement

@@ -18,6 +18,7 @@ from test_methods_oracle import STEPWISE, B, G, L, M, P, V, batch, masks_for, re
 from gdsd_jax.config import TrainConfig, freeze
 from gdsd_jax.config.read import config_module
 from gdsd_jax.denoiser import DenoiserConfig, init_base, init_lora
+from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.scoring import read_tokens
 from gdsd_jax.methods import METHODS, Method, Scores, build, check, common, loss_on_views
 from gdsd_jax.runtime.errors import UserError
@@ -446,3 +447,56 @@ def test_recipes_freeze_and_build(path):
     for run in getattr(module, "RUNS", [None]):
         config = freeze(TrainConfig, module.get_config() if run is None else module.get_config(run))
         build(config.method, **config.method_settings)
+
+
+def test_tracerl_leaves_out_what_no_step_wrote():
+    """`stop_at_eos` ends a rollout early and fills it up; such a token was not sampled and has no probability."""
+    sampler = SamplerConfig(completion_length=L, steps=L, block_length=L, strategy="low_confidence", stop_at_eos=True)
+    steps = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L)).at[0, 2:].set(sampler.step_limit)
+    method = build("tracerl", shrink=2)
+    one = dataclasses.replace(batch(), commit_step=steps, sampler=sampler)
+    views = method.views(method.masks(jax.random.key(0), one), one)
+    assert (views.weights[0, 0, 2:] == 0).all() and (views.weights[0, 1:] > 0).all()
+    np.testing.assert_allclose(jnp.sum(views.weights[0], axis=1), [1, *[-(-L // 2)] * (B - 1)], rtol=1e-6)
+    # Masked as the sampler saw it, in every view.
+    used = views.masked[:, 0].any(axis=1)
+    assert used.sum() == 2 and views.masked[used, 0, P + 2 :].all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_kl_of_the_teacher_is_one_to_the_reference(level):
+    """Of log-probabilities, not of centred logits, which a constant on all logits moves apart."""
+    method = build("gdsd_teacher", beta=0.1, views=1, level=level)
+    assert "log_prob" in method.reads
+    one = batch()
+    views = method.views(method.masks(jax.random.key(0), one), one)
+    shape = views.weights.shape
+    reads = lambda centred, log_prob: {"centred": jnp.full(shape, centred), "log_prob": jnp.full(shape, log_prob)}  # noqa: E731
+    new, ref = method.score(reads(5.0, -1.0), views), method.score(reads(0.0, -1.2), views)
+    _, metrics = method.objective(new, method.prepare(one, None, ref))
+    # As `gdsd` measures it, half of the squared change of the score `1/2 sum_k l_k` over the length.
+    expected = 0.5 * 0.2**2 if level == "token" else 0.5 * (0.5 * L * 0.2) ** 2 / L
+    np.testing.assert_allclose(metrics["kl"], expected, rtol=1e-4)
+    free = build("gdsd_teacher", beta=0.0, views=1, level=level)
+    _, metrics = free.objective(free.score(reads(5.0, -1.0), views), free.prepare(one, None, None))
+    assert "kl" not in metrics
+
+
+def test_diagnostics_of_gdsd():
+    """The numbers that the authors' code logs, from their definitions."""
+    method = build("gdsd", beta=0.1, views=2, eps_low=0.5, eps_high=0.5, psi=0.3)
+    rng = np.random.default_rng(0)
+    new, old, ref = (Scores(*[jnp.asarray(rng.normal(size=(B, 2)), jnp.float32)] * 2) for _ in range(3))
+    constants = method.prepare(batch(), old, ref)
+    _, metrics = method.objective(new, constants)
+    d, target = np.asarray(new.guided - old.guided), 0.3 * np.asarray(constants["advantage"])
+    e = np.clip(d, np.log(0.5), np.log(1.5)) / L - target[:, None]
+    np.testing.assert_allclose(metrics["log_ratio"], np.abs(d).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(metrics["log_ratio_max"], np.abs(d).max(1), rtol=1e-5)
+    np.testing.assert_allclose(metrics["target"], np.abs(target), rtol=1e-5)
+    np.testing.assert_allclose(metrics["residual"], np.abs(e).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(metrics["pull"], np.abs(2 * e.mean(1) / L), rtol=1e-4)
+    kl = 0.5 * np.asarray(new.normalised - ref.normalised) ** 2 / L
+    np.testing.assert_allclose(metrics["kl"], kl.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl_max"], kl.max(1), rtol=1e-5)
+    assert build("gdsd").objective is not None and METHODS["gdsd"].settings().psi == 0.04

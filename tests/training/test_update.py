@@ -12,12 +12,15 @@ import pytest
 
 from gdsd_jax.config import OptimizerConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora
+from gdsd_jax.diffusion.scoring import Views, hidden_where_read
 from gdsd_jax.methods import METHODS, Batch, build
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
+from gdsd_jax.telemetry.warnings import precursors
+from gdsd_jax.train import update_metrics
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.state import init_state, policy, state_shardings
-from gdsd_jax.training.update import make_inner_update, signal_to_noise
+from gdsd_jax.training.update import make_inner_update, signal_to_noise, summaries
 
 CONFIG = DenoiserConfig(
     family="llada",
@@ -75,7 +78,7 @@ def batch():
 def method(name, beta=0.1):
     """The method with a reference, and with clips that act on some rows but not on all."""
     known = {field.name for field in dataclasses.fields(METHODS[name].settings)}
-    chosen = {"beta": beta, "eps_low": 0.02, "eps_high": 0.02, "views": 2}
+    chosen = {"beta": beta, "eps_low": 0.02, "eps_high": 0.02, "views": 2, "psi": 1.0}
     return build(name, **{key: value for key, value in chosen.items() if key in known})
 
 
@@ -121,8 +124,9 @@ def check_split(name, microbatch_rows):
     params, metrics, *_ = updated(name, ROWS, "moved")
     split_params, split_metrics, updates, iteration = updated(name, microbatch_rows, "moved")
     assert (updates, iteration) == (1, 0)
-    assert set(split_metrics) == set(metrics) | {"grad/signal_to_noise"}
-    assert np.isfinite(split_metrics["grad/signal_to_noise"]) and split_metrics["grad/signal_to_noise"] >= 0
+    # Micro-batches of less than a group are not independent of each other.
+    assert set(split_metrics) == set(metrics) | ({"grad/signal_to_noise"} if microbatch_rows % GROUP == 0 else set())
+    assert np.isfinite(split_metrics.get("grad/signal_to_noise", 0.0))
     close({key: split_metrics[key] for key in metrics}, metrics, rtol=1e-5, atol=1e-6)
     close(split_params, params, rtol=0, atol=1e-6)
     moved = max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (params, adapter())), strict=True))
@@ -207,6 +211,41 @@ def test_metrics_of_an_update():
     assert 0 < metrics["policy/entropy"] < np.log(CONFIG.vocab_size)
 
 
+def test_a_policy_that_has_not_moved_is_not_clipped_by_its_dropout():
+    """Old and new drop the same, so that their ratio is 1 however much that is; the reference drops nothing."""
+    lora, schedule = adapter().replace(dropout=0.5), optax.constant_schedule(RATE)
+    update = make_inner_update(
+        CONFIG, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16
+    )
+    _, metrics = update(fresh(lora), base(), lora, batch())
+    assert metrics["policy/log_ratio_max"] == 0 and metrics["policy/clipped"] == 0
+    _, still = inner_update("gdsd", 4)(fresh(adapter()), base(), adapter(), batch())
+    assert abs(metrics["policy/kl"] - still["policy/kl"]) > 1e-3 * still["policy/kl"]
+
+
+def test_entropy_is_that_of_masked_tokens():
+    """UniGRPO masks a part of the completion: the tokens that its view shows are no predictions."""
+    masked = jnp.zeros((2, 3, 5), bool).at[0, :, 2].set(True).at[1, 0, 4].set(True)
+    views = Views(masked, jnp.ones((1, 3, 4)), ((0, 1),))
+    np.testing.assert_array_equal(hidden_where_read(views)[0], [[0, 1, 0, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
+    rows = {"entropy_total": jnp.array([[6.0], [2.0]]), "hidden_total": jnp.array([[3.0], [1.0]])}
+    found = summaries(rows | {"kl": jnp.array([[1.0], [3.0]]), "kl_max": jnp.array([[1.0], [3.0]])})
+    assert found == {"entropy": 2.0, "kl": 2.0, "kl_max": 3.0}
+
+
+def test_metrics_of_inner_updates():
+    """The first clips nothing and says nothing: seven updates clipped all through are no share of 7/8."""
+    reports = [{"policy/clipped": 0.0, "loss": 1.0, "policy/kl_max": 0.0}]
+    reports += [{"policy/clipped": 1.0, "loss": 2.0, "policy/kl_max": 0.1 * n} for n in range(7)]
+    found = update_metrics(reports)
+    assert found["policy/clipped"] == 1.0 and found["loss"] == 1.875 and found["policy/kl_max"] == pytest.approx(0.6)
+    assert {name for name in found if name.startswith("clipped/")} == {f"clipped/update_{n}" for n in range(2, 9)}
+    assert "clipped" in precursors(found)
+    one_late = update_metrics(reports[:1] * 7 + reports[-1:])
+    assert one_late["policy/clipped"] == pytest.approx(1 / 7) and "clipped" in precursors(one_late)
+    assert not precursors(update_metrics(reports[:1]))
+
+
 def test_two_updates_of_one_rollout_draw_other_masks_and_leave_the_first_state_donated():
     update = inner_update("gdsd", 2)
     state = fresh(adapter())
@@ -245,6 +284,12 @@ def test_signal_to_noise():
     np.testing.assert_allclose(got, (mean @ mean) / variance_of_mean - 1, rtol=1e-5)
     assert signal_to_noise(jnp.float32(4.0), jnp.float32(8.0), 2) > 1e30  # two equal pieces of norm 2
     assert signal_to_noise(jnp.float32(0.0), jnp.float32(0.0), 2) == 0
+
+
+def test_signal_to_noise_of_noise_is_zero_on_average():
+    pieces = np.random.default_rng(0).standard_normal((400, 4, 30))
+    found = [signal_to_noise(jnp.linalg.norm(p.sum(axis=0)), jnp.sum(p**2), 4) for p in jnp.asarray(pieces)]
+    assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(len(found)) and np.min(found) < -0.1
 
 
 @pytest.mark.parametrize(
