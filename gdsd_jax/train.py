@@ -90,10 +90,10 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     evaluate, best_metric = make_evaluation(config, setup)
 
     checkpoints = Checkpoints(workdir, config, state)
-    first, position = checkpoints.latest, 0
-    if first is not None:
+    position = 0
+    if checkpoints.latest is not None:
         state, position = checkpoints.restore()
-    first = first or 0
+    first = checkpoints.latest or 0
     best = Best(workdir, first, best_metric)
     plan = read_plan(workdir, config)
     # Without a checkpoint the files start anew, with one they are cut back to it.
@@ -101,7 +101,8 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     progress = hosts.first_only(Progress, config.iterations, start=first, label=config.method)
     profile = hosts.first_only(Profile, workdir, config.profile)
     warned: set[str] = set()
-    with writer, checkpoints, best, progress, profile, StopSignal() as stop, jax.transfer_guard("disallow"):
+    # The signals outermost: one that comes while the others close, and save, must not end that.
+    with StopSignal() as stop, writer, checkpoints, best, progress, profile, jax.transfer_guard("disallow"):
         if checkpoints.note and first:
             progress.note(checkpoints.note)
         for iteration in range(first + 1, config.iterations + 1):

@@ -106,18 +106,6 @@ def judge_by_all(task: Task, rows: list[dict], batches: list[Completed]) -> dict
     return values | distance
 
 
-@jax.jit
-def checksum(params: Any) -> list[jax.Array]:
-    """One number per array that changes with any of its bits; exact however the array is spread over devices."""
-
-    def one(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32).ravel()
-        # Odd factors, so that a change anywhere and an exchange of two values both show; the sum wraps around.
-        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-    return [one(x) for x in jax.tree.leaves(params)]
-
-
 @functools.partial(jax.jit, static_argnames="config")
 def reference_kl(
     config: DenoiserConfig, base: Any, lora: LoRA, tokens: jax.Array, prompt_mask: jax.Array, key: jax.Array

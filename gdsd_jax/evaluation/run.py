@@ -16,7 +16,7 @@ from gdsd_jax.config import TaskConfig, TrainConfig, greedy_sampler
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.evaluation import decoding, reports
-from gdsd_jax.evaluation.completions import Completed, Part, checksum, complete, judge_by_all
+from gdsd_jax.evaluation.completions import Completed, Part, complete, judge_by_all
 from gdsd_jax.evaluation.policy import Policy, load_policy
 from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
 from gdsd_jax.runtime import hosts

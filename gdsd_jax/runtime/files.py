@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +106,51 @@ def read_objects(path: Path, advice: str = "restore it or remove it") -> list[di
 def is_free(path: Path) -> bool:
     """Returns whether `path` is absent or an empty directory."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+class Lock:
+    """Holds a directory, which is made if absent, for this process alone, until it is closed or the process dies.
+
+    The kernel releases it, whatever ends the process; the file `.lock` says who holds it.
+
+    Raises:
+      UserError: another process holds the directory.
+    """
+
+    def __init__(self, directory: Path, flag: str = "--workdir"):
+        self._path = directory / ".lock"
+        directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            # A file object, which is closed, and the directory free again, when nobody refers to it any more.
+            self._file = self._path.open("ab+", buffering=0)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = self._path.read_text(errors="replace").strip() or "another process"
+                self._file.close()
+                raise UserError(f"{directory} is in use by {holder}: wait for it, or choose another {flag}") from None
+            except OSError:
+                # A file system without locks; the run goes on without one.
+                break
+            # The one who held it before may have removed the file in between.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                    break
+            self._file.close()
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the directory back."""
+        if not self._file.closed:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
 
 
 def check_disk(directory: Path, needed: int, purpose: str) -> None:

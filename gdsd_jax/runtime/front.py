@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import logging
 import os
 import platform
 import signal
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from gdsd_jax.runtime.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 BUG, BAD_INPUT, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
@@ -47,7 +50,12 @@ def run(main: Callable[[], Any]) -> None:
         # A terminal that lacks a character shows another one.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    threading.excepthook = _in_thread
+    # What libraries print of their own accord, from threads and callbacks. Who waits for a result of theirs meets the
+    # exception again, and that one ends the command.
+    sys.excepthook = lambda kind, error, frames: _log.debug("in a callback", exc_info=(kind, error, frames))
+    threading.excepthook = lambda found: _log.debug("in a thread", exc_info=found.exc_value)
+    sys.unraisablehook = lambda found: _log.debug("%s", found.err_msg, exc_info=found.exc_value)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         main()
         sys.stdout.flush()
@@ -163,9 +171,3 @@ def write_report(error: BaseException) -> Path:
         except OSError:
             continue
     return Path(os.devnull)
-
-
-def _in_thread(arguments: threading.ExceptHookArgs) -> None:
-    """Says in one line what ended a thread; who waits for the thread's result meets the exception again."""
-    if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
-        say(f"note: a thread ended with {type(arguments.exc_value).__name__}: {first_line(arguments.exc_value)}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gdsd_jax.runtime import hosts
@@ -43,3 +44,15 @@ def seed_key(seed: int) -> jax.Array:
     """The PRNG key of a seed, on every device of the mesh."""
     mesh = jax.sharding.get_mesh()
     return jax.jit(lambda: jax.random.key(seed), out_shardings=None if mesh.empty else replicated(mesh))()
+
+
+@jax.jit
+def checksum(params: Any) -> list[jax.Array]:
+    """One number per array that changes with any of its bits; exact however the array is spread over devices."""
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32).ravel()
+        # Odd factors, so that a change anywhere and an exchange of two values both show; the sum wraps around.
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return [one(x) for x in jax.tree.leaves(params)]

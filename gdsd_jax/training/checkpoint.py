@@ -6,7 +6,15 @@ mesh and number of processes saved, any other resumes: the processes of a job sh
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import json
 import math
+import shutil
+import time
+import types
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +22,31 @@ import jax
 import orbax.checkpoint as ocp
 
 from gdsd_jax.config import TrainConfig
-from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import check_disk
+from gdsd_jax.runtime.files import Lock, check_disk
+from gdsd_jax.runtime.transfer import checksum, fetch
 from gdsd_jax.training.record import keep_record
 from gdsd_jax.training.state import TrainState
 
 BEST = "best"
 
+# Orbax measures how long it has waited by the wall clock: one that is set forward would end a save at once, and leave
+# threads behind that never end. These two modules of it wait.
+for _name in ("future", "signaling_client"):
+    with contextlib.suppress(ImportError):
+        _module = importlib.import_module(f"orbax.checkpoint._src.futures.{_name}")
+        _module.time = types.SimpleNamespace(**vars(time) | {"time": time.monotonic})
+
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    """Saves in the background. A run has two that save at once: processes that meet for one must not meet the other."""
+    """Saves in the background. A run has two that save at once: processes that meet for one must not meet the other.
+
+    Raises:
+      UserError: a file has the name of the directory.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is no directory, checkpoints would go there: move it away")
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,
@@ -34,8 +56,73 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
+class _Saver:
+    """Saves arrays and a few plain values beside them, sealed so that a reader notices any change of either.
+
+    What goes wrong in the background shows at the next save or at the end, and is tried once more there; but a full
+    disk is no reason to try again.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.manager = _manager(directory, keep)
+        self._last: tuple[int, Any, dict[str, Any]] | None = None
+
+    def save(self, iteration: int, arrays: Any, values: dict[str, Any]) -> None:
+        """Starts saving in the background.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        self._settle()
+        values = sealed(values | {"checksums": [int(x) for x in fetch(checksum(arrays))]})
+        self._last = iteration, arrays, values
+        try:
+            self._start()
+        except Exception as error:
+            self._failed(error)
+
+    def _start(self) -> None:
+        iteration, arrays, values = self._last
+        # Orbax copies to the host in ways that a transfer guard takes for accidents.
+        with jax.transfer_guard_device_to_host("allow"):
+            items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(values))
+            self.manager.save(iteration, args=items)
+
+    def _settle(self) -> None:
+        """Waits until the last save is on disk."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+        self._last = None
+
+    def _failed(self, error: Exception) -> None:
+        if front.disk_is_full(error):
+            self._last = None
+            raise UserError(
+                f"no room for the checkpoint of a run ({front.first_line(error)}): make room, then give the same "
+                "command again: it goes on from the last checkpoint"
+            ) from error
+        if self._last is None:
+            raise error
+        iteration, arrays, _ = self._last
+        front.say(f"note: the checkpoint of iteration {iteration} was not written ({front.first_line(error)})")
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(arrays)):
+            front.say("note: it is written again")
+            self._start()
+            self.manager.wait_until_finished()
+        self._last = None
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        try:
+            self._settle()
+        finally:
+            self.manager.close()
+
+
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints of one workdir, which this process holds alone while they are open.
 
     Attributes:
       note: a line for the user where the run goes on with settings that round otherwise, else None.
@@ -44,11 +131,12 @@ class Checkpoints:
       state: a state of the run, for its shapes and for where a restored one shall lie.
 
     Raises:
-      UserError: the workdir belongs to another config or base, or the disk has no room for `keep + 1` checkpoints.
+      UserError: another process trains in the workdir, it belongs to another config or base, or the disk has no room
+        for `keep + 1` checkpoints.
     """
 
     def __init__(self, workdir: Path, config: TrainConfig, state: TrainState):
-        self._template = jax.eval_shape(_raw, state)
+        self._workdir, self._template = workdir, jax.eval_shape(_raw, state)
         places = jax.tree.map(lambda x: x.sharding, state)
         self._template = jax.tree.map(lambda x, place: x.update(sharding=place), self._template, places)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._template))
@@ -56,42 +144,76 @@ class Checkpoints:
         self.note = None
         # The best parameters, and the next best until it is written.
         best = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+        self._lock = None
         if hosts.first():
             check_disk(workdir, size * max(config.keep + 1 - saved, 1) + best, "its checkpoints")
-            self.note = keep_record(workdir, config)
-        self._manager = _manager(workdir / "checkpoints", config.keep)
+            self._lock = Lock(workdir)
+        try:
+            if hosts.first():
+                self.note = keep_record(workdir, config)
+            self._saver = _Saver(workdir / "checkpoints", config.keep)
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def latest(self) -> int | None:
         """Iteration of the newest checkpoint, None if there is none."""
-        return self._manager.latest_step()
+        return self._saver.manager.latest_step()
 
     def save(self, iteration: int, state: TrainState, position: int) -> None:
         """Starts saving in the background; `position` is the index of the next prompt in the global order."""
         if iteration != self.latest:
-            data = ocp.args.JsonSave({"position": position})
-            # Orbax copies to the host in ways that a transfer guard takes for accidents.
-            with jax.transfer_guard_device_to_host("allow"):
-                arrays = ocp.args.StandardSave(_raw(state))
-                self._manager.save(iteration, args=ocp.args.Composite(state=arrays, data=data))
+            self._saver.save(iteration, _raw(state), {"position": position})
 
     def restore(self) -> tuple[TrainState, int]:
-        """The newest state and data position."""
+        """Returns the newest intact state and data position; damaged checkpoints go to `WORKDIR/damaged`.
+
+        Raises:
+          UserError: no checkpoint is intact.
+        """
+        manager = self._saver.manager
         args = ocp.args.Composite(state=ocp.args.StandardRestore(self._template), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(self.latest, args=args)
-        state = restored["state"]
-        return state.replace(key=jax.random.wrap_key_data(state.key)), restored["data"]["position"]
+
+        def read(iteration: int) -> tuple[TrainState, int]:
+            restored = manager.restore(iteration, args=args)
+            state, data = restored["state"], restored["data"]
+            require_intact(data, state)
+            return state.replace(key=jax.random.wrap_key_data(state.key)), data["position"]
+
+        found, iteration = newest_intact(manager.all_steps(), read, self._workdir / "checkpoints")
+        later = [step for step in manager.all_steps() if step > iteration]
+        if later and hosts.first():
+            aside = self._workdir / "damaged"
+            aside.mkdir(exist_ok=True)
+            for step in later:
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                (self._workdir / "checkpoints" / str(step)).rename(aside / str(step))
+        hosts.wait()
+        manager.reload()
+        return found
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            # What ended the run says more than what it brought about.
+            if kind is None:
+                raise
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._saver.close()
+        finally:
+            self._release()
 
 
 class Best:
@@ -104,54 +226,111 @@ class Best:
 
     def __init__(self, workdir: Path, iteration: int, metric: str):
         self._metric = metric
-        self._manager = _manager(workdir / BEST, 1)
-        for later in (step for step in self._manager.all_steps() if step > iteration):
-            self._manager.delete(later)
+        self._saver = _Saver(workdir / BEST, 1)
+        manager = self._saver.manager
+        for later in (step for step in manager.all_steps() if step > iteration):
+            manager.delete(later)
         self._value = -math.inf
-        if self._manager.latest_step() is not None:
-            data = ocp.args.Composite(data=ocp.args.JsonRestore())
-            saved = self._manager.restore(self._manager.latest_step(), args=data)["data"]
-            self._value = saved["value"] if saved["metric"] == metric else -math.inf
+        latest = manager.latest_step()
+        if latest is not None:
+            try:
+                saved = manager.restore(latest, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+                require_intact(saved)
+                self._value = saved["value"] if saved["metric"] == metric else -math.inf
+            except Exception as error:
+                reason = front.first_line(error)
+                front.say(f"note: {workdir / BEST} is damaged ({reason}): the next best takes its place")
+                manager.delete(latest)
 
     def offer(self, iteration: int, params: Any, value: float) -> None:
         """Starts saving `params` in the background if their `value` of the metric is above all before."""
         if value > self._value:
             self._value = value
-            data = ocp.args.JsonSave({"metric": self._metric, "value": value})
-            with jax.transfer_guard_device_to_host("allow"):
-                arrays = ocp.args.StandardSave({"params": params})
-                self._manager.save(iteration, args=ocp.args.Composite(state=arrays, data=data))
+            self._saver.save(iteration, {"params": params}, {"metric": self._metric, "value": value})
 
     def __enter__(self) -> Best:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        try:
+            self._saver.close()
+        except Exception:
+            if kind is None:
+                raise
+
+
+# ------------------------------------------------------------------------------------------------------ what is intact
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns plain values with a checksum of themselves."""
+    return values | {"seal": zlib.crc32(json.dumps(values, sort_keys=True).encode())}
+
+
+def require_intact(values: dict[str, Any], arrays: Any = None) -> None:
+    """Raises ValueError if sealed values, or the arrays whose checksums they hold, are not those that were saved."""
+    values = dict(values)
+    # Runs of earlier versions have no seal.
+    if "seal" in values and values.pop("seal") != zlib.crc32(json.dumps(values, sort_keys=True).encode()):
+        raise ValueError("its data differ from what was saved")
+    if arrays is not None and "checksums" in values:
+        found = [int(x) for x in fetch(checksum(arrays))]
+        # Parameters come first among what a state holds.
+        if found != values["checksums"][: len(found)]:
+            raise ValueError("its arrays differ from what was saved")
+
+
+def newest_intact(steps: Iterable[int], read: Callable[[int], Any], directory: Path) -> tuple[Any, int]:
+    """Reads the newest checkpoint that can be read, and says which ones cannot.
+
+    Raises:
+      UserError: none can.
+    """
+    reason = "there is none"
+    for step in sorted(steps, reverse=True):
+        found, problem = None, None
+        try:
+            found = read(step)
+        except Exception as error:  # whatever a damaged file makes of the libraries that read it
+            problem = front.first_line(error)
+        if not hosts.any_process(problem is not None):
+            return found, step
+        reason = problem or "another process cannot read it"
+        front.say(f"note: the checkpoint {directory / str(step)} is damaged ({reason}): the one before it is used")
+    raise UserError(f"{directory} holds no intact checkpoint ({reason}): restore one, or choose another --workdir")
 
 
 def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) -> tuple[Any, int]:
-    """The trained parameters of the newest checkpoint of `workdir`, and its iteration. Nothing else of it is read.
+    """Returns the trained parameters of the newest intact checkpoint of `workdir`, and its iteration.
+
+    Nothing else of it is read.
 
     Args:
       shapes, places: shapes and dtypes of the parameters, and their shardings.
       best: of the checkpoint that did best in the run's evaluations instead.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, or none that is intact.
     """
     directory = (workdir / (BEST if best else "checkpoints")).absolute()
     if not directory.is_dir():
         raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        iteration = manager.latest_step()
-        if iteration is None:
+        steps = manager.all_steps()
+        if not steps:
             raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
         target = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state = ocp.args.PyTreeRestore({"params": target}, {"params": restore_args}, partial_restore=True)
-        restored = manager.restore(iteration, args=ocp.args.Composite(state=state))
-        return restored["state"]["params"], iteration
+        items = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
+
+        def read(iteration: int) -> Any:
+            restored = manager.restore(iteration, args=items)
+            params = restored["state"]["params"]
+            require_intact(restored["data"], params)
+            return params
+
+        return newest_intact(steps, read, directory)
 
 
 def _raw(state: TrainState) -> TrainState:
