@@ -56,7 +56,7 @@ def encode_answers(tokenizer: Tokenizer, texts: list[str], length: int, eos_toke
       UserError: one that does not fit.
     """
     out = np.full((len(texts), length), eos_token_id, np.int32)
-    for row, ids in zip(out, tokenizer.encode(texts), strict=True):
+    for row, ids in zip(out, tokenizer.encode_text(texts), strict=True):
         if len(ids) >= length:
             raise UserError(
                 f"a reference completion of {len(ids)} tokens and its EOS exceed "
@@ -158,6 +158,11 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
             if (step + 1) % log_every == 0 or step + 1 == config.sft.steps:
                 values = {name: float(value) for name, value in fetch(metrics).items()}
                 writer.write(step + 1, values | {"time/total": time.perf_counter() - start})
+                if not np.isfinite(list(values.values())).all():
+                    raise UserError(
+                        f"supervised training diverged by step {step + 1}, nothing is exported: lower "
+                        "config.sft.optimizer.learning_rate"
+                    )
                 progress.update(step + 1, loss=values["loss"])
             if config.sft.until and (step + 1) % config.sft.check_every == 0:
                 reached = accuracy(state.params)

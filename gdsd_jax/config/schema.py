@@ -164,6 +164,8 @@ class TrainConfig:
         components runs a second backward pass and holds a second gradient. The norm of a single one is `grad/norm`.
       eos_token_id: what alone ends a completion; None: the tokenizer's EOS and all else that ends a turn.
       prompt_buckets: lengths that prompts are left-padded to.
+      special_tokens_in_text: whether special tokens that are written in the text of users, prompts and answers of a
+        task, are read as such. Else they are text, as anything else is, and only chat templates have special tokens.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
       save_every: iterations between checkpoints; `keep` of them are kept.
       trackers: further places that metrics go to: "tensorboard", "wandb", or `package.module:NAME`, see
@@ -194,6 +196,7 @@ class TrainConfig:
     component_norms_every: int = 0
     eos_token_id: int | None = None
     prompt_buckets: tuple[Count, ...] = (400,)
+    special_tokens_in_text: bool = False
     overlong_prompts: str = "keep_last"
     save_every: Count = 100
     keep: Count = 2

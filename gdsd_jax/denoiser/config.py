@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.ranges import Count, Positive
 
 REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -47,22 +49,22 @@ class DenoiserConfig:
     """
 
     family: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    max_length: int
-    rope_theta: float
-    rms_norm_eps: float
+    vocab_size: Count
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    intermediate_size: Count
+    max_length: Count
+    rope_theta: Positive
+    rms_norm_eps: Positive
     qkv_bias: bool
     tied_head: bool
     next_token_logits: bool
     mask_token_id: int
     eos_token_id: int
     pad_token_id: int
-    head_size: int | None = None
+    head_size: Count | None = None
     qk_norm: bool = False
     block_size: int | None = None
     block_origin: str = "sequence"
@@ -71,7 +73,7 @@ class DenoiserConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
-    layer_unroll: int = 1
+    layer_unroll: Count = 1
 
     def __post_init__(self):
         if self.dtype not in COMPUTE_DTYPES:
@@ -104,6 +106,7 @@ class DenoiserConfig:
     def padding_tokens(self) -> tuple[int, ...]:
         """Ids that no tokenizer knows."""
         return () if self.known_tokens is None else tuple(range(self.known_tokens, self.vocab_size))
+        ranges.check(self, "model")
 
     @property
     def head_dim(self) -> int:

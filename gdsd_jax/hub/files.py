@@ -7,7 +7,9 @@ asked for leaves the disk and bfloat16 needs no detour.
 
 from __future__ import annotations
 
+import collections
 import json
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -21,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from gdsd_jax.runtime import files
 from gdsd_jax.runtime.errors import UserError
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -37,12 +40,25 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     size: int
+    name: str = ""
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns; a vector is one column."""
         rows, columns = (*self.shape, 1)[:2]
         return rows, columns
+
+
+# Bits of a float's exponent, by its format: all of them set in NaN and the infinities alone.
+_EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+
+
+def require_finite(data: np.ndarray, name: str, where: object) -> None:
+    """Raises UserError if a float array holds NaN or an infinity."""
+    code = next(code for code, dtype in FLOATS.items() if dtype == data.dtype)
+    bits, mask = data.view(f"u{data.dtype.itemsize}"), _EXPONENTS[code]
+    if ((bits & mask) == mask).any():
+        raise UserError(f"tensor {name} of {where} holds NaN or infinity: it comes from a run that diverged")
 
 
 def in_bucket(path: os.PathLike) -> bool:
@@ -148,6 +164,32 @@ def checked_directory(directory: str | os.PathLike) -> epath.Path:
     return path
 
 
+def require_own_file(path: epath.Path) -> None:
+    """Checks a file of a local directory before it is opened: a regular file, in the directory itself.
+
+    A link may lead inside the directory, or to the `blobs` beside the `snapshots` of a cache of the hub.
+
+    Raises:
+      UserError: a pipe or a device, or a link to somewhere else; nothing where the path is absent.
+    """
+    if in_bucket(path) or not os.path.lexists(path):
+        return
+    files.require_regular(Path(path), most=1 << 60)
+    if Path(path).is_symlink():
+        folder, target = os.path.realpath(Path(path).parent), os.path.realpath(path)
+        blobs = os.path.realpath(os.path.join(folder, "..", "..", "blobs"))
+        if not target.startswith((folder + os.sep, blobs + os.sep)):
+            raise UserError(f"{path} is a link out of its directory, to {target}: put the file itself there")
+
+
+def require_own_files(directory: epath.Path, patterns: Iterable[str]) -> None:
+    """Checks, as `require_own_file` does, whatever of a directory matches the patterns."""
+    if not in_bucket(directory):
+        for pattern in patterns:
+            for path in directory.glob(pattern):
+                require_own_file(path)
+
+
 @contextmanager
 def on_disk(directory: epath.Path, patterns: Iterable[str]) -> Iterator[Path]:
     """A local directory with the files that match: the directory itself, or copies if it is in a bucket."""
@@ -168,11 +210,12 @@ def read_json(path: os.PathLike) -> dict[str, Any]:
       UserError: it is absent, does not parse, or holds something else than an object.
     """
     path = epath.Path(path)
+    require_own_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: the directory is no complete checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: download it again")
@@ -182,10 +225,16 @@ def read_json(path: os.PathLike) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise UserError(f"holds {twice} twice")
     return result
+
+
+def _size(value: Any) -> int:
+    """A number of a header, which counts something."""
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{str(value)[:50]} is no size")
+    return value
 
 
 def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, Stored]:
@@ -195,6 +244,7 @@ def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, St
       UserError: the file is absent, truncated or corrupt, or holds a tensor twice.
     """
     path, reader = epath.Path(path), reader or Reader()
+    require_own_file(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: the directory is no complete checkpoint")
     size = path.stat().length
@@ -208,13 +258,13 @@ def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, St
         header = json.loads(raw, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         tensors = {
-            name: (entry["dtype"], tuple(int(n) for n in entry["shape"]), *map(int, entry["data_offsets"]))
+            name: (str(entry["dtype"]), tuple(map(_size, entry["shape"])), *map(_size, entry["data_offsets"]))
             for name, entry in header.items()
         }
         ranges = sorted((begin, end, name) for name, (_, _, begin, end) in tensors.items())
     except UserError as error:
         raise UserError(f"{path} {error}: download it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} has a corrupt header ({type(error).__name__}: {error}): download it again") from None
     data, position = size - 8 - length, 0
     for begin, end, name in ranges:
@@ -222,7 +272,7 @@ def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, St
         item = FLOATS[dtype].itemsize if dtype in FLOATS else _OTHER_SIZES.get(dtype)
         if item is None:
             raise UserError(f"{path} stores {name} in the unknown dtype {dtype!r}")
-        if begin != position or end - begin != item * int(np.prod(shape, dtype=np.int64)):
+        if begin != position or end - begin != item * math.prod(shape):
             raise UserError(f"{path} has a corrupt header (byte range of {name}): download it again")
         position = end
     if position > data:
@@ -230,7 +280,7 @@ def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, St
     if position < data:
         raise UserError(f"{path} has {data - position} bytes after its last tensor: download it again")
     return {
-        name: Stored(path, dtype, shape, 8 + length + begin, end - begin)
+        name: Stored(path, dtype, shape, 8 + length + begin, end - begin, name)
         for name, (dtype, shape, begin, end) in tensors.items()
     }
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gdsd_jax.hub import names
-from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket
+from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket, require_finite
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import named_sharding
 
@@ -72,6 +72,7 @@ def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader,
         fits = (part for spans, part in targets if spans == block and part.dtype == FLOATS[stored.dtype])
         straight = next(fits, None)
         data = reader.block(stored, *block, out=straight)
+        require_finite(data, stored.name, stored.file)
         for spans, part in targets:
             if part is not straight:
                 part[...] = data[_within(spans, block)]

@@ -30,10 +30,13 @@ from gdsd_jax.hub.files import (
     checkpoint_tensors,
     read_header,
     read_json,
+    require_finite,
     weight_files,
 )
 from gdsd_jax.hub.incoming import THREADS, Loader
+from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import understood
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
@@ -96,22 +99,26 @@ def declared_ids(directory: epath.Path, family: families.Family) -> dict[str, in
     by_text: dict[str, int] = {}
     named = dict(family.tokens)
     for file in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
-        if not (directory / file).is_file():
-            continue
-        content = read_json(directory / file)
-        if file == "tokenizer.json":
-            by_text |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
-        elif file == "added_tokens.json":
-            by_text |= content
-        else:
-            added = content.get("added_tokens_decoder") or {}
-            by_text |= {entry["content"]: int(index) for index, entry in added.items()}
-            for key in ("mask_token", "eos_token", "pad_token"):
-                entry = content.get(key)
-                text = entry.get("content") if isinstance(entry, Mapping) else entry
-                if isinstance(text, str):
-                    named.setdefault(f"{key}_id", text)
-    return {key: by_text[text] for key, text in named.items() if text in by_text}
+        if (directory / file).is_file():
+            with understood(directory / file, "download it again"):
+                _collect(file, read_json(directory / file), by_text, named)
+    return {key: by_text[text] for key, text in named.items() if type(by_text.get(text)) is int}
+
+
+def _collect(file: str, content: Mapping[str, Any], by_text: dict[str, int], named: dict[str, str]) -> None:
+    """Adds what one of the tokenizer's files says: ids by text, and the texts of special tokens."""
+    if file == "tokenizer.json":
+        by_text |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
+    elif file == "added_tokens.json":
+        by_text |= content
+    else:
+        added = content.get("added_tokens_decoder") or {}
+        by_text |= {entry["content"]: int(index) for index, entry in added.items()}
+        for key in ("mask_token", "eos_token", "pad_token"):
+            entry = content.get(key)
+            text = entry.get("content") if isinstance(entry, Mapping) else entry
+            if isinstance(text, str):
+                named.setdefault(f"{key}_id", text)
 
 
 def load_checkpoint(
@@ -145,6 +152,11 @@ def load_checkpoint(
     directory, reader = checked_directory(directory), reader or Reader()
     config = read_config(directory, overrides)
     tensors = checkpoint_tensors(directory, reader)
+    if config.num_layers > len(tensors):
+        raise UserError(
+            f"{directory}: config.json speaks of {config.num_layers} layers, its files hold {len(tensors)} tensors: it "
+            "does not fit them"
+        )
     slots, axes = names.slots(config), None if mesh is None else logical_axes(config)
     _match(tensors, {name: slot.shape for name, slot in slots.items()}, directory, "it does not fit its config.json")
     base: dict = {}
@@ -170,6 +182,11 @@ def load_adapter(directory: str | os.PathLike, config: DenoiserConfig) -> LoRA:
     directory = checked_directory(directory)
     file = directory / "adapter_config.json"
     peft = read_json(file)
+    with understood(file, "export the adapter again"):
+        return _read_adapter(directory, file, peft, config)
+
+
+def _read_adapter(directory: epath.Path, file: epath.Path, peft: Mapping[str, Any], config: DenoiserConfig) -> LoRA:
     for key, plain in _PLAIN_LORA.items():
         if peft.get(key, plain[0]) not in plain:
             raise UserError(f"{file} sets {key} to {peft[key]!r}; only plain LoRA ({key} = {plain[0]!r}) is supported")
@@ -179,7 +196,9 @@ def load_adapter(directory: str | os.PathLike, config: DenoiserConfig) -> LoRA:
     targets = names.matched_targets(config, peft["target_modules"])
     if not targets:
         raise UserError(f"{file}: target_modules {peft['target_modules']!r} names no module of this model")
-    rank = peft["r"]
+    rank = ranges.convert(ranges.Count, peft["r"], f"{file}: r")
+    alpha = ranges.convert(ranges.Positive, peft["lora_alpha"], f"{file}: lora_alpha")
+    dropout = ranges.convert(ranges.Share, peft.get("lora_dropout", 0.0), f"{file}: lora_dropout")
     places = names.adapter_names(config, targets)
     shapes = {}
     for name, (target, factor, _) in places.items():
@@ -193,13 +212,16 @@ def load_adapter(directory: str | os.PathLike, config: DenoiserConfig) -> LoRA:
     for target in targets:
         for factor in ("a", "b"):
             stored = [tensors[name] for name, place in places.items() if place[:2] == (target, factor)]
-            weights[target][factor] = jnp.stack([reader.tensor(layer).T.astype(np.float32) for layer in stored])
+            layers = [reader.tensor(layer) for layer in stored]
+            for layer, tensor in zip(stored, layers, strict=True):
+                require_finite(tensor, layer.name, path)
+            weights[target][factor] = jnp.stack([tensor.T.astype(np.float32) for tensor in layers])
     return LoRA(
         {"layers": weights},
         rank=rank,
-        alpha=float(peft["lora_alpha"]),
+        alpha=alpha,
         targets=targets,
-        dropout=float(peft.get("lora_dropout", 0.0)),
+        dropout=dropout,
     )
 
 

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.hub import names
-from gdsd_jax.hub.files import FLOATS
+from gdsd_jax.hub.files import FLOATS, require_finite
 from gdsd_jax.runtime.errors import UserError
 
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
@@ -135,10 +135,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Outgoing]) -> None:
         # One tensor is fetched while the one before is written.
         with ThreadPoolExecutor(1) as pool:
             ahead = None
-            for tensor in [*tensors.values(), None]:
-                before, ahead = ahead, tensor and pool.submit(tensor.fetch)
+            for name in [*tensors, None]:
+                before, ahead = ahead, name and (name, pool.submit(tensors[name].fetch))
                 if before:
-                    file.write(before.result().reshape(-1).view(np.uint8).data)
+                    data = before[1].result()
+                    require_finite(data, before[0], "what is exported")
+                    file.write(data.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -6,8 +6,11 @@ several hosts all processes take part in the gathers, the first writes, and none
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +27,7 @@ from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.hub import names, outgoing
 from gdsd_jax.hub.cards import adapter_card, model_card
-from gdsd_jax.hub.files import checked_directory, read_json
+from gdsd_jax.hub.files import checked_directory, read_json, require_own_files
 from gdsd_jax.runtime.errors import UserError
 
 _SIDE_FILES = (
@@ -46,14 +49,15 @@ _SPARE_BYTES = 16 << 20  # room for headers, index and small files
 @contextmanager
 def _new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
     """A temporary sibling that takes the name `directory` on success and vanishes on failure."""
-    if os.fspath(directory).startswith(("gs:/", "s3:/")):
+    if re.match("[a-zA-Z0-9+.-]+:/", os.fspath(directory)):
         raise UserError(f"{directory}: an export is made on a disk: name a directory there and copy it")
     final = Path(directory).absolute()
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise UserError(f"{final} exists and is not empty: remove it or name another directory to export to")
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    partial, lock = final.with_name(f".{final.name}.partial-{os.getpid()}"), None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(final)
         free = shutil.disk_usage(final.parent).free
         if free < needed + _SPARE_BYTES:
             raise UserError(
@@ -61,12 +65,35 @@ def _new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
                 "free some or name a directory on another disk"
             )
         partial.mkdir()
+        lock = _held(partial)
         yield partial
         partial.rename(final)
     except OSError as error:
         raise UserError(f"cannot write {final}: {error}: choose a directory on a disk that takes it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _held(directory: Path) -> int | None:
+    """A descriptor that holds a directory until it is closed or the process dies; None if another one holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep(final: Path) -> None:
+    """Removes what exports to `final` have left that were killed."""
+    for partial in final.parent.glob(f".{glob.escape(final.name)}.partial-*"):
+        held = _held(partial) if partial.is_dir() and not partial.is_symlink() else None
+        if held is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(held)
 
 
 def _write_together(
@@ -88,6 +115,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _side_files(source: epath.Path) -> list[epath.Path]:
+    require_own_files(source, (*_SIDE_FILES, *_SIDE_PATTERNS, "README.md"))
     found = [source / name for name in _SIDE_FILES if (source / name).is_file()]
     return found + sorted(path for pattern in _SIDE_PATTERNS for path in source.glob(pattern) if path.is_file())
 
@@ -162,7 +190,7 @@ def export_checkpoint(
     before = dict(hf)
     _record_dtype(hf, tensors)
     unchanged = source is not None and lora is None and training is None and hf == before
-    if "auto_map" in hf and source is not None:
+    if isinstance(hf.get("auto_map"), Mapping) and source is not None:
         hf["auto_map"] = _hub_code(hf["auto_map"], families.family_of(config).repository, source)
     shards = outgoing.shards_of(tensors, max_shard_bytes)
 

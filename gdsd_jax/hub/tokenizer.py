@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gdsd_jax.families import FAMILIES
-from gdsd_jax.hub.files import checked_directory, on_disk, read_json
+from gdsd_jax.hub.files import checked_directory, on_disk, read_json, require_own_files
+from gdsd_jax.hub.templates import Renderer
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import understood
 
 # Tokenizer classes that exist only as Python files beside a checkpoint, and the class of transformers that computes the
 # same from the same files; so no code of a checkpoint is ever run.
 _EQUIVALENT = {name: known for family in FAMILIES.values() for name, known in family.tokenizer_classes.items()}
 # Whatever a tokenizer may be made of, for the copy of a directory in a bucket.
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+# A character that no text has (Unicode calls it a noncharacter): behind the first letter of what is no special token.
+_GUARD = "\ufdd0"
 
 
 class Tokenizer:
@@ -27,6 +34,9 @@ class Tokenizer:
       bos_token_id: the tokenizer's own, or None.
       end_token_ids: what else ends a turn: further ids of `eos_token_id` in `config.json` or `generation_config.json`,
         and the special token that the chat template writes behind an answer.
+      special_in_text: whether special tokens written in the text of users are read as such; else they are encoded as
+        any other text, and only the chat template has special tokens.
+      embedded: rows of the model's embedding, or None: a text with an id beyond them is refused.
       vocab_size: one more than the largest id that the tokenizer knows; the embedding may have more rows.
     """
 
@@ -39,6 +49,17 @@ class Tokenizer:
     ):
         self._directory = directory
         self._tokenizer = tokenizer
+        self.special_in_text = False
+        self.embedded: int | None = None
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        alternatives = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        self._special_text = re.compile(f"({alternatives})") if special else None
+        # At every place where one begins, also inside another one.
+        self._special_start = re.compile(f"(?={alternatives})(.)", re.DOTALL) if special else None
+        template = tokenizer.chat_template
+        template = template.get("default") if isinstance(template, Mapping) else template
+        variables = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        self._renderer = Renderer(template, variables, directory) if isinstance(template, str) and template else None
         self.vocab_size: int = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         self.mask_token_id = self._special("mask_token_id", config)
         self.eos_token_id = self._special("eos_token_id", config)
@@ -78,15 +99,13 @@ class Tokenizer:
 
     def _end_of_turn(self) -> int | None:
         """The special token that the chat template writes behind an answer; None where it does not say."""
-        import jinja2
-
         answer = "ANSWER"
-        if not isinstance(self._tokenizer.chat_template, str):
+        if self._renderer is None:
             return None
         messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except (jinja2.TemplateError, TypeError, ValueError):
+            text = self._renderer.render(messages, add_generation_prompt=False)
+        except UserError:
             return None
         first = self.encode([text.rpartition(answer)[2].strip()])[0][:1] if answer in text else []
         return first[0] if first and first[0] in self._tokenizer.added_tokens_decoder else None
@@ -105,8 +124,6 @@ class Tokenizer:
         Raises:
           UserError: the checkpoint has no chat template, or the template refuses the messages.
         """
-        import jinja2
-
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{self._directory} has no chat template: add chat_template.jinja, "
@@ -117,24 +134,53 @@ class Tokenizer:
                 f"{self._directory} has the chat templates {', '.join(self._tokenizer.chat_template)} and none named "
                 "default: name one of them so under chat_template in tokenizer_config.json, or add chat_template.jinja"
             )
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template of {self._directory} refuses the messages: {error}") from None
-        return text + assistant_prefix
+        if self._renderer is None:
+            raise UserError(f"{self._directory}: chat_template is no text: mend it in tokenizer_config.json")
+        if not self.special_in_text:
+            messages = [{name: self._guarded(value) for name, value in message.items()} for message in messages]
+        return self._renderer.render(messages, add_generation_prompt=True) + assistant_prefix
+
+    def _guarded(self, text: Any) -> Any:
+        """The text of a user, with a mark inside of all that would be read as a special token."""
+        if not isinstance(text, str) or self._special_start is None:
+            return text
+        return self._special_start.sub(rf"\1{_GUARD}", text.replace(_GUARD, "\ufffd"))
 
     def encode(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
-        """Token ids of each text; special tokens written in the text are read, and none are added.
+        """Token ids of rendered texts; special tokens are read, but for those in the text of users; none are added.
 
         Args:
           add_bos: each text begins with the BOS, unless it does so already.
         """
         if not len(texts):
             return []
-        ids = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        plain = [text.replace(_GUARD, "") for text in texts]
+        ids = self._tokenizer(plain, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = [self._in_parts(text) if _GUARD in text else one for text, one in zip(texts, ids, strict=True)]
+        largest = max((max(one) for one in ids if one), default=0)
+        if self.embedded is not None and largest >= self.embedded:
+            raise UserError(
+                f"{self._directory}: the tokenizer makes the id {largest} of a text, the embedding has {self.embedded} "
+                "rows: the tokenizer is of another model"
+            )
         if not add_bos:
             return ids
         return [one if one[:1] == [self.bos_token_id] else [self.bos_token_id, *one] for one in ids]
+
+    def encode_text(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the texts of users: special tokens written in them are text, unless `special_in_text`."""
+        return self.encode(texts if self.special_in_text else [self._guarded(text) for text in texts])
+
+    def _in_parts(self, text: str) -> list[int]:
+        """Ids of a text with guards: its special tokens, and what stands between them as plain text."""
+        ids = []
+        for index, part in enumerate(self._special_text.split(text)):
+            if index % 2:
+                ids.append(self._tokenizer.convert_tokens_to_ids(part))
+            elif part:
+                part = part.replace(_GUARD, "")
+                ids += self._tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
 
     def prompts(
         self, texts: Sequence[str], *, buckets: Sequence[int], overlong: str, add_bos: bool = False
@@ -205,11 +251,12 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     generation = read_json(settings) if settings.is_file() else {}
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"{directory} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
+    require_own_files(directory, (*_FILES, "additional_chat_templates/*"))
     file = directory / "tokenizer_config.json"
     declared = read_json(file).get("tokenizer_class") if file.is_file() else None
     try:
         with on_disk(directory, _FILES) as folder:
-            if declared in _EQUIVALENT:
+            if isinstance(declared, str) and declared in _EQUIVALENT:
                 tokenizer = getattr(transformers, _EQUIVALENT[declared]).from_pretrained(folder, local_files_only=True)
             else:
                 # A neutral configuration, because the checkpoint's own would ask whether to run the checkpoint's code.
@@ -222,4 +269,5 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None
-    return Tokenizer(directory, tokenizer, config, generation)
+    with understood(directory, "mend its tokenizer_config.json and config.json, or download them again"):
+        return Tokenizer(directory, tokenizer, config, generation)

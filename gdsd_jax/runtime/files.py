@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -15,6 +16,9 @@ from typing import Any
 
 from gdsd_jax.runtime.errors import UserError
 
+_MISUNDERSTOOD = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error
+)  # fmt: skip
 MOST_BYTES = 1 << 30  # of a file that is read whole
 
 
@@ -53,7 +57,7 @@ def understood(path: object, advice: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {advice}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except _MISUNDERSTOOD as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be used ({type(error).__name__}: {reason}): {advice}") from None
 

@@ -51,6 +51,7 @@ def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) ->
     mesh = make_mesh(config.mesh, dimensions=dimensions(hub.read_config(config.checkpoint), rows or {}))
     jax.set_mesh(mesh)
     model, base = hub.load_checkpoint(config.checkpoint, mesh=mesh)
+    tokenizer.special_in_text, tokenizer.embedded = config.special_tokens_in_text, model.vocab_size
     if config.eos_token_id is not None:
         tokenizer.eos_token_id, tokenizer.end_token_ids = config.eos_token_id, ()
     return Setup(with_compute(with_tokens(model, tokenizer), config.model), base, tokenizer, task)

@@ -1,6 +1,7 @@
 """Chat template, prompts in length buckets, decoding up to EOS, and tokenizers that lack what diffusion needs."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -199,3 +200,54 @@ def test_tokenizer_class_that_only_the_checkpoint_knows(copy):
         "a", "b", "Ġ", "Ċ", "1", "<|im_end|>",
     ]  # fmt: skip
     assert tokenizer.decode([ids]) == ["ab \n1"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What users and checkpoints must not do
+
+
+def test_special_tokens_in_the_text_of_a_user_are_text(copy):
+    tokenizer = hub.load_tokenizer(copy)
+    honest = [{"role": "user", "content": "a + b"}]
+    mask = tokenizer._tokenizer.convert_ids_to_tokens(tokenizer.mask_token_id)
+    eos = tokenizer._tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)
+    for forged in (f"a{mask}b", f"{eos}x", f"{mask[:-1]}{mask}{eos}", mask * 3, f"a{chr(0xFDD0)}{mask}"):
+        ids = tokenizer.encode([tokenizer.render([{"role": "user", "content": forged}])])[0]
+        plain = tokenizer.encode([tokenizer.render(honest)])[0]
+        special = set(tokenizer._tokenizer.all_special_ids)
+        assert [i for i in ids if i in special] == [i for i in plain if i in special]
+        assert not special & set(tokenizer.encode_text([forged])[0])
+    assert tokenizer.mask_token_id in tokenizer.encode([mask])[0]
+    tokenizer.special_in_text = True
+    text = tokenizer.render([{"role": "user", "content": f"a{mask}b"}])
+    assert tokenizer.mask_token_id in tokenizer.encode([text])[0]
+    assert tokenizer.mask_token_id in tokenizer.encode_text([mask])[0]
+
+
+def test_templates_that_loop_or_grow_are_ended(copy, monkeypatch):
+    monkeypatch.setattr("gdsd_jax.hub.templates._SECONDS", 1.0)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    double = "{% set n = namespace(x='xx') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+    for template, said in ((loop, "takes more than 1 s"), (double, "memory|MemoryError|characters|more than 1 s")):
+        (copy / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=said):
+            hub.load_tokenizer(copy).render([{"role": "user", "content": "a"}])
+
+
+def test_an_id_beyond_the_embedding_is_refused(copy):
+    tokenizer = hub.load_tokenizer(copy)
+    tokenizer.embedded = 3
+    with pytest.raises(UserError, match="the embedding has 3 rows"):
+        tokenizer.prompts(["a + b"], buckets=(64,), overlong="error")
+
+
+def test_pipes_devices_and_links_out_of_the_directory_are_refused(copy):
+    (copy / "vocab.json").unlink(missing_ok=True)
+    os.mkfifo(copy / "vocab.json")
+    with pytest.raises(UserError, match=r"vocab\.json is no regular file"):
+        hub.load_tokenizer(copy)
+    (copy / "vocab.json").unlink()
+    (copy / "merges.txt").unlink(missing_ok=True)
+    (copy / "merges.txt").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=r"merges\.txt is a link out of its directory"):
+        hub.load_tokenizer(copy)

@@ -1,0 +1,70 @@
+"""The process in which chat templates are rendered: a program of its own, started by `gdsd_jax.hub.templates`.
+
+Templates come with checkpoints, and may loop or grow without end. One request a line, as JSON: first the template, then
+for each rendering its variables; one answer a line, `{"text": ...}` or `{"error": ...}`.
+"""
+
+import json
+import resource
+import sys
+from datetime import datetime
+
+BYTES, SECONDS, LONGEST = 1 << 30, 3600, 4 << 20
+
+
+def main() -> None:
+    """Answers requests until there are no more."""
+    sys.path[:] = json.loads(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}`, which marks what the assistant wrote, and changes no text."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+        def _body(self, caller):
+            return caller()
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    # As transformers renders: its filters, functions and white space.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
+        json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+    template = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if template is None:
+                template = environment.from_string(request)
+                answer = {"text": ""}
+            else:
+                answer = {"text": template.render(**request)}
+                if len(answer["text"]) > LONGEST:
+                    answer = {"error": f"it makes {len(answer['text'])} characters of one prompt"}
+        except jinja2.TemplateError as error:
+            answer = {"error": str(error)[:300]}
+        except Exception as error:  # a template can raise anything
+            answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
