@@ -13,6 +13,7 @@ are as they were; after each item it empties /tmp. It ends, and all with it, whe
 Process 1 itself reads neither tests nor programs, so that no later program finds them in its memory.
 """
 
+import gc
 import json
 import os
 import resource
@@ -29,9 +30,7 @@ from gdsd_jax.tasks.sandbox.guest.wire import exactly
 
 _ALONE = os.getpid() == 1  # every other process that is seen from here belongs to the sandbox
 _POLL_SECONDS = 0.02
-_SOCKET_BYTES = (
-    212992  # what the kernel lets a socket have on its way, where its size is not set (net.core.wmem_default)
-)
+_SOCKET_BYTES = 212992  # what a socket may have on its way where nobody sets its size (net.core.wmem_default)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,6 +41,8 @@ def main(settings):
     """Builds the rest of the sandbox, then judges items until standard input ends."""
     enter(settings)
     limits = _own_limits()
+    gc.collect()
+    gc.freeze()  # what is here already is no garbage: collections in forked processes would copy all of it
     while True:
         try:
             header = json.loads(_frame(0))
