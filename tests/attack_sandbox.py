@@ -1,4 +1,4 @@
-"""Every attack and cheat on a sandbox, each followed by an honest program in the same one.
+"""Runs every attack and cheat on a sandbox, each followed by an honest program in the same one.
 
     python tests/attack_sandbox.py --backend bwrap|unshare [--as-user]
 

@@ -11,14 +11,14 @@ _TRUE = "lambda self, *others: True"
 
 
 def _class(methods: str, base: str = "object", made: str = "A()") -> str:
-    """A program whose `f` returns an object of a class with these methods (`name=expression; ...`)."""
+    """Returns a program whose `f` returns an object of a class with these methods (`name=expression; ...`)."""
     lines = "".join(f"    {line.strip()}\n" for line in methods.split(";"))
     turn = "calls = 0\ndef turn(*others):\n    global calls\n    calls += 1\n    return calls\n"
     return f"{turn}class A({base}):\n{lines}def f(x):\n    return {made}\n"
 
 
 def _frames(*frames: bytes) -> str:
-    """A program that writes these frames to every descriptor, as answers to what it was not yet asked."""
+    """Returns a program that writes these frames to every descriptor, as answers to what it was not yet asked."""
     data = b"".join(struct.pack("!I", len(frame)) + frame for frame in frames)
     return (
         f"import os\nfor n in range(3, 64):\n    try:\n        os.write(n, {data!r})\n"
@@ -31,7 +31,7 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: bytes) -> bytes:
-    """The frame of an answer: ("value", value, ())."""
+    """Returns the frame of an answer: ("value", value, ())."""
     return _THREE + _text("value") + value + b"t*" + struct.pack("!I", 0)
 
 

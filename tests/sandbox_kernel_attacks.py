@@ -1,4 +1,4 @@
-"""Programs that go against process 1, the kernel or memory that nobody counts, in the form of `sandbox_attacks`."""
+"""Lists programs that go against process 1, the kernel or uncounted memory, in the form of `sandbox_attacks`."""
 
 import os
 
@@ -34,13 +34,13 @@ def write(path, text):
 
 
 def _one(body: str, test: str = "assert f()", wanted: tuple = (PASSED,)) -> tuple[str, str, tuple]:
-    """An attack whose `f` has this body."""
+    """Returns an attack whose `f` has this body."""
     lines = "".join(f"    {line}\n" for line in body.strip().splitlines())
     return f"{_REFUSED}\ndef f():\n{lines}", test, wanted
 
 
 def _calls(*calls: str) -> tuple[str, str, tuple]:
-    """Calls of the kernel by name, with their arguments; each must be refused."""
+    """Returns an attack of kernel calls, by name with their arguments; each must be refused."""
     written = [f"refused(call, {NUMBERS[name]}{', ' if rest else ''}{rest})" for name, _, rest in
                (each.partition(" ") for each in calls) if NUMBERS[name] is not None]  # fmt: skip
     return _one(f"return all([{', '.join(written)}])")

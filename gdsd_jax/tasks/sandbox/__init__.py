@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 def judge(
     programs: Sequence[Program], *, limits: Limits = _LIMITS, backend: str | None = None, processes: int | None = None
 ) -> list[list[Verdict]]:
-    """A verdict for each test of each program, in order.
+    """Returns a verdict for each test of each program, in order.
 
     Args:
       backend: "bwrap" or "unshare"; "none" runs the programs without a sandbox, under resource limits alone; None:
@@ -65,7 +65,7 @@ def judge(
 
 @functools.cache
 def find() -> str:
-    """The first back end that is installed and proves every limit on this machine; UserError where there is none."""
+    """Returns the first back end that proves every limit on this machine; raises UserError where there is none."""
     failures = []
     for backend in BACKENDS:
         failure = check(backend)
@@ -80,7 +80,7 @@ def find() -> str:
 
 
 def check(backend: str) -> str | None:
-    """Why this back end cannot be used here: not installed, did not start, or which limit did not hold. None: it can.
+    """Returns why this back end cannot be used here (absent, did not start, a limit does not hold); None where it can.
 
     Every limit is tried by a program that goes against it.
     """

@@ -1,4 +1,4 @@
-"""The command lines that start process 1 of a sandbox under each back end."""
+"""Builds the command lines that start process 1 of a sandbox under each back end."""
 
 import functools
 import json
@@ -38,12 +38,12 @@ module.main(json.loads(settings))
 
 
 def executables(backend: str) -> list[str]:
-    """Executables that a back end needs."""
+    """Returns the executables that a back end needs."""
     return [backend]
 
 
 def command(backend: str, settings: Mapping) -> list[str]:
-    """The command line that starts `sandbox.guest.main` under a back end."""
+    """Returns the command line that starts `sandbox.guest.main` under a back end."""
     name = Path(sys.executable).resolve().relative_to(Path(sys.base_prefix).resolve())
     base = prefix() if backend != UNSAFE else sys.base_prefix
     sources = [
@@ -74,13 +74,13 @@ def command(backend: str, settings: Mapping) -> list[str]:
 
 
 def prefix() -> str:
-    """Where the interpreter is, seen from a sandbox."""
+    """Returns the directory of the interpreter as a sandbox sees it."""
     return _MOUNTED if os.geteuid() == 0 else sys.base_prefix
 
 
 @functools.cache
 def read_only() -> list[tuple[str, str | None]]:
-    """(path, target of the link that it is, or None) of what a sandbox shows of this machine."""
+    """Returns (path, target where it is a link, else None) of everything that a sandbox shows of this machine."""
     found = [(path, os.readlink(path) if os.path.islink(path) else None) for path in _SYSTEM if os.path.lexists(path)]
     if not prefix().startswith("/usr"):
         found.append((prefix(), None))

@@ -1,4 +1,4 @@
-"""The side of a sandbox that lies outside of it, in a worker process: starts it, feeds it, ends it."""
+"""Starts sandboxes, hands them programs and ends them; runs in a worker process outside of them."""
 
 import contextlib
 import json
@@ -18,25 +18,22 @@ from gdsd_jax.tasks.sandbox.programs import Limits, Program, Verdict
 
 _START_SECONDS = 120.0
 _CANARY_SECONDS = 20.0
-_CANARY = Program(
-    """
+_CANARY = """
 import os
-def f(x):
+def f(x, forks):
     path = f"canary-{os.getpid()}"
     with open(path, "wb") as file:
         file.write(bytes(4096))
     os.remove(path)
-    process = os.fork()
-    if process == 0:
+    if forks and os.fork() == 0:
         os._exit(0)
-    return x + 1 + os.waitpid(process, 0)[1]
-""",
-    ("assert f(1) == 2",),
-)
+    return x + 1 + (os.wait()[1] if forks else 0)
+"""
+_ALWAYS = 4  # processes at most, of which the limit knows: process 1, tester, program and one more
 
 
 class _Sandbox:
-    """This side of one sandbox, which serves many programs one after the other."""
+    """Holds the outer end of one sandbox, which serves many programs one after the other."""
 
     def __init__(self, backend: str, limits: Limits):
         self.backend, self.limits, self.served = backend, limits, 0
@@ -68,12 +65,13 @@ class _Sandbox:
 
     def check(self) -> None:
         """Raises RuntimeError, after it ended, where an honest program does not pass."""
-        verdicts = self.verdicts(_CANARY, max(self.limits.seconds, _CANARY_SECONDS))
+        canary = Program(_CANARY, (f"assert f(1, {self.limits.processes > _ALWAYS}) == 2",))
+        verdicts = self.verdicts(canary, max(self.limits.seconds, _CANARY_SECONDS))
         if verdicts != [Verdict.PASSED]:
             raise RuntimeError(f"an honest program is judged {verdicts}: {self.end()[-300:]}")
 
     def end(self) -> str:
-        """Ends it; what it wrote to standard error."""
+        """Ends it and returns its standard error."""
         with contextlib.suppress(ProcessLookupError):  # nothing is left of it
             os.killpg(self.process.pid, signal.SIGKILL)
         self.connection.close()
@@ -89,10 +87,11 @@ def run(backend: str, program: Program, limits: Limits) -> Mapping[str, float]:
     A program that was ended, or took the sandbox with it, may have suffered from an earlier one: then an honest program
     is judged too, and where that does not pass, both sandbox and verdicts are made anew.
     """
-    verdicts = [Verdict.CRASHED] * len(program.tests)
+    verdicts = []
     for _ in range(2):
         sandbox = _current(backend, limits)
         alone = sandbox.served == 1  # but for the honest program at its start
+        verdicts = [Verdict.CRASHED] * len(program.tests)
         try:
             verdicts = sandbox.verdicts(program, limits.seconds)
             if max(verdicts, default=0) > Verdict.FAILED:
@@ -119,7 +118,7 @@ def _current(backend: str, limits: Limits) -> _Sandbox:
 
 
 def _settings(backend: str, limits: Limits) -> dict:
-    """What `sandbox.guest` is told."""
+    """Returns the settings that `sandbox.guest.main` gets."""
     mega = 2**20
     rlimits = {
         "RLIMIT_AS": limits.megabytes * mega,

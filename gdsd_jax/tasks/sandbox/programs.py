@@ -1,4 +1,4 @@
-"""A program with its tests, what it may take, and what can become of a test."""
+"""Defines a program with its tests, the limits of a test and the verdicts on one."""
 
 import dataclasses
 import enum
@@ -8,7 +8,7 @@ from gdsd_jax.tasks.sandbox.guest import tester
 
 
 class Verdict(enum.IntEnum):
-    """What became of one test."""
+    """Names the ways in which one test can end."""
 
     PASSED = tester.PASSED
     FAILED = tester.FAILED
@@ -19,7 +19,7 @@ class Verdict(enum.IntEnum):
 
 
 class Program(NamedTuple):
-    """One program and its tests.
+    """Holds one program and its tests.
 
     source: Python; executed afresh before each test, whose names are the program's, the tests' and the builtins.
     tests: Python statements; one that runs to its end has passed.
@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one test may take.
+    """Limits the resources of one test.
 
     Attributes:
       seconds: wall clock of program and test together.

@@ -1,1 +1,1 @@
-"""The modules that run inside a sandbox, handed over as text: standard library only, and no other module of ours."""
+"""Holds the modules that run inside a sandbox. They get there as text and import the standard library only."""

@@ -1,4 +1,4 @@
-"""What a process inside a sandbox sees and can do: mounts, namespaces, keys, users. Standard library only."""
+"""Restricts what processes inside a sandbox see and can do: mounts, namespaces, keys, users. Standard library only."""
 
 import ctypes
 import os
@@ -82,7 +82,7 @@ def give_up_privileges(user, seen):
 
 
 def _build_root(read_only):
-    """A root of read-only system directories, three devices and /proc, in place of the one that this process has."""
+    """Replaces the root by one of read-only system directories, three devices and /proc."""
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     for source, link in read_only:

@@ -1,4 +1,4 @@
-"""What runs inside a sandbox: process 1, and for each test a tester and the program. Standard library only.
+"""Runs inside a sandbox as process 1, and for each test a tester and the program. Standard library only.
 
 `gdsd_jax.tasks.sandbox` starts this module as process 1 of fresh namespaces and talks to it over standard input and
 output, in frames (4 bytes of length, then that many bytes). An item is a header (JSON) and for each of its tests the
@@ -128,7 +128,7 @@ def _program(write_ready, settings, connection):
 
 
 def _text(write_ready, settings, kind, *keep):
-    """What a forked process reads: then it says so, is left with these descriptors alone, and without privileges."""
+    """Returns the text for a forked process, which then keeps these descriptors alone and no privileges."""
     text = _frame(0).decode("utf-8", "surrogatepass")
     os.write(write_ready, b"r")
     _silence(keep)
@@ -156,7 +156,7 @@ def _kill(*processes):
 
 
 def _used_bytes():
-    """Memory of all processes here, and what the unix sockets that they hold open may have waiting at most."""
+    """Returns the memory of all processes here, with the most that their unix sockets may have waiting."""
     pages = 0
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -171,7 +171,7 @@ def _used_bytes():
 
 
 def _silence(keep):
-    """Standard streams to nowhere, every other descriptor closed but these."""
+    """Points the standard streams to nowhere and closes every other descriptor but these."""
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)

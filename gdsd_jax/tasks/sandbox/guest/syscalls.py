@@ -1,4 +1,4 @@
-"""The kernel's calls that nobody in a sandbox makes: a seccomp filter, assembled here. Standard library only.
+"""Assembles the seccomp filter that refuses system calls inside a sandbox. Standard library only.
 
 Process 1 puts itself under it, once, and so all that it starts: to do so in each costs more than a short test. It keeps
 mount and umount2, which it needs for /tmp and which nobody else has the capability for.

@@ -1,4 +1,4 @@
-"""The tester's side: runs a test, whose names may be objects of a program in another process. Standard library only.
+"""Runs a test whose names may be objects of a program in another process. Standard library only.
 
 What the program returns arrives as plain data (`guest.wire`), copied once, and is compared by this interpreter with its
 own types. Any other object stays with the program, and the test holds a `Remote`: it can be called, asked for its
@@ -28,11 +28,11 @@ _VIEWS = {"keys", "items", "values"}
 
 
 class Gone(BaseException):
-    """The program does not answer any more, or not in the protocol. No test can catch it by accident."""
+    """Ends a test whose program answers no more, or outside the protocol. No test can catch it by accident."""
 
 
 class ProgramError(Exception):
-    """An exception that is no builtin one, raised by the program."""
+    """Stands in the test for an exception of the program that is no builtin one."""
 
 
 def run_test(test, shadowed, connection):
@@ -53,7 +53,7 @@ def run_test(test, shadowed, connection):
 
 
 class _Names(dict):
-    """The builtins of a test. A name that neither test nor builtins have is the program's.
+    """Serves as the builtins of a test. A name that neither test nor builtins have is the program's.
 
     A module of the standard library that the test uses without importing it is never the program's.
     """
@@ -135,7 +135,7 @@ def _update(old, new):
 
 
 def _outward(value):
-    """How an object that is not plain data goes to the program; TypeError where it cannot."""
+    """Returns what goes to the program for an object that is not plain data; raises TypeError where nothing can."""
     if type(value) is Remote:
         return _handle(value)
     if isinstance(value, _ITERATORS):
@@ -157,7 +157,7 @@ def _outward(value):
 
 
 class Remote:
-    """An object of the program."""
+    """Represents an object of the program in a test."""
 
     __slots__ = ("_ask", "_handle", "_value")
 
@@ -242,7 +242,7 @@ def _counted(remote):
 
 
 def _same(left, right):
-    """Whether two remote objects are one, or of one class that compares by value with equal fields."""
+    """Returns True for one and the same object, and for two of one class that compares by value with equal fields."""
     if _handle(left) == _handle(right):
         return True
     ours, theirs = (_asker(left).of("fields", each) for each in (left, right))

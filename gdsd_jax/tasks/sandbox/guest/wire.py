@@ -1,4 +1,4 @@
-"""Plain data as bytes, and frames on a socket. Standard library only.
+"""Writes plain data as bytes, reads it back, and moves frames over a socket. Standard library only.
 
 A value is one tag and what belongs to it, read by the functions below and nothing else: the constructors of `_BUILT`
 are the only things called, and only with parts of the types that stand beside them. So the worst that the bytes of a
@@ -61,7 +61,7 @@ MUTABLE.add(collections.deque)
 
 
 class Malformed(ValueError):
-    """Bytes that are no value."""
+    """Reports bytes that are no value."""
 
 
 def dump(value, other):
