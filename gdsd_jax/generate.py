@@ -96,7 +96,7 @@ def prompt_messages(task: Task, prompt: str) -> list[dict]:
 
 def frames(policy: Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -> list[tuple[int, Text]]:
     """`(steps taken, text)` before the first step and after each that wrote something in this row."""
-    single = Rollout(*(np.asarray(value)[row : row + 1] for value in rollout))
+    single = Rollout(*(None if value is None else np.asarray(value)[row : row + 1] for value in rollout))
     length = single.commit_step.shape[1]
     steps = [-1, *np.unique(single.commit_step[single.commit_step < sampler.step_limit]).tolist()]
     pictures = []
