@@ -77,7 +77,8 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     state, places, optimizer, schedule = fresh_state(config, setup)
     update = make_inner_update(
         model, method, optimizer, schedule,
-        microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk, shardings=places,
+        microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
+        inner_updates=config.inner_updates, shardings=places,
     )  # fmt: skip
     rollout_key = jax.jit(lambda state: stream_key(state.key, Stream.ROLLOUT, state.iteration))
     finish = jax.jit(lambda state: state.replace(iteration=state.iteration + 1), out_shardings=places)

@@ -55,6 +55,15 @@ def advantages(batch: Batch, own: Callable[[Array, int], Array]) -> Float[Array,
     return batch.advantages if batch.advantages is not None else own(batch.rewards, batch.group_size)
 
 
+def by_component(batch: Batch, own: Callable[[Array, int], Array]) -> Float[Array, " B"]:
+    """Returns the weighted sum of the advantages that `own(rewards, group_size)` finds in each reward component alone.
+
+    A component with a large spread does not drown the others once `own` normalises (GDPO, arXiv 2601.05242).
+    """
+    parts = [own(batch.components[:, index], batch.group_size) for index in range(batch.components.shape[1])]
+    return sum(weight * part for (_, weight), part in zip(batch.component_weights, parts, strict=True))
+
+
 def leave_one_out(rewards: Float[Array, " B"], group_size: int, *, scale: bool = False) -> Float[Array, " B"]:
     """`A_i = r_i - mean of the other G - 1 rewards of its group`, over `std + 1e-4` (sample std) with `scale`."""
     require(group_size > 1, f"group_size {group_size} leaves a leave-one-out advantage nothing to compare with")

@@ -37,7 +37,11 @@ class Batch:
         or None.
       entropy: `[B, L]` float32, the entropy of the distribution of which `confidence` is a probability, or None.
       step_rewards: `[B, S]` float32, rewards of partial completions, where a method uses them, or None.
+      components: `[B, C]` float32, the rewards of the task's components (0 where one failed), or None.
+      token_rewards: `[B, L]` float32, what the task's `token_score` gives each token, 0 behind the EOS, or None.
+      iteration, inner_update: int32 scalars, counted from 0, or None outside of training.
       group_size: static, G.
+      component_weights: static, `(name, weight)` of each component: `rewards` is their weighted sum.
       eos_token_id: static, the token that ends a completion, or None where a batch does not say.
       sampler: static, the settings that the completions were sampled with, or None.
     """
@@ -52,6 +56,11 @@ class Batch:
     log_prob: Any = None
     entropy: Any = None
     step_rewards: Any = None
+    components: Any = None
+    token_rewards: Any = None
+    iteration: Any = None
+    inner_update: Any = None
+    component_weights: tuple[tuple[str, float], ...] = flax.struct.field(pytree_node=False, default=())
     group_size: int = flax.struct.field(pytree_node=False, default=1)
     eos_token_id: int | None = flax.struct.field(pytree_node=False, default=None)
     sampler: SamplerConfig | None = flax.struct.field(pytree_node=False, default=None)
@@ -84,6 +93,7 @@ class Method(NamedTuple):
 
     reads: per-token quantities asked of the scorer, see `gdsd_jax.diffusion.scoring.read_tokens`.
     masks: `(key, batch) -> masked [M, B, T]`, drawn once per inner update and used by old, reference and new alike.
+      `batch.iteration` and `batch.inner_update` say where the run stands, here and in `prepare`.
     views: `(masked, batch) -> Views`, adds what follows from the masks: coupled views and weights.
     score: `({read: [R, B, L]}, views) -> Scores`.
     prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first. With
@@ -131,6 +141,8 @@ def check(
     completion_length: int,
     group_size: int,
     sampler: SamplerConfig | None = None,
+    component_weights: tuple[tuple[str, float], ...] = (("reward", 1.0),),
+    token_rewards: bool = False,
 ) -> None:
     """Traces masks, views, score, prepare and objective on a batch of two groups, without computing anything.
 
@@ -139,6 +151,8 @@ def check(
       name: how the user calls it; the messages name it.
       prompt_length, completion_length, group_size: P, L and G of the run.
       sampler: of the rollouts; None: one token a step, without blocks.
+      component_weights: of the run's task.
+      token_rewards: the run's task gives them.
 
     Raises:
       UserError: a function that does not take its arguments, or returns another shape than the contract says.
@@ -184,6 +198,11 @@ def check(
         confidence=_array(completion),
         log_prob=_array(completion) if method.records else None,
         entropy=_array(completion) if method.records else None,
+        components=_array((rows, len(component_weights))),
+        token_rewards=_array(completion) if token_rewards else None,
+        iteration=_array((), jnp.int32),
+        inner_update=_array((), jnp.int32),
+        component_weights=component_weights,
         group_size=group_size,
         sampler=sampler or one_by_one(completion_length),
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,8 @@ class Task:
         the top of a module that can be imported without JAX, and a row must pickle.
       graders: further graders by name; `configure(task, grader=name)` puts one in the place of `score` and `measure`.
       grader: the name of the grader in use.
+      token_score: `(texts of the tokens through the EOS, row) -> a reward for each of them`, for methods that read
+        `batch.token_rewards`; None: the task has no rewards of tokens.
       held_out: whether a row of the training set belongs to its validation share; None where a training set is not
         divided. It looks at the row alone, so that no order, count or seed moves a row from one to the other.
     """
@@ -88,6 +90,7 @@ class Task:
     graders: Mapping[str, Grader] = dataclasses.field(default_factory=dict)
     grader: str = ROBUST
     held_out: Callable[[Row], bool] | None = None
+    token_score: Callable[[list[str], Row], Sequence[float]] | None = None
 
     def __post_init__(self):
         own = Grader(self.score, self.measure, self.limits)

@@ -94,6 +94,9 @@ def roll_out(
     judge = lambda completions, rows: task.rewards(tokenizer.decode(completions), rows)  # noqa: E731
     with phase("reward"):
         components = hosts.share_out(judge, completions, rows, group_size=group_size)
+        of_tokens = None
+        if task.token_score is not None:
+            of_tokens = token_rewards(task, tokenizer, completions, seen, rows, group_size=group_size)
     require_finite(components, task)
     rewards = weighted_sum(components, task.weights)
     batch = Batch(
@@ -101,6 +104,9 @@ def roll_out(
         prompt_mask=mask,
         completion_mask=put(seen),
         rewards=put(rewards),
+        components=put(np.nan_to_num(np.stack([components[name] for name in task.weights], axis=1))),
+        token_rewards=None if of_tokens is None else put(of_tokens),
+        component_weights=tuple(task.weights.items()),
         commit_step=rollout.commit_step,
         confidence=rollout.confidence,
         log_prob=rollout.log_prob,
@@ -122,6 +128,34 @@ def require_finite(components: Mapping[str, np.ndarray], task: Task) -> None:
                 f"the reward {name} of the task {task.name} is {values[infinite][0]} for {infinite.sum()} of "
                 f"{len(values)} completions, and must be finite: change the task's score"
             )
+
+
+def token_rewards(
+    task: Task, tokenizer: Tokenizer, completions: np.ndarray, seen: np.ndarray, rows: list[dict], *, group_size: int
+) -> np.ndarray:
+    """Returns what the task's `token_score` gives each token, `[B, L]` float32: 0 behind the EOS.
+
+    Raises:
+      UserError: it gives another number of rewards than there are tokens, or one that is not finite.
+    """
+    length = completions.shape[1]
+
+    def judge(pairs: np.ndarray, rows: list[dict]) -> dict[str, np.ndarray]:
+        table = np.zeros((len(rows), length), np.float32)
+        for index, row in enumerate(rows):
+            ids = pairs[index, 0, : int(pairs[index, 1].sum())]
+            values = np.asarray(task.token_score([tokenizer.decode_one([token]) for token in ids], row), np.float32)
+            if values.shape != ids.shape or not np.isfinite(values).all():
+                raise UserError(
+                    f"token_score of task {task.name} must give a finite reward to each of {len(ids)} tokens: "
+                    f"it gave {values.size} values, {np.isfinite(values).sum()} of them finite"
+                )
+            table[index, : len(ids)] = values
+        return {str(place): table[:, place] for place in range(length)}
+
+    pairs = np.stack([completions, seen.astype(completions.dtype)], axis=1)
+    found = hosts.share_out(judge, pairs, rows, group_size=group_size)
+    return np.stack([found[str(place)] for place in range(length)], axis=1)
 
 
 def reward_metrics(rewarded: Rewarded) -> dict[str, float]:

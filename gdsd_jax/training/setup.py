@@ -113,10 +113,11 @@ def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension
 
 def checked_method(config: TrainConfig) -> Method:
     """Builds the run's method and checks it against the contract, before anything is loaded."""
-    method = build(config.method, **config.method_settings)
+    method, task = build(config.method, **config.method_settings), resolve_task(config)
     check(
         method, name=config.method, prompt_length=max(config.prompt_buckets),
         completion_length=config.sampler.completion_length, group_size=config.group_size, sampler=config.sampler,
+        component_weights=tuple(task.weights.items()), token_rewards=task.token_score is not None,
     )  # fmt: skip
     return method
 

@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
 
     microbatch_rows: rows per micro-batch.
     vocab_chunk: vocabulary entries whose logits exist at one time.
+    inner_updates: updates per rollout, which number them.
     """
 
     config: DenoiserConfig
@@ -36,6 +37,7 @@ class Recipe(NamedTuple):
     schedule: optax.Schedule
     microbatch_rows: int
     vocab_chunk: int
+    inner_updates: int = 1
 
 
 def make_inner_update(
@@ -46,6 +48,7 @@ def make_inner_update(
     *,
     microbatch_rows: int,
     vocab_chunk: int,
+    inner_updates: int = 1,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Any, Batch], tuple[TrainState, dict]]:
     """Compiles `update(state, base, old_params, batch, by_component=False) -> (state, metrics)`; see `inner_update`.
@@ -55,7 +58,7 @@ def make_inner_update(
     Args:
       shardings: the placement of the state, as `state_shardings` gives it; None leaves it to the compiler.
     """
-    recipe = Recipe(config, method, optimizer, schedule, microbatch_rows, vocab_chunk)
+    recipe = Recipe(config, method, optimizer, schedule, microbatch_rows, vocab_chunk, inner_updates)
 
     def update(
         state: TrainState, base: Any, old_params: Any, batch: Batch, by_component: bool = False
@@ -77,6 +80,7 @@ def inner_update(
       by_component: adds `grad/NAME`, the gradient norm of each component of the loss. Each component beyond the first
         costs a backward pass and memory for one more gradient.
     """
+    batch = batch.replace(iteration=state.iteration, inner_update=state.updates % recipe.inner_updates)
     with jax.named_scope("views"):
         pieces = draw_pieces(recipe, stream_key(state.key, Stream.MASKS, state.updates), batch)
     with jax.named_scope("old_and_reference"):
@@ -105,7 +109,8 @@ def inner_update(
 def draw_pieces(recipe: Recipe, key: jax.Array, batch: Batch) -> tuple[Batch, Views]:
     """Draws the masked views of a batch and returns both in micro-batches."""
     views = recipe.method.views(recipe.method.masks(key, batch), batch)
-    return micro_batches(batch, recipe.microbatch_rows), micro_batches(views, recipe.microbatch_rows, axis=1)
+    rows = batch.replace(iteration=None, inner_update=None)
+    return micro_batches(rows, recipe.microbatch_rows), micro_batches(views, recipe.microbatch_rows, axis=1)
 
 
 def score(
