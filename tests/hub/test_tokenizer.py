@@ -214,7 +214,7 @@ def test_special_tokens_in_the_text_of_a_user_are_text(copy):
     for forged in (f"a{mask}b", f"{eos}x", f"{mask[:-1]}{mask}{eos}", mask * 3, f"a{chr(0xFDD0)}{mask}"):
         ids = tokenizer.encode([tokenizer.render([{"role": "user", "content": forged}])])[0]
         plain = tokenizer.encode([tokenizer.render(honest)])[0]
-        special = set(tokenizer._tokenizer.all_special_ids)
+        special = set(tokenizer._tokenizer.all_special_ids) - {tokenizer._tokenizer.unk_token_id}
         assert [i for i in ids if i in special] == [i for i in plain if i in special]
         assert not special & set(tokenizer.encode_text([forged])[0])
     assert tokenizer.mask_token_id in tokenizer.encode([mask])[0]
