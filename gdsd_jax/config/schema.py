@@ -166,6 +166,8 @@ class TrainConfig:
       prompt_buckets: lengths that prompts are left-padded to.
       special_tokens_in_text: whether special tokens that are written in the text of users, prompts and answers of a
         task, are read as such. Else they are text, as anything else is, and only chat templates have special tokens.
+      adapter_base: what becomes of an adapter that records another base than the checkpoint. "fingerprint": refused
+        where a fingerprint differs, a warning where a name does; "strict": refused; "any": a warning.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
       save_every: iterations between checkpoints; `keep` of them are kept.
       trackers: further places that metrics go to: "tensorboard", "wandb", or `package.module:NAME`, see
@@ -197,6 +199,7 @@ class TrainConfig:
     eos_token_id: int | None = None
     prompt_buckets: tuple[Count, ...] = (400,)
     special_tokens_in_text: bool = False
+    adapter_base: str = "fingerprint"
     overlong_prompts: str = "keep_last"
     save_every: Count = 100
     keep: Count = 2
@@ -220,6 +223,8 @@ class TrainConfig:
                 f"config.microbatch_rows {self.microbatch_rows} does not divide the {rows} rows of an iteration "
                 f"(prompts_per_iteration {self.prompts_per_iteration} x group_size {self.group_size})"
             )
+        if self.adapter_base not in ("fingerprint", "strict", "any"):
+            raise UserError(f"config.adapter_base {self.adapter_base!r} is not one of fingerprint, strict, any")
         if self.overlong_prompts not in ("error", "keep_last"):
             raise UserError(f"config.overlong_prompts {self.overlong_prompts!r} is neither 'error' nor 'keep_last'")
 

@@ -14,7 +14,7 @@ import numpy as np
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.evaluation import reports
 from gdsd_jax.evaluation.statistics import interval
-from gdsd_jax.runtime.files import replacing
+from gdsd_jax.runtime.files import read_object, replacing, understood
 from gdsd_jax.telemetry.metrics import read_metrics
 from gdsd_jax.telemetry.plots import COLOURS
 
@@ -50,10 +50,13 @@ def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[s
     path = directory / reports.SUMMARY
     if not path.is_file():
         return None
-    summary = json.loads(path.read_text())
-    result = summary["results"][0]
-    fits = result["steps"] == greedy_sampler(config).steps and all(summary[k] == v for k, v in expected.items())
-    return result["metrics"] if fits else None
+    summary = read_object(path, "remove it")
+    with understood(path, "remove it"):
+        result = summary["results"][0]
+        fits = result["steps"] == greedy_sampler(config).steps and all(summary[k] == v for k, v in expected.items())
+        if not all(np.isfinite([value["mean"], value["error"]]).all() for value in result["metrics"].values()):
+            raise ValueError("a metric is no number")
+        return result["metrics"] if fits else None
 
 
 def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from gdsd_jax.config import TrainConfig, to_dict
 from gdsd_jax.config.flags import Option
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_lora
 from gdsd_jax.hub.tokenizer import Tokenizer
+from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import place
 from gdsd_jax.tasks import Task
@@ -74,6 +75,7 @@ def load_policy(
     lora, iteration = None, None
     if adapter is not None:
         lora = hub.load_adapter(adapter, model)
+        _check_base(config, adapter)
         lora = place(lora, parameter_shardings(model, lora))
     elif record is not None:
         # Late: Orbax takes seconds to import, and only runs need it.
@@ -92,10 +94,21 @@ def load_policy(
     return Policy(model, base, lora, tokenizer, task, config.checkpoint, stored, iteration)
 
 
+def _check_base(config: TrainConfig, adapter: str) -> None:
+    """Warns of an adapter of another base, or refuses it, as `config.adapter_base` says."""
+    found = hub.another_base(adapter, config.checkpoint)
+    if found is None:
+        return
+    text, certain = found
+    if config.adapter_base == "strict" or (certain and config.adapter_base == "fingerprint"):
+        raise UserError(f"{text}: name its base as --checkpoint, or set config.adapter_base to any")
+    front.say(f"note: {text}")
+
+
 def _run_record(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     """The record of the run, which must have trained the same parameters as `config` describes."""
     record = read_record(workdir)
-    if record["config"]["lora"] != to_dict(config)["lora"]:
+    if record["config"].get("lora") != to_dict(config)["lora"]:
         raise UserError(f"{workdir} belongs to a run with another config.lora: give the --config that it started with")
     if record["base"] != hub.fingerprint(config.checkpoint):
         raise UserError(f"{workdir} was trained from another base than {config.checkpoint}: change config.checkpoint")

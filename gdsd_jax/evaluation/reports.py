@@ -12,7 +12,7 @@ import rich.table
 
 from gdsd_jax.evaluation.statistics import paired
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import replacing, write_text
+from gdsd_jax.runtime.files import read_object, read_objects, replacing, understood, write_text
 from gdsd_jax.telemetry.plots import COLOURS
 
 SUMMARY, TABLE, FIGURE, COMPLETIONS = (f"evaluation.{kind}" for kind in ("json", "md", "png", "jsonl"))
@@ -109,7 +109,13 @@ def compare(directory: Path, other: Path) -> str:
       UserError: one of the two is no finished evaluation, or they have no task and length in common, or other rows.
     """
     summaries = [_read(place) for place in (directory, other)]
-    values = [_values(place, summary) for place, summary in zip((directory, other), summaries, strict=True)]
+    values = []
+    for place, summary in zip((directory, other), summaries, strict=True):
+        with understood(place / SUMMARY, "evaluate anew"):
+            values.append(_values(place, summary))
+            describe(summary)
+            if not all(np.isfinite(value).all() for found in values[-1].values() for value in found.values()):
+                raise ValueError("a value is no number")
     shared = [key for key in values[0] if key in values[1]]
     if not shared:
         raise UserError(f"{directory} and {other} have no task and length in common")
@@ -148,12 +154,12 @@ def _read(directory: Path) -> dict[str, Any]:
     path = directory / SUMMARY
     if not path.is_file():
         raise UserError(f"{directory} holds no finished evaluation: run gdsd_jax.evaluate there first")
-    return json.loads(path.read_text())
+    return read_object(path, "evaluate anew")
 
 
 def _values(directory: Path, summary: dict[str, Any]) -> dict[tuple[str, int], dict[str, np.ndarray]]:
     """By task and length, each metric's mean over the samples of every item."""
-    records = [json.loads(line) for line in (directory / COMPLETIONS).read_text().splitlines()]
+    records = read_objects(directory / COMPLETIONS, "evaluate anew")
     found = {}
     for entry in summary["results"]:
         key = entry["task"], entry["completion_length"]

@@ -21,7 +21,7 @@ from gdsd_jax.evaluation.policy import Policy, load_policy
 from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import replacing
+from gdsd_jax.runtime.files import Lock, replacing, require_regular, understood
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch
 from gdsd_jax.tasks import resolve
@@ -72,7 +72,8 @@ def run(
     samplers = _samplers(config, lengths, steps, temperature)
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     parts = fitting(policy, plan(config, policy, samplers, tasks, split, count, samples))
-    batches = completions(config, policy, parts, output)
+    with hosts.first_only(Lock, output, "--output"):
+        batches = completions(config, policy, parts, output)
     results, records = [], []
     for part in parts:
         found, kept = result(part, batches[part.name], samples, pass_at)
@@ -187,6 +188,12 @@ def completions(config: TrainConfig, policy: Policy, parts: list[Part], output: 
     totals = {part.name: -(-len(part.prompts.rows) // rows[part.name]) for part in parts}
     path = output / UNFINISHED
     batches = resumed(path, identity(config, policy, parts, rows))
+    for part in parts:
+        count, size = len(part.prompts.rows), rows[part.name]
+        for index, batch in enumerate(batches.get(part.name, ())):
+            expected = min(size, count - index * size)
+            if len(batch.texts) != expected or (batch.kl is not None and len(batch.kl) != expected):
+                raise UserError(f"{path} has a batch of {len(batch.texts)} texts, not of {expected}: remove it")
     done = sum(map(len, batches.values()))
     label = " ".join(dict.fromkeys(part.task.name for part in parts))
     progress = hosts.first_only(Progress, sum(totals.values()), start=done, label=label)
@@ -234,8 +241,18 @@ def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
       UserError: they are of another evaluation.
     """
     wanted = json.loads(json.dumps(wanted))
+    require_regular(path)
     whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
-    lines = [json.loads(line) for line in whole]
+    advice = "remove it, or choose another --output"
+    with understood(path, advice):
+        lines = [json.loads(line) for line in whole]
+        for line in lines[1:]:
+            if not (isinstance(line["part"], str) and all(isinstance(text, str) for text in line["texts"])):
+                raise TypeError("a batch has other than texts")
+            if line["kl"] is not None and not np.isfinite(np.asarray(line["kl"], np.float64)).all():
+                raise ValueError("a distance is no number")
+        if lines and not isinstance(lines[0], dict):
+            raise TypeError("its first line says of which evaluation it is")
     if lines and lines[0] != wanted:
         other = next(name for name in (*wanted, *lines[0]) if lines[0].get(name) != wanted.get(name))
         raise UserError(

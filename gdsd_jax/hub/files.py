@@ -285,6 +285,15 @@ def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, St
     }
 
 
+def read_metadata(path: os.PathLike) -> dict[str, Any]:
+    """The texts in the header of a safetensors file that `read_header` accepts; empty where there are none."""
+    read_header(path)
+    path, reader = epath.Path(path), Reader()
+    length = int.from_bytes(reader.read(path, 0, 8), "little")
+    found = json.loads(reader.read(path, 8, length)).get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
 def weight_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str] | None]:
     """The safetensors files of a checkpoint, and the index's map from tensor to file name if it is sharded.
 

@@ -30,6 +30,7 @@ from gdsd_jax.hub.files import (
     checkpoint_tensors,
     read_header,
     read_json,
+    read_metadata,
     require_finite,
     weight_files,
 )
@@ -38,6 +39,8 @@ from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import understood
 
+# Key in the header of an exported adapter: the fingerprint of the base that it was trained on.
+BASE_FINGERPRINT = "base_fingerprint"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 # PEFT options under which an adapter is something else than W + (alpha / r) A B on whole layers.
@@ -246,3 +249,22 @@ def fingerprint(directory: str | os.PathLike) -> str:
             begin = start + max(0, size - start - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
             digest.update(reader.read(path, begin, min(_SAMPLE_BYTES, size - begin)))
     return digest.hexdigest()[:16]
+
+
+def another_base(adapter: str | os.PathLike, checkpoint: str | os.PathLike) -> tuple[str, bool] | None:
+    """Says where an adapter records another base than a checkpoint; None where it records the same, or none.
+
+    Returns:
+      What differs, in words, and whether that is certain: a fingerprint is, a name is not.
+    """
+    directory = checked_directory(adapter)
+    recorded = read_metadata(directory / "adapter_model.safetensors").get(BASE_FINGERPRINT)
+    if recorded is not None:
+        if recorded == fingerprint(checkpoint):
+            return None
+        return f"{adapter} was trained on a base with fingerprint {str(recorded)[:16]}, not on {checkpoint}", True
+    name = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    last = os.path.basename(str(name or "").rstrip("/"))
+    if not last or last in (os.path.basename(path(checkpoint)) for path in (os.path.abspath, os.path.realpath)):
+        return None
+    return f"{adapter} names {str(name)[:200]!r} as its base, not {checkpoint}", False

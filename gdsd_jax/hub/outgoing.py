@@ -120,9 +120,9 @@ def check_adapter(config: DenoiserConfig, lora: LoRA) -> None:
                 raise UserError(f"adapter weight {target}/{factor} has shape {found}: it is of another model")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Outgoing]) -> None:
-    """Streams tensors into a safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_safetensors(path: Path, tensors: Mapping[str, Outgoing], metadata: Mapping[str, str] | None = None) -> None:
+    """Streams tensors into a safetensors file; `metadata` are texts for its header."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, tensor in tensors.items():
         span = [position, position + tensor.size]

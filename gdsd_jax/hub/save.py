@@ -28,6 +28,7 @@ from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.hub import names, outgoing
 from gdsd_jax.hub.cards import adapter_card, model_card
 from gdsd_jax.hub.files import checked_directory, read_json, require_own_files
+from gdsd_jax.hub.load import BASE_FINGERPRINT, fingerprint
 from gdsd_jax.runtime.errors import UserError
 
 _SIDE_FILES = (
@@ -238,6 +239,8 @@ def export_adapter(
       UserError: the directory is not empty, the disk is too small, the adapter does not fit the configuration.
     """
     outgoing.check_adapter(config, lora)
+    there = source is not None and (Path(source) / "config.json").is_file()
+    metadata = {BASE_FINGERPRINT: fingerprint(source)} if there else {}
     tensors = {}
     for name, (target, factor, layer) in sorted(names.adapter_names(config, lora.targets).items()):
         array = lora.weights["layers"][target][factor]
@@ -263,7 +266,7 @@ def export_adapter(
                 "task_type": families.family_of(config).task_type,
             },
         )
-        outgoing.write_safetensors(partial / "adapter_model.safetensors", tensors)
+        outgoing.write_safetensors(partial / "adapter_model.safetensors", tensors, metadata)
         card = adapter_card(Path(directory).name, lora, source, training)
         (partial / "README.md").write_text(card, encoding="utf-8")
 

@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 
+from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.ranges import LARGEST_FLOAT, Range
 from gdsd_jax.tasks import prompting, workers
 from gdsd_jax.tasks.data import Row, draw
 from gdsd_jax.tasks.workers import Limits
@@ -20,6 +22,12 @@ SPLITS = ("train", "validation", "test")
 # The grader that every task has, and the one of the public trainers.
 ROBUST, PUBLIC = "robust", "public"
 SETTINGS = ("template", "system", "assistant_prefix", "answer_template", "examples", "shots", "weights")
+
+_TYPES = dict.fromkeys(SETTINGS, str) | {
+    "examples": tuple[Mapping[str, Any], ...],
+    "shots": int,
+    "weights": Mapping[str, Annotated[float, Range(-LARGEST_FLOAT, LARGEST_FLOAT)]],
+}
 
 Scores = dict[str, Float32[np.ndarray, "B"]]
 
@@ -245,6 +253,7 @@ def configure(task: Task, *, evaluation: bool = False, grader: str | None = None
     if unknown:
         raise UserError(f"unknown task setting {unknown[0]!r}; one of: {', '.join(SETTINGS)}")
     given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: ranges.convert(_TYPES[name], value, f"task.settings.{name}") for name, value in given.items()}
     weights = dict(given.pop("weights", {}))
     if "examples" in given:
         given["examples"] = tuple(map(dict, given["examples"]))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import replacing
+from gdsd_jax.runtime.files import replacing, require_regular
 from gdsd_jax.telemetry.trackers import find_tracker
 
 if TYPE_CHECKING:
@@ -43,14 +43,15 @@ def _plain(value: Any) -> Any:
 def _lines(path: Path) -> list[tuple[bytes, dict]]:
     """The complete lines of a JSONL file with their contents; a last line that a kill cut short is left out."""
     found = []
+    require_regular(path, most=1 << 40)
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             break
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
             raise UserError(f"{path}: line {number} is not a record with a step: repair the line or move the file away")
         found.append((line, entry))
     return found

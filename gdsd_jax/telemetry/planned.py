@@ -5,7 +5,7 @@ A plan is looked for in the workdir: `python -m gdsd_jax.plan ... --json WORKDIR
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import read_object, understood
 
 FILE = "plan.json"
 
@@ -26,7 +27,14 @@ def read_plan(workdir: Path, config: TrainConfig) -> dict[str, Any] | None:
     path = workdir / FILE
     if not path.is_file():
         return None
-    plan = json.loads(path.read_text())
+    advice = "plan again or remove the file"
+    plan = read_object(path, advice)
+    with understood(path, advice):
+        for name in ("sampler", "update"):
+            if name in plan:
+                numbers = [plan[name]["peak_bytes"], plan[name]["seconds_roofline"] or 0.0]
+                if not all(math.isfinite(number) and number >= 0 for number in numbers):
+                    raise ValueError(f"{name} is planned with {numbers}")
     run = {
         "method": config.method,
         "lora_rank": config.lora.rank,

@@ -17,7 +17,7 @@ import numpy as np
 
 from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import replacing
+from gdsd_jax.runtime.files import replacing, understood
 from gdsd_jax.telemetry.metrics import METRICS, read_metrics
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
 
     entries = read_metrics(workdir)
     names = sorted({name for entry in entries for name in entry} - {"step"})
-    series = {name: _series(entries, name) for name in names}
+    with understood(Path(workdir) / METRICS, "repair the line or move the file away"):
+        series = {name: _series(entries, name) for name in names}
     series = {name: points for name, points in series.items() if np.isfinite(points[1]).any()}
     unknown = sorted(set(only) - set(series))
     if unknown:

@@ -11,13 +11,13 @@ from typing import Any
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, default, freeze, to_dict
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import write_text
+from gdsd_jax.runtime.files import read_object, understood, write_text
 
 # Settings that may differ between the run that saved and the run that resumes: those that change nothing of what is
 # computed, those that change the order of its sums and so their rounding, and those of the run's length.
 FREE_TO_CHANGE = (
     "save_every", "keep", "completions_logged", "trackers", "tensorboard", "wandb", "profile", "evaluation", "hosts",
-    "dry_run",
+    "dry_run", "adapter_base",
 )  # fmt: skip
 ROUNDING_ONLY = (
     "mesh", "microbatch_rows", "component_norms_every", "model.remat", "model.vocab_chunk", "model.layer_unroll",
@@ -40,10 +40,13 @@ def read_record(workdir: Path) -> dict[str, Any]:
     path = record_path(workdir)
     if not path.is_file():
         raise UserError(f"{workdir} holds no training run: train first, or give another --workdir or a --checkpoint")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} does not parse ({error}): restore it or give another --workdir") from None
+    advice = "restore it or give another --workdir"
+    record = read_object(path, advice)
+    if not (isinstance(record.get("config"), dict) and isinstance(record.get("base"), str)):
+        raise UserError(f"{path} is no record of a run: {advice}")
+    with understood(path, advice):
+        record["config"] = _completed(record["config"], to_dict(freeze(TrainConfig, default())))
+    return record
 
 
 def keep_record(workdir: Path, config: TrainConfig) -> str | None:
@@ -83,7 +86,8 @@ def with_first_schedule(config: TrainConfig, workdir: Path) -> TrainConfig:
     if config.optimizer.schedule_updates is not None:
         return config
     first = read_record(workdir)["config"] if record_path(workdir).exists() else to_dict(config)
-    updates = first["optimizer"].get("schedule_updates") or first["iterations"] * first["inner_updates"]
+    with understood(record_path(workdir), "restore it or give another --workdir"):
+        updates = first["optimizer"].get("schedule_updates") or first["iterations"] * first["inner_updates"]
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule_updates=updates))
 
 
