@@ -1,6 +1,6 @@
 """One of several processes that save twice at once, again and again, as a run does: its state, and its best parameters.
 
-    JAX_COORDINATOR_ADDRESS=... JAX_NUM_PROCESSES=... JAX_PROCESS_ID=... python tests/multi_saves.py CONFIG_FILE WORKDIR
+JAX_COORDINATOR_ADDRESS=... JAX_NUM_PROCESSES=... JAX_PROCESS_ID=... python tests/multi_saves.py CONFIG_FILE WORKDIR
 """
 
 import os

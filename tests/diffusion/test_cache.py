@@ -132,9 +132,7 @@ def test_a_cache_around_the_window_lacks_only_what_is_never_read(config, unroll,
     def window(start, cut):
         around, frozen = ((start, 6), None) if cut else (None, start)
         _, kept = refresh_cache(config, base, lora, tokens, jnp.arange(3), around=around, prompt_mask=mask)
-        read = window_states_at(
-            config, base, lora, later, kept, start=start, size=6, frozen=frozen, prompt_mask=mask
-        )
+        read = window_states_at(config, base, lora, later, kept, start=start, size=6, frozen=frozen, prompt_mask=mask)
         return read(jnp.array([5, 0, 3])), sum(x.size for x in jax.tree.leaves(kept))
 
     for start in (7, 9):

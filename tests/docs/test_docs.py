@@ -57,9 +57,10 @@ def test_the_loss_of_the_readme_trains(tmp_path, monkeypatch):
 
 
 def test_the_tracker_of_the_guide_follows_a_resumed_run(tmp_path):
-    assert f"```python\n{(ROOT / 'tests' / 'example_tracker.py').read_text()}```" in (
-        ROOT / "docs" / "new_tracker.md"
-    ).read_text()
+    assert (
+        f"```python\n{(ROOT / 'tests' / 'example_tracker.py').read_text()}```"
+        in (ROOT / "docs" / "new_tracker.md").read_text()
+    )
     for first, resumed in ((1, -1), (3, 2), (5, None)):
         with MetricWriter(tmp_path, trackers=("example_tracker:CSV",), resume_step=resumed) as writer:
             for step in range(first, first + 3):

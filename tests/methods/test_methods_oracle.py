@@ -483,6 +483,7 @@ def test_value_and_gradient(name, settings, on_policy):
 
         given = score(old) if not on_policy or method.old in ("always", "own_masks") else None
         constants = method.constants(rows, None if method.old == "unused" else given, score(ref), score(new))
+
         def loss(policy):
             return jnp.sum(sum(method.objective(score(policy), constants)[0].values()))
 

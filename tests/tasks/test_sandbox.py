@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -203,6 +204,18 @@ def test_a_sandbox_that_is_killed_is_replaced(backend):
     alone._idle.put(worker)
     time.sleep(0.3)
     assert judge([GOOD], limits=LIMITS, backend=backend, processes=1)[0][0] == Verdict.PASSED
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the limits of a sandbox from outside")
+def test_a_sandbox_whose_limits_were_changed_is_made_anew(backend):
+    alone = workers.shared(sandbox._pool_limits(1))
+    wanted = [[Verdict.PASSED, Verdict.FAILED]]
+    assert judge([attack_sandbox.HONEST], limits=LIMITS, backend=backend, processes=1) == wanted
+    worker = alone._idle.get()
+    for process in _descendants(worker.process.pid):
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (0, 0))
+    alone._idle.put(worker)
+    assert judge([attack_sandbox.HONEST], limits=LIMITS, backend=backend, processes=1) == wanted
 
 
 def test_without_a_sandbox_it_refuses_and_names_the_unsafe_task(monkeypatch):

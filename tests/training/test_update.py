@@ -214,9 +214,7 @@ def test_metrics_of_an_update():
 def test_a_policy_that_has_not_moved_is_not_clipped_by_its_dropout():
     """Old and new drop the same, so that their ratio is 1 however much that is; the reference drops nothing."""
     lora, schedule = adapter().replace(dropout=0.5), optax.constant_schedule(RATE)
-    update = make_inner_update(
-        CONFIG, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16
-    )
+    update = make_inner_update(CONFIG, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16)
     _, metrics = update(fresh(lora), base(), lora, batch())
     assert metrics["policy/log_ratio_max"] == 0 and metrics["policy/clipped"] == 0
     _, still = inner_update("gdsd", 4)(fresh(adapter()), base(), adapter(), batch())

@@ -21,7 +21,7 @@ _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 2
 def enter(settings):
     """Takes process 1 out of what it came from, and from what it could be told to do by signals."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a signal that process 1 does not handle cannot be sent from inside
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # with 0, the kernel still starts a handler where it has one
+    lower("RLIMIT_CORE", 1)  # with 0, the kernel still starts a handler where it has one
     if settings["backend"] != "none":
         if settings["backend"] == "unshare":
             _build_root(settings["read_only"])
@@ -63,6 +63,14 @@ def _give_up_for_all():
         capability += 1
     _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     syscalls.install(syscalls.assemble())
+
+
+def lower(name, value):
+    """Sets a resource limit of this process for good: to the value, or what it may not go beyond already."""
+    number = getattr(resource, name)
+    _, hard = resource.getrlimit(number)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(number, (value, value))
 
 
 def give_up_privileges(user, seen):

@@ -23,7 +23,7 @@ import socket
 import struct
 import time
 
-from gdsd_jax.tasks.sandbox.guest.confine import enter, give_up_privileges, renew
+from gdsd_jax.tasks.sandbox.guest.confine import enter, give_up_privileges, lower, renew
 from gdsd_jax.tasks.sandbox.guest.program import serve
 from gdsd_jax.tasks.sandbox.guest.tester import CRASHED, OUT_OF_MEMORY, TIMED_OUT, run_test
 from gdsd_jax.tasks.sandbox.guest.wire import dump, exactly, load
@@ -137,7 +137,7 @@ def _text(write_ready, settings, kind, *keep):
     os.write(write_ready, b"r")
     _silence(keep)
     for name, value in settings["rlimits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        lower(name, value)
     give_up_privileges(settings["users"].get(kind), seen=kind == "program")
     return text
 
