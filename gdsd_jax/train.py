@@ -116,7 +116,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             asked = prompts.pick(chosen, config.prompt_buckets)
             rewarded = roll_out(
                 model, *policy(base, state.params), asked, rollout_key(state), sampler, task, tokenizer,
-                group_size=config.group_size,
+                group_size=config.group_size, part_rows=config.rollout_rows,
             )  # fmt: skip
 
             # ---------------------------------------------------------------------------------- update

@@ -158,6 +158,8 @@ class TrainConfig:
       checkpoint: Hugging Face directory of the base model.
       mesh, hosts: how devices are arranged, see `gdsd_jax.runtime.sharding`, and the processes that hold them.
       method, settings: name of the method (or `package.module:NAME`), and settings by method name.
+      rollout_rows: rows that are sampled at a time, whole groups; None: all. What decides is how many fit the devices:
+        no draw hangs on it, and rewards of one part are judged while the next is sampled.
       microbatch_rows: rows per gradient accumulation step.
       component_norms_every: iterations between those that log the gradient norm of each component of the loss
         (`grad/objective`, `grad/kl`); 0: never. Their updates are a program of its own, which for a loss of two
@@ -194,6 +196,7 @@ class TrainConfig:
     prompts_per_iteration: Count = 20
     group_size: int = 16
     inner_updates: Count = 8
+    rollout_rows: Count | None = None
     microbatch_rows: Count = 16
     component_norms_every: int = 0
     eos_token_id: int | None = None
@@ -218,6 +221,12 @@ class TrainConfig:
         for name, lengths in (("prompt_buckets", self.prompt_buckets), ("evaluation.lengths", self.evaluation.lengths)):
             if not lengths:
                 raise UserError(f"config.{name} is empty: give at least one length")
+        if self.rollout_rows and (rows % self.rollout_rows or self.rollout_rows % self.group_size):
+            raise UserError(
+                f"config.rollout_rows {self.rollout_rows} is no multiple of config.group_size {self.group_size} that "
+                f"divides the {rows} rows of an iteration (prompts_per_iteration {self.prompts_per_iteration} x "
+                "group_size)"
+            )
         if rows % self.microbatch_rows:
             raise UserError(
                 f"config.microbatch_rows {self.microbatch_rows} does not divide the {rows} rows of an iteration "

@@ -184,14 +184,18 @@ def ranks(score: Array) -> Array:
 
 
 def select(
-    settings: SamplerConfig, eligible: Array, confidence: Array, score: Array, step_in_block: Array, key: Array
+    settings: SamplerConfig, eligible: Array, confidence: Array, score: Array, step_in_block: Array, keys: Array
 ) -> Array:
-    """Which of the eligible positions [B, S] this step commits; a postponed candidate's score is `LOWEST`."""
+    """Which of the eligible positions [B, S] this step commits; a postponed candidate's score is `LOWEST`.
+
+    Args:
+      keys: of the step, [B], one for each row.
+    """
     strategy = STRATEGIES[settings.strategy]
-    order_key, coin_key = jax.random.split(key)
+    pairs, width = jax.vmap(jax.random.split)(keys), score.shape[1:]
     if settings.alg_temp > 0:
         # The largest of logit + Gumbel noise are draws without replacement from the softmax of the logits.
-        noisy = score / settings.alg_temp + jax.random.gumbel(order_key, score.shape)
+        noisy = score / settings.alg_temp + jax.vmap(lambda key: jax.random.gumbel(key, width))(pairs[:, 0])
         score = jnp.where(score > LOWEST, noisy, LOWEST)
     rank = ranks(jnp.where(eligible, score, -jnp.inf))
 
@@ -204,7 +208,8 @@ def select(
 
     last = step_in_block == settings.steps_per_block - 1
     if strategy.independent:
-        coin = jax.random.uniform(coin_key, score.shape) < time_shares(settings)[step_in_block]
+        coin = jax.vmap(lambda key: jax.random.uniform(key, width))(pairs[:, 1])
+        coin = coin < time_shares(settings)[step_in_block]
         postponed = score <= LOWEST
         alone = jnp.all(~eligible | postponed, axis=1, keepdims=True)
         return eligible & (last | (coin & (~postponed | alone)))

@@ -65,18 +65,20 @@ def sample(
     prompt_mask: Array | np.ndarray | None,
     key: Array,
     settings: SamplerConfig,
+    numbers: Int[Array | np.ndarray, " B"] | None = None,
 ) -> Rollout:
     """Completions of `prompts` [B, P] int32, left-padded; `prompt_mask` [B, P] True on real tokens, None: all are real.
 
-    Pure; compiled once per shape, config and settings. `key` is the only source of randomness; at the same shape of
-    the completions, left padding changes no draw.
+    Pure; compiled once per shape, config and settings. Every draw is a function of `key`, of the row's number, of the
+    block and of the step in it: neither left padding nor the rows beside a row change one. `numbers` [B] int32 says
+    which rows these are of a rollout that is sampled in parts; None: the first B.
 
     Raises UserError when the sequence or a token id does not fit the model, or the mask does not fit the prompts.
     """
     if prompt_mask is not None and prompt_mask.shape != prompts.shape:
         raise UserError(f"prompt_mask has shape {prompt_mask.shape}, prompts {prompts.shape}; they must agree")
     check_fits(config, prompts.shape[1], settings)
-    return compiled_sample(config, base, lora, prompts, prompt_mask, key, settings)
+    return compiled_sample(config, base, lora, prompts, prompt_mask, key, settings, numbers)
 
 
 def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConfig) -> None:
@@ -125,25 +127,27 @@ def passes(
 
 
 def _commit(
-    config: DenoiserConfig, base: dict, key: Array, settings: SamplerConfig, state: _State, read: Read
+    config: DenoiserConfig, base: dict, keys: Array, settings: SamplerConfig, state: _State, read: Read
 ) -> _State:
-    """One step; `read` gives hidden states at places of its region."""
-    rows = state.tokens.shape[0]
+    """One step; `keys` [B] are the rows' own, `read` gives hidden states at places of its region."""
     prompt_length = state.tokens.shape[1] - settings.completion_length
     block_end = (state.block + 1) * settings.block_length
     start, size = region(settings, state.block)
-    token_key, order_key, select_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+    # Not by the count of all steps, which with a threshold hangs on the slowest row of each block.
+    of_step = lambda key: jax.random.fold_in(jax.random.fold_in(key, state.block), state.step_in_block)  # noqa: E731
+    step_keys = jax.vmap(lambda key: jax.random.split(of_step(key), 3))(keys)
+    uniforms = lambda number, *shape: jax.vmap(lambda key: jax.random.uniform(key, shape))(step_keys[:, number])  # noqa: E731
 
     old = lax.dynamic_slice_in_dim(state.tokens, prompt_length + start, size, axis=1)
     eligible = (old == config.mask_token_id) & (start + jnp.arange(size) < block_end)
 
     with jax.named_scope("propose"):
-        uniform = jax.random.uniform(token_key, (rows, size, 2))
+        uniform = uniforms(0, size, 2)
         token, confidence, score, *recorded = propose_at(config, base, read, uniform, eligible, settings)
 
     with jax.named_scope("commit"):
         if STRATEGIES[settings.strategy].uniform:
-            score = jax.random.uniform(order_key, score.shape)
+            score = uniforms(1, size)
         postponed = jnp.isin(token, jnp.asarray(settings.suppress_confidence, jnp.int32))
         commit = select(
             settings,
@@ -151,7 +155,7 @@ def _commit(
             jnp.where(postponed, LOWEST, confidence),
             jnp.where(postponed, LOWEST, score),
             state.step_in_block,
-            select_key,
+            step_keys[:, 2],
         )
 
         def write(array: Array, new: Array, offset: int = 0) -> Array:
@@ -183,6 +187,7 @@ def compiled_sample(
     prompt_mask: Array | np.ndarray | None,
     key: Array,
     settings: SamplerConfig,
+    numbers: Int[Array | np.ndarray, " B"] | None = None,
 ) -> Rollout:
     """`sample` without its checks: the jitted program itself."""
     rows, prompt_length = prompts.shape
@@ -208,7 +213,8 @@ def compiled_sample(
 
     # A step passes a block at least.
     base, lora = repeated(config, base, lora, tokens=settings.step_limit * rows * settings.block_length)
-    commit = functools.partial(_commit, config, base, key, settings)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows) if numbers is None else numbers)
+    commit = functools.partial(_commit, config, base, keys, settings)
 
     def exact_step(state: _State) -> _State:
         with jax.named_scope("denoise"):

@@ -85,6 +85,8 @@ def line(report: dict[str, Any]) -> str:
     parts = [report[name] for name in PROGRAMS]
     known = all(part["flops"] is not None for part in parts)
     rollout, update = parts[0]["seconds_roofline"], parts[2]["seconds_roofline"]
+    if known:
+        rollout *= report.get("rollout_parts", 1)
     iteration = rollout + report["inner_updates"] * update if known else None
     trained = f"LoRA {report['lora_rank']}" if report["lora_rank"] else "all"
     cells = [

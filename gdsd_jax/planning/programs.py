@@ -101,14 +101,22 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     # ------------------------------------------------------------------------------------------ programs
     trained = bytes_per_chip(state)
     beside = trained - bytes_per_chip(state.params) + (0 if lora else bytes_per_chip(base))
-    prompts = place(mesh, jax.ShapeDtypeStruct(batch.prompt_mask.shape, jnp.int32), ("rows", "tokens"))
+    # A rollout in parts runs the program of one part so many times.
+    part = config.rollout_rows or rows
+
+    def of_part(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return place(mesh, jax.ShapeDtypeStruct((part, *shape), dtype), ("rows", "tokens")[: 1 + len(shape)])
+
+    asked = [of_part(dtype, batch.prompt_length) for dtype in (jnp.int32, bool)]
     denoising = config.sampler.blocks * config.sampler.steps_per_block
     programs = {
         "sampler": Program(
-            on_mesh(compiled_sample.lower, model, weights, lora, prompts, batch.prompt_mask, key, config.sampler),
-            flops.sampler(counted, config.sampler, rows, batch.prompt_length),
+            on_mesh(
+                compiled_sample.lower, model, weights, lora, *asked, key, config.sampler, of_part(jnp.int32)
+            ),
+            flops.sampler(counted, config.sampler, part, batch.prompt_length),
             beside,
-            f"{rows} completions of {batch.completion_length} tokens after {batch.prompt_length}, {denoising} steps",
+            f"{part} completions of {batch.completion_length} tokens after {batch.prompt_length}, {denoising} steps",
         ),
         "score": Program(
             on_mesh(score.lower, weights, lora, batch, key),

@@ -76,6 +76,7 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top:
     needed = dimensions(hub.architecture(config.checkpoint), rows)
     mesh = make_mesh(config.mesh, chips.devices(topology), dimensions=needed)
     plan = make_plan(config, mesh)
+    rollout = config.prompts_per_iteration * config.group_size
     reports = {name: measure(config, plan.programs[name], topology, top=top) for name in programs}
     return {
         "model": Path(config.checkpoint).name,
@@ -85,6 +86,7 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top:
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
         "rows": config.prompts_per_iteration * config.group_size,
+        "rollout_parts": rollout // (config.rollout_rows or rollout),
         "microbatch_rows": config.microbatch_rows,
         "inner_updates": config.inner_updates,
         "parameter_bytes": plan.parameter_bytes,

@@ -20,8 +20,8 @@ FREE_TO_CHANGE = (
     "dry_run", "adapter_base",
 )  # fmt: skip
 ROUNDING_ONLY = (
-    "mesh", "microbatch_rows", "component_norms_every", "model.remat", "model.vocab_chunk", "model.layer_unroll",
-    "model.attention",
+    "mesh", "rollout_rows", "microbatch_rows", "component_norms_every", "model.remat", "model.vocab_chunk",
+    "model.layer_unroll", "model.attention",
 )  # fmt: skip
 LENGTH = ("iterations", "optimizer.schedule_updates")
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
-from gdsd_jax.diffusion import SamplerConfig, sample
+from gdsd_jax.diffusion import Rollout, SamplerConfig, sample
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import constrain
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks.task import Task, weighted_sum
 from gdsd_jax.telemetry.profile import phase
@@ -77,28 +78,51 @@ def roll_out(
     tokenizer: Tokenizer,
     *,
     group_size: int,
+    part_rows: int | None = None,
 ) -> Rewarded:
     """Samples `group_size` completions of each prompt and rewards them. Rows of a group stand together.
 
     Every process decodes and rewards groups of its own, and learns what the others made of theirs.
+
+    Args:
+      part_rows: rows that are sampled at a time, whole groups; None: all. A part is rewarded while the devices sample
+        the next one. The number of parts changes no draw.
     """
-    start = time.perf_counter()
-    with phase("rollout"):
-        tokens, mask = put((np.repeat(prompts.tokens, group_size, axis=0), np.repeat(prompts.mask, group_size, axis=0)))
-        rollout = sample(config, base, lora, tokens, mask, key, sampler)
-        completions = fetch(rollout.tokens)[:, prompts.tokens.shape[1] :]
-    sampled = time.perf_counter()
-    seen = completion_mask(completions, config.ends)
-    completions = np.where(seen, completions, config.eos_token_id)
     rows = [row for row in prompts.rows for _ in range(group_size)]
+    size, seconds = part_rows or len(rows), {"rollout": 0.0, "reward": 0.0}
+    by_row = [np.repeat(array, group_size, axis=0) for array in (prompts.tokens, prompts.mask)]
+    by_row.append(np.arange(len(rows), dtype=np.int32))
+
+    def launch(first: int) -> tuple[Rollout, jax.Array] | None:
+        if first >= len(rows):
+            return None
+        tokens, mask, numbers = put(tuple(array[first : first + size] for array in by_row))
+        return sample(config, base, lora, tokens, mask, key, sampler, numbers), mask
+
     judge = lambda completions, rows: task.rewards(tokenizer.decode(completions), rows)  # noqa: E731
-    with phase("reward"):
-        components = hosts.share_out(judge, completions, rows, group_size=group_size)
-        of_tokens = None
-        if task.token_score is not None:
-            of_tokens = token_rewards(task, tokenizer, completions, seen, rows, group_size=group_size)
+    parts, found, judged, by_token = [launch(0)], [], [], []
+    for first in range(0, len(rows), size):
+        start = time.perf_counter()
+        with phase("rollout"):
+            # The devices have the next part before this one is waited for.
+            parts.append(launch(first + size))
+            completions = fetch(parts[-2][0].tokens)[:, prompts.tokens.shape[1] :]
+        sampled = time.perf_counter()
+        seen = completion_mask(completions, config.ends)
+        found.append((np.where(seen, completions, config.eos_token_id), seen))
+        with phase("reward"):
+            of_part = rows[first : first + size]
+            judged.append(hosts.share_out(judge, found[-1][0], of_part, group_size=group_size))
+            if task.token_score is not None:
+                by_token.append(token_rewards(task, tokenizer, *found[-1], of_part, group_size=group_size))
+        seconds["rollout"] += sampled - start
+        seconds["reward"] += time.perf_counter() - sampled
+    completions, seen = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    components = {name: np.concatenate([part[name] for part in judged]) for name in judged[0]}
+    of_tokens = np.concatenate(by_token) if by_token else None
     require_finite(components, task)
     rewards = weighted_sum(components, task.weights)
+    rollout, mask = parts[0] if len(found) == 1 else _joined(parts[:-1])
     batch = Batch(
         tokens=rollout.tokens,
         prompt_mask=mask,
@@ -115,8 +139,13 @@ def roll_out(
         eos_token_id=config.eos_token_id,
         sampler=sampler,
     )
-    seconds = {"rollout": sampled - start, "reward": time.perf_counter() - sampled}
     return Rewarded(batch, completions, rewards, components, seconds)
+
+
+@jax.jit
+def _joined(parts: list[Any]) -> Any:
+    """One pytree of the rows of all parts, in their order, cut over the mesh as a whole."""
+    return jax.tree.map(lambda *arrays: constrain(jnp.concatenate(arrays), ("rows", "tokens")), *parts)
 
 
 def require_finite(components: Mapping[str, np.ndarray], task: Task) -> None:

@@ -127,7 +127,7 @@ def spread_rows(config: TrainConfig) -> dict[str, int]:
     return {
         "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
         "config.microbatch_rows": config.microbatch_rows,
-    }
+    } | ({"config.rollout_rows": config.rollout_rows} if config.rollout_rows else {})
 
 
 def fresh_state(config: TrainConfig, setup: Setup) -> tuple:

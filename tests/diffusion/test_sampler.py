@@ -53,6 +53,11 @@ def flat(base):
     return base | {"final_norm": jnp.zeros_like(base["final_norm"])}
 
 
+def keys_of(rows):
+    """A key for each row."""
+    return jax.random.split(jax.random.key(0), len(rows))
+
+
 def settings(**changes) -> SamplerConfig:
     return SamplerConfig(
         **{"completion_length": 8, "steps": 4, "block_length": 4, "strategy": "low_confidence"} | changes
@@ -229,7 +234,7 @@ def test_alg_temp_draws_positions_from_the_softmax():
     eligible = jnp.ones((20_000, 5), bool).at[:, 4].set(False)
     scores = jnp.broadcast_to(score, eligible.shape)
     # floor(4 * 0.24975) is 0: double the eligible rows' share through a later step, where it is floor(4 * 0.333).
-    first = select(run, eligible, scores, scores, jnp.asarray(1), jax.random.key(0))
+    first = select(run, eligible, scores, scores, jnp.asarray(1), keys_of(eligible))
     assert (first.sum(1) == 1).all()
     np.testing.assert_allclose(first.mean(0)[:4], jax.nn.softmax(score[:4] / 0.5), atol=0.015)
 
@@ -300,12 +305,12 @@ def test_origin_postpones_suppressed_confidence():
     rows = 4000
     eligible = jnp.ones((rows, 4), bool).at[:, 3].set(False)
     score = jnp.ones((rows, 4)).at[:, 1].set(remasking.LOWEST).at[rows // 2 :, :3].set(remasking.LOWEST)
-    chosen = np.asarray(select(run, eligible, score, score, jnp.asarray(1), jax.random.key(0)))
+    chosen = np.asarray(select(run, eligible, score, score, jnp.asarray(1), keys_of(eligible)))
     # The share of the second of four steps is a third.
     expected = [[1 / 3, 0, 1 / 3, 0], [1 / 3, 1 / 3, 1 / 3, 0]]
     np.testing.assert_allclose(chosen.reshape(2, -1, 4).mean(axis=1), expected, atol=0.03)
     assert not chosen[: rows // 2, 1].any()
-    last = select(run, eligible, score, score, jnp.asarray(3), jax.random.key(0))
+    last = select(run, eligible, score, score, jnp.asarray(3), keys_of(eligible))
     np.testing.assert_array_equal(last, eligible)
 
 
@@ -342,9 +347,9 @@ def test_postponed_candidates_come_last():
     lowest = remasking.LOWEST
     scores = jnp.array([[lowest, 0.1, 0.9, lowest], [lowest, lowest, lowest, 0.2]])
     eligible = jnp.array([[True, True, True, True], [True, True, False, False]])
-    chosen = select(settings(steps=2), eligible, scores, scores, jnp.asarray(0), jax.random.key(0))
+    chosen = select(settings(steps=2), eligible, scores, scores, jnp.asarray(0), keys_of(eligible))
     np.testing.assert_array_equal(chosen, [[True, True, True, True], [True, True, False, False]])
-    chosen = select(settings(steps=4), eligible, scores, scores, jnp.asarray(0), jax.random.key(0))
+    chosen = select(settings(steps=4), eligible, scores, scores, jnp.asarray(0), keys_of(eligible))
     np.testing.assert_array_equal(chosen, [[False, True, True, False], [True, True, False, False]])
 
 
@@ -383,7 +388,7 @@ def test_factor(factor):
     eligible = np.asarray(jax.random.bernoulli(jax.random.key(1), 0.7, (50, 8)))
     chosen = select(
         settings(completion_length=8, block_length=8, factor=factor),
-        jnp.asarray(eligible), jnp.asarray(confidence), jnp.asarray(confidence), jnp.asarray(0), jax.random.key(2),
+        jnp.asarray(eligible), jnp.asarray(confidence), jnp.asarray(confidence), jnp.asarray(0), keys_of(eligible),
     )  # fmt: skip
     for row in range(50):
         order = [i for i in np.argsort(-confidence[row]) if eligible[row, i]]
@@ -461,3 +466,28 @@ def test_bad_inputs_are_named(base):
         run(prompt_mask=jnp.ones((3, 2), bool))
     with pytest.raises(UserError, match="suppress_confidence"):
         run(suppress_confidence=(12,))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 1.0, "threshold": 0.3},
+        {"temperature": 0.0, "strategy": "random"},
+        pytest.param({"temperature": 1.0, "strategy": "entropy", "alg_temp": 0.5}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rollout_in_parts_draws_the_same_tokens(base, changes):
+    """Every draw is the row's own, also where a threshold lets other rows take more steps."""
+    run, base = settings(**{"steps": 8} | changes), base | {"head": base["head"] / 15}
+    prompts, numbers = jnp.arange(1, 13).reshape(4, 3) % 11, np.arange(4, dtype=np.int32)
+
+    def sampled(rows):
+        parts = np.split(numbers, 4 // rows)
+        key = jax.random.key(3)
+        found = [sample(TINY, base, None, prompts[part], None, key, run, part) for part in parts]
+        return np.concatenate([part.tokens for part in found])
+
+    whole = sampled(4)
+    assert len(np.unique(whole[:, 3:], axis=0)) > 2
+    for rows in (2, 1):
+        np.testing.assert_array_equal(sampled(rows), whole)

@@ -2,14 +2,20 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdsd_jax.diffusion import Rollout, SamplerConfig
 from gdsd_jax.evaluation.completions import Completed, judge_by_all
+from gdsd_jax.hub.published import LLADA_8B
+from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS
 from gdsd_jax.tasks.task import regraded
-from gdsd_jax.training.rollout import completion_mask, require_finite
+from gdsd_jax.training import rollout
+from gdsd_jax.training.rollout import Prompts, completion_mask, require_finite
 
 
 def test_a_completion_ends_with_the_first_of_several_ids():
@@ -38,3 +44,40 @@ def test_an_evaluation_shows_what_each_grader_says():
     np.testing.assert_array_equal(values["accuracy (robust)"], [1, 0, 1])
     grid = [{"puzzle": "0" * 16, "solution": "1" * 16}]
     assert list(judge_by_all(TASKS["sudoku"], grid, [Completed([""], None)])) == ["cells", "puzzles"]
+
+
+def test_a_part_is_rewarded_while_the_next_one_is_sampled(monkeypatch):
+    """The devices have it before the rewards begin, and the batch is that of a rollout in one part."""
+    events = []
+
+    def sample(config, base, lora, tokens, mask, key, sampler, numbers):
+        events.append("sample")
+        completions = numbers[:, None] + jnp.arange(3)
+        own = numbers[:, None] * jnp.ones((1, 3), jnp.int32)
+        return Rollout(jnp.concatenate([tokens, completions], axis=1), own, own * 0.5)
+
+    def score(completion, row):
+        events.append("reward")
+        return {"cells_correct": float(completion)}
+
+    monkeypatch.setattr(rollout, "sample", sample)
+    task = dataclasses.replace(TASKS["sudoku"], score=score)
+    monkeypatch.setattr(Tokenizer, "__init__", lambda self: None)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, completions: [str(row[0]) for row in completions])
+    sampler = SamplerConfig(3, 3, 3, "low_confidence")
+    prompts = Prompts(np.arange(6, dtype=np.int32).reshape(3, 2), np.ones((3, 2), bool), [{}] * 3)
+
+    def run(part_rows):
+        events.clear()
+        return rollout.roll_out(
+            LLADA_8B, None, None, prompts, jax.random.key(0), sampler, task, Tokenizer(), group_size=2,
+            part_rows=part_rows,
+        )  # fmt: skip
+
+    whole = run(None)
+    assert events == ["sample"] + ["reward"] * 6
+    np.testing.assert_array_equal(whole.rewards, range(6))
+    parts = run(2)
+    assert events == ["sample", "sample", *["reward"] * 2, "sample", *["reward"] * 4]
+    for found, expected in zip(*map(jax.tree.leaves, (parts[:-1], whole[:-1])), strict=True):
+        np.testing.assert_array_equal(found, expected)
