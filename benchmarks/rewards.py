@@ -5,8 +5,8 @@
 One turn rewards a batch of completions, half of them wrong. `inline` calls the library in the trainer's own process,
 one completion after the other, without a limit that could hold: math-verify for `math`, a plain `python` for every
 program of `code`, the task's own function for the others. `task` is what training calls: worker processes, limits on
-each item, the sandbox for programs. CPU seconds are those of the whole family of processes; rewards run beside the
-trainer, so with several `--threads` the wall clock is what counts.
+each item, the sandbox for programs; `public` is the same under the public trainers' grader. CPU seconds are those of
+the whole family of processes; rewards run beside the trainer, so with several `--threads` the wall clock counts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def verify(completion: str, row: Mapping) -> None:
 def prepare(job: measure.Job) -> measure.Contest:
     from gdsd_jax.tasks import resolve
 
-    task, pairs = resolve(job.workload), items(job.workload)
+    grader = "public" if job.variant == "public" else "robust"
+    task, pairs = resolve(job.workload, grader=grader), items(job.workload)
     completions, rows = [completion for completion, _ in pairs], [row for _, row in pairs]
     plain: Callable = {"math": verify, "code": run_program}.get(job.workload, task.score)
 
@@ -69,7 +70,7 @@ def prepare(job: measure.Job) -> measure.Contest:
 
 
 BENCH = measure.Bench(
-    "benchmarks.rewards", __doc__, prepare, references=("inline",), variants=("task",), workloads=tuple(COUNTS)
+    "benchmarks.rewards", __doc__, prepare, references=("inline",), variants=("task", "public"), workloads=tuple(COUNTS)
 )
 
 if __name__ == "__main__":

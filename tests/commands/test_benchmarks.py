@@ -38,7 +38,7 @@ def test_pytorch_minimises_the_same_loss():
         ("sampler", "tiny", ["--references=torch", "--temperatures=1"], 6),
         ("update", "tiny", ["--references=torch"], 3),
         ("load", "tiny", [], 2),
-        ("rewards", "code", [], 2),
+        ("rewards", "code", [], 3),
     ],
 )
 def test_a_bench_reports_every_contestant(tmp_path, bench, workload, flags, count):
