@@ -19,7 +19,7 @@ from gdsd_jax.evaluation import decoding, reports
 from gdsd_jax.evaluation.completions import Completed, Part, complete, judge_by_all
 from gdsd_jax.evaluation.policy import Policy, load_policy
 from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
-from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime import hosts, memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, replacing, require_regular, understood
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
@@ -175,6 +175,8 @@ def plan(
         prompts = encode_prompts(
             task, policy.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
         )
+        needed = len(rows) * samples * (5 * prompts.tokens.shape[1] + 16)
+        memory.require(needed, memory.of_host(), f"{samples} samples of {len(rows)} rows", "--samples")
         repeated = (np.repeat(x, samples, axis=0) for x in (prompts.tokens, prompts.mask))
         prompts = Prompts(*repeated, [row for row in rows for _ in range(samples)])
         for sampler in samplers:

@@ -18,6 +18,7 @@ from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, init_base
 from gdsd_jax.hub import names
 from gdsd_jax.hub.save import export_checkpoint
+from gdsd_jax.runtime import memory
 
 SPECIAL = {
     "pad_token": "<|pad|>",
@@ -84,6 +85,8 @@ def build(
     Raises:
       UserError: sizes that do not divide, an unknown family, a directory that is not empty.
     """
+    sizes = hidden_size * (4 * hidden_size + 3 * intermediate_size)
+    memory.require(4 * num_layers * sizes, memory.of_host(), f"a model of {num_layers} layers", "config.tiny's sizes")
     tokenizer = make_tokenizer()
     config = DenoiserConfig(
         family=family,

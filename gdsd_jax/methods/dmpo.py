@@ -20,7 +20,7 @@ from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
-from gdsd_jax.runtime.ranges import Count, Positive, Share
+from gdsd_jax.runtime.ranges import Few, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
 
     alpha: Positive = 0.04
     negative_weight: float = 1.0
-    pairs: Count = 2
+    pairs: Few = 2
     low: Share = 0.1
     high: Share = 1.0
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
-from gdsd_jax.runtime.ranges import Bound, Count
+from gdsd_jax.runtime.ranges import Bound, Few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
     eps_high: Bound = 0.2
     beta: float = 1e-3
     kl: str = "k2"
-    views: Count = 2
+    views: Few = 2
 
     def __post_init__(self):
         common.require_clip(self)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
-from gdsd_jax.runtime.ranges import Bound, Count
+from gdsd_jax.runtime.ranges import Bound, Count, Few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Guidance:
     eps_high: Bound = 4e-4
     beta: float = 1e-3
     weighting: str = "plain"
-    views: Count = 2
+    views: Few = 2
     masking: str = "stratified"
     block_length: Count | None = None
     scale_advantages: bool = False

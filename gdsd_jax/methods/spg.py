@@ -23,7 +23,7 @@ from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
-from gdsd_jax.runtime.ranges import Count, Positive, Share
+from gdsd_jax.runtime.ranges import Count, Few, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Settings:
     negative: str = "mix"
     eubo_beta: Positive = 1.5
     mix_weight: Share = 0.5
-    num_t: Count = 2
+    num_t: Few = 2
     block_length: Count = 32
     prompt_mask_rate: Share = 0.15
 

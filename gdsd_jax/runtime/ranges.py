@@ -41,6 +41,8 @@ class Range:
 
 
 Count = Annotated[int, Range(1)]
+# Of masked views and the like, each of which becomes a part of the compiled program.
+Few = Annotated[int, Range(1, 100_000)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(above=True)]
 Share = Annotated[float, Range(0, 1)]

@@ -11,8 +11,10 @@ import jax
 from gdsd_jax import hub, tasks
 from gdsd_jax.config import ModelConfig, TaskConfig, TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig, init_lora
+from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Method, build, check
+from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import Dimension, make_mesh
 from gdsd_jax.runtime.streams import Stream, stream_key
@@ -48,13 +50,37 @@ def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) ->
     """
     task = resolve_task(config)
     tokenizer = hub.load_tokenizer(config.checkpoint)
-    mesh = make_mesh(config.mesh, dimensions=dimensions(hub.read_config(config.checkpoint), rows or {}))
+    sizes = hub.read_config(config.checkpoint)
+    mesh = make_mesh(config.mesh, dimensions=dimensions(sizes, rows or {}))
+    require_room(config, sizes, rows or {})
     jax.set_mesh(mesh)
     model, base = hub.load_checkpoint(config.checkpoint, mesh=mesh)
     tokenizer.special_in_text, tokenizer.embedded = config.special_tokens_in_text, model.vocab_size
     if config.eos_token_id is not None:
         tokenizer.eos_token_id, tokenizer.end_token_ids = config.eos_token_id, ()
     return Setup(with_compute(with_tokens(model, tokenizer), config.model), base, tokenizer, task)
+
+
+def require_room(config: TrainConfig, model: DenoiserConfig, rows: Mapping[str, int]) -> None:
+    """Refuses counts that no memory holds, before a weight is loaded.
+
+    Counted is only what is there at one time whatever the method: the residual stream of the rows that are sampled, a
+    mask of each view, the adapter with its gradient and moments.
+    """
+    there, tokens = memory.of_devices(), max(config.prompt_buckets) + config.sampler.completion_length
+    width = model.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    for name, count in {**rows, "config.evaluation.batch_rows": config.evaluation.batch_rows}.items():
+        memory.require(count * tokens * width, there, f"{count} rows of {tokens} tokens", name)
+    total = config.prompts_per_iteration * config.group_size
+    for name in ("views", "pairs", "num_t"):
+        views = config.method_settings.get(name)
+        if isinstance(views, int):
+            setting = f"config.settings.{config.method}.{name}"
+            memory.require(views * total * tokens, there, f"{views} views of {total} rows", setting)
+    targets = target_shapes(model)
+    chosen = sum(sum(targets[target]) for target in config.lora.targets if target in targets)
+    adapter = 16 * config.lora.rank * model.num_layers * chosen
+    memory.require(adapter, there, f"an adapter of rank {config.lora.rank} with its moments", "config.lora.rank")
 
 
 def with_tokens(config: DenoiserConfig, tokenizer: hub.Tokenizer) -> DenoiserConfig:
@@ -86,6 +112,7 @@ def task_rows(
     Without a `validation_path`, a task that divides its training set (`Task.held_out`) takes the validation rows out of
     the training file, and trains on the others.
     """
+    memory.require((count or 0) * 300, memory.of_host(), f"{count} rows of task {task.name}", "the count")
     path, divided = config.path(split), False
     if config.train_path is not None and config.validation_path is None and task.held_out is not None:
         divided = split != "test"

@@ -1,0 +1,21 @@
+"""Damaged files and odd settings, a few of each kind; `tests/fuzz_files.py` says how to run thousands."""
+
+import fuzz_files
+import pytest
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def world(root):
+    return fuzz_files.World(root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [*fuzz_files.TARGETS, *fuzz_files.SETTINGS])
+def test_damaged_files_and_odd_settings(target, world, root):
+    found = fuzz_files.run(world, root, target, 60, seed=1)
+    assert not found["failures"] and found["refused"] > 10

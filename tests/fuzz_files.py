@@ -1,0 +1,286 @@
+"""Damaged files and odd settings without end: every one is read, or refused in one line; none raises or hangs.
+
+    python tests/fuzz_files.py --count 5000 [--targets config,header] [--seed 0]
+
+Files of a checkpoint, an adapter, a run and an evaluation are damaged as JSON (values of other types, absent and huge
+ones, NaN) or as bytes (cut, flipped, emptied, grown); settings get values of any type. Prints a line per target with
+its counts and the longest case, and ends with 1 where a case raised something else than UserError, let NaN through, or
+took longer than 10 s.
+"""
+
+import argparse
+import collections
+import copy
+import functools
+import json
+import math
+import random
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import numpy as np
+
+from gdsd_jax import hub
+from gdsd_jax.config import TrainConfig, default, freeze, to_dict
+from gdsd_jax.denoiser import init_lora
+from gdsd_jax.evaluation import reports
+from gdsd_jax.evaluation.run import resumed
+from gdsd_jax.hub import tiny
+from gdsd_jax.methods import METHODS, build
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.tasks import TASKS, resolve
+from gdsd_jax.telemetry.metrics import read_metrics
+from gdsd_jax.telemetry.planned import read_plan
+from gdsd_jax.training.record import read_record, with_first_schedule
+
+SECONDS, BYTES = 10.0, 3 << 30
+ODD = (
+    None, True, False, 0, 1, -1, 2, 10**9, 2**31, 2**63, 10**400, 0.5, -0.5, 1e300, math.nan, math.inf, -math.inf, "",
+    "text", "a\0b", "\ud800", "None", "<|mask|>", "{x}", "{{ x }}", "../..", "/etc/passwd", "gs://a/b", [], [1], ["a"],
+    [[]], {}, {"a": 1}, {"a": {}}, [None], "x" * 5000, ":", ":x", "json:x", "nan",
+)  # fmt: skip
+
+
+def changed(draw: random.Random, content: Any) -> Any:
+    """A JSON value with one to three places damaged."""
+    content = copy.deepcopy(content)
+    for _ in range(draw.randint(1, 3)):
+        place, path = content, []
+        while isinstance(place, (dict, list)) and len(place) and (not path or draw.random() < 0.6):
+            key = draw.choice(list(place)) if isinstance(place, dict) else draw.randrange(len(place))
+            path.append((place, key))
+            place = place[key]
+        if not path:
+            return draw.choice(ODD)
+        parent, key = path[-1]
+        if draw.random() < 0.25:
+            del parent[key]
+        else:
+            parent[key] = draw.choice(ODD)
+    return content
+
+
+def damaged(draw: random.Random, raw: bytes) -> bytes:
+    """Bytes with something wrong."""
+    if draw.random() < 0.5:
+        try:
+            if raw.count(b"\n") > 1:
+                lines = raw.splitlines()
+                number = draw.randrange(len(lines))
+                lines[number] = json.dumps(changed(draw, json.loads(lines[number]))).encode()
+                return b"\n".join(lines) + b"\n"
+            return json.dumps(changed(draw, json.loads(raw))).encode("utf-8", "surrogatepass")
+        except ValueError:
+            pass
+    kind = draw.randrange(5)
+    if kind == 0:
+        return raw[: draw.randrange(len(raw) + 1)]
+    if kind == 1:
+        return draw.choice((b"", b"\xff\xfe", b"null", b"[]", b"{}", b"3", b'"a"', b"[" * 10_000, b"\n\n"))
+    if kind == 2:
+        return raw + draw.randbytes(draw.randint(1, 50))
+    data = bytearray(raw or b"x")
+    for _ in range(draw.randint(1, 4)):
+        data[draw.randrange(min(len(data), 4000))] = draw.randrange(256)
+    return bytes(data)
+
+
+def damaged_header(draw: random.Random, raw: bytes) -> bytes:
+    """A safetensors file with another header, its length kept true, or with other bytes."""
+    if draw.random() < 0.3:
+        return damaged(draw, raw)
+    if draw.random() < 0.3:
+        data = bytearray(raw)
+        data[-draw.randint(1, 400) :] = b"\xff" * draw.randint(1, 400)
+        return bytes(data)
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.dumps(changed(draw, json.loads(raw[8 : 8 + length]))).encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(header)) + header + raw[8 + length :]
+
+
+def finite(tree: Any) -> None:
+    """Raises AssertionError where a number of a tree is none."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, (float, np.ndarray, jax.Array)):
+            assert np.isfinite(np.asarray(leaf, np.float64)).all(), "NaN was let through"
+
+
+class World:
+    """A directory with one of everything, made once; `case` damages one file of it and puts it back."""
+
+    def __init__(self, directory: Path):
+        self.base, self.adapter, self.run = directory / "base", directory / "adapter", directory / "run"
+        tiny.build(self.base, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, max_length=64)
+        (self.base / "generation_config.json").write_text('{"eos_token_id": 2, "pad_token_id": 0}')
+        self.model = hub.read_config(self.base)
+        lora = init_lora(self.model, jax.random.key(0), rank=2, alpha=4.0, targets=("q", "down"))
+        hub.export_adapter(self.adapter, self.model, lora, source=self.base)
+        self.run.mkdir()
+        self.config = freeze(TrainConfig, default(str(self.base)))
+        record = {"config": to_dict(self.config), "base": hub.fingerprint(self.base)}
+        self.write("run.json", json.dumps(record))
+        self.write("metrics.jsonl", "".join(json.dumps({"step": n, "loss": n / 7}) + "\n" for n in range(1, 5)))
+        planned = {"peak_bytes": 10, "seconds_roofline": 0.5}
+        sizes = {"method": "gdsd", "lora_rank": self.config.lora.rank, "rows": 320, "microbatch_rows": 16}
+        self.write("plan.json", json.dumps(sizes | {"sampler": planned, "update": planned}))
+        self.identity = {"parameters": [1, 2], "seed": 3}
+        batch = {"part": "sudoku 8", "texts": ["a", "b"], "kl": [0.1, 0.2]}
+        self.write("evaluation.part.jsonl", "".join(json.dumps(x) + "\n" for x in (self.identity, batch, batch)))
+        metric = {"cells": {"mean": 0.5, "error": 0.1}}
+        entry = {"task": "sudoku", "rows": "test", "count": 2, "items": "00", "completion_length": 8, "steps": 4}
+        summary = {"checkpoint": "a", "adapter": None, "workdir": None, "iteration": None, "strategy": "random"}
+        summary |= {"temperature": 0.0, "samples": 1, "results": [entry | {"block_length": 4, "metrics": metric}]}
+        self.write(reports.SUMMARY, json.dumps(summary))
+        row = {"task": "sudoku", "completion_length": 8, "item": 0, "cells": 0.5}
+        self.write(reports.COMPLETIONS, (json.dumps(row) + "\n") * 2)
+        self.other = directory / "other"
+        shutil.copytree(self.run, self.other)
+        self.rows = directory / "rows.jsonl"
+        puzzle = {"puzzle": "1000040000300001", "solution": "1243341221344321"}
+        self.rows.write_text((json.dumps(puzzle) + "\n") * 3)
+
+    def write(self, name: str, text: str) -> None:
+        (self.run / name).write_text(text)
+
+
+def load(world: World) -> None:
+    finite(hub.load_checkpoint(world.base)[1])
+
+
+def tokenizer(world: World) -> None:
+    found = hub.load_tokenizer(world.base)
+    found.prompts([found.render([{"role": "user", "content": "a<|mask|>b"}])], buckets=(32,), overlong="keep_last")
+
+
+def adapter(world: World) -> None:
+    lora = hub.load_adapter(world.adapter, world.model)
+    finite((lora.weights, lora.alpha, lora.dropout))
+    hub.another_base(world.adapter, world.base)
+
+
+def record(world: World) -> None:
+    read_record(world.run)
+    with_first_schedule(world.config, world.run)
+
+
+TARGETS: dict[str, tuple[str, Callable[[World], Any], Callable]] = {
+    "config": ("base/config.json", load, damaged),
+    "header": ("base/model.safetensors", load, damaged_header),
+    "tokenizer": ("base/tokenizer.json", tokenizer, damaged),
+    "tokenizer_config": ("base/tokenizer_config.json", tokenizer, damaged),
+    "generation": ("base/generation_config.json", tokenizer, damaged),
+    "template": ("base/chat_template.jinja", tokenizer, damaged),
+    "adapter_config": ("adapter/adapter_config.json", adapter, damaged),
+    "adapter_weights": ("adapter/adapter_model.safetensors", adapter, damaged_header),
+    "run": ("run/run.json", record, damaged),
+    "metrics": ("run/metrics.jsonl", lambda world: read_metrics(world.run), damaged),
+    "plan": ("run/plan.json", lambda world: read_plan(world.run, world.config), damaged),
+    "part": (
+        "run/evaluation.part.jsonl",
+        lambda world: resumed(world.run / "evaluation.part.jsonl", world.identity),
+        damaged,
+    ),
+    "evaluation": (f"run/{reports.SUMMARY}", lambda world: reports.compare(world.run, world.other), damaged),
+    "completions": (f"run/{reports.COMPLETIONS}", lambda world: reports.compare(world.run, world.other), damaged),
+    "rows": ("rows.jsonl", lambda world: TASKS["sudoku"].read(world.rows), damaged),
+}
+SETTINGS = ("settings", "methods", "tasks")
+
+
+def setting(world: World, draw: random.Random) -> None:
+    """One or two odd values in a config."""
+    values = to_dict(world.config)
+    for _ in range(draw.randint(1, 2)):
+        place = values
+        while True:
+            name = draw.choice(list(place))
+            if not isinstance(place[name], dict) or not place[name] or draw.random() < 0.1:
+                break
+            place = place[name]
+        place[name] = draw.choice(ODD)
+    made = to_dict(freeze(TrainConfig, values))
+    finite(made | {"settings": {}, "task": {}, "optimizer": {}})
+
+
+def method(world: World, draw: random.Random) -> None:
+    name = draw.choice(list(METHODS))
+    fields = list(METHODS[name].settings.__dataclass_fields__)
+    build(name, **{draw.choice(fields): draw.choice(ODD)})
+
+
+def task(world: World, draw: random.Random) -> None:
+    names = ("template", "system", "assistant_prefix", "answer_template", "examples", "shots", "weights")
+    made = resolve("sudoku", **{draw.choice(names): draw.choice(ODD) for _ in range(2)})
+    row = {"puzzle": "1000040000300001", "solution": "1243341221344321"}
+    made.messages(row), made.answer(row), finite(dict(made.weights))
+
+
+def run(world: World, root: Path, target: str, count: int, seed: int) -> dict[str, Any]:
+    """Runs the cases of one target; returns what became of them."""
+    draw = random.Random(f"{target} {seed}")
+    outcomes: collections.Counter = collections.Counter()
+    slowest, failures = 0.0, []
+    odd = {"settings": setting, "methods": method, "tasks": task}.get(target)
+    if odd is None:
+        file, read, damage = TARGETS[target]
+        path = root / file
+        raw = path.read_bytes()
+        case = functools.partial(read, world)
+        case()  # what is whole is read
+    for number in range(count):
+        if odd is None:
+            path.write_bytes(damage(draw, raw))
+        else:
+            case = functools.partial(odd, world, draw)
+        start = time.perf_counter()
+        try:
+            case()
+            outcomes["read"] += 1
+        except UserError as error:
+            outcomes["refused"] += 1
+            if not str(error).strip():
+                failures.append(f"case {number}: an empty message")
+        except BaseException as error:
+            outcomes["raised"] += 1
+            failures.append(f"case {number}: {type(error).__name__}: {str(error)[:200]}")
+        seconds = time.perf_counter() - start
+        slowest = max(slowest, seconds)
+        if seconds > SECONDS:
+            failures.append(f"case {number}: {seconds:.1f} s")
+    if odd is None:
+        path.write_bytes(raw)
+    return {"target": target, **outcomes, "slowest": round(slowest, 2), "failures": failures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100, help="cases of each target")
+    parser.add_argument("--targets", default=",".join([*TARGETS, *SETTINGS]))
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        for target in flags.targets.split(","):
+            found = run(world, Path(folder), target, flags.count, flags.seed)
+            failures = found.pop("failures")
+            failed |= bool(failures)
+            print(json.dumps(found | {"failures": len(failures)}), *failures[:5], sep="\n  ", flush=True)
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{megabytes:.0f} MB")
+    sys.exit(failed or megabytes * 2**20 > BYTES)
+
+
+if __name__ == "__main__":
+    main()
