@@ -1,5 +1,6 @@
 # The targets need no preparation: each makes the virtual environment it runs in, and refreshes it when its requirements change.
 #   make demo       SFT, GDSD, evaluation and export of the tiny model, into runs/demo
+#                   make demo FAMILY=sdar   in the format of another model family, into runs/demo_sdar
 #   make compare    six methods with three seeds each on the tiny model, table and figure into runs/compare
 #   make test       the fast tests              make test PYTEST_ARGS=tests/telemetry/test_metrics.py   a part of them
 #   make test-slow  the tests that need PyTorch and PEFT, or minutes
@@ -18,11 +19,13 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 PYTEST_ARGS ?=
+FAMILY ?= llada
+DEMO_SUFFIX = $(patsubst %,_%,$(filter-out llada,$(FAMILY)))
 
 .PHONY: demo compare test test-slow test-multi test-plan plan-table lint format types docs clean venv venv-tpu venv-gpu
 
 demo: .venv/.installed
-	.venv/bin/python -m gdsd_jax.demo --config configs/tiny_sudoku.py --workdir runs/demo
+	.venv/bin/python -m gdsd_jax.demo --config configs/tiny_sudoku.py:$(FAMILY) --workdir runs/demo$(DEMO_SUFFIX)
 
 compare: .venv/.installed
 	.venv/bin/python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,gdsd_tlc,espo,diffu_grpo,wd1,spg --seeds 3

@@ -10,6 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gdsd_jax import config as settings
+from gdsd_jax.families import family_named, family_of
+from gdsd_jax.hub import architecture
 from gdsd_jax.runtime.errors import UserError
 
 # Directories of Hugging Face checkpoints; `--config.checkpoint` names another.
@@ -17,7 +19,15 @@ CHECKPOINTS = {
     "llada": "checkpoints/LLaDA-8B-Instruct",
     "dream": "checkpoints/Dream-v0-Instruct-7B",
     "diffucoder": "checkpoints/DiffuCoder-7B-Instruct",
+    "qwen3": "checkpoints/Qwen3-0.6B-diffusion-mdlm-v0.1",
+    "coder": "checkpoints/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1",
+    "sdar": "checkpoints/SDAR-1.7B-Chat",
+    "fastdllm": "checkpoints/Fast_dLLM_v2_1.5B",
+    "illada": "checkpoints/iLLaDA-8B-Instruct",
+    "mmada": "checkpoints/MMaDA-8B-MixCoT",
 }
+# The runs, MODEL_PART, of recipes for one accelerator: adapters, or all parameters of models below a billion.
+SMALL_RUNS = ("qwen3_lora", "qwen3_full", "coder_lora", "coder_full", "sdar_lora", "fastdllm_lora")
 # The runs, MODEL_TASK, of most baselines.
 LLADA_RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math")
 DREAM_RUNS = ("dream_sudoku", "dream_countdown")
@@ -61,6 +71,26 @@ def recipe(
     return config
 
 
+def one_device(run: str, task: str, *, rows: int, runs: Sequence[str] = SMALL_RUNS) -> ConfigDict:
+    """Returns a recipe for one accelerator: GDSD on 8 prompts of 8 completions, each model with its authors' sampler.
+
+    Args:
+      run: MODEL_PART; "full" trains all parameters, at a tenth of the adapters' learning rate.
+      rows: of a micro-batch, as many as the accelerator holds.
+    """
+    model, part = chosen(run, runs)
+    config = settings.default(checkpoint=CHECKPOINTS[model])
+    with config.unlocked():
+        config.task.name, config.method = task, "gdsd"
+        config.settings["gdsd"] = {"psi": 10.0, "beta": 1e-3, "views": 2}
+        config.prompts_per_iteration, config.group_size, config.microbatch_rows = 8, 8, rows
+        config.inner_updates = 4
+        config.lora.rank = 64 if part == "lora" else 0
+        config.optimizer.update(learning_rate=1e-5 if part == "lora" else 1e-6, warmup_updates=4)
+        config.sampler.update(**family_of(architecture(config.checkpoint)).sampler)
+    return config
+
+
 def chosen(run: str, runs: Sequence[str]) -> list[str]:
     """Splits what follows the colon of `--config` at its underscore, after checking that it is one of `runs`."""
     if run not in runs:
@@ -82,16 +112,20 @@ def on_slice(run: str, slices: dict[str, tuple[str, int]], recipes: dict[str, An
     return config
 
 
-def embedded_sudoku() -> ConfigDict:
+def embedded_sudoku(family: str = "llada") -> ConfigDict:
     """Returns 4x4 Sudoku on the embedded 0.2M-parameter model: data, start, sampler, adapters, method settings.
 
     The start is made on first use by supervised training on careless demonstrations (a quarter of the empty cells hold
     a 1, whatever belongs there). It stops at 20 % of the validation puzzles, which leaves reinforcement learning
     something to do.
+
+    Args:
+      family: name of a model family; it gives the format, the blocks of its attention and its own order of commits.
     """
-    config = settings.default(checkpoint="runs/start/merged")
+    known = family_named(family)
+    config = settings.default(checkpoint=f"runs/start{'' if family == 'llada' else '_' + family}/merged")
     with config.unlocked():
-        config.tiny.family = "llada"
+        config.tiny.family = family
         config.task.update(name="sudoku", train_rows=8192)
         # The tokenizer knows characters, so the puzzle is the whole prompt: 16 cells and two turn markers.
         config.task.settings = {"template": "{puzzle}"}
@@ -101,6 +135,13 @@ def embedded_sudoku() -> ConfigDict:
         config.sft.optimizer.update(learning_rate=2e-3, clip_norm=1.0, warmup_updates=50, schedule="constant")
         # One token a step, but what is beyond doubt at once: the same completions in half the passes.
         config.sampler.update(completion_length=20, steps=20, block_length=20, temperature=1.0, threshold=0.9)
+        if family != "llada":
+            config.tiny.num_kv_heads = 2
+        if known.sampler.get("strategy") == "entropy":
+            config.sampler.update(strategy="entropy", threshold=None)
+        if "block_size" in known.quirks:
+            config.tiny.block_size = config.sampler.block_length = 4
+            config.sampler.lead = known.sampler.get("lead", False)
         config.lora.update(rank=16, alpha=32.0, dropout=0.0)
         config.optimizer.update(clip_norm=0.02, weight_decay=0.0, warmup_updates=5, schedule="linear")
         # One update per rollout: old and new policy are equal, so a trust region has nothing to clip.

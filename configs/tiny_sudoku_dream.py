@@ -9,8 +9,4 @@ import tiny_sudoku
 
 
 def get_config():
-    config = tiny_sudoku.get_config()
-    config.checkpoint = "runs/start_dream/merged"
-    config.tiny.update(family="dream", num_kv_heads=2)
-    config.sampler.update(strategy="entropy", threshold=None)
-    return config
+    return tiny_sudoku.get_config("dream")

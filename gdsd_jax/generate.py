@@ -24,6 +24,7 @@ from rich.text import Text
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.diffusion import Rollout, SamplerConfig, sample
+from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, Policy, load_policy
 from gdsd_jax.runtime import hosts
@@ -97,13 +98,13 @@ def prompt_messages(task: Task, prompt: str) -> list[dict]:
 def frames(policy: Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -> list[tuple[int, Text]]:
     """`(steps taken, text)` before the first step and after each that wrote something in this row."""
     single = Rollout(*(None if value is None else np.asarray(value)[row : row + 1] for value in rollout))
-    length = single.commit_step.shape[1]
-    steps = [-1, *np.unique(single.commit_step[single.commit_step < sampler.step_limit]).tolist()]
+    length, limit = single.commit_step.shape[1], step_limit(policy.model, sampler)
+    steps = [-1, *np.unique(single.commit_step[single.commit_step < limit]).tolist()]
     pictures = []
     before = np.full(length, policy.model.mask_token_id)
     for step in steps:
         # The last frame is the result itself, with what `stop_at_eos` filled in.
-        until = sampler.step_limit if step == steps[-1] else step
+        until = limit if step == steps[-1] else step
         after = np.asarray(replay(single, policy.model, until))[0, -length:]
         pictures.append((step + 1, _picture(policy, before, after)))
         before = after

@@ -5,7 +5,8 @@
 Per row `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`; each completion token is masked with probability `t`; the loss is
 the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens (arXiv 2502.09992, Eq. 5).
 The tail after EOS is trained on too: the model must learn to end. Writes `WORKDIR/merged`, a Hugging Face directory to
-start reinforcement learning from.
+start reinforcement learning from. An autoregressive checkpoint whose tensors a family shares (Qwen2, Qwen3) becomes a
+masked denoiser first, in `WORKDIR/adapted`, with a mask token of its own.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     refuse_existing(merged)
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
+    config = adapted(config, workdir / "adapted")
     setup = load_setup(config, rows={"config.sft.batch_rows": config.sft.batch_rows})
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
     if hosts.first():
@@ -193,6 +195,16 @@ def demonstrations(task: Task, rows: list[dict], config: SFTConfig) -> list[dict
         raise UserError(f"task {task.name} has no careless demonstrations: set config.sft.careless to 0")
     generator = random.Random(config.seed)
     return [task.careless(row, config.careless, generator) for row in rows]
+
+
+def adapted(config: TrainConfig, directory: Path) -> TrainConfig:
+    """Returns the config with an autoregressive checkpoint replaced by a masked denoiser made of it in `directory`."""
+    if hub.family_for(config.checkpoint) is None:
+        return config
+    if hosts.first() and not directory.exists():
+        hub.adapt(config.checkpoint, directory)
+    hosts.wait()
+    return dataclasses.replace(config, checkpoint=str(directory))
 
 
 def embedded_start(config: TrainConfig) -> None:

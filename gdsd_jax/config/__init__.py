@@ -7,6 +7,7 @@ into one and refuses a field that is missing, unknown or of another type. Nothin
 from gdsd_jax.config.freeze import default, freeze, to_dict
 from gdsd_jax.config.read import read_config
 from gdsd_jax.config.schema import (
+    CheckpointOverrides,
     EvalConfig,
     LoRAConfig,
     ModelConfig,
@@ -21,6 +22,7 @@ from gdsd_jax.runtime.hosts import HostsConfig
 from gdsd_jax.runtime.sharding import MeshConfig
 
 __all__ = [
+    "CheckpointOverrides",
     "EvalConfig",
     "HostsConfig",
     "LoRAConfig",

@@ -135,6 +135,21 @@ class SFTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckpointOverrides:
+    """What is set or replaced in a checkpoint's `config.json`, for what its files do not declare; None: nothing.
+
+    Attributes:
+      mask_token_id, eos_token_id, pad_token_id: token ids.
+      block_size: tokens of a block of block-causal attention.
+    """
+
+    mask_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    block_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TinyConfig:
     """The embedded model.
 
@@ -148,6 +163,7 @@ class TinyConfig:
     num_heads: Count = 4
     num_kv_heads: Count | None = None
     intermediate_size: Count = 192
+    block_size: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +172,7 @@ class TrainConfig:
 
     Attributes:
       checkpoint: Hugging Face directory of the base model.
+      checkpoint_overrides: what is set or replaced in its `config.json`.
       mesh, hosts: how devices are arranged, see `gdsd_jax.runtime.sharding`, and the processes that hold them.
       method, settings: name of the method (or `package.module:NAME`), and settings by method name.
       rollout_rows: rows that are sampled at a time, whole groups; None: all. What decides is how many fit the devices:
@@ -187,6 +204,7 @@ class TrainConfig:
     evaluation: EvalConfig
     sft: SFTConfig
     tiny: TinyConfig
+    checkpoint_overrides: CheckpointOverrides = CheckpointOverrides()
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     method: str = "gdsd"
@@ -242,6 +260,11 @@ class TrainConfig:
         """The trackers that are asked for, each once."""
         short = (name for name in ("tensorboard", "wandb") if getattr(self, name))
         return tuple(dict.fromkeys((*self.trackers, *short)))
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """`checkpoint_overrides` as the loaders of `gdsd_jax.hub` take them."""
+        return dataclasses.asdict(self.checkpoint_overrides)
 
     @property
     def method_settings(self) -> dict[str, Any]:

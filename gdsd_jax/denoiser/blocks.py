@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gdsd_jax.denoiser import attention
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.forward import At, Read, real_tokens, rope_of, run
 from gdsd_jax.denoiser.layout import Layout
@@ -116,27 +117,32 @@ def prefilled(
     tokens: Int[Array, "B F"],
     real: Bool[Array, "B F"] | None,
     width: int,
+    rope: tuple[Array, Array],
 ) -> tuple[Any, Float[Array, "B D"]]:
     """Runs the finished blocks of the prompts; gives keys and values with room for `width` columns, and last states.
 
     The states are those of the last column, after the final norm; zero where there is no column.
     """
     rows, length = tokens.shape
-    dtype = jnp.dtype(config.dtype)
-    shape = (rows, config.num_kv_heads)
+    keys, values = _token_axes(config)
     if length == 0:
-        one = KeyValues(
-            jnp.zeros((*shape, config.head_dim, width), dtype), jnp.zeros((*shape, width, config.head_dim), dtype)
+
+        def one_column(tokens: Array) -> Any:
+            return run(config, base, lora, tokens, None, rope_of(config, 1), keep=True)(slice(0, 1))
+
+        # Only the shapes are wanted.
+        hidden, cache = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_column, jnp.zeros((rows, 1), tokens.dtype))
         )
-        unrolled = config.layer_unroll >= config.num_layers
-        stack = lambda x: jnp.zeros((config.num_layers, *x.shape), x.dtype)  # noqa: E731
-        cache = (one,) * config.num_layers if unrolled else jax.tree.map(stack, one)
-        return cache, jnp.zeros((rows, config.hidden_size), dtype)
-    layout = Layout(config.block_size, length)
-    last = run(config, base, lora, tokens, real, rope_of(config, length), layout=layout, keep=True)
-    hidden, cache = last(slice(length - 1, length))
-    room = lambda x, axis: jnp.pad(x, [(0, (width - length) * (n == axis % x.ndim)) for n in range(x.ndim)])  # noqa: E731
-    return _each(lambda kv: KeyValues(room(kv.keys, -1), room(kv.values, -2)), cache), hidden[:, 0]
+    else:
+        layout = Layout(config.block_size, length)
+        last = run(config, base, lora, tokens, real, rope, layout=layout, keep=True)
+        hidden, cache = last(slice(length - 1, length))
+
+    def room(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, width - max(1, length) if n == axis % x.ndim else 0) for n in range(x.ndim)])
+
+    return _each(lambda kv: KeyValues(room(kv.keys, keys), room(kv.values, values)), cache), hidden[:, 0]
 
 
 def block_states(
@@ -153,14 +159,21 @@ def block_states(
     return run(config, base, lora, tokens, real, rope, cache=cache, outside=seen, keep=True)
 
 
-def stored(cache: Any, new: Any, start: Int[Array, ""]) -> Any:
+def stored(config: DenoiserConfig, cache: Any, new: Any, start: Int[Array, ""]) -> Any:
     """Returns the cache with keys and values of the columns from `start` on replaced."""
+    keys, values = _token_axes(config)
 
     def store(old: KeyValues, new: KeyValues) -> KeyValues:
         write = jax.lax.dynamic_update_slice_in_dim
-        return KeyValues(write(old.keys, new.keys, start, -1), write(old.values, new.values, start, -2))
+        axes = (axis % old.keys.ndim for axis in (keys, values))
+        return KeyValues(*(write(x, y, start, axis) for x, y, axis in zip(old, new, axes, strict=True)))
 
     return _each(store, cache, new)
+
+
+def _token_axes(config: DenoiserConfig) -> tuple[int, int]:
+    """The axes of keys and of values along which the tokens lie, counted from the end."""
+    return (-3, -3) if attention.chosen(config) == "cudnn" else (-1, -2)
 
 
 def _each(function: Any, *caches: Any) -> Any:

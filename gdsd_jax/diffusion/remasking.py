@@ -3,6 +3,8 @@
 B rows, S positions that a step looks at, L completion tokens, V vocabulary.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,18 +27,42 @@ class Strategy(NamedTuple):
     score: (proposal probabilities [..., V], candidate's probability there [...]) -> [...], or None: not read from them.
     uniform: the order of the commits is uniform noise.
     independent: every masked position is committed by a coin of its own (implies timed).
+    leftmost: commits go from left to right.
+    plan: (masked tokens at the start of a block, steps) -> commits of each step, for strategies that plan a block
+        ahead; they may take fewer steps, and end with a shorter block.
     """
 
     timed: bool
     score: Callable | None = None
     uniform: bool = False
     independent: bool = False
+    leftmost: bool = False
+    plan: Callable[[int, int], list[int]] | None = None
 
 
 def _margin(probs: Array, _: Array) -> Array:
     best = jnp.argmax(probs, axis=-1, keepdims=True)
     others = jnp.where(jnp.arange(probs.shape[-1]) == best, -jnp.inf, probs)
     return jnp.max(probs, axis=-1) - jnp.max(others, axis=-1)
+
+
+def _masked_linear(time: np.float32) -> np.float32:
+    return np.float32(1) - (np.float32(1) - time)
+
+
+def _masked_cosine(time: np.float32) -> np.float32:
+    return np.float32(1) - (np.float32(1) - np.cos(np.float32(math.pi / 2) * (np.float32(1) - time)))
+
+
+def _mdlm(masked_share: Callable, masked: int, steps: int) -> list[int]:
+    """Commits of each step when the share of masked tokens follows time (dllm's MDLM sampler): of `n` that are left,
+    round(n (1 - m(s) / m(t))) from t to s. Steps that would commit nothing are left out."""
+    counts = []
+    for step in range(steps):
+        later, now = (masked_share(np.float32((steps - at) / steps)) for at in (step + 1, step))
+        counts.append(int(np.rint(masked * (1 - float(later / now)))))
+        masked -= counts[-1]
+    return [count for count in counts if count]
 
 
 STRATEGIES = {
@@ -46,6 +72,9 @@ STRATEGIES = {
     "topk_margin": Strategy(timed=True, score=_margin),
     "entropy": Strategy(timed=True, score=lambda probs, _: jnp.sum(probs * jnp.log(probs + 1e-10), axis=-1)),
     "origin": Strategy(timed=True, uniform=True, independent=True),
+    "sequential": Strategy(timed=False, leftmost=True),
+    "mdlm": Strategy(timed=False, plan=functools.partial(_mdlm, _masked_linear)),
+    "mdlm_cosine": Strategy(timed=False, plan=functools.partial(_mdlm, _masked_cosine)),
 }
 
 
@@ -55,7 +84,8 @@ class SamplerConfig:
 
     completion_length: L, tokens to generate.
     steps: denoising steps of the whole completion; each of the blocks gets max(1, steps // blocks).
-    block_length: blocks are finished left to right; L means no blocks.
+    block_length: blocks are finished left to right; L means no blocks. A block-causal denoiser writes its own blocks,
+        of which this is a divisor: then parts of a block are finished left to right.
     strategy: schedule, proposal noise and ordering together.
         low_confidence, random: tokens per step split evenly over the block's steps; ordered by the candidate's
             probability under the plain logits, or by uniform noise.
@@ -63,6 +93,9 @@ class SamplerConfig:
             from t to s committing floor(n (1 - s/t)) of the n masked tokens, the last one all; ordered by the
             candidate's probability, by the margin of the two best tokens, or by negative entropy, all after
             temperature, top_p and top_k; origin commits every masked token with probability 1 - s/t.
+        sequential: as low_confidence, from left to right.
+        mdlm, mdlm_cosine: ordered as low_confidence; planned at the start of each block, in ceil(steps / blocks) steps
+            or fewer, from the share of masked tokens at each time, t or 1 - cos(pi t / 2) from the other end.
     temperature: of the proposal; 0 takes the argmax.
     top_p, top_k: cut the proposal, of every strategy, top_p first; tokens that tie at the cut stay.
     cfg_scale: s in un + (s + 1)(cond - un), where the unconditional pass sees a masked prompt; 0 skips that pass.
@@ -73,8 +106,16 @@ class SamplerConfig:
     factor: instead of a schedule, commit the n most probable candidates, n the largest with
         (n + 1)(1 - c_n) < factor, c_n the n-th highest probability (plain logits), always the strategy's first.
         Both take as many steps as they need, at most block_length a block, whatever `steps` says.
+    floor: with a threshold, commit at least as many as the schedule of `steps` would.
+    lead: where logits speak of the next token, a block-causal denoiser commits the first token of each block by itself,
+        before any other of the block is looked at.
+    grow: later blocks do not exist until a block is finished, instead of being seen as masks; with `stop_at_eos` the
+        end is looked for when a block is finished.
+    hide_pads: a block-causal denoiser forgets pad tokens that it has written: they are not attended to and take no
+        position.
     cache: what keeps its keys and values while a block is decoded, an approximation. "none": nothing; "prefix": what
-        stands before the block; "dual": all that stands outside it.
+        stands before the block; "dual": all that stands outside it. A block-causal denoiser keeps finished blocks in
+        any case, exactly, and with "dual" also the rest of its own block while a part of it is decoded.
     refresh_every: steps of a block from one full pass to the next, which refreshes the cache; None: only the first
         step of a block is one. 1 makes every step exact.
     stop_at_eos: stop once every row has committed an EOS with nothing masked before it; what is masked then becomes
@@ -107,6 +148,10 @@ class SamplerConfig:
     suppress_confidence: Sequence[int] = ()
     forbid_mask: bool = True
     record: bool = False
+    floor: bool = False
+    lead: bool = False
+    grow: bool = False
+    hide_pads: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "suppress", tuple(self.suppress))
@@ -116,7 +161,9 @@ class SamplerConfig:
             (self.block_length < 1, f"block_length is {self.block_length}; it must be at least 1"),
             (self.steps < 1, f"steps is {self.steps}; it must be at least 1"),
             (
-                self.block_length >= 1 and self.completion_length % self.block_length,
+                self.block_length >= 1
+                and self.completion_length % self.block_length
+                and not (self.strategy in STRATEGIES and STRATEGIES[self.strategy].plan),
                 f"completion_length {self.completion_length} is not a multiple of block_length {self.block_length}; "
                 "change one of them",
             ),
@@ -151,6 +198,8 @@ class SamplerConfig:
                 self.refresh_every is not None and self.cache == "none",
                 "refresh_every has no meaning without a cache; set cache to 'prefix' or 'dual', or refresh_every=None",
             ),
+            (self.floor and self.threshold is None, "floor has no meaning without a threshold; set floor=False"),
+            (self.grow and self.cache != "none", "grow needs every step exact; set cache='none' or grow=False"),
             (
                 self.refresh_every is not None and self.refresh_every < 1,
                 f"refresh_every is {self.refresh_every}; it must be at least 1, or None",
@@ -161,18 +210,32 @@ class SamplerConfig:
 
     @property
     def blocks(self) -> int:
-        return self.completion_length // self.block_length
+        return -(-self.completion_length // self.block_length)
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps that the schedule gives a block."""
+        planned = STRATEGIES[self.strategy].plan is not None
+        return max(1, -(-self.steps // self.blocks) if planned else self.steps // self.blocks)
 
     @property
     def steps_per_block(self) -> int:
         """Steps that one block may take: the schedule's, or with threshold or factor one per token."""
         scheduled = self.threshold is None and self.factor is None
-        return max(1, self.steps // self.blocks) if scheduled else self.block_length
+        return self.scheduled_steps if scheduled else self.block_length
 
     @property
     def step_limit(self) -> int:
         """`commit_step` of a position that no step wrote: `steps`, or more where the blocks may take more steps."""
         return max(self.steps, self.blocks * self.steps_per_block)
+
+
+@functools.cache
+def commit_plan(settings: SamplerConfig) -> np.ndarray:
+    """Commits `[n, step]` of a block with n masked tokens at its start, 0 after the last; for strategies that plan."""
+    plan = STRATEGIES[settings.strategy].plan
+    rows = [plan(masked, settings.scheduled_steps) for masked in range(settings.block_length + 1)]
+    return np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], np.int32)
 
 
 def ranks(score: Array) -> Array:
@@ -184,12 +247,19 @@ def ranks(score: Array) -> Array:
 
 
 def select(
-    settings: SamplerConfig, eligible: Array, confidence: Array, score: Array, step_in_block: Array, keys: Array
+    settings: SamplerConfig,
+    eligible: Array,
+    confidence: Array,
+    score: Array,
+    step_in_block: Array,
+    keys: Array,
+    started: Array | None = None,
 ) -> Array:
     """Which of the eligible positions [B, S] this step commits; a postponed candidate's score is `LOWEST`.
 
     Args:
       keys: of the step, [B], one for each row.
+      started: how many tokens of the block were masked at its start, [B]; for strategies that plan.
     """
     strategy = STRATEGIES[settings.strategy]
     pairs, width = jax.vmap(jax.random.split)(keys), score.shape[1:]
@@ -200,12 +270,18 @@ def select(
     rank = ranks(jnp.where(eligible, score, -jnp.inf))
 
     if settings.threshold is not None:
-        return eligible & ((confidence >= settings.threshold) | (rank == 0))
+        least = 1
+        if settings.floor:
+            each, extra = divmod(settings.block_length, settings.scheduled_steps)
+            least = jnp.maximum(each + (step_in_block < extra), 1)
+        return eligible & ((confidence >= settings.threshold) | (rank < least))
     if settings.factor is not None:
         place = ranks(jnp.where(eligible, confidence, -jnp.inf))
         # (n + 1)(1 - c_n) grows with n, so the places that pass are a prefix.
         return eligible & (((place + 2) * (1 - confidence) < settings.factor) | (rank == 0))
 
+    if strategy.plan is not None:
+        return eligible & (rank < jnp.asarray(commit_plan(settings))[started, step_in_block][:, None])
     last = step_in_block == settings.steps_per_block - 1
     if strategy.independent:
         coin = jax.vmap(lambda key: jax.random.uniform(key, width))(pairs[:, 1])

@@ -9,8 +9,8 @@ fixed number of tokens per step; a time schedule with a confidence ordering), Fa
 `threshold` and `factor`.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,43 +18,14 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, hidden_states_at, pick, repeated
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, hidden_states_at, pick, repeated
+from gdsd_jax.denoiser.forward import real_tokens
+from gdsd_jax.diffusion.blocks import fits_blocks, sample_blocks
 from gdsd_jax.diffusion.cache import cached_states_at, refresh, region
-from gdsd_jax.diffusion.proposals import propose_at
-from gdsd_jax.diffusion.remasking import LOWEST, STRATEGIES, SamplerConfig, select
+from gdsd_jax.diffusion.remasking import SamplerConfig
+from gdsd_jax.diffusion.step import Rollout, State, beginning, commit, finished, passes, row_keys
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import constrain
-
-
-class Rollout(NamedTuple):
-    """Completions and how they came about.
-
-    tokens: [B, P+L] int32, prompt and completion.
-    commit_step: [B, L] int32, the last step that wrote the position, counted from 0 over all blocks;
-        `SamplerConfig.step_limit` (that is, `steps`) if none did.
-    confidence: [B, L] float32, the committed token's softmax probability at that step, under the logits without noise,
-        temperature, top_p and top_k (but after guidance, `suppress` and `forbid_mask`); -inf if no step wrote it.
-    log_prob: [B, L] float32 or None, the committed token's log-probability at its draw, that is, after temperature,
-        top_p and top_k; 0 if no step wrote it.
-    entropy: [B, L] float32 or None, of the distribution of which `confidence` is a probability, in nats; 0 if no step
-        wrote it. Both are None without `SamplerConfig.record`.
-    """
-
-    tokens: Array
-    commit_step: Array
-    confidence: Array
-    log_prob: Array | None = None
-    entropy: Array | None = None
-
-
-class _State(NamedTuple):
-    tokens: Array  # [B, T]
-    commit_step: Array  # [B, L]
-    confidence: Array  # [B, L]
-    recorded: tuple[Array, ...]  # log_prob and entropy [B, L], or nothing
-    step: Array  # steps taken
-    block: Array
-    step_in_block: Array
 
 
 def sample(
@@ -91,6 +62,8 @@ def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConf
         )
     if settings.cache != "none" and config.next_token_logits and prompt_length == 0:
         raise UserError("a cache needs a prompt where logits speak of the next token; give one, or set cache='none'")
+    if config.block_size is not None:
+        fits_blocks(config, prompt_length, settings)
     for name in ("suppress", "suppress_confidence"):
         if any(not 0 <= token < config.vocab_size for token in getattr(settings, name)):
             raise UserError(f"{name} {getattr(settings, name)} has ids outside the vocabulary of {config.vocab_size}")
@@ -107,77 +80,6 @@ def replay(rollout: Rollout, config: DenoiserConfig, step: int) -> Int[Array, "B
     return jnp.where(later, config.mask_token_id, rollout.tokens)
 
 
-def _finished(config: DenoiserConfig, completion: Array) -> Array:
-    """[B]: an id that ends a completion is committed and nothing before it is masked."""
-    masked_before = jnp.cumsum(completion == config.mask_token_id, axis=1)
-    ends = functools.reduce(jnp.logical_or, [completion == token for token in config.ends])
-    return jnp.any(ends & (masked_before == 0), axis=1)
-
-
-def passes(
-    config: DenoiserConfig, settings: SamplerConfig, tokens: Array, prompt_mask: Array | None
-) -> tuple[Array, Array | None]:
-    """The rows that the denoiser sees, [B, T] or, with guidance, [2B, T]: the two passes of a row stand together."""
-    if settings.cfg_scale == 0:
-        return tokens, prompt_mask
-    in_prompt = jnp.arange(tokens.shape[1]) < tokens.shape[1] - settings.completion_length
-    both = jnp.stack([tokens, jnp.where(in_prompt, config.mask_token_id, tokens)], axis=1)
-    mask = None if prompt_mask is None else jnp.repeat(prompt_mask, 2, axis=0)
-    return both.reshape(-1, tokens.shape[1]), mask
-
-
-def _commit(
-    config: DenoiserConfig, base: dict, keys: Array, settings: SamplerConfig, state: _State, read: Read
-) -> _State:
-    """One step; `keys` [B] are the rows' own, `read` gives hidden states at places of its region."""
-    prompt_length = state.tokens.shape[1] - settings.completion_length
-    block_end = (state.block + 1) * settings.block_length
-    start, size = region(settings, state.block)
-    # Not by the count of all steps, which with a threshold hangs on the slowest row of each block.
-    of_step = lambda key: jax.random.fold_in(jax.random.fold_in(key, state.block), state.step_in_block)  # noqa: E731
-    step_keys = jax.vmap(lambda key: jax.random.split(of_step(key), 3))(keys)
-    uniforms = lambda number, *shape: jax.vmap(lambda key: jax.random.uniform(key, shape))(step_keys[:, number])  # noqa: E731
-
-    old = lax.dynamic_slice_in_dim(state.tokens, prompt_length + start, size, axis=1)
-    eligible = (old == config.mask_token_id) & (start + jnp.arange(size) < block_end)
-
-    with jax.named_scope("propose"):
-        uniform = uniforms(0, size, 2)
-        token, confidence, score, *recorded = propose_at(config, base, read, uniform, eligible, settings)
-
-    with jax.named_scope("commit"):
-        if STRATEGIES[settings.strategy].uniform:
-            score = uniforms(1, size)
-        postponed = jnp.isin(token, jnp.asarray(settings.suppress_confidence, jnp.int32))
-        commit = select(
-            settings,
-            eligible,
-            jnp.where(postponed, LOWEST, confidence),
-            jnp.where(postponed, LOWEST, score),
-            state.step_in_block,
-            step_keys[:, 2],
-        )
-
-        def write(array: Array, new: Array, offset: int = 0) -> Array:
-            current = lax.dynamic_slice_in_dim(array, offset + start, size, axis=1)
-            return lax.dynamic_update_slice_in_dim(array, jnp.where(commit, new, current), offset + start, axis=1)
-
-        tokens = write(state.tokens, token, prompt_length)
-        done = state.step_in_block == settings.steps_per_block - 1
-        if settings.threshold is not None or settings.factor is not None:
-            masked = tokens[:, prompt_length:] == config.mask_token_id
-            done |= ~jnp.any(masked & (jnp.arange(settings.completion_length) < block_end))
-        return _State(
-            tokens,
-            write(state.commit_step, state.step),
-            write(state.confidence, confidence),
-            tuple(map(write, state.recorded, recorded)),
-            state.step + 1,
-            state.block + done,
-            jnp.where(done, 0, state.step_in_block + 1),
-        )
-
-
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def compiled_sample(
     config: DenoiserConfig,
@@ -190,61 +92,106 @@ def compiled_sample(
     numbers: Int[Array | np.ndarray, " B"] | None = None,
 ) -> Rollout:
     """`sample` without its checks: the jitted program itself."""
+    if config.block_size is not None:
+        return sample_blocks(config, base, lora, prompts, prompt_mask, key, settings, numbers)
     rows, prompt_length = prompts.shape
-    prompts = constrain(prompts, ("rows", "tokens"))
-    prompt_mask = None if prompt_mask is None else prompt_mask.astype(bool)
-    shape = (rows, settings.completion_length)
-    zero = jnp.zeros((), jnp.int32)
-    start = _State(
-        jnp.concatenate([prompts.astype(jnp.int32), jnp.full(shape, config.mask_token_id, jnp.int32)], axis=1),
-        jnp.full(shape, settings.step_limit, jnp.int32),
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        (jnp.zeros(shape),) * (2 if settings.record else 0),
-        zero,
-        zero,
-        zero,
-    )
+    length = settings.completion_length
+    completion = jnp.full((rows, length), config.mask_token_id, jnp.int32)
+    return unmask(config, base, lora, prompts, completion, prompt_mask, key, settings, numbers)
 
-    def unfinished(state: _State) -> Array:
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"))
+def infill(
+    config: DenoiserConfig,
+    base: dict,
+    lora: LoRA | None,
+    tokens: Int[Array | np.ndarray, "B L"],
+    real: Array | np.ndarray | None,
+    key: Array,
+    settings: SamplerConfig,
+) -> Rollout:
+    """Fills in the mask tokens of `tokens` [B, L], L the completion length; `real` [B, L] is False on pads.
+
+    Blocks are counted from the first column. For denoisers under full attention.
+    """
+    rows = len(tokens)
+    given = None if real is None else real.astype(bool)
+    return unmask(config, base, lora, jnp.zeros((rows, 0), jnp.int32), tokens, given, key, settings)
+
+
+def unmask(
+    config: DenoiserConfig,
+    base: dict,
+    lora: LoRA | None,
+    prompts: Array,
+    completion: Array,
+    real: Array | None,
+    key: Array,
+    settings: SamplerConfig,
+    numbers: Array | None = None,
+) -> Rollout:
+    """The loop of steps under full attention: writes the masks of `completion` [B, L]; `real` [B, P or P + L]."""
+    rows, prompt_length = prompts.shape
+    length, limit = settings.completion_length, settings.step_limit
+    beyond = settings.blocks * settings.block_length - length
+    prompt_mask = None if real is None else real.astype(bool)
+    if beyond:
+        # The last block is filled up with what nobody attends to, and nothing is written there.
+        prompt_mask = real_tokens(jnp.ones((rows, 0), bool) if real is None else real, rows, prompt_length + length)
+        prompt_mask = jnp.pad(prompt_mask, ((0, 0), (0, beyond)))
+        completion = jnp.pad(completion, ((0, 0), (0, beyond)), constant_values=config.pad_token_id)
+        steps = settings.scheduled_steps * settings.blocks
+        settings = dataclasses.replace(settings, completion_length=length + beyond, steps=steps)
+    tokens = jnp.concatenate([prompts.astype(jnp.int32), completion.astype(jnp.int32)], axis=1)
+    start = beginning(config, settings, constrain(tokens, ("rows", "tokens")), limit)
+
+    def unfinished(state: State) -> Array:
         more = state.block < settings.blocks
         if settings.stop_at_eos:
-            more &= ~jnp.all(_finished(config, state.tokens[:, prompt_length:]))
+            ended = jnp.all(finished(config, state.tokens[:, prompt_length:]))
+            more &= ~(ended & (state.step_in_block == 0)) if settings.grow else ~ended
         return more
 
     # A step passes a block at least.
-    base, lora = repeated(config, base, lora, tokens=settings.step_limit * rows * settings.block_length)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows) if numbers is None else numbers)
-    commit = functools.partial(_commit, config, base, keys, settings)
+    base, lora = repeated(config, base, lora, tokens=limit * rows * settings.block_length)
+    keys = row_keys(key, rows, numbers)
+    write = functools.partial(commit, config, base, keys, settings)
 
-    def exact_step(state: _State) -> _State:
+    def exact_step(state: State) -> State:
         with jax.named_scope("denoise"):
-            inputs, mask = passes(config, settings, state.tokens, prompt_mask)
+            seen = prompt_mask
+            if settings.grow:
+                grown = jnp.arange(tokens.shape[1]) < prompt_length + (state.block + 1) * settings.block_length
+                seen = jnp.broadcast_to(grown, tokens.shape)
+                seen = seen if prompt_mask is None else seen & real_tokens(prompt_mask, *tokens.shape)
+            inputs, mask = passes(config, settings, state.tokens, seen)
             read = hidden_states_at(config, base, lora, inputs, prompt_mask=mask)
             first, _ = region(settings, state.block)
-        return commit(state, lambda place: read(prompt_length + first + place))
+        return write(state, lambda place: read(prompt_length + first + place))
 
-    def refreshed_steps(state: _State) -> _State:
+    def refreshed_steps(state: State) -> State:
         """A full step, and the cached ones up to the next. The cache is a constant of their loop, never copied."""
         with jax.named_scope("refresh"):
             inputs, mask = passes(config, settings, state.tokens, prompt_mask)
             hidden, cache = refresh(config, base, lora, inputs, mask, state.block, settings)
 
-        def cached_step(state: _State) -> _State:
+        def cached_step(state: State) -> State:
             with jax.named_scope("denoise"):
                 inputs, _ = passes(config, settings, state.tokens, prompt_mask)
                 read = cached_states_at(config, base, lora, hidden, cache, inputs, mask, state.block, settings)
-            return commit(state, read)
+            return write(state, read)
 
-        def fresh_enough(state: _State) -> Array:
+        def fresh_enough(state: State) -> Array:
             return unfinished(state) & (state.step_in_block % (settings.refresh_every or settings.steps_per_block) > 0)
 
-        return lax.while_loop(fresh_enough, cached_step, commit(state, functools.partial(pick, hidden)))
+        return lax.while_loop(fresh_enough, cached_step, write(state, functools.partial(pick, hidden)))
 
     step = exact_step if settings.cache == "none" else refreshed_steps
-    tokens, commit_step, confidence, recorded, *_ = lax.while_loop(unfinished, step, start)
+    end = lax.while_loop(unfinished, step, start)
+    written = end.tokens[:, prompt_length : prompt_length + length]
     if settings.stop_at_eos:
-        completion = tokens[:, prompt_length:]
-        fill = (completion == config.mask_token_id) & _finished(config, completion)[:, None]
-        tokens = tokens.at[:, prompt_length:].set(jnp.where(fill, config.eos_token_id, completion))
-    arrays = (tokens, commit_step, confidence, *recorded)
-    return Rollout(*(constrain(array, ("rows", "tokens")) for array in arrays))
+        fill = (written == config.mask_token_id) & finished(config, written)[:, None]
+        written = jnp.where(fill, config.eos_token_id, written)
+    tokens = jnp.concatenate([end.tokens[:, :prompt_length], written], axis=1)
+    arrays = (x[:, :length] for x in (end.commit_step, end.confidence, *end.recorded))
+    return Rollout(*(constrain(array, ("rows", "tokens")) for array in (tokens, *arrays)))

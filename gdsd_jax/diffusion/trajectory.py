@@ -53,6 +53,7 @@ class StepViews(Views):
     at_once: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def read(self, *arguments: Any, **options: Any) -> dict:
+        check_attention(arguments[0])
         return _read_steps(*arguments, **options)
 
 
@@ -101,6 +102,7 @@ def trajectory_log_prob(
       UserError: settings under which no likelihood is defined or computed here.
     """
     check_defined(settings)
+    check_attention(config)
     expected = (rollout.tokens.shape[0], settings.completion_length)
     if rollout.commit_step.shape != expected:
         raise UserError(
@@ -110,10 +112,24 @@ def trajectory_log_prob(
     return _compiled(config, base, lora, rollout, prompt_mask, settings, chunk, steps_at_once)
 
 
+def check_attention(config: DenoiserConfig) -> None:
+    """Raises UserError for block-causal denoisers, whose blocks need not begin with the completion."""
+    if config.block_size is not None:
+        raise UserError(
+            "the exact log-probability of a rollout is computed for full attention alone: choose a config.method that "
+            "scores masked views, such as tracerl or gdsd"
+        )
+
+
 def check_defined(settings: SamplerConfig) -> None:
     """Raises UserError where the probability of a trajectory is not defined, or not that of the recorded steps."""
     exact = settings.cache == "none" or settings.refresh_every == 1
     for wrong, message in (
+        (
+            STRATEGIES[settings.strategy].plan is not None or settings.floor or settings.grow or settings.lead,
+            f"no exact log-probability is computed for strategy {settings.strategy!r} with floor, grow or lead; set "
+            "config.sampler.strategy to low_confidence and the others to False",
+        ),
         (
             not settings.forbid_mask,
             "forbid_mask=False lets a position be written again, and only the last write of each is recorded; "

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gdsd_jax.diffusion import SamplerConfig, sample
+from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.evaluation.completions import Completed, Part, judge
 from gdsd_jax.evaluation.policy import Policy
 from gdsd_jax.evaluation.reports import markdown
@@ -66,7 +67,7 @@ def decode(policy: Policy, prompts: Prompts, sampler: SamplerConfig, *, batch_ro
         seconds.append(time.perf_counter() - began)
         found.append(completed[: count - start])
         # Every step commits something.
-        passes.append(int(steps[steps < sampler.step_limit].max()) + 1)
+        passes.append(int(steps[steps < step_limit(policy.model, sampler)].max()) + 1)
     return Decoded(np.concatenate(found[1:]), passes[1:], seconds[1:])
 
 

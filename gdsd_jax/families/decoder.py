@@ -29,6 +29,9 @@ ROWS = (
 )
 
 
+_QWEN3_HEAD = 128  # the default of the class, where config.json does not say
+
+
 def read(hf: Mapping[str, Any], family: str, quirks: Mapping[str, Any]) -> DenoiserConfig:
     """Reads a `config.json` in Llama's keys; `quirks` are the family's own fields of `DenoiserConfig`.
 
@@ -51,7 +54,8 @@ def read(hf: Mapping[str, Any], family: str, quirks: Mapping[str, Any]) -> Denoi
     )
     if set(hf.get("layer_types") or ()) - {"full_attention"}:
         refuse(hf, {"layer_types": ("full_attention in every layer",)})
-    heads, hidden, size = hf["num_attention_heads"], hf["hidden_size"], hf.get("head_dim")
+    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    size = hf.get("head_dim", _QWEN3_HEAD if quirks.get("qk_norm") else None)
     eos = hf["eos_token_id"]
     fields = {
         "head_size": None if size is None or size * heads == hidden else size,
@@ -90,9 +94,11 @@ def write(config: DenoiserConfig, model_type: str, repository: str, classes: Map
         **({} if config.qkv_bias else {"attention_bias": False}),
         "attention_dropout": 0.0,
         "auto_map": {name: f"{repository}--{path}" for name, path in classes.items()},
+        **({} if config.block_size is None else {"block_size": config.block_size}),
         "bos_token_id": config.eos_token_id,
         "eos_token_id": config.eos_token_id,
-        **({} if config.head_size is None else {"head_dim": config.head_size}),
+        # Qwen3's class has a default of its own where the key is absent.
+        **({"head_dim": config.head_dim} if config.head_size or config.qk_norm else {}),
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "initializer_range": 0.02,

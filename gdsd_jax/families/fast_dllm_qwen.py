@@ -29,7 +29,8 @@ def read(hf: Mapping[str, Any]) -> DenoiserConfig:
 
 def write(config: DenoiserConfig) -> dict[str, Any]:
     """Writes a complete `config.json`."""
-    return decoder.write(config, "Fast_dLLM_Qwen", REPOSITORY, CLASSES) | {"bd_size": config.block_size}
+    hf = decoder.write(config, "Fast_dLLM_Qwen", REPOSITORY, CLASSES)
+    return hf | {"bd_size": hf.pop("block_size")}
 
 
 def _published(vocab_size: int, hidden_size: int, heads: int, kv: int, mlp: int, tied: bool) -> DenoiserConfig:

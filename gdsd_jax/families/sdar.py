@@ -25,7 +25,7 @@ def read(hf: Any) -> DenoiserConfig:
 
 def write(config: DenoiserConfig) -> dict[str, Any]:
     """Writes a complete `config.json`."""
-    return decoder.write(config, "sdar", REPOSITORY, CLASSES) | {"block_size": config.block_size}
+    return decoder.write(config, "sdar", REPOSITORY, CLASSES)
 
 
 def _published(hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int, tied: bool) -> DenoiserConfig:

@@ -1,7 +1,9 @@
 """Hugging Face directories on one side, parameters and token ids on the other."""
 
+from gdsd_jax.hub.adapt import adapt, family_for
+from gdsd_jax.hub.declared import read_config
 from gdsd_jax.hub.files import Reader
-from gdsd_jax.hub.load import another_base, fingerprint, load_adapter, load_checkpoint, read_config
+from gdsd_jax.hub.load import another_base, fingerprint, load_adapter, load_checkpoint
 from gdsd_jax.hub.published import architecture
 from gdsd_jax.hub.save import export_adapter, export_checkpoint
 from gdsd_jax.hub.tokenizer import Tokenizer, load_tokenizer
@@ -9,10 +11,12 @@ from gdsd_jax.hub.tokenizer import Tokenizer, load_tokenizer
 __all__ = [
     "Reader",
     "Tokenizer",
+    "adapt",
     "another_base",
     "architecture",
     "export_adapter",
     "export_checkpoint",
+    "family_for",
     "fingerprint",
     "load_adapter",
     "load_checkpoint",

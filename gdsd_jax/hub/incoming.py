@@ -149,7 +149,8 @@ class Loader(NamedTuple):
         kinds = {stored.dtype for stored in layers}
         if self.dtype is None and len(kinds) > 1:
             raise UserError(f"{layers[0].file} stores the layers of {'/'.join(slot.path)} as {kinds}: give one dtype")
-        return self.dtype or FLOATS[layers[0].dtype]
+        # JAX holds no float64 unless it is told to everywhere.
+        return self.dtype or jax.dtypes.canonicalize_dtype(FLOATS[layers[0].dtype])
 
     def _pieces(
         self,

@@ -15,13 +15,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
-from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.hub import names
+from gdsd_jax.hub.declared import read_config
 from gdsd_jax.hub.files import (
     FLOATS,
     Reader,
@@ -35,6 +34,7 @@ from gdsd_jax.hub.files import (
     weight_files,
 )
 from gdsd_jax.hub.incoming import THREADS, Loader
+from gdsd_jax.hub.redundant import without_redundant
 from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import understood
@@ -55,6 +55,13 @@ _PLAIN_LORA = {
     "alpha_pattern": (None, {}),
     "layers_to_transform": (None,),
     "layer_replication": (None,),
+    "alora_invocation_tokens": (None, []),
+}
+# Ways of PEFT to begin training that replace the base by what is left of it: the adapter means nothing on the original.
+_CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_REMEDIES = {
+    "alora_invocation_tokens": "it acts behind these tokens alone: train a plain adapter",
+    "use_rslora": "scale lora_alpha by sqrt(r) and switch it off",
 }
 
 
@@ -70,58 +77,6 @@ def _match(tensors: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where
             raise UserError(f"tensor {name} in {stored.file} has shape {stored.shape}, not {shape}: {advice}")
         if stored.dtype not in FLOATS:
             raise UserError(f"tensor {name} in {stored.file} is stored as {stored.dtype}: use float weights")
-
-
-def read_config(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> DenoiserConfig:
-    """Reads what the model in a checkpoint directory is.
-
-    Token ids that `config.json` lacks are looked up in the tokenizer's files.
-
-    Args:
-      overrides: keys of `config.json` to set or replace, such as a `mask_token_id` that no file declares.
-
-    Raises:
-      UserError: no such directory, no usable `config.json` in it, a token id that is declared nowhere.
-    """
-    directory = checked_directory(directory)
-    hf = read_json(directory / "config.json") | {k: v for k, v in (overrides or {}).items() if v is not None}
-    for key, value in declared_ids(directory, families.family_of_type(hf.get("model_type"))).items():
-        if hf.get(key) is None:
-            hf[key] = value
-    if isinstance(hf.get("eos_token_id"), list) and hf["eos_token_id"]:
-        # Several ids end a turn; the tokenizer knows the others.
-        hf["eos_token_id"] = hf["eos_token_id"][0]
-    return families.read_config(hf)
-
-
-def declared_ids(directory: epath.Path, family: families.Family) -> dict[str, int]:
-    """Finds the ids of a family's special tokens in the tokenizer's files, by the key of `config.json` they stand for.
-
-    The texts are the family's, or those that `tokenizer_config.json` names as its mask, EOS and pad token.
-    """
-    by_text: dict[str, int] = {}
-    named = dict(family.tokens)
-    for file in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
-        if (directory / file).is_file():
-            with understood(directory / file, "download it again"):
-                _collect(file, read_json(directory / file), by_text, named)
-    return {key: by_text[text] for key, text in named.items() if type(by_text.get(text)) is int}
-
-
-def _collect(file: str, content: Mapping[str, Any], by_text: dict[str, int], named: dict[str, str]) -> None:
-    """Adds what one of the tokenizer's files says: ids by text, and the texts of special tokens."""
-    if file == "tokenizer.json":
-        by_text |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
-    elif file == "added_tokens.json":
-        by_text |= content
-    else:
-        added = content.get("added_tokens_decoder") or {}
-        by_text |= {entry["content"]: int(index) for index, entry in added.items()}
-        for key in ("mask_token", "eos_token", "pad_token"):
-            entry = content.get(key)
-            text = entry.get("content") if isinstance(entry, Mapping) else entry
-            if isinstance(text, str):
-                named.setdefault(f"{key}_id", text)
 
 
 def load_checkpoint(
@@ -154,7 +109,7 @@ def load_checkpoint(
     """
     directory, reader = checked_directory(directory), reader or Reader()
     config = read_config(directory, overrides)
-    tensors = checkpoint_tensors(directory, reader)
+    tensors = without_redundant(checkpoint_tensors(directory, reader), config, reader)
     if config.num_layers > len(tensors):
         raise UserError(
             f"{directory}: config.json speaks of {config.num_layers} layers, its files hold {len(tensors)} tensors: it "
@@ -192,7 +147,16 @@ def load_adapter(directory: str | os.PathLike, config: DenoiserConfig) -> LoRA:
 def _read_adapter(directory: epath.Path, file: epath.Path, peft: Mapping[str, Any], config: DenoiserConfig) -> LoRA:
     for key, plain in _PLAIN_LORA.items():
         if peft.get(key, plain[0]) not in plain:
-            raise UserError(f"{file} sets {key} to {peft[key]!r}; only plain LoRA ({key} = {plain[0]!r}) is supported")
+            remedy = f": {_REMEDIES[key]}" if key in _REMEDIES else ""
+            raise UserError(
+                f"{file} sets {key} to {peft[key]!r}; only plain LoRA ({key} = {plain[0]!r}) is supported{remedy}"
+            )
+    start = str(peft.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_THE_BASE):
+        raise UserError(
+            f"{file} sets init_lora_weights to {start!r}, which changes the base: save the adapter again with PEFT's "
+            "path_initial_model_for_weight_conversion, or merge it in PEFT and load the merged checkpoint"
+        )
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in peft]
     if missing:
         raise UserError(f"{file} lacks the key {missing[0]!r}: export the adapter again")

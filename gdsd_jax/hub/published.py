@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.families import FAMILIES
-from gdsd_jax.hub.files import read_json
+from gdsd_jax.hub.declared import read_config
 from gdsd_jax.runtime.errors import UserError
 
 PUBLISHED = {name: config for family in FAMILIES.values() for name, config in family.published.items()}
 LLADA_8B, DREAM_7B = PUBLISHED["LLaDA-8B-Instruct"], PUBLISHED["Dream-v0-Instruct-7B"]
 
 
-def architecture(directory: str | os.PathLike) -> DenoiserConfig:
+def architecture(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> DenoiserConfig:
     """The sizes of a checkpoint: from its `config.json`, or for a published model that is not there from its name.
 
     Raises:
@@ -23,10 +25,13 @@ def architecture(directory: str | os.PathLike) -> DenoiserConfig:
     """
     directory = Path(directory)
     if (directory / "config.json").is_file():
-        return families.read_config(read_json(directory / "config.json"))
+        return read_config(directory, overrides)
     if directory.name not in PUBLISHED:
         raise UserError(
             f"config.checkpoint {directory} is not there, and {directory.name!r} is no published model whose sizes are "
             f"known ({', '.join(PUBLISHED)})"
         )
-    return PUBLISHED[directory.name]
+    published = PUBLISHED[directory.name]
+    fields = {field.name for field in dataclasses.fields(published)}
+    changes = {key: value for key, value in (overrides or {}).items() if value is not None and key in fields}
+    return dataclasses.replace(published, **changes)

@@ -70,6 +70,7 @@ def build(
     num_kv_heads: int | None = None,
     intermediate_size: int = 384,
     max_length: int = 1024,
+    block_size: int | None = None,
     seed: int = 0,
 ) -> None:
     """Writes a small random checkpoint in the layout of a model family, float32.
@@ -80,6 +81,7 @@ def build(
       directory: where to; must be absent or empty.
       family: name of a family, a key of `gdsd_jax.families.FAMILIES`.
       num_kv_heads: None for as many as `num_heads`.
+      block_size: tokens of a block of block-causal attention; None for the family's own, or full attention.
       seed: of the weights.
 
     Raises:
@@ -88,6 +90,9 @@ def build(
     sizes = hidden_size * (4 * hidden_size + 3 * intermediate_size)
     memory.require(4 * num_layers * sizes, memory.of_host(), f"a model of {num_layers} layers", "config.tiny's sizes")
     tokenizer = make_tokenizer()
+    quirks = dict(families.family_named(family).quirks)
+    if block_size is not None:
+        quirks["block_size"] = block_size
     config = DenoiserConfig(
         family=family,
         vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -103,7 +108,7 @@ def build(
         mask_token_id=tokenizer.mask_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **({"qkv_bias": False, "next_token_logits": False} | families.family_named(family).quirks),
+        **({"qkv_bias": False, "next_token_logits": False} | quirks),
     )
     hf = names.hf_config(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gdsd_jax.families import FAMILIES
+from gdsd_jax.hub.declared import declared as declarations
 from gdsd_jax.hub.files import checked_directory, on_disk, read_json, require_own_files
 from gdsd_jax.hub.templates import Renderer
 from gdsd_jax.runtime.errors import UserError
@@ -46,7 +47,9 @@ class Tokenizer:
         tokenizer: Any,
         config: Mapping[str, Any],
         generation: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ):
+        self._overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
         self._directory = directory
         self._tokenizer = tokenizer
         self.special_in_text = False
@@ -74,7 +77,7 @@ class Tokenizer:
             )
 
     def _special(self, name: str, config: Mapping[str, Any]) -> int:
-        value = getattr(self._tokenizer, name)
+        value = self._overrides.get(name, getattr(self._tokenizer, name))
         if value is None:
             value = config.get(name)
             # A list is of ids that end a turn, the first of them the EOS.
@@ -84,7 +87,7 @@ class Tokenizer:
             token = name.removesuffix("_id")
             raise UserError(
                 f"{self._directory}: the tokenizer has no {token} and no token of id {value!r}: "
-                f"set {token} in tokenizer_config.json, or {name} in config.json"
+                f"set {token} in tokenizer_config.json, or config.checkpoint_overrides.{name}"
             )
         return value
 
@@ -237,8 +240,10 @@ class Tokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
-def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint directory, from its files alone: no network, no code of the checkpoint.
+
+    Token ids in `overrides` go before the tokenizer's own.
 
     Raises:
       UserError: no such directory, no tokenizer files in it, no mask, EOS or pad token, or ids that disagree.
@@ -246,7 +251,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     import transformers
 
     directory = checked_directory(directory)
-    config = read_json(directory / "config.json")
+    config = declarations(directory, overrides)
     settings = directory / "generation_config.json"
     generation = read_json(settings) if settings.is_file() else {}
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
@@ -270,4 +275,4 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None
     with understood(directory, "mend its tokenizer_config.json and config.json, or download them again"):
-        return Tokenizer(directory, tokenizer, config, generation)
+        return Tokenizer(directory, tokenizer, config, generation, overrides)

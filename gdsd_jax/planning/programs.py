@@ -57,7 +57,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     Raises:
       UserError: an unknown model, method or schedule.
     """
-    model = with_compute(hub.architecture(config.checkpoint), config.model)
+    model = with_compute(hub.architecture(config.checkpoint, config.overrides), config.model)
     method = build(config.method, **config.method_settings)
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
     base, state = parameters(config, model, mesh, optimizer)

@@ -73,7 +73,7 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top:
         "prompts_per_iteration x group_size": config.prompts_per_iteration * config.group_size,
         "microbatch_rows": config.microbatch_rows,
     }
-    needed = dimensions(hub.architecture(config.checkpoint), rows)
+    needed = dimensions(hub.architecture(config.checkpoint, config.overrides), rows)
     mesh = make_mesh(config.mesh, chips.devices(topology), dimensions=needed)
     plan = make_plan(config, mesh)
     rollout = config.prompts_per_iteration * config.group_size

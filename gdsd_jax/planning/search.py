@@ -28,7 +28,7 @@ def meshes(config: TrainConfig, chips: int) -> list[MeshConfig]:
     A chip gathers the other shards of every weight of its tensor slice, and passes twice a layer the activations of its
     rows around the tensor axis.
     """
-    model = hub.architecture(config.checkpoint)
+    model = hub.architecture(config.checkpoint, config.overrides)
     rows = config.prompts_per_iteration * config.group_size
     tokens = max(config.prompt_buckets) + config.sampler.completion_length
     layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size

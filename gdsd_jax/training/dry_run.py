@@ -18,7 +18,7 @@ import dataclasses
 from pathlib import Path
 
 from gdsd_jax import hub
-from gdsd_jax.config import TrainConfig
+from gdsd_jax.config import CheckpointOverrides, TrainConfig
 from gdsd_jax.hub import tiny
 from gdsd_jax.runtime.sharding import MeshConfig
 
@@ -37,12 +37,13 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
     if sampler.block_length < sampler.completion_length:
         block = sampler.block_length
         length = block * min(2, sampler.blocks)
-    family = hub.architecture(config.checkpoint).family
+    model = hub.architecture(config.checkpoint, config.overrides)
     sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 48}
-    tiny.build(directory, family=family, **sizes, max_length=PROMPT + length)
+    tiny.build(directory, family=model.family, block_size=model.block_size, **sizes, max_length=PROMPT + length)
     return dataclasses.replace(
         config,
         checkpoint=str(directory),
+        checkpoint_overrides=CheckpointOverrides(),
         tiny=dataclasses.replace(config.tiny, family=""),
         mesh=MeshConfig(),
         prompt_buckets=(PROMPT,),

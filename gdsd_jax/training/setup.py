@@ -49,12 +49,12 @@ def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) ->
       rows: numbers of rows, by name, that must be spread evenly over the mesh.
     """
     task = resolve_task(config)
-    tokenizer = hub.load_tokenizer(config.checkpoint)
-    sizes = hub.read_config(config.checkpoint)
+    tokenizer = hub.load_tokenizer(config.checkpoint, config.overrides)
+    sizes = hub.read_config(config.checkpoint, config.overrides)
     mesh = make_mesh(config.mesh, dimensions=dimensions(sizes, rows or {}))
     require_room(config, sizes, rows or {})
     jax.set_mesh(mesh)
-    model, base = hub.load_checkpoint(config.checkpoint, mesh=mesh)
+    model, base = hub.load_checkpoint(config.checkpoint, mesh=mesh, overrides=config.overrides)
     tokenizer.special_in_text, tokenizer.embedded = config.special_tokens_in_text, model.vocab_size
     if config.eos_token_id is not None:
         tokenizer.eos_token_id, tokenizer.end_token_ids = config.eos_token_id, ()

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import pytest
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
-from gdsd_jax import train
+from gdsd_jax import hub, train
 from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
 from gdsd_jax.config.flags import _parse
+from gdsd_jax.families import FAMILIES
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS
 
@@ -67,6 +68,27 @@ def test_numbers_of_the_recipe(name):
     dream_sudoku = {"top_k": 8, "eps_low": 0.2, "eps_high": 0.2, "masking": "rollout_order_random"}
     given = {key: settings[key] for key in dream_sudoku if key in settings}
     assert given == (dream_sudoku if name == "dream_7b_sudoku" else {})
+
+
+ONE_DEVICE = {"qwen3": "a2d-qwen3", "coder": "a2d-qwen2", "sdar": "sdar", "fastdllm": "fast_dllm_qwen"}
+
+
+@pytest.mark.parametrize("model", ONE_DEVICE)
+def test_recipes_of_one_accelerator_sample_as_the_authors_do(model):
+    config = read_config(f"{CONFIGS / 'one_gpu_gsm8k.py'}:{model}_lora")
+    published = hub.architecture(config.checkpoint)
+    assert published.family == ONE_DEVICE[model]
+    assert published.block_size is None or published.block_size % config.sampler.block_length == 0
+    for name, value in FAMILIES[published.family].sampler.items():
+        assert getattr(config.sampler, name) == value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ONE_DEVICE)
+def test_dry_run_of_one_accelerator(model, tmp_path, capsys):
+    config, _, _ = _parse(["test", f"--config={CONFIGS}/one_gpu_gsm8k.py:{model}_lora", "--config.dry_run"], {})
+    train.main(config, tmp_path / "run")
+    assert "one iteration went through" in capsys.readouterr().out
 
 
 @pytest.mark.slow

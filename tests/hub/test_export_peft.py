@@ -16,10 +16,11 @@ pytestmark = pytest.mark.slow
 
 
 def make_config(family):
-    qwen_like = family == "dream"
+    quirks = {"qkv_bias": False, "next_token_logits": False} | FAMILIES[family].quirks
     return DenoiserConfig(
-        family, 64, 16, 2, 4, 2, 24, 32, 1e4, 1e-5, qwen_like, False, qwen_like, mask_token_id=3, eos_token_id=1,
-        pad_token_id=0,
+        family=family, vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24,
+        max_length=32, rope_theta=1e4, rms_norm_eps=1e-5, tied_head=False, mask_token_id=3, eos_token_id=1,
+        pad_token_id=0, **quirks,
     )  # fmt: skip
 
 
@@ -35,8 +36,9 @@ def torch_model(config, base):
 
     root = torch.nn.Module()
     root.config = Config(model_type=config.family)
-    # PEFT wraps causal language models through these two.
-    root.prepare_inputs_for_generation = lambda *args, **kwargs: kwargs
+    if FAMILIES[config.family].task_type == "CAUSAL_LM":
+        # PEFT wraps causal language models through this method, which not every family's class has.
+        root.prepare_inputs_for_generation = lambda *args, **kwargs: kwargs
     slots = names.slots(config)
     for name, slot in slots.items():
         path, _, kind = name.rpartition(".")

@@ -1,0 +1,208 @@
+"""Block diffusion: a block-causal denoiser writes block after block behind an exact cache of the finished ones.
+
+One compiled program. A step computes the block that is being written and nothing else; a finished block is run once
+more, clean, to keep its keys and values, which never change. Rows whose prompts differ in length write their blocks
+together. With `cache="dual"` only the part of a block that is being written is run, an approximation.
+
+Sources: BD3LM (arXiv 2503.09573), SDAR (arXiv 2510.06303), Fast-dLLM v2 (arXiv 2509.26328). Letters as in `sampler`;
+W columns of the grid of blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, ops, pick, repeated
+from gdsd_jax.denoiser.blocks import block_states, grid_of, prefilled, stored
+from gdsd_jax.diffusion.remasking import SamplerConfig
+from gdsd_jax.diffusion.step import Rollout, State, beginning, commit, ends, row_keys
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import constrain
+
+
+class _Loop(NamedTuple):
+    state: State
+    cache: Any  # keys and values of the columns, W of them
+    carried: Array  # [B, D] or, with guidance, [2B, D]: the last state of the last finished block
+
+
+def fits_blocks(config: DenoiserConfig, prompt_length: int, settings: SamplerConfig) -> None:
+    """Raises UserError where settings do not fit a block-causal denoiser."""
+    if config.block_size % settings.block_length:
+        raise UserError(
+            f"block_length {settings.block_length} does not divide the {config.block_size} tokens of the model's "
+            f"blocks: set config.sampler.block_length to {config.block_size} or a divisor"
+        )
+    if settings.cache == "prefix" or settings.refresh_every is not None:
+        raise UserError("blocks keep an exact cache: set config.sampler.cache='none', and refresh_every=None")
+    if settings.cache == "dual" and settings.hide_pads:
+        raise UserError("hide_pads moves the positions of a block: set config.sampler.cache='none'")
+    if config.next_token_logits and prompt_length == 0:
+        raise UserError("where logits speak of the next token, the first block needs a prompt: give one")
+
+
+def step_limit(config: DenoiserConfig, settings: SamplerConfig) -> int:
+    """`commit_step` of a position that no step wrote; more than any step's number."""
+    if config.block_size is None:
+        return settings.step_limit
+    columns = -(-(config.block_size - 1 + settings.completion_length) // config.block_size) * config.block_size
+    return max(settings.steps, columns // settings.block_length * (settings.steps_per_block + 1))
+
+
+def sample_blocks(
+    config: DenoiserConfig,
+    base: dict,
+    lora: LoRA | None,
+    prompts: Array,
+    prompt_mask: Array | None,
+    key: Array,
+    settings: SamplerConfig,
+    numbers: Array | None = None,
+) -> Rollout:
+    """As `sample`, for block-causal denoisers."""
+    (rows, prompt_length), length = prompts.shape, settings.completion_length
+    size, part, limit = config.block_size, settings.block_length, step_limit(config, settings)
+    real = jnp.ones(prompts.shape, bool) if prompt_mask is None else prompt_mask.astype(bool)
+    grid = grid_of(config, prompt_length, length, None if prompt_mask is None else real)
+    region, approximate = grid.width - grid.first, settings.cache
+    settings = dataclasses.replace(
+        settings, completion_length=region, steps=settings.scheduled_steps * (region // part), cache="none"
+    )
+    beyond = ((0, 0), (0, length))
+    text = jnp.pad(prompts.astype(jnp.int32), beyond, constant_values=config.mask_token_id)
+    columns = constrain(grid.put(text, config.pad_token_id), ("rows", "tokens"))
+    seen = grid.put(jnp.pad(real, beyond, constant_values=True), False)
+    given = ~grid.put(jnp.broadcast_to(jnp.arange(prompt_length + length) >= prompt_length, text.shape), False)
+    base, lora = repeated(config, base, lora, tokens=limit * rows * size)
+    partly = approximate == "dual" and part < size
+    keys = row_keys(key, rows, numbers)
+    both = 1 if settings.cfg_scale == 0 else 2
+
+    def inputs(tokens: Array) -> Array:
+        """The rows that the denoiser sees; with guidance the two passes of a row stand together."""
+        if both == 1:
+            return tokens
+        return jnp.stack([tokens, jnp.where(given, config.mask_token_id, tokens)], 1).reshape(-1, grid.width)
+
+    def doubled(x: Array) -> Array:
+        return jnp.repeat(x, both, axis=0)
+
+    def layout(tokens: Array) -> tuple[Array, Array]:
+        """Which columns are attended to, [B, W], and the positions of all, [W] or [B, W]."""
+        if not settings.hide_pads:
+            return seen, jnp.arange(grid.width)
+        valid = seen & (tokens != config.pad_token_id)
+        return valid, jnp.cumsum(valid, axis=1) - valid
+
+    def rotation(positions: Array) -> tuple[Array, Array]:
+        """Rotation tables of positions, [S] or each row's own."""
+        tables = lambda place: ops.rope_tables(place, config.head_dim, config.rope_theta)  # noqa: E731
+        return tables(positions) if positions.ndim == 1 else jax.tree.map(doubled, jax.vmap(tables)(positions))
+
+    def run_block(cache: Any, tokens: Array, start: Array, arranged: tuple[Array, Array]) -> Any:
+        valid, positions = arranged
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=-1)  # noqa: E731
+        rope = rotation(cut(positions))
+        behind = doubled(valid & (jnp.arange(grid.width) < start))
+        return block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, doubled(cut(valid)))
+
+    def aligned(last: Any, carried: Array, offset: Array) -> Read:
+        """Hidden states of places from `offset` on in the block that `last` has run."""
+
+        def read(place: Array) -> Array:
+            if not config.next_token_logits:
+                return last(place + offset)[0]
+            index = place + offset - 1
+            hidden = last(jnp.maximum(index, 0))[0]
+            return jnp.where((index < 0)[..., None], carried[:, None], hidden)
+
+        return read
+
+    def part_states(
+        tokens: Array, cache: Any, start: Array, offset: Array, arranged: Any, known: Array
+    ) -> tuple[Array, Any]:
+        """States of the part of the block that is being written, and the cache with keys and values of the whole block.
+
+        Those are refreshed while they are not `known`, or the first token of the part is masked in any row; then only
+        the part is run.
+        """
+        place, begin = jnp.arange(part), start + offset
+        cut = lambda x: lax.dynamic_slice_in_dim(x, begin, part, axis=-1)  # noqa: E731
+        nothing = jnp.zeros((both * rows, config.hidden_size), config.dtype)
+
+        def whole(cache: Any) -> tuple[Array, Any]:
+            last = run_block(cache, tokens, start, arranged)
+            return aligned(last, nothing, offset)(place), stored(config, cache, last(slice(0, 1))[1], start)
+
+        def window(cache: Any) -> tuple[Array, Any]:
+            valid, _ = arranged
+            column = jnp.arange(grid.width)
+            around = (column < start + size) & ((column < begin) | (column >= begin + part))
+            rope = rotation(begin + place)
+            behind, real = doubled(valid & around), doubled(cut(valid))
+            last = block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, real)
+            return aligned(last, nothing, jnp.zeros((), jnp.int32))(place), cache
+
+        masked = lax.dynamic_index_in_dim(tokens, begin, axis=1, keepdims=False) == config.mask_token_id
+        return lax.cond(jnp.any(masked) | ~known, whole, window, cache)
+
+    def one_block(loop: _Loop) -> _Loop:
+        state, cache, carried = loop
+        block = state.block * part // size
+        start = grid.first + block * size
+        arranged = layout(state.tokens)
+
+        def step(loop: tuple[State, Any, Array]) -> tuple[State, Any, Array]:
+            state, cache, known = loop
+            offset = state.block * part - block * size
+            with jax.named_scope("denoise"):
+                if partly:
+                    hidden, cache = part_states(state.tokens, cache, start, offset, arranged, known)
+                    read = functools.partial(pick, hidden)
+                else:
+                    read = aligned(run_block(cache, state.tokens, start, arranged), carried, offset)
+            state = commit(config, base, keys, settings, state, read, (state.block * part, part))
+            return state, cache, jnp.ones((), bool)
+
+        if settings.lead and config.next_token_logits:
+            all_of_one = dataclasses.replace(settings, threshold=0.0, factor=None)
+            first = lambda place: jnp.broadcast_to(carried[:, None], (*place.shape, carried.shape[-1]))  # noqa: E731
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, region)  # no block has this number
+            led = commit(config, base, own, all_of_one, state, first, (block * size, 1))
+            state = led._replace(block=state.block, step_in_block=state.step_in_block)
+        inside = lambda loop: loop[0].block * part // size == block  # noqa: E731
+        state, cache, _ = lax.while_loop(inside, step, (state, cache, jnp.zeros((), bool)))
+        with jax.named_scope("finish"):
+            last = run_block(cache, state.tokens, start, layout(state.tokens))
+            hidden, new = last(slice(size - 1, size))
+            return _Loop(state, stored(config, cache, new, start), hidden[:, 0])
+
+    def ended(tokens: Array) -> Array:
+        """Rows whose completion holds an id that ends it, [B]; what is not written yet holds none."""
+        return jnp.any(ends(config, tokens) & ~given, axis=1)
+
+    def unfinished(loop: _Loop) -> Array:
+        more = loop.state.block < region // part
+        return more & ~jnp.all(ended(loop.state.tokens)) if settings.stop_at_eos else more
+
+    with jax.named_scope("prefill"):
+        head = slice(0, grid.first)
+        valid, positions = layout(columns)
+        real, rope = doubled(valid[:, head]), rotation(positions[..., head])
+        cache, carried = prefilled(config, base, lora, inputs(columns)[:, head], real, grid.width, rope)
+    loop = lax.while_loop(unfinished, one_block, _Loop(beginning(config, settings, columns, limit), cache, carried))
+    state = loop.state
+    take = lambda x: grid.take(x, jnp.arange(prompt_length, prompt_length + length), grid.first)  # noqa: E731
+    written = take(state.tokens[:, grid.first :])
+    if settings.stop_at_eos:
+        fill = (written == config.mask_token_id) & ended(state.tokens)[:, None]
+        written = jnp.where(fill, config.eos_token_id, written)
+    arrays = map(take, (state.commit_step, state.confidence, *state.recorded))
+    whole = jnp.concatenate([prompts.astype(jnp.int32), written], axis=1)
+    return Rollout(*(constrain(array, ("rows", "tokens")) for array in (whole, *arrays)))

@@ -1,0 +1,172 @@
+"""One step of unmasking: candidates where masks are, scored, the best of them committed.
+
+Letters as in `sampler`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from gdsd_jax.denoiser import DenoiserConfig, Read
+from gdsd_jax.diffusion.cache import region
+from gdsd_jax.diffusion.proposals import propose_at
+from gdsd_jax.diffusion.remasking import LOWEST, STRATEGIES, SamplerConfig, commit_plan, select
+
+
+class Rollout(NamedTuple):
+    """Completions and how they came about.
+
+    tokens: [B, P+L] int32, prompt and completion.
+    commit_step: [B, L] int32, the last step that wrote the position, counted from 0 over all blocks;
+        `SamplerConfig.step_limit` (that is, `steps`) if none did.
+    confidence: [B, L] float32, the committed token's softmax probability at that step, under the logits without noise,
+        temperature, top_p and top_k (but after guidance, `suppress` and `forbid_mask`); -inf if no step wrote it.
+    log_prob: [B, L] float32 or None, the committed token's log-probability at its draw, that is, after temperature,
+        top_p and top_k; 0 if no step wrote it.
+    entropy: [B, L] float32 or None, of the distribution of which `confidence` is a probability, in nats; 0 if no step
+        wrote it. Both are None without `SamplerConfig.record`.
+    """
+
+    tokens: Array
+    commit_step: Array
+    confidence: Array
+    log_prob: Array | None = None
+    entropy: Array | None = None
+
+
+class State(NamedTuple):
+    tokens: Array  # [B, T]
+    commit_step: Array  # [B, L]
+    confidence: Array  # [B, L]
+    recorded: tuple[Array, ...]  # log_prob and entropy [B, L], or nothing
+    started: Array  # [B], masked tokens of the block at its start
+    step: Array  # steps taken
+    block: Array
+    step_in_block: Array
+
+
+def ends(config: DenoiserConfig, tokens: Array) -> Array:
+    """Where an id that ends a completion stands."""
+    return functools.reduce(jnp.logical_or, [tokens == token for token in config.ends])
+
+
+def finished(config: DenoiserConfig, completion: Array) -> Array:
+    """[B]: an id that ends a completion is committed and nothing before it is masked."""
+    masked_before = jnp.cumsum(completion == config.mask_token_id, axis=1)
+    return jnp.any(ends(config, completion) & (masked_before == 0), axis=1)
+
+
+def passes(
+    config: DenoiserConfig, settings: SamplerConfig, tokens: Array, prompt_mask: Array | None
+) -> tuple[Array, Array | None]:
+    """The rows that the denoiser sees, [B, T] or, with guidance, [2B, T]: the two passes of a row stand together."""
+    if settings.cfg_scale == 0:
+        return tokens, prompt_mask
+    in_prompt = jnp.arange(tokens.shape[1]) < tokens.shape[1] - settings.completion_length
+    both = jnp.stack([tokens, jnp.where(in_prompt, config.mask_token_id, tokens)], axis=1)
+    mask = None if prompt_mask is None else jnp.repeat(prompt_mask, 2, axis=0)
+    return both.reshape(-1, tokens.shape[1]), mask
+
+
+def beginning(config: DenoiserConfig, settings: SamplerConfig, tokens: Array, limit: int) -> State:
+    """The state before the first step on `tokens` [B, T], whose last L are written; `limit` marks unwritten ones.
+
+    What is given there has been committed at step -1.
+    """
+    shape = (len(tokens), settings.completion_length)
+    masked = tokens[:, tokens.shape[1] - shape[1] :] == config.mask_token_id
+    zero = jnp.zeros((), jnp.int32)
+    return State(
+        tokens,
+        jnp.where(masked, limit, -1).astype(jnp.int32),
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        (jnp.zeros(shape),) * (2 if settings.record else 0),
+        jnp.zeros(len(tokens), jnp.int32),
+        zero,
+        zero,
+        zero,
+    )
+
+
+def row_keys(key: Array, rows: int, numbers: Array | None) -> Array:
+    """The rows' own keys, [B]; `numbers` [B] says which rows of a rollout these are, None: the first."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows) if numbers is None else numbers)
+
+
+def commit(
+    config: DenoiserConfig,
+    base: dict,
+    keys: Array,
+    settings: SamplerConfig,
+    state: State,
+    read: Read,
+    span: tuple[Array, int] | None = None,
+) -> State:
+    """One step; `keys` [B] are the rows' own, `read` gives hidden states at places of its region.
+
+    With `span`, start and size in the completion, that is the region, and it is finished once nothing in it is masked.
+    """
+    prompt_length = state.tokens.shape[1] - settings.completion_length
+    block_end = (state.block + 1) * settings.block_length
+    start, size = region(settings, state.block) if span is None else span
+    # Not by the count of all steps, which with a threshold depends on the slowest row of each block.
+    of_step = lambda key: jax.random.fold_in(jax.random.fold_in(key, state.block), state.step_in_block)  # noqa: E731
+    step_keys = jax.vmap(lambda key: jax.random.split(of_step(key), 3))(keys)
+    uniforms = lambda number, *shape: jax.vmap(lambda key: jax.random.uniform(key, shape))(step_keys[:, number])  # noqa: E731
+
+    old = lax.dynamic_slice_in_dim(state.tokens, prompt_length + start, size, axis=1)
+    position = start + jnp.arange(size)
+    eligible = (old == config.mask_token_id) & (position < block_end)
+    in_block = jnp.sum(eligible & (position >= state.block * settings.block_length), axis=1)
+    started = jnp.where(state.step_in_block == 0, in_block, state.started)
+
+    with jax.named_scope("propose"):
+        uniform = uniforms(0, size, 2)
+        token, confidence, score, *recorded = propose_at(config, base, read, uniform, eligible, settings)
+
+    with jax.named_scope("commit"):
+        strategy = STRATEGIES[settings.strategy]
+        if strategy.uniform:
+            score = uniforms(1, size)
+        if strategy.leftmost:
+            score = jnp.broadcast_to(-position.astype(jnp.float32), score.shape)
+        postponed = jnp.isin(token, jnp.asarray(settings.suppress_confidence, jnp.int32))
+        commit = select(
+            settings,
+            eligible,
+            jnp.where(postponed, LOWEST, confidence),
+            jnp.where(postponed, LOWEST, score),
+            state.step_in_block,
+            step_keys[:, 2],
+            started,
+        )
+
+        def write(array: Array, new: Array, offset: int = 0) -> Array:
+            current = lax.dynamic_slice_in_dim(array, offset + start, size, axis=1)
+            return lax.dynamic_update_slice_in_dim(array, jnp.where(commit, new, current), offset + start, axis=1)
+
+        tokens = write(state.tokens, token, prompt_length)
+        done = state.step_in_block == settings.steps_per_block - 1
+        scheduled = settings.threshold is None and settings.factor is None
+        if scheduled and strategy.plan is not None:
+            lengths = jnp.asarray((commit_plan(settings) > 0).sum(axis=1))
+            done = state.step_in_block + 1 >= jnp.max(lengths[started])
+        if span is not None:
+            left = lax.dynamic_slice_in_dim(tokens, prompt_length + start, size, axis=1) == config.mask_token_id
+            done |= ~jnp.any(left)
+        elif not scheduled:
+            masked = tokens[:, prompt_length:] == config.mask_token_id
+            done |= ~jnp.any(masked & (jnp.arange(settings.completion_length) < block_end))
+        return State(
+            tokens,
+            write(state.commit_step, state.step),
+            write(state.confidence, confidence),
+            tuple(map(write, state.recorded, recorded)),
+            started,
+            state.step + 1,
+            state.block + done,
+            jnp.where(done, 0, state.step_in_block + 1),
+        )
