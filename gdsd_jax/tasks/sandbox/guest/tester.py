@@ -7,7 +7,6 @@ it cannot change; another remote object only if both are of one class that compa
 otherwise nothing but itself.
 """
 
-import ast
 import builtins
 import importlib
 import operator
@@ -71,16 +70,14 @@ class _Names(dict):
 
 def _module(name, test):
     """Returns the module of this name where a test uses the name as that module's and in no other way, else None."""
+    ast = importlib.import_module("ast")  # which few tests need, and every process forked would have
     nodes = list(ast.walk(ast.parse(test)))
-    read = [node.attr for node in nodes if isinstance(node, ast.Attribute) and _is_name(node.value, name)]
-    if len(read) < sum(_is_name(node, name) for node in nodes):
+    named = [node for node in nodes if isinstance(node, ast.Name) and node.id == name]
+    read = [node.attr for node in nodes if isinstance(node, ast.Attribute) and node.value in named]
+    if len(read) < len(named):
         return None
     module = importlib.import_module(name)
     return module if all(hasattr(module, each) for each in read) else None
-
-
-def _is_name(node, name):
-    return isinstance(node, ast.Name) and node.id == name
 
 
 class _Asker:

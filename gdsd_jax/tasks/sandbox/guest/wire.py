@@ -8,9 +8,7 @@ number under which its owner keeps it.
 
 import builtins
 import collections
-import datetime
-import decimal
-import fractions
+import importlib
 import struct
 
 MAX_FRAME = 2**26
@@ -28,8 +26,6 @@ _BUILT = {
     b"y": (bytearray, lambda v: (bytes(v),), (bytes,), bytearray),
     b"r": (range, lambda v: (v.start, v.stop, v.step), (int, int, int), range),
     b":": (slice, lambda v: (v.start, v.stop, v.step), (object, object, object), slice),
-    b"D": (decimal.Decimal, lambda v: (str(v),), (str,), decimal.Decimal),
-    b"F": (fractions.Fraction, lambda v: (v.numerator, v.denominator), (int, int), fractions.Fraction),
     b"o": (collections.OrderedDict, lambda v: (dict(v),), (dict,), collections.OrderedDict),
     b"C": (collections.Counter, lambda v: (dict(v),), (dict,), collections.Counter),
     b"f": (
@@ -38,17 +34,6 @@ _BUILT = {
     b"q": (
         collections.deque, lambda v: (list(v), v.maxlen), (list, (int, _NoneType)), collections.deque
     ),
-    b"d": (datetime.date, lambda v: (v.year, v.month, v.day), (int, int, int), datetime.date),
-    b"T": (
-        datetime.time, lambda v: (v.hour, v.minute, v.second, v.microsecond, v.tzinfo),
-        (int, int, int, int, (datetime.timezone, _NoneType)), datetime.time,
-    ),
-    b"w": (
-        datetime.datetime, lambda v: (v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, v.tzinfo),
-        (int,) * 7 + ((datetime.timezone, _NoneType),), datetime.datetime,
-    ),
-    b"p": (datetime.timedelta, lambda v: (v.days, v.seconds, v.microseconds), (int, int, int), datetime.timedelta),
-    b"Z": (datetime.timezone, lambda v: (v.utcoffset(None),), (datetime.timedelta,), datetime.timezone),
     b"I": (type(iter([])), lambda v: ([*v],), (list,), iter),
     b"k": (_KEYS, lambda v: (list(v),), (list,), lambda keys: dict.fromkeys(keys).keys()),
     b"j": (_ITEMS, lambda v: (list(v),), (list,), lambda items: dict(items).items()),
@@ -58,6 +43,47 @@ _BUILT_TAGS = {kind: (tag, parts) for tag, (kind, parts, _, _) in _BUILT.items()
 _TYPES = {f"{kind.__module__}.{kind.__name__}": kind for kind, *_ in _BUILT.values() if kind.__module__ != "builtins"}
 MUTABLE = {list, dict, set, bytearray, *(getattr(collections, n) for n in ("Counter", "OrderedDict", "defaultdict"))}
 MUTABLE.add(collections.deque)
+
+
+def _of_decimal(decimal):
+    return {b"D": (decimal.Decimal, lambda v: (str(v),), (str,), decimal.Decimal)}
+
+
+def _of_fractions(fractions):
+    kind = fractions.Fraction
+    return {b"F": (kind, lambda v: (v.numerator, v.denominator), (int, int), kind)}
+
+
+def _of_datetime(datetime):
+    zone = (datetime.timezone, _NoneType)
+    return {
+        b"d": (datetime.date, lambda v: (v.year, v.month, v.day), (int, int, int), datetime.date),
+        b"T": (
+            datetime.time, lambda v: (v.hour, v.minute, v.second, v.microsecond, v.tzinfo),
+            (int, int, int, int, zone), datetime.time,
+        ),
+        b"w": (
+            datetime.datetime, lambda v: (v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, v.tzinfo),
+            (int,) * 7 + (zone,), datetime.datetime,
+        ),
+        b"p": (datetime.timedelta, lambda v: (v.days, v.seconds, v.microseconds), (int, int, int), datetime.timedelta),
+        b"Z": (datetime.timezone, lambda v: (v.utcoffset(None),), (datetime.timedelta,), datetime.timezone),
+    }  # fmt: skip
+
+
+# Types whose modules are imported when the first such value comes: every process forked would pay for them otherwise.
+_LATE = {"decimal": _of_decimal, "fractions": _of_fractions, "datetime": _of_datetime}
+_LATE_TAGS = {b"D": "decimal", b"F": "fractions", **dict.fromkeys((b"d", b"T", b"w", b"p", b"Z"), "datetime")}
+
+
+def _learn(module):
+    """Adds the types of one of the late modules; does nothing for any other and the second time."""
+    if module not in _LATE:
+        return
+    found = _LATE.pop(module)(importlib.import_module(module))
+    _BUILT.update(found)
+    _BUILT_TAGS.update({kind: (tag, parts) for tag, (kind, parts, _, _) in found.items()})
+    _TYPES.update({f"{module}.{kind.__name__}": kind for kind, *_ in found.values()})
 
 
 class Malformed(ValueError):
@@ -117,7 +143,7 @@ def _write(value, other, put, depth):
             _write(item, other, put, depth + 1)
     elif kind in _CONSTANT_KINDS:
         put(b"n" + bytes([next(n for n, constant in enumerate(_CONSTANTS) if constant is value)]))
-    elif kind in _BUILT_TAGS and not (kind in (datetime.time, datetime.datetime) and _named_zone(value)):
+    elif _known(kind) and not _named_zone(kind, value):
         tag, parts = _BUILT_TAGS[kind]
         put(tag)
         for part in parts(value):
@@ -156,8 +182,15 @@ def _write_items(tag, items, other, put, depth):
         _write(item, other, put, depth + 1)
 
 
-def _named_zone(value):
-    return value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone
+def _known(kind):
+    if kind not in _BUILT_TAGS:
+        _learn(kind.__module__)
+    return kind in _BUILT_TAGS
+
+
+def _named_zone(kind, value):
+    """Returns True for a time in a zone that is more than its distance from UTC: no plain value."""
+    return _BUILT_TAGS[kind][0] in (b"T", b"w") and value.tzinfo is not None and not _known(type(value.tzinfo))
 
 
 def _factory(value):
@@ -170,6 +203,7 @@ def _name(value):
         return None
     if vars(builtins).get(value.__name__) is value:
         return value.__name__
+    _learn(value.__module__)
     name = f"{value.__module__}.{value.__name__}"
     return name if _TYPES.get(name) is value else None
 
@@ -210,6 +244,7 @@ def _read(data, at, resolve, depth):
         return found, at
     if tag == b"h":
         return resolve[0](struct.unpack_from("!Q", data, at)[0]), at + 8
+    _learn(_LATE_TAGS.get(tag))
     if tag not in _BUILT:
         raise Malformed(f"no tag {tag!r}")
     _, _, kinds, build = _BUILT[tag]
@@ -239,6 +274,7 @@ def _read_items(kind, data, at, resolve, depth):
 
 
 def _named(name, named):
+    _learn(name.partition(".")[0])
     value = _TYPES.get(name) or vars(builtins).get(name)
     if type(value) is type:
         return value
