@@ -1,6 +1,6 @@
 """The 8B shape on whatever accelerator is there: steps, update, disk, and two iterations of a run.
 
-    python -m benchmarks.accelerator --workdir DIR [--parts product,full,dual,update,disk,train,torch] [--json FILE]
+    python -m benchmarks.accelerator --workdir DIR [--parts product,full,dual,update,disk,train] [--json FILE]
 
 Random weights of LLaDA-8B's shape in bfloat16, LoRA of rank 128 on all seven matrices, prompt 400 (a part of it pads),
 completion 256, blocks of 32. Utilisation is the share of the device's own large matrix product, measured in the same
@@ -12,11 +12,10 @@ run, counted without recomputation. Medians over turns, each waited for; compila
     update    an inner update, 8 rows: one coupled pair of views, KL to the base
     disk      export of the checkpoint (16 GB) and its loading
     train     `gdsd_jax.train` on that checkpoint for two iterations, then `gdsd_jax.export`; needs `disk` before
-    torch     step and update of PyTorch (SDPA, compiled layers, PEFT), where they are installed
 
-Parts that compute run in processes of their own, so that each has the device's memory to itself; a part that fails or
-finds no PyTorch is reported and the next one begins. `--tiny` runs all of it in small, on a CPU too. The whole takes
-under ten minutes on an H100. With XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 JAX may use all of a GPU.
+What computes here runs in a process of its own, as the run does, so that each has the device's memory to itself; a part
+that fails is reported and the next one begins. `--tiny` runs all of it in small, on a CPU too. The whole takes under
+ten minutes on an H100.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("product", "full", "dual", "update", "disk", "train", "torch")
+PARTS = ("product", "full", "dual", "update", "disk", "train")
 # Those that share a process, and so the weights.
 TOGETHER = ("product", "full", "dual", "update", "disk")
 TINY_RUN = (
@@ -143,22 +142,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for text in child.stdout:
             if text.startswith("{"):
                 report(json.loads(text))
-        child.wait()
-    rest = {"train": lambda: train(flags.workdir, flags.tiny), "torch": lambda: pytorch(flags.tiny)}
-    for name, work in rest.items():
-        if name in wanted:
-            try:
-                report({"part": name} | work())
-            except (subprocess.CalledProcessError, ImportError) as error:
-                report({"part": name, "error": f"{type(error).__name__}: {error}"})
+        if child.wait():
+            report({"part": ",".join(shared), "error": f"the process ended with exit code {child.returncode}"})
+    if "train" in wanted:
+        try:
+            report({"part": "train"} | train(flags.workdir, flags.tiny))
+        except subprocess.CalledProcessError as error:
+            report({"part": "train", "error": str(error)})
     return rows
-
-
-def pytorch(tiny: bool) -> dict[str, Any]:
-    """Step and update of PyTorch; late, because it needs packages that a run of ours does not."""
-    from benchmarks import accelerator_torch
-
-    return accelerator_torch.run(tiny)
 
 
 if __name__ == "__main__":

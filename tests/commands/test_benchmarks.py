@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import adapter_slope, measure, rewards, sampler, update
+from benchmarks import accelerator, adapter_slope, measure, rewards, sampler, update
 from benchmarks.workloads import WORKLOADS
 from gdsd_jax.tasks import resolve
 
@@ -95,3 +95,15 @@ def test_bfloat16_sees_an_adapter_from_its_first_update_on():
     found = adapter_slope.slopes(6, 256, 32, (1, 8), 3e-6, ways=("once, float32 sum",))["once, float32 sum"]
     for updates, (slope, error) in found.items():
         assert slope > 0.9 and error < 0.1, (updates, slope, error)
+
+
+@pytest.mark.slow
+def test_the_bench_for_accelerators_reports_every_part(tmp_path):
+    """In small, on a CPU: what it computes, the checkpoint that it writes and reads, and the run on that checkpoint."""
+    file, parts = tmp_path / "rows.json", "product,full,dual,update,disk,train"
+    rows = accelerator.main(["--tiny", f"--workdir={tmp_path}", f"--parts={parts}", f"--json={file}"])
+    assert [row["part"] for row in rows] == parts.split(",") and rows == json.loads(file.read_text())
+    assert not any("error" in row for row in rows)
+    for row in rows[1:4]:
+        assert row["flops_needed"] > 0 and 0 < row["seconds"] <= row["worst_seconds"] < row["first_seconds"]
+    assert rows[-1]["export_seconds"] > 0 and "iteration 2" in rows[-1]
