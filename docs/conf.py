@@ -24,7 +24,8 @@ project, author, copyright = "gdsd_jax", "the gdsd_jax authors", "Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["conf.py", "make_configuration.py"]
 html_theme, html_title = "sphinx_book_theme", "gdsd_jax"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
+html_static_path, html_css_files = ["static"], ["tables.css"]
 
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode, nb_execution_timeout, nb_execution_raise_on_error = "force", 600, True
@@ -79,6 +80,10 @@ def escaped(line: str) -> str:
 def inside(app, docname, source):
     """Lets links out of this directory, which work in a checkout, work on the site: to the notebook, or as names."""
     source[0] = source[0].replace("](../examples/quickstart.py)", "](notebook.py)")
+    if docname == "index":  # no page is left out, whoever adds one
+        rest = sorted(app.env.found_docs - set(source[0].split()) - {"index"})
+        lines = ["```{toctree}", ":maxdepth: 1", ":caption: Further", *rest, "```", ""]
+        source[0] += "\n".join(["", *lines]) if rest else ""
     source[0] = re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", source[0])
 
 

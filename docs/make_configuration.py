@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import types
 import typing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ sys.path.insert(0, str(FILE.resolve().parents[1]))
 
 from gdsd_jax.config import TrainConfig, default, freeze  # noqa: E402
 from gdsd_jax.methods import METHODS  # noqa: E402
+from gdsd_jax.runtime import ranges  # noqa: E402
 
 HEAD = """# Configuration
 
@@ -67,8 +69,21 @@ def described(kind: type) -> Described:
 
 def type_name(hint: Any) -> str:
     """Returns a type as a reader writes it: `int`, `str | None`, `tuple[int, ...]`."""
-    plain = isinstance(hint, type) and not typing.get_args(hint)
-    return hint.__name__ if plain else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(type_name, arguments))
+    if arguments:
+        return f"{origin.__name__}[{', '.join(map(type_name, arguments))}]"
+    named = {types.NoneType: "None", ...: "...", Any: "Any"}
+    return named.get(hint, getattr(hint, "__name__", ""))
+
+
+def allowed(hint: Any) -> str:
+    """Returns in words which numbers a setting takes, where that is declared beside it."""
+    found = [str(extra).removesuffix(" and finite") for extra in getattr(hint, "__metadata__", ())]
+    return ", ".join([*found, *filter(None, map(allowed, typing.get_args(hint)))]) if hint is not ... else ""
 
 
 def table(kind: type, values: Any, hints: dict[str, Any]) -> list[str]:
@@ -77,15 +92,16 @@ def table(kind: type, values: Any, hints: dict[str, Any]) -> list[str]:
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
             continue
-        cells = (f"`{field.name}`", f"`{type_name(hints[field.name])}`", f"`{getattr(values, field.name)!r}`")
-        cells = (*cells, about.get(field.name, ""))
+        hint, value = hints[field.name], getattr(values, field.name)
+        kinds = ", ".join(filter(None, (f"`{type_name(hint)}`", allowed(hint))))
+        cells = (f"`{field.name}`", kinds, f"`{value!r}`", about.get(field.name, ""))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
 
 
 def section(title: str, kind: type, values: Any) -> list[str]:
     """Returns the section of one dataclass, followed by those of the dataclasses inside it."""
-    hints = typing.get_type_hints(kind)
+    hints = ranges.hints(kind)
     lines = [f"## {title}", "", described(kind).prose, "", *table(kind, values, hints), ""]
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
@@ -97,7 +113,7 @@ def page() -> str:
     """Returns the page as text."""
     lines = [HEAD, *section("config", TrainConfig, freeze(TrainConfig, default())), METHOD_HEAD]
     for name, recipe in METHODS.items():
-        hints = typing.get_type_hints(recipe.settings)
+        hints = ranges.hints(recipe.settings)
         lines += [f"### {name}", "", described(recipe.settings).prose, ""]
         lines += [*table(recipe.settings, recipe.settings(), hints), ""]
     return "\n".join(lines).rstrip() + "\n"

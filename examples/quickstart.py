@@ -20,6 +20,7 @@
 # %%
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import jax
@@ -38,7 +39,9 @@ from gdsd_jax.telemetry.metrics import read_metrics
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 logging.set_verbosity(logging.ERROR)
-checkout = next(path for path in [Path.cwd(), *Path.cwd().parents] if (path / "configs" / "tiny_sudoku.py").exists())
+warnings.filterwarnings("ignore", "IProgress not found")
+places = [Path.cwd(), *Path.cwd().parents]
+checkout = next(place for place in places if (place / "configs" / "tiny_sudoku.py").exists())
 workdir = Path(tempfile.mkdtemp())
 
 # %% [markdown]
@@ -53,7 +56,8 @@ config = read_config(checkout / "configs" / "tiny_sudoku.py")
 config.checkpoint = str(workdir / "start" / "merged")
 config.sft.update(steps=250, until=0.0)
 config.iterations, config.save_every = 10, 10
-config.prompts_per_iteration, config.group_size, config.microbatch_rows = 32, 8, 128
+config.prompts_per_iteration, config.group_size = 32, 8
+config.microbatch_rows = 128
 config.optimizer.learning_rate = 2e-3
 config.evaluation.update(every=0, count=64)
 

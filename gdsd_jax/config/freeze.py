@@ -45,9 +45,9 @@ def default(checkpoint: str = "") -> ConfigDict:
 
 
 def with_open_settings(config: ConfigDict) -> ConfigDict:
-    """Returns the config, locked except where keys are free: the settings of methods and those of the task."""
-    config.settings.unlock()
-    config.task.settings.unlock()
+    """Returns the config, locked except where keys are free: the settings of methods, task and optimizers."""
+    for part in (config, config.task, config.optimizer, config.sft.optimizer):
+        part.settings.unlock()
     return config
 
 

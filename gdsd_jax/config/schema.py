@@ -20,7 +20,16 @@ from gdsd_jax.runtime.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """How the denoiser computes; what it is comes from the checkpoint. See `gdsd_jax.denoiser.DenoiserConfig`."""
+    """How the denoiser computes; its sizes come from the checkpoint. See `gdsd_jax.denoiser.DenoiserConfig`.
+
+    Attributes:
+      dtype: of the computation, "bfloat16" or "float32"; log-normalisers, sums, RoPE and the optimizer are float32.
+      remat: what the backward pass computes again: "none" keeps everything, "dots" keeps the outputs of matrix
+        products, "full" keeps the inputs of layers alone.
+      attention: "plain", "splash" (TPUs), "cudnn" (NVIDIA GPUs), or "auto", which chooses by the device.
+      layer_unroll: layers per iteration of the compiled loop over layers.
+      vocab_chunk: vocabulary entries whose logits exist at one time.
+    """
 
     dtype: str = "bfloat16"
     remat: str = "full"
@@ -31,7 +40,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Adapter. `rank` 0 trains all parameters instead."""
+    """The low-rank adapters.
+
+    Attributes:
+      rank: of each adapter; 0 trains all parameters instead.
+      alpha: scale; an adapter's product is multiplied by `alpha / rank`.
+      targets: matrices that have an adapter.
+      dropout: share of an adapter's inputs that is dropped, in the policy's updates only.
+    """
 
     rank: int = 128
     alpha: Positive = 64.0
@@ -44,6 +60,10 @@ class OptimizerConfig:
     """Gradient clipping and AdamW, or another optimizer of optax.
 
     Attributes:
+      learning_rate: its largest value.
+      b1, b2, weight_decay: AdamW's own.
+      clip_norm: largest norm of the gradient; longer ones are shortened to it.
+      warmup_updates: updates over which the learning rate rises from zero.
       schedule: after the warm-up "constant", "linear" or "cosine" (both to zero at the last update).
       schedule_updates: updates over which it decays, warm-up included; None: those of the run as it was first started,
         so that a run which is extended later ends its schedule where it would have ended.
@@ -66,13 +86,20 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """What is trained on. Paths are local files, `eval_path` that of the test rows; None: the task's own rows.
+    """The task: what is asked and rewarded.
 
     A task that holds validation rows out of its training set does so with `train_path` too, unless there is a
     `validation_path`.
-    `grader` decides what counts as right, in rewards and metrics: "robust", or "public", which gives the public
-    trainers' rewards and the papers' metrics number for number.
-    `settings` overrides fields of the task (`template`, `system`, `assistant_prefix`, `weights`, ...).
+
+    Attributes:
+      name: of a task of the package, or `package.module:NAME`.
+      grader: decides what counts as right, in rewards and metrics: "robust", or "public", which gives the public
+        trainers' rewards and the papers' metrics number for number.
+      train_path, validation_path: local files of rows; None: the task's own rows.
+      eval_path: local file of the test rows; None: the task's own.
+      train_rows: number of training rows; None: all of them.
+      settings: overrides fields of the task: `template`, `system`, `assistant_prefix`, `answer_template`, `examples`,
+        `shots`, `weights`.
     """
 
     name: str = "sudoku"
@@ -96,7 +123,7 @@ class EvalConfig:
       steps: denoising steps of a completion of the rollout's length, in proportion of any other; None: one for every
         two tokens.
       evaluation_prompt: start from the task's evaluation prompt, not from its training prompt.
-      batch_rows: completions at a time; how many fit decides, the results do not hang on it at temperature 0.
+      batch_rows: completions at a time; as many as fit; at temperature 0 the results do not depend on it.
       lengths: completion lengths of `gdsd_jax.evaluate`; while training it is the rollout's.
       every: iterations from one evaluation while training to the next; 0: only at the end.
       split, count: its rows.
@@ -117,10 +144,15 @@ class EvalConfig:
 class SFTConfig:
     """The supervised start: masked-diffusion cross-entropy, weighted 1/t, all parameters trained.
 
-    Its seed is its own, so that runs of several seeds can share one start. `careless` is the share of each
-    demonstration that is wrong, in the way that the task says (`Task.careless`). With `until` above 0 it stops early,
-    once the task's last metric reaches that on `config.evaluation.count` validation rows, looked at every
-    `check_every` steps: how fast a small model learns hangs on rounding, where it is left should not.
+    Attributes:
+      seed: its own, so that runs of several seeds can share one start.
+      careless: share of each demonstration that is wrong, in the way that the task says (`Task.careless`).
+      until: stops early, once the task's last metric reaches this on `config.evaluation.count` validation rows; 0:
+        never. Learning speed depends on rounding; stopping at a target accuracy makes starts comparable across
+        machines.
+      check_every: steps from one look at that metric to the next.
+      steps: updates, if it does not stop early.
+      batch_rows: rows of an update.
     """
 
     seed: Seed = 0
@@ -155,6 +187,12 @@ class TinyConfig:
 
     With a `family` (a key of `gdsd_jax.families.FAMILIES`), a `config.checkpoint` that does not exist yet is made:
     random weights in that family's format, then `gdsd_jax.sft`. Empty: the checkpoint must be there.
+
+    Attributes:
+      family: its format.
+      hidden_size, num_layers, num_heads, intermediate_size: its sizes.
+      num_kv_heads: heads of keys and values; None: as many as of queries.
+      block_size: tokens of a block of block-causal attention; None: every token attends to every other.
     """
 
     family: str = ""
@@ -174,9 +212,15 @@ class TrainConfig:
       checkpoint: Hugging Face directory of the base model.
       checkpoint_overrides: what is set or replaced in its `config.json`.
       mesh, hosts: how devices are arranged, see `gdsd_jax.runtime.sharding`, and the processes that hold them.
-      method, settings: name of the method (or `package.module:NAME`), and settings by method name.
-      rollout_rows: rows that are sampled at a time, whole groups; None: all. What decides is how many fit the devices:
-        no draw hangs on it, and rewards of one part are judged while the next is sampled.
+      method: name of the method, or `package.module:NAME`.
+      settings: settings of methods, by the method's name.
+      seed: of prompts, rollouts, masks and adapters.
+      iterations: rollouts of the run.
+      prompts_per_iteration: groups of a rollout.
+      group_size: completions of each prompt.
+      inner_updates: optimizer steps on each rollout.
+      rollout_rows: rows that are sampled at a time, whole groups; None: all of them. Choose as many as fit the
+        devices: no draw depends on it, and rewards of one part are computed while the next is sampled.
       microbatch_rows: rows per gradient accumulation step.
       component_norms_every: iterations between those that log the gradient norm of each component of the loss
         (`grad/objective`, `grad/kl`); 0: never. Their updates are a program of its own, which for a loss of two
@@ -188,9 +232,12 @@ class TrainConfig:
       adapter_base: what becomes of an adapter that records another base than the checkpoint. "fingerprint": refused
         where a fingerprint differs, a warning where a name does; "strict": refused; "any": a warning.
       overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
-      save_every: iterations between checkpoints; `keep` of them are kept.
+      save_every: iterations between checkpoints.
+      keep: checkpoints that are kept, the newest.
+      completions_logged: completions of each iteration in `completions.jsonl`.
       trackers: further places that metrics go to: "tensorboard", "wandb", or `package.module:NAME`, see
-        `gdsd_jax.telemetry.trackers`; `tensorboard=True` and `wandb=True` are short for the first two.
+        `gdsd_jax.telemetry.trackers`.
+      tensorboard, wandb: short for these two among the trackers.
       profile: iteration whose timeline is recorded, see `gdsd_jax.telemetry.profile`; 0: none.
       dry_run: run one iteration in small instead, see `gdsd_jax.training.dry_run`.
     """

@@ -186,9 +186,11 @@ class HostsConfig:
     """The processes of a job, one on each host.
 
     Attributes:
-      coordinator: "auto" where the platform says who takes part (TPU pods); else ADDRESS:PORT of process 0, with the
-        number of `processes` and which `process` this one is. Empty: what JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-        and JAX_PROCESS_ID say, or one process.
+      coordinator: "auto" where the platform says who takes part (TPU pods); else ADDRESS:PORT of process 0, with
+        `processes` and `process`. Empty: what JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or one
+        process.
+      processes: their number; None: what JAX_NUM_PROCESSES says.
+      process: which of them this one is, from 0; None: what JAX_PROCESS_ID says.
       heartbeat_seconds: a process that is silent for so long is dead, and the job ends.
       stall_seconds: the job ends as well when no result has arrived for so long; longer than the longest compilation,
         rollout or reward.

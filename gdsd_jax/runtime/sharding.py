@@ -58,7 +58,11 @@ Extent = Annotated[int, Range(-1)]
 class MeshConfig:
     """Devices along each axis of the mesh; of the three sizes one may be -1, for what the others leave.
 
-    `slices` is the number of TPU slices, which the data axis spans over the data-center network.
+    Attributes:
+      data: copies of the model.
+      fsdp: parts into which every matrix is cut along the model dimension.
+      tensor: parts into which heads, MLP and vocabulary are cut.
+      slices: number of TPU slices, which the data axis spans over the data-center network.
     """
 
     data: Extent = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -57,7 +58,8 @@ class Progress:
     ) -> None:
         self._total, self._step, self._enabled, self._label = total, start, enabled, label
         self._plain_seconds = plain_seconds
-        self._console = console or rich.console.Console()
+        # A notebook is neither: rich would make an output of its own of every line, or draw a bar where none can move.
+        self._console = console or rich.console.Console(force_jupyter=False, force_terminal=sys.stdout.isatty())
         self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=21)
         self._shown_at = -math.inf
         self._live: rich.progress.Progress | None = None
