@@ -166,4 +166,12 @@ COMPARED = {
     "unigrpo": {"beta": 0.0},
     "dmpo": {"pairs": 1},
     "tracerl": {"beta": 0.0},
+    "exact_pg": {},
+    "just_grpo": {},
+    "stable_drl": {"eubo_beta": 1.0, "num_t": 2, "block_length": 20},
+    "agrpo": {"steps": 8},
+    "egspo": {"beta": 0.0},
+    "gdpo": {},
+    "rspo": {"views": 1},
+    "trafl": {"views": 1},
 }

@@ -8,6 +8,9 @@ runs share one process and its compiled sampler. The first seed of every method 
 `table.json`, `table.md` and `curves.png` are written anew: an interrupted bench leaves a true partial result, and the
 same command goes on where it stopped. A run that diverges counts as collapsed, and the bench goes on.
 
+The config's learning rate is that of all methods, unless `--rates gdsd=5e-4,espo=2e-3` names some of their own; with
+`--rate_factor 10` all are multiplied, to see what a method bears. Each such bench has a workdir of its own.
+
 Several hosts on one file system can share a bench, `--host_count` of them, each with its `--host_index`.
 """
 
@@ -45,6 +48,8 @@ def compare(
     seeds: int,
     *,
     metric: str | None = None,
+    rates: str | None = None,
+    rate_factor: float = 1.0,
     host_index: int = 0,
     host_count: int = 1,
 ) -> dict[str, Any]:
@@ -54,18 +59,26 @@ def compare(
       methods: names as `config.method` takes them; differences are to the first.
       seeds: how many, from `config.seed` on.
       metric: one of the task's metrics; None: its last.
+      rates: learning rates of methods, `NAME=RATE,...`; the others have the config's.
+      rate_factor: multiplies all learning rates.
 
     Raises:
       UserError: an unknown method or metric, a method that does not fit the config, no seeds, or a workdir whose runs
         have another config or start. All of it before anything is trained.
     """
     require_runnable(config, methods, seeds, host_index, host_count)
+    own_rates = parse_rates(rates, methods)
+    if not rate_factor > 0:
+        raise UserError(f"--rate_factor {rate_factor} must be above 0")
     metric = known_metric(resolve_task(config), metric, "--metric")
     if host_count > 1 and config.tiny.family and not Path(config.checkpoint).exists():
         raise UserError(f"{config.checkpoint} must be there before several hosts start: make it with gdsd_jax.sft")
     embedded_start(config)
     plan = [
-        (run_config(config, method, seed), workdir / method / f"seed{seed}")
+        (
+            run_config(config, method, seed, rate_factor * own_rates.get(method, config.optimizer.learning_rate)),
+            workdir / method / f"seed{seed}",
+        )
         for seed in range(config.seed, config.seed + seeds)
         for method in methods
     ]
@@ -110,14 +123,30 @@ def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, ho
     for name in methods:
         check(
             build(name, **config.settings.get(name, {})), name=name, prompt_length=max(config.prompt_buckets),
-            completion_length=config.sampler.completion_length, group_size=config.group_size,
+            completion_length=config.sampler.completion_length, group_size=config.group_size, sampler=config.sampler,
         )  # fmt: skip
 
 
-def run_config(config: TrainConfig, method: str, seed: int) -> TrainConfig:
+def parse_rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
+    """Reads `NAME=RATE,...`; raises UserError on another form, a rate that is not positive, a method not compared."""
+    found = {}
+    for part in text.split(",") if text else []:
+        name, _, rate = (piece.strip() for piece in part.partition("="))
+        try:
+            found[name] = float(rate)
+        except ValueError:
+            raise UserError(f"--rates {text!r}: {part.strip()!r} is not of the form NAME=RATE") from None
+        if name not in methods or not found[name] > 0:
+            raise UserError(f"--rates {text!r}: {part.strip()!r} does not give one of --methods a rate above 0")
+    return found
+
+
+def run_config(config: TrainConfig, method: str, seed: int, learning_rate: float | None = None) -> TrainConfig:
     """One run of the bench; settings of other methods are left out, so that they can change without invalidating it."""
     settings = {method: dict(config.settings.get(method, {}))}
-    return dataclasses.replace(config, method=method, seed=seed, settings=settings)
+    rate = config.optimizer.learning_rate if learning_rate is None else learning_rate
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+    return dataclasses.replace(config, method=method, seed=seed, settings=settings, optimizer=optimizer)
 
 
 def require_same(plan: list[tuple[TrainConfig, Path]], base: str) -> None:
@@ -152,6 +181,8 @@ OPTIONS = {
     "methods": Option(str, None, "Methods to compare, such as gdsd,espo; differences are to the first."),
     "seeds": Option(int, 3, "Runs of each method."),
     "metric": Option(str, None, "Metric of the task, instead of its last."),
+    "rates": Option(str, None, "Learning rates of methods that do not have the config's, such as gdsd=5e-4,espo=2e-3."),
+    "rate_factor": Option(float, 1.0, "Multiplies every learning rate."),
     "host_index": Option(int, 0, "Which share of the runs is this host's."),
     "host_count": Option(int, 1, "How many hosts share the runs."),
 }

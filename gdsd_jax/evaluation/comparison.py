@@ -65,7 +65,8 @@ def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any
     Of the final metric, the best one on the way (`config.evaluation`'s split), the median seconds per iteration, the
     KL to the reference (`training.evaluation.reference_kl`). A diverged run has no policy left: its final metric
     is 0. A run has collapsed where it diverged, or where the final metric lies below the start by more than two
-    standard errors of the difference.
+    standard errors of the difference; since when, says the first evaluation on the way from which on the metric never
+    came back to half of what had been its best (None where no evaluation saw it, or the run has not collapsed).
     """
     state = state_of(run, directory)
     diverged = state == "diverged"
@@ -75,19 +76,33 @@ def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any
     entries = read_metrics(directory)
     final = {"mean": 0.0, "error": 0.0} if diverged else result[metric]
     curve = _values(entries, f"eval/{metric}")
+    best = max(curve, default=None)
     margin = 2 * math.hypot(start["error"], final["error"])
+    collapsed = diverged or final["mean"] < start["mean"] - margin
     return {
         "seed": run.seed,
         "iterations": entries[-1]["step"],
         "start": start["mean"],
         "final": final["mean"],
         "final_error": final["error"],
-        "best": max(curve, default=None),
+        "best": best,
+        "drop": None if best is None else best - final["mean"],
         "seconds_per_iteration": float(np.median(_values(entries, "time/iteration"))),
         "kl": None if diverged else result.get("kl", {}).get("mean"),
         "diverged": diverged,
-        "collapsed": diverged or final["mean"] < start["mean"] - margin,
+        "collapsed": collapsed,
+        "collapsed_at": collapse_step(entries, f"eval/{metric}") if collapsed else None,
     }
+
+
+def collapse_step(entries: list[dict], name: str) -> int | None:
+    """The first step from which on a metric stayed below half of the best that it had reached before."""
+    curve = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
+    since, best = None, -math.inf
+    for step, value in curve:
+        best = max(best, value)
+        since = (step if since is None else since) if value < best / 2 else None
+    return since
 
 
 def _values(entries: list[dict], name: str) -> list[float]:
@@ -112,6 +127,7 @@ def summarise(outcomes: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
                 "method": method,
                 "final": interval(column("final")),
                 "best": interval(column("best")),
+                "drop": interval(column("drop")),
                 "collapsed": sum(run["collapsed"] for run in runs),
                 "seconds_per_iteration": float(np.median(seconds)) if seconds else None,
                 "kl": interval(column("kl"))["mean"],

@@ -1,0 +1,106 @@
+"""The meter's table, as JSON, Markdown and a figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gdsd_jax.runtime.files import replacing, write_text
+
+JSON, TABLE, FIGURE = "meter.json", "meter.md", "meter.png"
+
+
+def write(directory: Path, table: dict[str, Any]) -> None:
+    """Writes the three files, each whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / JSON, json.dumps(table, indent=1) + "\n")
+    write_text(directory / TABLE, markdown(table))
+    with replacing(directory / FIGURE) as draft:
+        draw(draft, table)
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The tables with what they were measured on."""
+    distances = [str(d) for d in table["distances"]]
+    about = (
+        f"{table['rows']} rollouts of {table['source']}, mean reward {table['reward']:.3f}, mean exact log-probability "
+        f"{table['log_prob']:.2f} nats; {100 * table['impossible']:.2g} % cannot be replayed (rounding). "
+        f"{table['draws']} draws of masks."
+    )
+    header = ["method", "bias", "spread", "noise", "rank", *(f"error at {d}" for d in distances), "cosine", "of mean"]
+    lines = [
+        [
+            label,
+            *(f"{row[name]:+.2f}" if name == "bias" else f"{row[name]:.2f}" for name in ("bias", "spread", "noise")),
+            f"{row['rank_correlation']:.2f}",
+            *(f"{100 * row['log_ratio_error'][d]:.0f} %" for d in distances),
+            f"{row['cosine']:.3f}",
+            f"{row['cosine_of_mean']:.3f}",
+        ]
+        for label, row in table["methods"].items()
+    ]
+    parts = [about, _grid(header, lines)]
+    if "enumerated" in table:
+        parts.append("KL to the optimum in the toy language: at the start, least, and after the last update.")
+        header = ["denoiser", "order", "method", "clip", "start", "least", "end", "reward"]
+        lines = [
+            [
+                "trained" if run["trained"] else "random",
+                run["strategy"],
+                run["method"],
+                "yes" if run["clip"] else "no",
+                *(f"{value:.3f}" for value in (run["kl"][0], min(run["kl"]), run["kl"][-1])),
+                f"{run['reward'][0]:.2f} -> {run['reward'][-1]:.2f}",
+            ]
+            for run in table["enumerated"]
+        ]
+        parts.append(_grid(header, lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(header: list[str], lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in [header, rule, *lines]
+    )
+
+
+def draw(path: Path, table: dict[str, Any]) -> None:
+    """Bias with its spread, errors of log-ratios, cosines; below, the distances to the optimum along the updates."""
+    # Late: Matplotlib takes a second to import.
+    from matplotlib.figure import Figure
+
+    runs = table.get("enumerated", [])
+    places = list(dict.fromkeys((run["trained"], run["strategy"]) for run in runs))
+    figure = Figure(figsize=(13, 8.4 if runs else 4.4), layout="constrained", dpi=110)
+    above, *below = figure.subfigures(2 if runs else 1, 1, squeeze=False)[:, 0]
+    left, middle, right = above.subplots(1, 3, sharey=True)
+    labels, rows = list(table["methods"]), list(table["methods"].values())
+    heights = range(len(labels))
+    left.errorbar([row["bias"] for row in rows], heights, xerr=[row["spread"] for row in rows], fmt="o")
+    left.set(title="Estimate less exact log-probability (nats)", yticks=heights, yticklabels=labels)
+    left.invert_yaxis()
+    left.axvline(0, color="0.5", linewidth=1)
+    for distance in map(str, table["distances"]):
+        errors = [max(100 * row["log_ratio_error"][distance], 1e-2) for row in rows]
+        middle.plot(errors, heights, "o", label=f"at {distance}")
+    middle.set(title="Error of the log-ratio (%)", xscale="log")
+    middle.legend(fontsize=8)
+    right.plot([row["cosine"] for row in rows], heights, "o", label="one draw of masks")
+    right.plot([row["cosine_of_mean"] for row in rows], heights, "s", label="mean of the draws", fillstyle="none")
+    right.set(title="Cosine with the exact gradient", xlim=(-0.1, 1.05))
+    right.legend(fontsize=8)
+    for part in below:
+        for axes, (trained, strategy) in zip(part.subplots(1, len(places), squeeze=False)[0], places, strict=True):
+            for run in runs:
+                if (run["trained"], run["strategy"]) == (trained, strategy):
+                    line = "--" if run["clip"] else "-"
+                    axes.plot(range(len(run["update"])), run["kl"], line, label=run["method"] + ", clip" * run["clip"])
+            axes.set(title=f"{strategy}, {'trained' if trained else 'random'} denoiser", yscale="log")
+            axes.set(xlabel="inner updates", xticks=range(len(runs[0]["update"])), xticklabels=runs[0]["update"])
+        part.axes[0].set_ylabel("KL to the optimum (nats)")
+        part.axes[-1].legend(fontsize=7)
+    figure.savefig(path, format="png")

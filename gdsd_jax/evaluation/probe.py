@@ -1,0 +1,207 @@
+"""What methods believe of rollouts, against the exact likelihood of what the sampler did.
+
+B rows, M views, L completion tokens, D draws of masks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.diffusion import Rollout, trajectory_log_prob
+from gdsd_jax.diffusion.scoring import read_views
+from gdsd_jax.methods import Batch, Method, Scores, build
+from gdsd_jax.training.state import policy
+
+NO_KL = {"beta": 0.0}
+# Method and settings of each row of the table; without KL, so that a gradient is the objective's alone.
+SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "exact_pg": ("exact_pg", {}),
+    "gdsd": ("gdsd", NO_KL),
+    "gdsd, rollout order": ("gdsd", {**NO_KL, "masking": "rollout_order"}),
+    "gdsd, elbo": ("gdsd", {**NO_KL, "weighting": "elbo"}),
+    "gdsd_tlc": ("gdsd_tlc", NO_KL),
+    "gdsd_tlc, top 8": ("gdsd_tlc", {**NO_KL, "top_k": 8}),
+    "gdsd_teacher": ("gdsd_teacher", NO_KL),
+    "espo": ("espo", NO_KL),
+    "spg": ("spg", {}),
+    "diffu_grpo": ("diffu_grpo", NO_KL),
+    "coupled_grpo": ("coupled_grpo", NO_KL),
+    "gdpo": ("gdpo", {}),
+    "tracerl": ("tracerl", {**NO_KL, "shrink": 1}),
+    "just_grpo": ("just_grpo", {}),
+}
+
+
+class Probe(NamedTuple):
+    """Compiled functions of one method. `params` are the trained parameters.
+
+    nats: `(params, batch, masked) -> [B]`, the method's estimate of each completion's log-probability.
+    gradient: `(params, batch, masked) -> [N]`, of its loss where old and new policy are equal, as one vector.
+    """
+
+    method: Method
+    nats: Callable[[Any, Batch, Array], Array]
+    gradient: Callable[[Any, Batch, Array], Array]
+
+
+def probe(subject: str, config: DenoiserConfig, base: Any, *, block_length: int, chunk: int) -> Probe:
+    """The functions of one of `SUBJECTS`."""
+    name, settings = SUBJECTS[subject]
+    if name == "spg":
+        settings = settings | {"block_length": block_length}
+    if "masking" in settings:
+        settings = settings | {"block_length": block_length}
+    method = build(name, **settings)
+
+    def scores(params: Any, batch: Batch, masked: Array) -> Scores:
+        views = method.views(masked, batch)
+        options = {"prompt_mask": batch.prompt_mask, "chunk": chunk}
+        reads = read_views(config, *policy(base, params), batch.tokens, views, method.reads, **options)
+        return method.score(reads, views)
+
+    @jax.jit
+    def nats(params: Any, batch: Batch, masked: Array) -> Array:
+        return in_nats(name, settings, scores(params, batch, masked), batch)
+
+    @jax.jit
+    def gradient(params: Any, batch: Batch, masked: Array) -> Array:
+        def loss(params: Any) -> Array:
+            new = scores(params, batch, masked)
+            old = new if method.old in ("always", "own_masks") else None
+            losses, _ = method.objective(new, method.constants(batch, old, None, new))
+            return jnp.sum(sum(losses.values()))
+
+        return ravel_pytree(jax.grad(loss)(params))[0]
+
+    return Probe(method, nats, gradient)
+
+
+def in_nats(name: str, settings: dict[str, Any], scores: Scores, batch: Batch) -> Float[Array, " B"]:
+    """A method's scores as an estimate of a completion's log-probability (of centred logits, a sum of them)."""
+    if name == "spg":
+        # A mean per token; the bound that does not depend on the advantage.
+        return scores.normalised * jnp.sum(batch.completion_mask, axis=1)
+    guided = scores.guided
+    if name == "exact_pg":
+        return jnp.sum(guided, axis=1)
+    if name == "gdsd_teacher":
+        return jnp.mean(jnp.sum(guided, axis=2), axis=1)
+    if name in ("gdsd", "gdsd_tlc"):
+        halved = settings.get("weighting", "plain" if name == "gdsd" else "elbo") == "plain"
+        return jnp.mean(guided, axis=1) * (2 if halved else 1)
+    return guided if guided.ndim == 1 else jnp.sum(guided, axis=1)
+
+
+def exact(config: DenoiserConfig, base: Any, params: Any, batch: Batch, chunk: int) -> Float[Array, " B"]:
+    """The exact log-probability of each rollout, -inf where the policy could not have made it."""
+    rollout = Rollout(batch.tokens, batch.commit_step, batch.confidence)
+    given = (rollout, batch.prompt_mask, batch.sampler)
+    return jnp.sum(trajectory_log_prob(config, *policy(base, params), *given, chunk=chunk), axis=1)
+
+
+def rank_correlation(estimate: np.ndarray, truth: np.ndarray, group_size: int) -> float:
+    """Spearman's, inside groups, averaged over those where both vary."""
+    found = []
+    for x, y in zip(estimate.reshape(-1, group_size), truth.reshape(-1, group_size), strict=True):
+        ranks = [np.unique(v, return_inverse=True, return_counts=True) for v in (x, y)]
+        # Equal values share the mean of their ranks.
+        ranks = [(np.cumsum(count) - (count - 1) / 2)[index] for _, index, count in ranks]
+        if min(r.std() for r in ranks) > 0:
+            found.append(np.corrcoef(*ranks)[0, 1])
+    return float(np.mean(found)) if found else float("nan")
+
+
+def moved_to(
+    distance: float, params: Any, direction: Any, log_ratio: Callable[[Any], np.ndarray], *, halvings: int = 8
+) -> tuple[Any, np.ndarray]:
+    """Goes along `direction` until the root mean square of the exact log-ratio is `distance`; what it is there.
+
+    Doubles the step until it is too long, then halves the bracket.
+    """
+    flat, unravel = ravel_pytree(params)
+    unit = direction / jnp.linalg.norm(direction)
+    at = lambda length: unravel(flat + length * unit)  # noqa: E731
+    rms = lambda ratio: float(np.sqrt(np.mean(ratio[np.isfinite(ratio)] ** 2)))  # noqa: E731
+    low, high = 0.0, 1e-4 * float(jnp.linalg.norm(flat))
+    while rms(log_ratio(at(high))) < distance:
+        low, high = high, 2 * high
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (low, middle) if rms(log_ratio(at(middle))) > distance else (middle, high)
+    return at(high), log_ratio(at(high))
+
+
+def cosine(x: Array, y: Array) -> float:
+    """Of the angle between two gradients."""
+    return float(jnp.vdot(x, y) / jnp.maximum(jnp.linalg.norm(x) * jnp.linalg.norm(y), 1e-30))
+
+
+def measure(
+    config: DenoiserConfig,
+    base: Any,
+    params: Any,
+    batch: Batch,
+    key: Array,
+    subjects: list[str],
+    *,
+    draws: int,
+    distances: tuple[float, ...],
+    chunk: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Parts (a), (b) and (c) of the meter, on one batch of rewarded rollouts.
+
+    Every method is measured on the same rollouts and on the same moved policies: along the exact policy gradient, to
+    log-ratios of `distances` (root mean square over rows).
+    """
+    truth_of = lambda params: np.asarray(exact(config, base, params, batch, chunk), np.float64)  # noqa: E731
+    truth = truth_of(params)
+    fine = np.isfinite(truth)
+    make = functools.partial(probe, config=config, base=base, block_length=batch.sampler.block_length, chunk=chunk)
+    reference = make("exact_pg")
+    trajectory = jax.jit(reference.method.masks)(key, batch)
+    ascent = -reference.gradient(params, batch, trajectory)
+    report("exact gradient")
+    moved = {d: moved_to(d, params, ascent, lambda p: truth_of(p) - truth) for d in distances}
+    report("moved policies")
+    rows = {}
+    for subject in subjects:
+        here = make(subject)
+        masks = [jax.jit(here.method.masks)(jax.random.fold_in(key, n), batch) for n in range(draws)]
+        at = lambda p, masks=masks, here=here: np.stack([here.nats(p, batch, m) for m in masks]).astype(np.float64)  # noqa: E731
+        start = at(params)
+        mean = start.mean(axis=0)
+        difference = (mean - truth)[fine]
+        gradients = [here.gradient(params, batch, m) for m in masks]
+        row = {
+            "bias": float(difference.mean()),
+            "spread": float(difference.std()),
+            "noise": float(start.std(axis=0)[fine].mean()),
+            "rank_correlation": rank_correlation(mean, np.where(fine, truth, truth[fine].min()), batch.group_size),
+            "cosine": float(np.mean([cosine(-g, ascent) for g in gradients])),
+            "cosine_of_mean": cosine(-sum(gradients), ascent),
+            "log_ratio_error": {},
+        }
+        for distance, (there, ratio) in moved.items():
+            valid = fine & np.isfinite(ratio)
+            error = (at(there) - start - ratio)[:, valid]
+            row["log_ratio_error"][str(distance)] = float(np.sqrt(np.mean(error**2) / np.mean(ratio[valid] ** 2)))
+        rows[subject] = row
+        report(subject)
+    return {
+        "rows": int(len(truth)),
+        "impossible": float(1 - fine.mean()),
+        "log_prob": float(truth[fine].mean()),
+        "distances": list(distances),
+        "draws": draws,
+        "methods": rows,
+    }

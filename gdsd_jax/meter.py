@@ -1,0 +1,124 @@
+"""How far a method's likelihood is from the sampler's: bias, log-ratios, gradients, and the distance to its target.
+
+    python -m gdsd_jax.meter --config configs/tiny_sudoku.py --checkpoint runs/start/merged --output runs/meter
+    python -m gdsd_jax.meter --config ... --workdir runs/tiny [--best] [--methods gdsd,espo] [--noenumerated]
+
+Rollouts of the policy, under the config's sampler, are scored by each method and by the exact likelihood of what the
+sampler did (`gdsd_jax.diffusion.trajectory_log_prob`). The table says for each method:
+
+    bias, spread  mean and standard deviation over completions of its estimate less the exact log-probability, in nats,
+                  averaged over `--draws` draws of masks; noise: deviation between such draws
+    rank          Spearman's correlation of the two inside groups of completions of one prompt
+    error at d    of its log-ratio against the exact one, relative, after moving the policy along the exact policy
+                  gradient until the exact log-ratio is d (root mean square over completions)
+    cosine        between its gradient before any update and the exact policy gradient, with one draw of masks and
+                  with the mean of all
+
+The exact likelihood is that of completion and order. Then, in a toy language that can be enumerated, every method makes
+64 inner updates on one batch, and `KL(pi_theta || pi*)` to its optimum `pi* ~ pi_old exp(psi A)` is followed.
+
+Writes `meter.json`, `meter.md` and `meter.png` to `--output`, by default `WORKDIR/meter`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import rich.console
+
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.config.flags import Option, launch
+from gdsd_jax.denoiser import init_lora
+from gdsd_jax.diffusion.trajectory import check_defined
+from gdsd_jax.evaluation import meter_report
+from gdsd_jax.evaluation.enumerated import compare_to_optimum
+from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
+from gdsd_jax.evaluation.probe import SUBJECTS, measure
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.transfer import seed_key
+from gdsd_jax.training.rollout import Prompts, roll_out
+from gdsd_jax.training.setup import encoded_rows, task_rows
+
+
+def main(
+    config: TrainConfig,
+    workdir: Path | None,
+    *,
+    methods: str | None,
+    prompts: int,
+    draws: int,
+    distances: str,
+    enumerated: bool,
+    output: str | None,
+    **flags: object,
+) -> None:
+    if output is None and workdir is None:
+        raise UserError("give --output DIRECTORY for the results, or --workdir of a run")
+    directory = Path(output) if output is not None else workdir / "meter"
+    chosen, lengths = checked(methods, prompts, draws, distances)
+    check_defined(config.sampler)
+    console = rich.console.Console()
+    report = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
+    policy = load_policy(config, workdir, **flags)
+    rows = task_rows(config.task, policy.task, "train", count=config.task.train_rows, seed=config.seed)[:prompts]
+    asked = encoded_rows(config, policy.task, policy.tokenizer, rows)
+    key = seed_key(config.seed)
+    rewarded = roll_out(
+        policy.model, policy.base, policy.lora, Prompts(*asked), key, config.sampler, policy.task, policy.tokenizer,
+        group_size=config.group_size,
+    )  # fmt: skip
+    params = policy.lora
+    if params is None:
+        params = policy.base
+        if config.lora.rank:
+            # Young adapters have no gradient but through their second factor, as in a run's first update.
+            settings = {"rank": config.lora.rank, "alpha": config.lora.alpha, "targets": config.lora.targets}
+            params = init_lora(policy.model, jax.random.key(config.seed), **settings)
+    table = measure(
+        policy.model, policy.base, params, rewarded.batch, key, chosen,
+        draws=draws, distances=lengths, chunk=config.model.vocab_chunk, report=report,
+    )  # fmt: skip
+    table |= {"source": policy.source, "reward": float(np.mean(rewarded.rewards))}
+    if enumerated:
+        table["enumerated"] = compare_to_optimum(report=report)
+    meter_report.write(directory, table)
+    report(meter_report.markdown(table))
+    report(f"wrote {directory}")
+
+
+def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tuple[list[str], tuple[float, ...]]:
+    """The rows of the table and the distances that the flags name; UserError where they are out of range."""
+    names = [part.strip() for part in (methods or ",".join(NAMES)).split(",")]
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        raise UserError(f"--methods: {unknown[0]!r} is not one of {', '.join(NAMES)}")
+    if prompts < 1 or draws < 1:
+        raise UserError(f"--prompts {prompts} and --draws {draws} must be at least 1")
+    try:
+        lengths = tuple(float(part) for part in distances.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) <= 0:
+        raise UserError(f"--distances {distances!r} is not a list of numbers above 0 like 0.02,0.1,0.5")
+    return [label for label in SUBJECTS if name_of(label) in names], lengths
+
+
+def name_of(label: str) -> str:
+    """The method of a row of the table."""
+    return SUBJECTS[label][0]
+
+
+NAMES = tuple(dict.fromkeys(map(name_of, SUBJECTS)))
+OPTIONS = POLICY_OPTIONS | {
+    "methods": Option(str, None, "Methods to measure, with commas between; all that have a likelihood if left out."),
+    "prompts": Option(int, 32, "Prompts; each has config.group_size completions."),
+    "draws": Option(int, 8, "Draws of masks."),
+    "distances": Option(str, "0.02,0.1,0.5", "Exact log-ratios at which log-ratios are compared."),
+    "enumerated": Option(bool, True, "The distance to the optimum in a toy language too."),
+    "output": Option(str, None, "Directory for the results.", written=True),
+}
+
+if __name__ == "__main__":
+    launch(main, OPTIONS, needs_workdir=False)
