@@ -10,7 +10,7 @@ sampler did (`gdsd_jax.diffusion.trajectory_log_prob`). The table says for each 
                   averaged over `--draws` draws of masks; noise: deviation between such draws
     rank          Spearman's correlation of the two inside groups of completions of one prompt
     error at d    of its log-ratio against the exact one, relative, after moving the policy along the exact policy
-                  gradient until the exact log-ratio is d (root mean square over completions)
+                  gradient until the exact log-ratio is d; medians over completions
     cosine        between its gradient before any update and the exact policy gradient, with one draw of masks and
                   with the mean of all
 

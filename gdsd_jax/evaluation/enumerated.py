@@ -184,7 +184,7 @@ def compare_to_optimum(
     psi: float = 2.0,
     updates: int = 64,
     rows: int = 512,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-3,
     seed: int = 0,
     subjects: list[str] | None = None,
     report: Any = lambda line: None,

@@ -35,7 +35,7 @@ def test_a_policy_is_moved_until_its_log_ratio_has_the_distance():
     direction = jnp.array([0.0, 2.0])
     there, ratio = probe.moved_to(0.3, params, direction, lambda p: np.array([3.0, -3.0, -np.inf]) * float(p["w"][1]))
     np.testing.assert_allclose(there["w"], [1.0, 0.1], rtol=0.01)
-    assert np.sqrt(np.mean(ratio[:2] ** 2)) == pytest.approx(0.3, rel=0.01)
+    assert np.median(np.abs(ratio[:2])) == pytest.approx(0.3, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_the_exact_gradient_and_the_bounds_on_a_toy(toy):
     assert same["bias"] == pytest.approx(0, abs=1e-4) and same["cosine"] == pytest.approx(1, abs=1e-4)
     assert same["log_ratio_error"]["0.1"] < 1e-3 and same["rank_correlation"] == pytest.approx(1)
     assert table["impossible"] == 0
-    # Completion and order together are less likely than the completion: by log 4! = 3.18 on average at most.
-    assert 0 < bound["bias"] < 3.2 and bound["log_ratio_error"]["0.1"] > 0.02 and 0 < bound["cosine"] < 1
+    # A bound of the completion alone, which is log 4! = 3.18 nats more likely than with a random order.
+    assert -3 < bound["bias"] < 3.2 and bound["log_ratio_error"]["0.1"] > 0.02 and 0 < bound["cosine"] < 1
 
 
 @pytest.mark.slow
