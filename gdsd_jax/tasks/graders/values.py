@@ -27,7 +27,9 @@ from gdsd_jax.tasks.graders.functions import (
 )
 from gdsd_jax.tasks.graders.trees import Tree, symbols
 
-MAX_PRECISION = 30_000
+MAX_PRECISION = 10_000
+# Bits times nodes of the trees, beyond which a higher precision would take seconds.
+MAX_WORK = 1_000_000
 PRECISION = 250
 POINTS = 5
 TRIES = 20
@@ -148,9 +150,14 @@ def values_at(trees: list[Tree], point: Mapping[str, Fraction]) -> list[Value]:
         needed = PRECISION + 3 * evaluator.bits
         if all(isinstance(value, Fraction) for value in found) or needed <= precision:
             break
-        if needed > MAX_PRECISION:
+        if needed > MAX_PRECISION or needed * sum(map(_size, trees)) > MAX_WORK:
             raise TooLarge
     return [*found, precision]
+
+
+def _size(tree: Any) -> int:
+    """Counts the nodes of a tree."""
+    return 1 + sum(map(_size, tree)) if isinstance(tree, tuple) else 0
 
 
 def _same(left: Value, right: Value, precision: int) -> bool:
