@@ -40,9 +40,9 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, as a whole or not at all."""
+    """Writes a text file in UTF-8, as a whole or not at all; half of a surrogate pair becomes a question mark."""
     with replacing(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager
