@@ -1,4 +1,4 @@
-"""Supervised start: masked-diffusion cross-entropy on a task's reference completions, all parameters trained.
+"""Supervised start: masked-diffusion cross-entropy on a task's reference completions, of all parameters or an adapter.
 
     python -m gdsd_jax.sft --config configs/tiny_sudoku.py --workdir runs/sft [--config.sft.steps=500 ...]
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ import numpy as np
 import optax
 
 from gdsd_jax import hub
-from gdsd_jax.config import SFTConfig, TrainConfig, greedy_sampler, to_dict
+from gdsd_jax.config import SFTConfig, TrainConfig, default, freeze, greedy_sampler, to_dict
 from gdsd_jax.config.flags import launch
-from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.denoiser import DenoiserConfig, init_lora
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.evaluation.completions import evaluate_policy
@@ -36,16 +37,19 @@ from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import check_disk, refuse_existing
+from gdsd_jax.runtime.signals import StopSignal
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks import Task
 from gdsd_jax.telemetry.metrics import MetricWriter
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress
+from gdsd_jax.training.checkpoint import Checkpoints
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.rollout import Prompts, encode_prompts
 from gdsd_jax.training.setup import evaluated_task, load_setup, task_rows
-from gdsd_jax.training.state import TrainState, start_state
+from gdsd_jax.training.state import TrainState, policy, start_state
+from gdsd_jax.training.update import micro_batches
 
 MIN_RATIO = 1e-3
 
@@ -67,38 +71,51 @@ def encode_answers(tokenizer: Tokenizer, texts: list[str], length: int, eos_toke
     return out
 
 
-def sft_loss(
-    config: DenoiserConfig,
-    params: Any,
-    tokens: jax.Array,
-    prompt_mask: jax.Array,
-    key: jax.Array,
-    length: int,
-    chunk: int,
-) -> jax.Array:
-    """Masked-diffusion cross-entropy per completion token of `tokens` `[B, P+L]`; the mask ratios are spread evenly."""
-    rows, total = tokens.shape
+def draw_views(key: jax.Array, rows: int, prompt_length: int, length: int) -> Views:
+    """Masks completions at ratios spread evenly over the rows; the weights make their loss one per completion token."""
     ratio_key, mask_key = jax.random.split(key)
     # One offset and an even spread over the rows: uniform for each row, and far less noisy for the batch.
     u = (jax.random.uniform(ratio_key) + jnp.arange(rows) / rows) % 1.0
     t = ((1 - MIN_RATIO) * u + MIN_RATIO)[:, None]
     masked = masking.bernoulli(mask_key, t, rows, length)
-    views = Views(masking.behind_prompt(masked, total - length)[None], (masked / t)[None], ((0,),))
-    reads = read_views(config, params, None, tokens, views, ("log_prob",), prompt_mask=prompt_mask, chunk=chunk)
-    return -jnp.sum(views.weights * reads["log_prob"]) / (rows * length)
+    weights = (masked / t / (rows * length))[None]
+    return Views(masking.behind_prompt(masked, prompt_length)[None], weights, ((0,),))
 
 
 def make_sft_update(
-    config: DenoiserConfig, optimizer: optax.GradientTransformation, length: int, chunk: int, shardings: TrainState
+    config: DenoiserConfig,
+    optimizer: optax.GradientTransformation,
+    length: int,
+    chunk: int,
+    shardings: TrainState,
+    microbatch_rows: int,
 ) -> Any:
-    """Compiles `update(state, tokens, prompt_mask) -> (state, metrics)`; the state, which lies so, is donated."""
+    """Compiles `update(state, base, tokens, prompt_mask) -> (state, metrics)`; the state, which lies so, is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def update(state: TrainState, tokens: jax.Array, prompt_mask: jax.Array) -> tuple[TrainState, dict]:
-        key = stream_key(state.key, Stream.SFT_MASKS, state.updates)
-        loss, gradient = jax.value_and_grad(
-            lambda params: sft_loss(config, params, tokens, prompt_mask, key, length, chunk)
-        )(state.params)
+    def update(state: TrainState, base: Any, tokens: jax.Array, prompt_mask: jax.Array) -> tuple[TrainState, dict]:
+        rows, total = tokens.shape
+        views = draw_views(stream_key(state.key, Stream.SFT_MASKS, state.updates), rows, total - length, length)
+
+        def piece_loss(params: Any, index: jax.Array, tokens: jax.Array, prompt_mask: jax.Array, views: Views) -> Any:
+            key = jax.random.fold_in(stream_key(state.key, Stream.SFT_DROPOUT, state.updates), index)
+            reads = read_views(
+                config, *policy(base, params), tokens, views, ("log_prob",),
+                prompt_mask=prompt_mask, dropout_key=key, chunk=chunk,
+            )  # fmt: skip
+            return -jnp.sum(views.weights * reads["log_prob"])
+
+        def add(carry: tuple, piece: tuple) -> tuple[tuple, None]:
+            found = jax.value_and_grad(piece_loss)(state.params, *piece)
+            return jax.tree.map(jnp.add, carry, found), None
+
+        pieces = (
+            jnp.arange(rows // microbatch_rows),
+            *micro_batches((tokens, prompt_mask), microbatch_rows),
+            micro_batches(views, microbatch_rows, axis=1),
+        )
+        zeros = (jnp.zeros(()), optax.tree.zeros_like(state.params))
+        (loss, gradient), _ = jax.lax.scan(add, zeros, pieces)
         changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         state = state.replace(params=params, opt_state=opt_state, updates=state.updates + 1)
@@ -110,6 +127,9 @@ def make_sft_update(
 def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     """Trains the base of `config.checkpoint` and exports it to `workdir / "merged"`; returns that directory.
 
+    Its checkpoints lie in `workdir / "sft"` until then. A run that was killed goes on from the last one, and ends with
+    the same parameters, bit for bit. SIGTERM and SIGINT save one and end the process.
+
     Raises:
       UserError: the directory is taken, the disk is full, or whatever a bad checkpoint, task or config raises.
     """
@@ -118,7 +138,12 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
     config = adapted(config, workdir / "adapted")
-    setup = load_setup(config, rows={"config.sft.batch_rows": config.sft.batch_rows})
+    piece = config.sft.microbatch_rows or config.sft.batch_rows
+    if config.sft.batch_rows % piece:
+        raise UserError(f"config.sft.microbatch_rows {piece} does not divide config.sft.batch_rows")
+    if config.sft.adapter and not config.lora.rank:
+        raise UserError("config.sft.adapter trains an adapter and config.lora.rank is 0: change one of them")
+    setup = load_setup(config, rows={"config.sft.batch_rows": piece})
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
     if hosts.first():
         check_disk(workdir, stored, "the trained checkpoint")
@@ -134,8 +159,15 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
 
     batch_rows = config.sft.batch_rows
     optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
-    state, places = start_state(setup.model, optimizer, config.sft.seed, lambda base: base, setup.base)
-    update = make_sft_update(setup.model, optimizer, length, chunk, places)
+
+    def trained_part(base: Any) -> Any:
+        key = stream_key(jax.random.key(config.sft.seed), Stream.ADAPTER)
+        return init_lora(setup.model, key, **dataclasses.asdict(config.lora)) if config.sft.adapter else base
+
+    state, places = start_state(setup.model, optimizer, config.sft.seed, trained_part, setup.base)
+    update = make_sft_update(setup.model, optimizer, length, chunk, places, piece)
+    # What is trained as a whole needs no second copy.
+    frozen = setup.base if config.sft.adapter else None
     task = evaluated_task(config)
     held_out = encode_prompts(
         task, setup.tokenizer, task_rows(config.task, task, "validation", count=config.evaluation.count),
@@ -146,17 +178,30 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     def accuracy(params: Any) -> float:
         """The task's last metric on the validation rows."""
         found = evaluate_policy(
-            setup.model, params, None, held_out, greedy, task, setup.tokenizer,
+            setup.model, *policy(setup.base, params), held_out, greedy, task, setup.tokenizer,
             batch_rows=config.evaluation.batch_rows, key=key,
         )  # fmt: skip
         return found[task.metrics_named[-1]]
 
-    writer = hosts.first_only(MetricWriter, workdir, trackers=config.tracker_names, resume_step=-1)
-    with writer, hosts.first_only(Progress, config.sft.steps, label="sft") as progress:
+    checkpoints = Checkpoints(workdir / "sft", own_settings(config), state)
+    first = checkpoints.latest or 0
+    if first:
+        state, _ = checkpoints.restore()
+    writer = hosts.first_only(MetricWriter, workdir, trackers=config.tracker_names, resume_step=first or -1)
+    progress = hosts.first_only(Progress, config.sft.steps, start=first, label="sft")
+    with writer, checkpoints, StopSignal() as stop, progress:
+        if checkpoints.note and first:
+            progress.note(checkpoints.note)
         start = time.perf_counter()
-        for step in range(config.sft.steps):
+        for step in range(first, config.sft.steps):
+            if hosts.any_process(stop.requested):
+                checkpoints.save(step, state, step)
+                progress.note(f"stopped after step {step}: start again with the same --workdir to go on")
+                raise SystemExit(0)
+            if step > first and step % config.sft.save_every == 0:
+                checkpoints.save(step, state, step)
             chosen = np.asarray([order[step * batch_rows + i] for i in range(batch_rows)])
-            state, metrics = update(state, *put((tokens[chosen], prompts.mask[chosen])))
+            state, metrics = update(state, frozen, *put((tokens[chosen], prompts.mask[chosen])))
             if (step + 1) % log_every == 0 or step + 1 == config.sft.steps:
                 values = {name: float(value) for name, value in fetch(metrics).items()}
                 writer.write(step + 1, values | {"time/total": time.perf_counter() - start})
@@ -174,11 +219,23 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
                     break
     if hosts.first():
         plot_curves(workdir)
-    dtypes = jax.tree.map(lambda x: x.dtype, setup.base)
-    trained = jax.tree.map(lambda x, dtype: x.astype(dtype), state.params, dtypes)
+    base, lora = policy(setup.base, state.params)
+    trained = jax.tree.map(lambda x, stored: x.astype(stored.dtype), base, setup.base)
     facts = {"method": "masked-diffusion SFT", "task": config.task.name} | to_dict(config.sft)
-    hub.export_checkpoint(merged, setup.model, trained, source=config.checkpoint, training=facts)
+    hub.export_checkpoint(merged, setup.model, trained, lora=lora, source=config.checkpoint, training=facts)
+    if hosts.first():
+        shutil.rmtree(workdir / "sft")
     return merged
+
+
+def own_settings(config: TrainConfig) -> TrainConfig:
+    """Leaves out what supervised training does not look at, so that it may change while a start is half done."""
+    used = (
+        "task", "model", "lora", "sampler", "evaluation", "sft", "tiny", "mesh", "hosts", "eos_token_id",
+        "prompt_buckets", "overlong_prompts", "keep", "dry_run",
+    )  # fmt: skip
+    bare = freeze(TrainConfig, default(config.checkpoint))
+    return dataclasses.replace(bare, **{name: getattr(config, name) for name in used})
 
 
 def demonstrations(task: Task, rows: list[dict], config: SFTConfig) -> list[dict]:

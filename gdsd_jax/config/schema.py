@@ -153,9 +153,15 @@ class SFTConfig:
       check_every: steps from one look at that metric to the next.
       steps: updates, if it does not stop early.
       batch_rows: rows of an update.
+      adapter: trains the adapter of `config.lora` instead of all parameters.
+      microbatch_rows: rows of a micro-batch; None: all rows of an update at once.
+      save_every: updates from one checkpoint to the next; SIGTERM writes one too.
     """
 
     seed: Seed = 0
+    adapter: bool = False
+    microbatch_rows: Count | None = None
+    save_every: Count = 500
     careless: Share = 0.0
     until: Share = 0.0
     check_every: Count = 50

@@ -17,11 +17,11 @@ from gdsd_jax.runtime.files import read_object, understood, write_text
 # computed, those that change the order of its sums and so their rounding, and those of the run's length.
 FREE_TO_CHANGE = (
     "save_every", "keep", "completions_logged", "trackers", "tensorboard", "wandb", "profile", "evaluation", "hosts",
-    "dry_run", "adapter_base",
+    "dry_run", "adapter_base", "sft.save_every",
 )  # fmt: skip
 ROUNDING_ONLY = (
     "mesh", "rollout_rows", "microbatch_rows", "component_norms_every", "model.remat", "model.vocab_chunk",
-    "model.layer_unroll", "model.attention",
+    "model.layer_unroll", "model.attention", "sft.microbatch_rows",
 )  # fmt: skip
 LENGTH = ("iterations", "optimizer.schedule_updates")
 

@@ -16,6 +16,7 @@ from gdsd_jax.training import record
 from gdsd_jax.training.checkpoint import Best
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.record import with_first_schedule
+from gdsd_jax.training.rollout import Prompts
 
 
 def config(**changes) -> TrainConfig:
@@ -100,3 +101,15 @@ def test_resumed_with_other_memory_settings(tmp_path, capsys):
         assert changed[1][name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-7), name
     with pytest.raises(UserError, match=r"another config\.group_size"):
         train("changed", 2, group_size=4, prompts_per_iteration=1)
+
+
+def test_prompts_take_the_bucket_that_they_need():
+    """Not that of the longest prompt of the whole data set."""
+    lengths = np.array([3, 9, 4])
+    mask = np.arange(12) >= 12 - lengths[:, None]
+    prompts = Prompts(np.where(mask, np.arange(12), 0), mask, [{"n": 0}, {"n": 1}, {"n": 2}])
+    short = prompts.pick([2, 0], (4, 8, 12))
+    assert short.tokens.shape == (2, 4) and short.rows == [{"n": 2}, {"n": 0}]
+    np.testing.assert_array_equal(short.tokens, [[8, 9, 10, 11], [0, 9, 10, 11]])
+    np.testing.assert_array_equal(short.mask.sum(axis=1), [4, 3])
+    assert prompts.pick([1], (4, 8, 12)).tokens.shape == (1, 12)

@@ -1,0 +1,76 @@
+"""Supervised training: interrupted and resumed, in micro-batches, of an adapter."""
+
+import dataclasses
+import runpy
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from gdsd_jax import hub, sft
+from gdsd_jax.config import TrainConfig, freeze
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sft")
+    run = runpy.run_path(str(tiny_run.build(directory)))["get_config"]()
+    with run.unlocked():
+        run.sampler.update(completion_length=48, steps=48, block_length=48)
+        run.sft.update(steps=6, batch_rows=4, save_every=2)
+    return freeze(TrainConfig, run)
+
+
+def trained(config, workdir, **changes):
+    """Runs to the end and returns the bytes of the weights."""
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, **changes))
+    merged = sft.run(config, workdir)
+    assert not (workdir / "sft").exists()
+    return (merged / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    return trained(config, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["SIGTERM", "killed"])
+def test_interrupted_and_resumed(config, whole, tmp_path, monkeypatch, asked):
+    """Bit for bit what an uninterrupted run gives; asked to stop, it saves first, killed, it goes back to a save."""
+    steps = []
+
+    def any_process(requested):
+        steps.append(requested)
+        if len(steps) == 6 and not asked:
+            raise KeyboardInterrupt
+        return len(steps) == 4
+
+    with monkeypatch.context() as patch, pytest.raises((SystemExit, KeyboardInterrupt)):
+        patch.setattr(sft.hosts, "any_process", any_process if asked else lambda _: any_process(False) and False)
+        trained(config, tmp_path)
+    saved = sorted(int(path.name) for path in (tmp_path / "sft/checkpoints").glob("[0-9]*"))
+    assert saved[-1] == (3 if asked else 4)
+    assert trained(config, tmp_path) == whole
+
+
+def test_micro_batches_and_adapter(config, whole, tmp_path):
+    """Micro-batches change nothing but rounding; an adapter moves only its targets."""
+    trained(config, tmp_path / "pieces", microbatch_rows=2)
+    assert trained(config, tmp_path / "whole") == whole
+    pieces, at_once = (leaves(tmp_path / name / "merged") for name in ("pieces", "whole"))
+    for name, value in at_once.items():
+        np.testing.assert_allclose(pieces[name], value, atol=2e-5, err_msg=name)
+    trained(config, tmp_path / "adapter", adapter=True)
+    start, adapted = leaves(config.checkpoint), leaves(tmp_path / "adapter/merged")
+    moved = {name for name in start if not np.array_equal(start[name], adapted[name])}
+    assert moved == {f"layers/{target}/kernel" for target in config.lora.targets}
+
+
+def leaves(directory):
+    """The parameters of a checkpoint, by name."""
+    _, base = hub.load_checkpoint(directory)
+    name = lambda path: "/".join(str(key.key) for key in path)  # noqa: E731
+    return {name(path): np.asarray(value, np.float32) for path, value in jax.tree.leaves_with_path(base)}
