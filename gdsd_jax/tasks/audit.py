@@ -10,13 +10,13 @@ have `right`, the judgement of a person, each grader is held against it too.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS, code, resolve
 from gdsd_jax.tasks.data import Row, column, read_records
@@ -143,12 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="print every completion, not only where the graders differ")
     parser.add_argument("--limit", type=int, default=50, help="completions to print")
     flags = parser.parse_args(arguments)
-    try:
-        print(audit(flags.task, flags.file, show_all=flags.all, limit=flags.limit))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    print(audit(flags.task, flags.file, show_all=flags.all, limit=flags.limit))
 
 
 if __name__ == "__main__":
-    main()
+    front.run(main)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import runpy
 import statistics
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from surroundings import surroundings  # noqa: F401  (a fixture that acts by its
 from tiny_run import build, command
 
 from gdsd_jax import compare, evaluate, train
-from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.config import TrainConfig, freeze, read_config
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.evaluation import comparison
 from gdsd_jax.methods import METHODS as METHODS_OF_LIBRARY
@@ -236,7 +235,7 @@ def test_collapse_is_two_standard_errors_below_the_start(config, tmp_path, monke
 
 def test_the_tiny_config_gives_every_method_one_protocol():
     file = Path(__file__).parents[2] / "configs" / "compare_tiny.py"
-    config = freeze(TrainConfig, runpy.run_path(str(file))["get_config"]())
+    config = freeze(TrainConfig, read_config(file))
     compare.require_runnable(config, list(METHODS_OF_LIBRARY), 1, 0, 1)
     assert (config.iterations, config.inner_updates, config.evaluation.count) == (20, 1, 256)
     for name, recipe in METHODS_OF_LIBRARY.items():

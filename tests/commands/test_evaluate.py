@@ -18,8 +18,9 @@ from surroundings import surroundings  # noqa: F401  (a fixture that acts by its
 
 from gdsd_jax import evaluate, train
 from gdsd_jax.config.flags import _parse
-from gdsd_jax.evaluation import completions, reports, statistics
+from gdsd_jax.evaluation import reports, statistics
 from gdsd_jax.evaluation.policy import load_policy
+from gdsd_jax.runtime import transfer
 
 FILES = (reports.SUMMARY, reports.TABLE, reports.COMPLETIONS)
 
@@ -72,7 +73,7 @@ def test_checksum_sees_one_bit_and_an_exchange():
     changed, exchanged = x.copy(), x.copy()
     changed[1, 2] = np.nextafter(x[1, 2], np.float32(9))
     exchanged[0, 0], exchanged[0, 1] = x[0, 1], x[0, 0]
-    sums = [int(completions.checksum({"w": value})[0]) for value in (x, x.copy(), changed, exchanged)]
+    sums = [int(transfer.checksum({"w": value})[0]) for value in (x, x.copy(), changed, exchanged)]
     assert sums[0] == sums[1] and len(set(sums)) == 3
 
 

@@ -19,6 +19,7 @@ from gdsd_jax import hub
 from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.likelihood import lower_bound
 from gdsd_jax.hub import tiny
+from gdsd_jax.runtime import front
 from gdsd_jax.tasks import countdown
 from gdsd_jax.training.setup import with_tokens
 
@@ -152,7 +153,7 @@ def test_bad_arguments_are_one_line(arguments, named, directory, monkeypatch, ca
     given = {"checkpoint": str(directory / "base")} | arguments if arguments else {}
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: MaskedDiffusion(**given))
     with pytest.raises(SystemExit) as stop:
-        main()
+        front.run(main)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and named in line

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from gdsd_jax.runtime import front
 from gdsd_jax.tasks import audit
 
 
@@ -47,7 +48,7 @@ def test_rows_of_programs_are_read_as_the_task_reads_them(tmp_path):
 )
 def test_bad_input_is_one_line(tmp_path, capsys, task, record, message):
     with pytest.raises(SystemExit) as stop:
-        audit.main(["--task", task, "--file", str(write(tmp_path / "rows.jsonl", record))])
-    assert stop.value.code == 1
+        front.run(lambda: audit.main(["--task", task, "--file", str(write(tmp_path / "rows.jsonl", record))]))
+    assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line

@@ -127,14 +127,14 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         watch = Watch(patch)
         # Set-up reads and compiles freely; the watch over reads begins with the first prompts.
-        first = walk.Prompts
+        first = rollout.Prompts.pick
 
-        def prompts(*args):
+        def pick(prompts, *args):
             if not watch.at_step and not watch.fetches:
                 watch.strays.clear()
-            return first(*args)
+            return first(prompts, *args)
 
-        patch.setattr(walk, "Prompts", prompts)
+        patch.setattr(rollout.Prompts, "pick", pick)
         walk.train(config, directory / "run")
         watch.close()
     watch.samplers = compiled_sample._cache_size() - samplers
