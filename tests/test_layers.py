@@ -1,5 +1,10 @@
 """The layout of the package: its layers, the length of its files, the number of its commands."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import layers
 
 
@@ -28,3 +33,15 @@ def test_the_check_finds_circles_and_climbing_imports():
     }
     assert layers.back_arrows(arrows) == [("gdsd_jax.runtime.a", "gdsd_jax.hub.b")]
     assert [set(group) for group in layers.circles(arrows)] == [{"gdsd_jax.hub.b", "gdsd_jax.hub.c"}]
+
+
+def test_every_name_is_defined():
+    """The linter takes the letters of shapes for names, so it is asked again, without what lies inside strings."""
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json"]
+    found = subprocess.run([*command, "gdsd_jax", "tests"], cwd=layers.ROOT, capture_output=True, text=True).stdout
+    undefined = []
+    for entry in json.loads(found):
+        line = Path(entry["filename"]).read_text().splitlines()[entry["location"]["row"] - 1]
+        if line[: entry["location"]["column"] - 1].count('"') % 2 == 0:
+            undefined.append(f"{entry['filename']}:{entry['location']['row']} {entry['message']}")
+    assert undefined == []

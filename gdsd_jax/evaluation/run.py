@@ -23,7 +23,7 @@ from gdsd_jax.runtime import hosts, memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, replacing, require_regular, understood
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
-from gdsd_jax.runtime.transfer import fetch
+from gdsd_jax.runtime.transfer import checksum, fetch
 from gdsd_jax.tasks import resolve
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.training.rollout import Prompts, encode_prompts

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes

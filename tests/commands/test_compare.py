@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import runpy
 import statistics
 from pathlib import Path
 

@@ -15,6 +15,7 @@ from tiny_run import command
 from gdsd_jax import config as settings
 from gdsd_jax import hub, plan
 from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.denoiser import hidden_states, logical_axes
 from gdsd_jax.families import read_config
 from gdsd_jax.hub.names import hf_config
 from gdsd_jax.hub.published import LLADA_8B, PUBLISHED
