@@ -200,7 +200,8 @@ def test_interval_against_tabulated_quantiles():
 
 
 def runs_with(finals: list[float], start: float = 0.3) -> list[dict]:
-    shared = {"start": start, "best": 0.9, "seconds_per_iteration": 1.0, "kl": None, "collapsed": False}
+    shared = {"start": start, "best": 0.9, "drop": 0.1, "seconds_per_iteration": 1.0, "kl": None}
+    shared |= {"collapsed": False, "collapsed_at": None}
     return [{"seed": seed, "final": final, **shared} for seed, final in enumerate(finals)]
 
 
