@@ -1,8 +1,10 @@
-"""Which attention a program uses, and cuDNN's fused one for NVIDIA GPUs. B rows, T tokens, H heads, K head size.
+"""The choice of attention for a program, and cuDNN's fused attention for NVIDIA GPUs.
 
     plain    `ops.attention`, on every platform and in every dtype
     splash   the kernel for TPUs, see `splash`
     cudnn    flash attention of cuDNN, for whole sequences and for windows under a cache
+
+B rows, T tokens, H heads, K head size.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from gdsd_jax.denoiser.splash import LANES, on_each_device
 
 # For `jax.nn.dot_product_attention`; tests on a CPU put "xla" here.
 IMPLEMENTATION = "cudnn"
-# What cuDNN asks for: a GPU of this generation or a newer one, and head sizes that are multiples of 8 up to 128.
+# What cuDNN requires: a GPU of this generation or a newer one, and head sizes that are multiples of 8 up to 128.
 _CAPABILITY, _LARGEST_HEAD = 8, 128
 
 
 def chosen(config: DenoiserConfig) -> str:
-    """The name of the attention of a denoiser; "auto" asks the devices that the program is made for.
+    """Returns the name of the attention that a denoiser uses; "auto" chooses by the devices that will run the program.
 
-    Those are the devices of the current mesh, which may be of chips that this machine does not have, or else the
-    default backend's. Under "auto" float32 stays on the plain path, whose products are exact, and so do heads that a
-    kernel does not take.
+    Those are the devices of the current mesh, which may be of a kind that this machine does not have, or without a mesh
+    those of the default backend. Under "auto", float32 uses the plain path, whose products are exact, and so do head
+    sizes that no kernel supports.
     """
     if config.attention != "auto":
         return config.attention
@@ -43,7 +45,7 @@ def chosen(config: DenoiserConfig) -> str:
 
 
 def _flash() -> bool:
-    """Tells whether the GPUs of this machine are ones for which cuDNN has flash attention."""
+    """Tells whether cuDNN has flash attention for the GPUs of this machine."""
     # AMD's say something like gfx90a.
     major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
     return major.isdigit() and minor.isdigit() and int(major) >= _CAPABILITY
@@ -57,7 +59,10 @@ def cudnn(
     cached: tuple[Float[Array, "B C kv K"], Float[Array, "B C kv K"], Bool[Array, "#B C"] | None] | None = None,
     allowed: Bool[Array, "#B S T"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """As `ops.attention`, but cached keys and values have their heads behind the tokens; the softmax is float32."""
+    """Computes the same attention as `ops.attention`, with cuDNN; the softmax is float32.
+
+    In the cached keys and values the head axis follows the token axis: `[B, C, kv, K]`.
+    """
     masks = [None if real is None else real[:, None], allowed]
     if cached is not None:
         more = cached[0].shape[1]
@@ -70,7 +75,7 @@ def cudnn(
         return on_each_device(_kernel, [query, key, value], [])
     (rows, length), total = query.shape[:2], key.shape[1]
     seen = functools.reduce(jnp.logical_and, masks)
-    # The kernel with a mask wants even lengths for its gradient.
+    # With a mask, the kernel's gradient requires even lengths.
     query, key, value = (_pad(x, 1, x.shape[1] % 2) for x in (query, key, value))
     seen = _pad(_pad(jnp.broadcast_to(seen, (rows, length, total)), 1, length % 2), 2, total % 2)
     return on_each_device(_kernel, [query, key, value], [seen])[:, :length]
@@ -82,6 +87,6 @@ def _pad(x: Array, axis: int, count: int, value: bool = False) -> Array:
 
 
 def _kernel(query: Array, key: Array, value: Array, seen: Array | None = None) -> Array:
-    """The kernel on one device's rows and heads; `seen` `[B, S, T]`."""
+    """Runs the kernel on the rows and heads of one device; the mask `seen` is `[B, S, T]`."""
     mask = None if seen is None else seen[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=IMPLEMENTATION)

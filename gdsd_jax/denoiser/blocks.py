@@ -1,7 +1,9 @@
-"""Passes of block-causal denoisers: a text laid out on a grid of blocks, noisy blocks behind it, finished ones kept.
+"""Forward passes of block-causal denoisers, on a grid where the blocks of all rows occupy the same columns.
 
-A finished block never changes, so its keys and values are kept exactly. B rows, P prompt tokens, L completion tokens,
-T = P + L, W columns of the grid, D model size, K head size.
+One kind of pass runs a clean text together with a noisy copy of its blocks. The other kinds run block after block: a
+finished block never changes, so its keys and values are kept exactly.
+
+B rows, P prompt tokens, L completion tokens, T = P + L, W columns of the grid, D model size, K head size.
 """
 
 from __future__ import annotations
@@ -36,20 +38,20 @@ class Grid(NamedTuple):
     shift: Array
 
     def put(self, x: Array, fill: Any) -> Array:
-        """Puts `[B, T]` values of tokens on the grid, `[B, W]`, and `fill` where there is no token."""
+        """Puts the values of tokens, `[B, T]`, on the grid, `[B, W]`; columns without a token get the value `fill`."""
         index = jnp.arange(self.width) - self.shift
         inside = (index >= 0) & (index < x.shape[1])
         taken = jnp.take_along_axis(x, jnp.clip(jnp.broadcast_to(index, (len(x), self.width)), 0, x.shape[1] - 1), 1)
         return jnp.where(inside, taken, fill)
 
     def take(self, x: Array, at: Array, first: int = 0) -> Array:
-        """Takes the values of tokens `at` from `x`, which begins with the column `first`."""
+        """Takes the values of the tokens `at` from `x`, whose first column is the column `first` of the grid."""
         index = jnp.broadcast_to(at + self.shift - first, (len(x), at.shape[-1]))
         return jnp.take_along_axis(x, index, axis=1)
 
 
 def grid_of(config: DenoiserConfig, prompt_length: int, length: int, prompt_mask: Array | None) -> Grid:
-    """Lays out rows of so many prompt and completion tokens; `prompt_mask` is `[B, P]`, or `[B, T]`."""
+    """Lays out rows of `prompt_length` prompt and `length` completion tokens; `prompt_mask` is `[B, P]` or `[B, T]`."""
     size = config.block_size
     if config.block_origin == "column":
         first = -(-prompt_length // size) * size
@@ -57,7 +59,8 @@ def grid_of(config: DenoiserConfig, prompt_length: int, length: int, prompt_mask
     first = prompt_length // size * size
     if prompt_mask is None:
         return Grid(size, first + -(-(prompt_length - first + length) // size) * size, first, jnp.zeros((1, 1), int))
-    # The tail of a prompt that fills no block shares one with the completion: each row's is in the same columns.
+    # The last tokens of a prompt, if they do not fill a block, share one with the completion. The shift puts this block
+    # into the same columns in every row.
     prompt = jnp.sum(prompt_mask[:, :prompt_length].astype(jnp.int32), axis=1, keepdims=True)
     return Grid(size, first + -(-(size - 1 + length) // size) * size, first, prompt % size - prompt_length % size)
 
@@ -73,17 +76,17 @@ def noisy_states_at(
     prompt_mask: Bool[Array, "B P"] | None = None,
     dropout_key: Array | None = None,
 ) -> Read:
-    """Runs a clean and a noisy copy in one pass; gives target-aligned hidden states of the noisy completion.
+    """Runs a clean and a noisy copy of a text in one pass; returns a function that reads the noisy completion.
 
-    Each noisy block is seen behind the clean blocks before it, as when text is written block after block; where the
-    logits speak of the next token, the first token of a block is read from the last of the clean block before it.
-    The prompt is as in `noisy`, masked tokens included.
+    The function gives target-aligned hidden states. Each noisy block attends to the clean blocks before it, as when
+    text is written block after block. Where raw logits predict the next token, the first token of a block is read from
+    the last token of the clean block before it. Both copies have the prompt of `noisy`, masked tokens included.
 
     Args:
       tokens: clean prompts and completions; the completion is the last `length` tokens.
 
     Returns:
-      As `hidden_states_at`; asked for places in the completion.
+      A function like that of `hidden_states_at`, to be asked for places in the completion.
     """
     total = tokens.shape[1]
     real = real_tokens(prompt_mask, *tokens.shape)
@@ -119,9 +122,10 @@ def prefilled(
     width: int,
     rope: tuple[Array, Array],
 ) -> tuple[Any, Float[Array, "B D"]]:
-    """Runs the finished blocks of the prompts; gives keys and values with room for `width` columns, and last states.
+    """Runs the finished blocks of the prompts; returns their keys and values, and the last column's hidden states.
 
-    The states are those of the last column, after the final norm; zero where there is no column.
+    The keys and values have room for `width` columns. The hidden states `[B, D]` are those after the final norm, or
+    zero where the prompts have no finished block.
     """
     rows, length = tokens.shape
     keys, values = _token_axes(config)
@@ -130,7 +134,7 @@ def prefilled(
         def one_column(tokens: Array) -> Any:
             return run(config, base, lora, tokens, None, rope_of(config, 1), keep=True)(slice(0, 1))
 
-        # Only the shapes are wanted.
+        # Only the shapes are needed.
         hidden, cache = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_column, jnp.zeros((rows, 1), tokens.dtype))
         )
@@ -155,12 +159,15 @@ def block_states(
     rope: tuple[Array, Array],
     real: Bool[Array, "B S"] | None = None,
 ) -> Any:
-    """Runs the columns of one block behind the cached columns that are `seen`; as `run`, keys and values included."""
+    """Runs the columns of one block, which attend to each other and to the cached columns that are `seen`.
+
+    Returns what `run` returns, keys and values included.
+    """
     return run(config, base, lora, tokens, real, rope, cache=cache, outside=seen, keep=True)
 
 
 def stored(config: DenoiserConfig, cache: Any, new: Any, start: Int[Array, ""]) -> Any:
-    """Returns the cache with keys and values of the columns from `start` on replaced."""
+    """Returns the cache with the keys and values of the columns from `start` on replaced by those of `new`."""
     keys, values = _token_axes(config)
 
     def store(old: KeyValues, new: KeyValues) -> KeyValues:
@@ -172,7 +179,7 @@ def stored(config: DenoiserConfig, cache: Any, new: Any, start: Int[Array, ""]) 
 
 
 def _token_axes(config: DenoiserConfig) -> tuple[int, int]:
-    """The axes of keys and of values along which the tokens lie, counted from the end."""
+    """Returns the token axis of the keys and that of the values, counted from the end."""
     return (-3, -3) if attention.chosen(config) == "cudnn" else (-1, -2)
 
 

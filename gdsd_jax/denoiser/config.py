@@ -1,7 +1,7 @@
 """What a masked denoiser is: sizes, token ids and the quirks of its family, as `gdsd_jax.families` reads them.
 
-All are Llama-like decoder blocks. They differ in biases, norms of queries and keys, grouped heads, in which tokens
-attend to which, and in whether the logits at position `i` speak of token `i` or of `i + 1`.
+All are Llama-like decoders. They differ in biases, norms of queries and keys, grouped heads, in which tokens attend to
+which, and in whether the logits at position `i` predict token `i` or token `i + 1`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The denoiser as pure functions of tokens: hidden states, whole or where they are read, under caches, and logits.
+"""The denoiser as pure functions of tokens: hidden states at all or some positions, with or without a cache; logits.
 
 A denoiser whose layers are all unrolled (`layer_unroll`) runs as a plain loop over them, and then its last layer
-computes only what is read. B rows, T tokens, D model size, V vocabulary, S positions that are read, W of a window.
+computes only the positions that are read.
+
+B rows, T tokens, D model size, V vocabulary, S positions that are read, W tokens of a window.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ Read = Callable[[At | None], Float[Array, "B S D"]]
 
 
 def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | None:
-    """`[B, T]` bool, True on real tokens, from a mask of the first `P` (or all `T`) positions; the rest is real."""
+    """Returns a bool mask `[B, T]`, True on real tokens, from a mask of the first `P` (or all `T`) positions.
+
+    Positions that the given mask does not cover are real. Returns None if no mask is given.
+    """
     if prompt_mask is None:
         return None
     missing = length - prompt_mask.shape[1]
@@ -36,9 +41,10 @@ def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | N
 
 
 def unstacked(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any, LoRA | None]:
-    """The parameters as a loop over unrolled layers takes them, a tuple of layers instead of stacked arrays.
+    """Returns the parameters with a tuple of layers instead of stacked arrays, if all layers are unrolled.
 
-    The functions here do this by themselves; a loop of many passes does it once before, see `repeated`.
+    The loop over unrolled layers takes them in this form; otherwise they are returned unchanged. The functions of this
+    module call this themselves, but a loop of many passes does it once beforehand, see `repeated`.
     """
 
     def split(tree: Any) -> Any:
@@ -53,10 +59,11 @@ def unstacked(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any
 
 
 def repeated(config: DenoiserConfig, base: Any, lora: LoRA | None, tokens: int) -> tuple[Any, LoRA | None]:
-    """The parameters as a loop of passes over so many `tokens` takes them, and what is computed of them but once.
+    """Returns the parameters prepared for a loop of passes over `tokens` tokens in total.
 
-    Where layers are unrolled, that is the head by columns, as a CPU multiplies up to a third faster, and queries, keys
-    and values of the first layer for every entry of the vocabulary, if that is smaller than `tokens`.
+    Where all layers are unrolled, this adds what needs to be computed only once. One such array is the head with the
+    vocabulary as its last axis, with which a CPU multiplies up to a third faster. If the vocabulary is smaller than
+    `tokens`, the others are the queries, keys and values of the first layer for every entry of the vocabulary.
     """
     base, lora = unstacked(config, base, lora)
     if config.layer_unroll < config.num_layers:
@@ -69,7 +76,7 @@ def repeated(config: DenoiserConfig, base: Any, lora: LoRA | None, tokens: int) 
 
 
 def _first_projections(config: DenoiserConfig, base: Any, lora: LoRA | None) -> dict[str, Float[Array, "V O"]]:
-    """Queries, keys and values that the first layer makes of each entry of the vocabulary, not rotated yet."""
+    """Computes the first layer's queries, keys and values of every vocabulary entry, before they are rotated."""
     own = {"params": base["layers"][0]} | ({} if lora is None else {"lora": lora.weights["layers"][0]})
     x = embed(config, base["embedding"], jnp.arange(config.vocab_size)[None])
     h = ops.rms_norm(x, own["params"]["attn_norm"], config.rms_norm_eps)
@@ -104,11 +111,12 @@ def run(
     layout: Layout | None = None,
     dropout_key: Array | None = None,
 ) -> Callable[[At | None], tuple[Array, Any]]:
-    """Runs the layers, the last one but in part.
+    """Runs the layers; returns a function that gives hidden states.
 
-    What comes back takes places in `tokens` (None: all) and gives their states after the final norm, not yet aligned,
-    and with `keep` the keys and values of the places `kept` (None: of all tokens): stacked, or a tuple with an entry
-    for each unrolled layer.
+    Where all layers are unrolled, the last one runs when that function is called, and only for the places asked for.
+    The function takes places in `tokens` (None: all). It gives their states after the final norm, not yet
+    target-aligned, and with `keep` also the keys and values of the places `kept` (None: of all tokens). The keys and
+    values are stacked, or, where all layers are unrolled, a tuple with one entry per layer.
     """
     base, lora = unstacked(config, base, lora)
     adapter = None if lora is None else lora.replace(weights=None)
@@ -132,7 +140,7 @@ def run(
         own = {name: tree["layers"][n] for name, tree in parts.items()}
         rngs = {"dropout": jax.random.fold_in(dropout_key, n)} if dropout else None
         if isinstance(at, slice) and config.remat != "none":
-            # What is recomputed takes arrays only.
+            # A function under rematerialisation takes arrays only.
             at = jnp.arange(at.start, at.stop)
         seen = None if cache is None else cache[n]
         return module.apply(own, x, seen, real, rope, outside, kept, at, known, rngs=rngs)
@@ -151,7 +159,7 @@ def run(
 
 
 def source(config: DenoiserConfig, at: At) -> At:
-    """The positions whose raw logits speak of the positions `at`; position 0 keeps its own."""
+    """Returns the positions whose raw logits predict the tokens at the positions `at`; position 0 keeps its own."""
     if not config.next_token_logits:
         return at
     if isinstance(at, slice) and at.start > 0:
@@ -168,14 +176,14 @@ def hidden_states_at(
     prompt_mask: Bool[Array, "B P"] | None = None,
     dropout_key: Array | None = None,
 ) -> Read:
-    """Runs the denoiser; the result gives the target-aligned hidden states of the positions that it is asked for.
+    """Runs the denoiser; returns a function that gives the target-aligned hidden states of the positions asked for.
 
-    These are a slice, `[S]`, `[B, S]` for each row's own, or None for all. The states are those after the final norm:
-    index `i` predicts token `i`, for every family.
+    Positions are a slice, `[S]`, `[B, S]` for each row's own, or None for all. The states are those after the final
+    norm: index `i` predicts token `i`, for every family.
 
     Args:
       config: the denoiser; its `dtype` is the compute dtype and that of the result.
-      base: parameters as `init_base` or the hub's loader gives them, in any float dtype.
+      base: parameters as `init_base` or the hub's loader returns them, in any float dtype.
       lora: an adapter, or None for the base alone (the reference policy).
       tokens: `[B, T]` ids, mask ids where a token is to be predicted.
       prompt_mask: `[B, P]` or `[B, T]`, True on real tokens; pads are never attended to. None: all are real.
@@ -184,7 +192,7 @@ def hidden_states_at(
     length, real, shift = tokens.shape[1], real_tokens(prompt_mask, *tokens.shape), None
     layout = None if config.block_size is None else Layout(config.block_size, length)
     if layout is not None and real is not None and config.block_origin == "sequence":
-        # Each row begins at a multiple of the block size; pads in front that this leaves over go to the end.
+        # Each row is rotated to begin at a multiple of the block size; the pads that leave the front go to the end.
         shift = jnp.argmax(real, axis=1, keepdims=True) % config.block_size
         columns = (jnp.arange(length) + shift) % length
         tokens, real = (jnp.take_along_axis(x, columns, axis=1) for x in (tokens, real))
@@ -214,7 +222,7 @@ def hidden_states(
     prompt_mask: Bool[Array, "B P"] | None = None,
     dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
-    """`hidden_states_at` all positions."""
+    """Returns the target-aligned hidden states of all positions; see `hidden_states_at`."""
     return hidden_states_at(config, base, lora, tokens, prompt_mask=prompt_mask, dropout_key=dropout_key)(None)
 
 
@@ -228,11 +236,11 @@ def refresh_cache(
     around: tuple[Int[Array, ""], int] | None = None,
     prompt_mask: Bool[Array, "B P"] | None = None,
 ) -> tuple[Float[Array, "B S D"], Any]:
-    """A full pass: `hidden_states_at` the positions `at`, and keys and values for `window_states_at`.
+    """Runs a full pass; returns the hidden states of the positions `at`, and keys and values for `window_states_at`.
 
     Args:
-      around: start and size of the only window for which they are kept: those of its own tokens are left out. None
-        keeps all.
+      around: start and size of the only window that the keys and values will serve; those of the window's own tokens
+        are left out. None keeps all.
     """
     length = tokens.shape[1]
     kept = None if around is None else _around(*around, length)
@@ -242,7 +250,7 @@ def refresh_cache(
 
 
 def _around(start: Array, size: int, length: int) -> Array:
-    """The positions outside of a window, from its end on and round to its start."""
+    """Returns the positions outside of a window, from the window's end onwards and wrapping around to its start."""
     return (start + size + jnp.arange(length - size)) % length
 
 
@@ -258,19 +266,21 @@ def window_states_at(
     frozen: Int[Array, ""] | None = None,
     prompt_mask: Bool[Array, "B P"] | None = None,
 ) -> Read:
-    """`hidden_states_at` from the `size` tokens from position `start` on alone; asked for places in this window.
+    """Runs only the window of `size` tokens from position `start` on; returns a function that reads its places.
 
-    Keys and values are those of `cache` outside the window and before position `frozen`, else those of `tokens`: with
-    a cache of these very tokens the states are those of `hidden_states`, otherwise an approximation.
-    `start` is at least 1 where the family's logits speak of the next token.
+    The function gives target-aligned hidden states, as that of `hidden_states_at` does; places are counted from
+    `start`. Keys and values come from `cache` for positions outside the window and for positions before `frozen`; all
+    others are computed from `tokens`. With a cache of these very tokens the states equal those of `hidden_states`;
+    otherwise they are an approximation. `start` is at least 1 where raw logits predict the next token.
 
     Args:
-      cache: of `refresh_cache`; without `frozen` that of all around this window, with it that of all tokens.
-      frozen: at least `start`.
+      cache: from `refresh_cache`; without `frozen`, made with `around` set to this window; with `frozen`, made of all
+        tokens.
+      frozen: a position, at least `start`.
     """
     length, first, width = tokens.shape[1], start, size
     if config.next_token_logits:
-        # One more in front, so that a place in the window is the place in front of it here.
+        # With one more token in front, index i of this pass is the token before place i of the window.
         first, width = start - 1, size + 1
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, width, axis=-1)  # noqa: E731
     # Each position is seen once: in the window from `frozen` on, in the cache elsewhere.
@@ -289,12 +299,12 @@ def window_states_at(
 
 
 def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
-    """The rows of the output head; the embedding itself where the two are tied."""
+    """Returns the rows of the output head; these are the embedding's where the two are tied."""
     return base["embedding"] if config.tied_head else base["head"]
 
 
 def logits_from_hidden(config: DenoiserConfig, base: Any, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Logits in float32 over the whole vocabulary."""
+    """Computes logits in float32 over the whole vocabulary."""
     by_columns = "head_columns" in base
     head = base["head_columns"] if by_columns else head_weights(config, base).astype(hidden.dtype)
     return jnp.einsum(
@@ -312,9 +322,9 @@ def denoise(
     prompt_mask: Bool[Array, "B P"] | None = None,
     dropout_key: Array | None = None,
 ) -> Float[Array, "B T V"]:
-    """Target-aligned float32 logits `[B, T, V]`; arguments as for `hidden_states`.
+    """Computes target-aligned float32 logits `[B, T, V]`; the arguments are those of `hidden_states`.
 
-    Training and sampling never call this: they put the head only where it is read.
+    Training and sampling never call this: they apply the head only at the positions that are read.
     """
     hidden = hidden_states(config, base, lora, tokens, prompt_mask=prompt_mask, dropout_key=dropout_key)
     return constrain(logits_from_hidden(config, base, hidden), ("rows", "tokens", "vocab"))

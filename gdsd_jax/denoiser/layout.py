@@ -8,11 +8,11 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-    """Columns of a pass under block-causal attention: a clean copy of a text, then a noisy copy of its end, or none.
+    """Columns of a pass under block-causal attention: a clean copy of a text, then optionally a noisy copy of its end.
 
-    A clean column attends to the clean columns of its block and of those before it; a noisy column to the noisy columns
-    of its block and to the clean columns of the blocks before it (BD3LM, arXiv 2503.09573, section 3.2). So one pass
-    over both copies computes each noisy block behind a clean text.
+    A clean column attends to the clean columns of its block and of the blocks before it. A noisy column attends to the
+    noisy columns of its block and to the clean columns of the blocks before it (BD3LM, arXiv 2503.09573, section 3.2).
+    So one pass over both copies computes each noisy block as the continuation of a clean text.
 
     Attributes:
       size: columns of a block.
@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     first: int = 0
 
     def place(self, index: Any) -> Any:
-        """Returns the column of the text that stands at an index of the pass."""
+        """Returns the column of the text that the pass has at an index; both copies of a column have the same one."""
         return index - (index >= self.clean).astype(np.int32) * (self.clean - self.first)
 
     def attends(self, query: Any, key: Any) -> Any:

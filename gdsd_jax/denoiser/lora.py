@@ -1,4 +1,4 @@
-"""Low-rank adapters as data: a policy is the frozen base plus one of these, or nothing.
+"""Low-rank adapters as data: a policy is the frozen base with one adapter, or the base alone.
 
 `y = x W + (alpha / rank) * dropout(x) A B`, with `A ~ U(-1/sqrt(in), 1/sqrt(in))` and `B = 0` (arXiv 2106.09685), so a
 fresh adapter changes nothing.
@@ -24,9 +24,9 @@ class LoRA:
     """Adapter weights and what is needed to apply them.
 
     Attributes:
-      weights: `{"layers": {target: {"a": [N, in, r], "b": [N, r, out]}}}`, float32, N layers stacked in front.
-      rank, alpha, targets, dropout: static; targets in our names (`TARGETS`). Dropout acts only when `denoise` is
-        given a `dropout_key`.
+      weights: `{"layers": {target: {"a": [N, in, r], "b": [N, r, out]}}}`, float32; the N layers are the first axis.
+      rank, alpha, targets, dropout: static. The targets are names from `TARGETS`. Dropout acts only when the denoiser
+        is given a `dropout_key`.
     """
 
     weights: Any
@@ -37,7 +37,7 @@ class LoRA:
 
 
 def target_shapes(config: DenoiserConfig) -> dict[str, tuple[int, int]]:
-    """`(in, out)` of the seven matrices of a block."""
+    """Returns the shape `(in, out)` of each of the seven matrices of a layer."""
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
@@ -46,7 +46,7 @@ def target_shapes(config: DenoiserConfig) -> dict[str, tuple[int, int]]:
 def init_lora(
     config: DenoiserConfig, key: jax.Array, *, rank: int, alpha: float, targets: Sequence[str], dropout: float = 0.0
 ) -> LoRA:
-    """A fresh adapter that leaves the base unchanged.
+    """Draws a fresh adapter, which leaves the base unchanged.
 
     Raises:
       UserError: a rank below 1, a dropout outside [0, 1), an unknown or repeated target.

@@ -1,7 +1,7 @@
 """The masked denoiser's modules: Linen over the functions of `ops`, and a scan over layers.
 
 Parameters are plain nested dictionaries of arrays. The collection `params` is the base, the collection `lora` an
-adapter; a missing `lora` collection is the reference policy. Flax goes no further than this file and `forward`.
+adapter; without a `lora` collection the model is the reference policy. Only this file and `forward` use Flax modules.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def precision_of(config: DenoiserConfig) -> jax.lax.Precision:
 
 
 class KeyValues(NamedTuple):
-    """Keys (rotated) and values: N layers in front, kv heads of size K.
+    """Rotated keys, and values, of the kv heads of size K; the N layers are the first axis where layers are stacked.
 
     Plain attention takes them as `[N, B, kv, K, T]` and `[N, B, kv, T, K]`, cuDNN both as `[N, B, T, kv, K]`.
     """
@@ -49,7 +49,7 @@ class KeyValues(NamedTuple):
 
 
 def adapter_axes(into: str, out: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Returns the logical names of the axes of A and of B beside a kernel with the axes `into` and `out`."""
+    """Returns the logical axis names of an adapter's A and B, for a kernel with the axes `into` and `out`."""
     rank = lambda other: "lora_rank" if other == "embed" else "lora_rank_split"  # noqa: E731
     return (into, rank(into)), (rank(out), out)
 
@@ -80,12 +80,12 @@ class Linear(nn.Module):
             factors = [(scale * self.get_variable("lora", n)).astype(dtype) for n, scale in scales.items()]
             a, b = map(gathered, factors, adapter_axes(*self.axes))
             addends.append(ops.low_rank(seen, a, b, precision))
-        # What remat="dots" keeps: the rounded sum, half as wide as the float32 product inside.
+        # remat="dots" keeps this rounded sum, which in bfloat16 is half as wide as the float32 product inside.
         return checkpoint_name(ops.product_plus(x, kernel, tuple(addends), precision), "product")
 
 
 def linear_of(config: DenoiserConfig, name: str, adapter: LoRA | None) -> Linear:
-    """The matrix of this name in a layer."""
+    """Builds the module of the matrix `name` of a layer."""
     bias = config.qkv_bias and name in ("q", "k", "v")
     return Linear(config, target_shapes(config)[name], KERNEL_AXES[name], bias, adapter, name=name)
 
@@ -93,10 +93,11 @@ def linear_of(config: DenoiserConfig, name: str, adapter: LoRA | None) -> Linear
 class Layer(nn.Module):
     """Pre-norm block: attention and SwiGLU, each added to the residual stream.
 
-    With a cache `x` is a window of the tokens, which sees itself where `real` says so and the cache where `outside`
-    does (None: everywhere). With `at`, places in `x` (see `pick`), only these ask and are returned; all of `x` is
-    asked. `keep` returns keys and values, those of the places `kept` in `x` or of all. `known` are queries, keys and
-    values of `x` before norm and rotation, where they need not be computed. A `layout` restricts who attends to whom.
+    With a `cache`, `x` is a window of the tokens. It attends to itself where `real` is True and to the cache where
+    `outside` is True (None: everywhere). With `at`, places in `x` (see `pick`), queries are computed for these places
+    only, which attend to all of `x`, and only these places are returned. With `keep`, keys and values are returned too,
+    those of the places `kept` in `x` or of all. `known` holds queries, keys and values of `x` before norm and rotation,
+    for a caller that has them already. A `layout` restricts which columns attend to which.
     """
 
     config: DenoiserConfig
@@ -140,7 +141,7 @@ class Layer(nn.Module):
             q = ops.rotate(heads("q", h), rope)
             kind, cached = attention.chosen(c), None if cache is None else (*cache, outside)
             if kind == "splash" and cache is None and at is None:
-                # The kernel wants as many queries as keys.
+                # The kernel requires as many queries as keys.
                 mixed = splash.attention(q, k, v, real, layout=self.layout)
             else:
                 allowed = None if self.layout is None else allowed_of(self.layout, k.shape[1], at)
@@ -152,7 +153,7 @@ class Layer(nn.Module):
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)
             if c.remat == "none":
-                # The widest arrays of a layer: to compute them again costs less than to keep them.
+                # These are the widest arrays of a layer; computing them again costs less than keeping them.
                 inner = jax.checkpoint(ops.gated, prevent_cse=False)(linear("gate", h), linear("up", h))
             else:
                 inner = jax.nn.silu(linear("gate", h)) * linear("up", h)
@@ -166,14 +167,14 @@ class Layer(nn.Module):
 
 
 def allowed_of(layout: Layout, length: int, at: slice | Array | None) -> Bool[Array, "#B S T"]:
-    """Returns who attends to whom: all columns, or those at the places `at` (see `pick`), over all columns."""
+    """Returns which columns each query attends to; queries are all columns, or those at the places `at`."""
     keys = jnp.arange(length)
     queries = keys if at is None else keys[at] if isinstance(at, slice) else at
     return layout.attends(jnp.atleast_2d(queries)[..., None], keys)
 
 
 def pick(x: Float[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """The places `at`, the same in every row or each row's own."""
+    """Picks the places `at` out of `x`; they are the same in every row, or each row has its own."""
     return x[:, at] if isinstance(at, slice) or at.ndim == 1 else jnp.take_along_axis(x, at[..., None], axis=1)
 
 
@@ -185,15 +186,15 @@ def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
 
 
 def embed(config: DenoiserConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream before the first layer."""
+    """Returns the residual stream before the first layer."""
     return constrain(jnp.take(embedding, tokens, axis=0).astype(config.dtype), RESIDUAL_AXES)
 
 
 class Denoiser(nn.Module):
-    """Token ids to the residual stream after the last layer, and keys and values.
+    """Maps token ids to the residual stream after the last layer, and to keys and values.
 
-    `rope`, `cache`, `outside`, `keep`, `kept` and `layout` as in `Layer`. The final norm and the head are parameters
-    here and functions of `forward`.
+    `rope`, `cache`, `outside`, `keep`, `kept` and `layout` are as in `Layer`. This module declares the parameters of
+    the final norm and of the head; `forward` applies them.
     """
 
     config: DenoiserConfig
@@ -239,12 +240,12 @@ def _init(config: DenoiserConfig, key: jax.Array) -> Any:
 
 
 def init_base(config: DenoiserConfig, key: jax.Array) -> dict:
-    """Random float32 base parameters: normal kernels of standard deviation `in^-0.5`, norms of one."""
+    """Draws random float32 base parameters: normal kernels of standard deviation `in^-0.5`, norms of one."""
     return jax.jit(lambda key: nn.meta.unbox(_init(config, key)))(key)
 
 
 def logical_axes(config: DenoiserConfig, lora: LoRA | None = None) -> Any:
-    """Logical axis names of every parameter, as tuples in the structure of the base (or of the adapter's weights)."""
+    """Returns the logical axis names of every parameter, as tuples in the structure of the base (or of the adapter)."""
     if lora is not None:
         stacked = lambda factors: {name: ("layers", *axes) for name, axes in zip("ab", factors, strict=True)}  # noqa: E731
         return {"layers": {target: stacked(adapter_axes(*KERNEL_AXES[target])) for target in lora.targets}}

@@ -1,5 +1,7 @@
-"""The arithmetic of a block as plain functions of arrays. B rows, T tokens, H heads, K head size, D model size,
-S and W positions out of T."""
+"""The arithmetic of a layer as plain functions of arrays.
+
+B rows, T tokens, H heads, K head size, D model size, S and W positions out of T.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def sum_of_products(x: Float[Array, "*B N"], y: Float[Array, "*B N"]) -> Float[Array, "*B"]:
-    """`sum(x * y)` over the last axis. XLA takes forty times longer for it on a CPU than for a dot product."""
+    """Computes `sum(x * y)` over the last axis, on a CPU as a dot product.
+
+    XLA takes forty times longer on a CPU for the sum of products than for the dot product.
+    """
     return jax.lax.platform_dependent(
         x, y,
         cpu=functools.partial(jnp.einsum, "...n,...n->...", precision=jax.lax.Precision.HIGHEST),
@@ -21,19 +26,22 @@ def sum_of_products(x: Float[Array, "*B N"], y: Float[Array, "*B N"]) -> Float[A
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32, returned in the dtype of `x` (arXiv 1910.07467)."""
+    """Computes `x / sqrt(mean(x^2) + eps) * scale` in float32; returns it in the dtype of `x` (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def gated(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """What SwiGLU puts between its matrices, `silu(gate) * up` (arXiv 2002.05202)."""
+    """Computes `silu(gate) * up`, the input of SwiGLU's last matrix (arXiv 2002.05202)."""
     return jax.nn.silu(gate) * up
 
 
 def rope_tables(positions: Int[Array, " T"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and signed sine, float32 `[T, 2, K/2]`, of the angles `position / theta^(2i/K)` (arXiv 2104.09864)."""
+    """Returns cosine and signed sine of the angles `position / theta^(2i/K)`, each float32 `[T, 2, K/2]`.
+
+    Source: arXiv 2104.09864.
+    """
     inverse_frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, None] * inverse_frequency
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -43,8 +51,8 @@ def rope_tables(positions: Int[Array, " T"], head_dim: int, theta: float) -> tup
 def rotate(x: Float[Array, "B T H K"], tables: tuple[Array, Array]) -> Float[Array, "B T H K"]:
     """Rotates the pairs `(x_i, x_{i + K/2})` by the angles of their position, in float32.
 
-    The tables are those of `rope_tables`, or with a batch axis in front. Reversing the two halves, unlike putting them
-    together anew, is an index that the compiler fuses.
+    The tables are those of `rope_tables`, optionally with a batch axis in front. The two halves are swapped by an
+    index, which the compiler fuses, rather than by concatenation, which it does not.
     """
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     cos, sin = (table[..., None, :, :] for table in tables)
@@ -54,7 +62,10 @@ def rotate(x: Float[Array, "B T H K"], tables: tuple[Array, Array]) -> Float[Arr
 def over_rows(
     x: Float[Array, "*B I"], y: Float[Array, "*B O"], precision: jax.lax.Precision
 ) -> Float[Array, "I O"]:
-    """Returns `x^T y` in float32: where rows are cut over devices, their sums are then added in float32 too."""
+    """Returns `x^T y`, summed over rows, in float32.
+
+    Where rows are split over devices, the sums of the devices are added in float32 too.
+    """
     product = functools.partial(
         jnp.einsum, "...i,...o->io", precision=precision, preferred_element_type=jnp.float32
     )
@@ -68,18 +79,19 @@ def over_rows(
 def product_plus(
     x: Float[Array, "*B I"], w: Float[Array, "I O"], addends: tuple[Array, ...], precision: jax.lax.Precision
 ) -> Float[Array, "*B O"]:
-    """`x W` plus the addends (broadcast to it), summed in float32 and rounded once to the dtype of `x`.
+    """Computes `x W` plus the addends (broadcast to its shape), summed in float32 and rounded once to the dtype of `x`.
 
-    Were `x W` rounded first, bfloat16 would drop every addend below half a unit in the last place of `x W`, always and
-    in every entry: a young adapter would change nothing. A sum that is rounded once keeps it on average. The addends
-    come in the dtype of `x`, so that a GPU adds them inside of the wide product. Gradients have the dtype of `x`.
+    If `x W` were rounded first, bfloat16 would drop every addend below half a unit in the last place of `x W`, always
+    and in every entry, and an adapter early in its training would change nothing. A sum that is rounded once keeps such
+    an addend on average. The addends come in the dtype of `x`, so that a GPU adds them inside the wide product.
+    Gradients have the dtype of `x`.
     """
     y = jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
     return sum((addend.astype(jnp.float32) for addend in addends), y).astype(x.dtype)
 
 
 def _product_plus_forward(x: Array, w: Array, addends: tuple, precision: jax.lax.Precision) -> tuple[Array, tuple]:
-    # Of an addend only its number of axes is wanted: a bias is kept, being small, a whole one is not.
+    # The backward pass needs only an addend's number of axes: a small bias is kept to show it, a full array is not.
     return product_plus(x, w, addends, precision), (x, w, [None if a.ndim == x.ndim else a for a in addends])
 
 
@@ -97,7 +109,7 @@ product_plus.defvjp(_product_plus_forward, _product_plus_backward)
 def low_rank(
     x: Float[Array, "*B I"], a: Float[Array, "I R"], b: Float[Array, "R O"], precision: jax.lax.Precision
 ) -> Float[Array, "*B O"]:
-    """`x A B`, with a gradient whose products never transpose anything as wide as the activations."""
+    """Computes `x A B`; the products of its gradient never transpose an array as wide as the activations."""
     return jnp.dot(jnp.dot(x, a, precision=precision), b, precision=precision)
 
 
@@ -125,11 +137,12 @@ def attention(
     cached: tuple[Float[Array, "B kv K C"], Float[Array, "B kv C K"], Bool[Array, "#B C"] | None] | None = None,
     allowed: Bool[Array, "#B S T"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Attention of S queries over the T real tokens, to all or to those `allowed`; the softmax is float32.
+    """Computes the attention of S queries to those of T tokens that are real and `allowed`; the softmax is float32.
 
-    `real` is False on pads: no token attends to them; None: all are real. What pad queries themselves compute is never
-    read. Each key/value head serves `H / kv` consecutive query heads. `cached` adds keys and values, and which of them
-    are seen; they are read where they lie, never copied. Values are summed before the normaliser divides.
+    `real` is False on pads, which no token attends to; None: all are real. `allowed` is which tokens each query may
+    attend to; None: all. The outputs at pad queries are never read. Each key/value head serves `H / kv` consecutive
+    query heads. `cached` adds keys and values, and a mask of those that are seen (None: all); the cached arrays are
+    read in place, never copied. The values are summed before the sum is divided by the normaliser.
     """
     b, s, h, k = query.shape
     kv = key.shape[2]

@@ -1,7 +1,8 @@
 """Splash attention, the flash-attention kernel for TPUs that ships with JAX, as this denoiser needs it.
 
-Scores never reach HBM, forwards or backwards, and pads stand in a segment of their own. B rows, T tokens, H heads,
-K head size.
+Scores never reach HBM, neither in the forward nor in the backward pass, and pads form a segment of their own.
+
+B rows, T tokens, H heads, K head size.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LARGEST_BLOCK = 512
 
 
 def padded_length(length: int) -> int:
-    """Tokens that the kernel works on: the next multiple of the lanes."""
+    """Returns the number of tokens that the kernel works on: `length` rounded up to a multiple of `LANES`."""
     return -(-length // LANES) * LANES
 
 
@@ -37,13 +38,13 @@ def attention(
     layout: Layout | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """As `ops.attention`, on a TPU; the softmax is float32, the products are those of the arrays' dtype.
+    """Computes the same attention as `ops.attention`, on a TPU; softmax is float32, products are in the arrays' dtype.
 
-    Pads see pads, which no real token sees; what they compute is never read. Where a mesh is set, each device runs the
-    kernel on its own rows and heads.
+    Pads attend to pads only, and no real token attends to a pad; the outputs at pads are never read. Where a mesh is
+    set, each device runs the kernel on its own rows and heads.
 
     Args:
-      layout: who attends to whom; the kernel computes it from indices and skips tiles of which nothing is seen.
+      layout: which columns attend to which; the kernel computes it from indices and skips tiles without any pair.
       interpret: runs the kernel's arithmetic in JAX, on any platform.
     """
     length, head_dim = query.shape[1], query.shape[3]
@@ -61,18 +62,18 @@ def attention(
 def on_each_device(
     run: Callable[..., Array], arrays: Sequence[Float[Array, "B _ _ K"]], masks: Sequence[Array]
 ) -> Float[Array, "B S H K"]:
-    """`run(query, key, value, *masks)`; where a mesh is set, on the rows and heads of each device.
+    """Calls `run(query, key, value, *masks)`; where a mesh is set, each device calls it on its own rows and heads.
 
     Args:
       arrays: queries `[B, S, H, K]`, keys and values `[B, T, kv, K]`.
-      masks: with rows in front.
+      masks: arrays whose first axis is the rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         query, key, _ = arrays
         fit = functools.partial(sharding.fitted_spec, mesh)
         if fit(("heads",), key.shape[2:3]) != fit(("heads",), query.shape[2:3]):
-            # Key/value heads that the tensor axis does not divide: every query head gets a copy of its own.
+            # The key/value heads cannot be split as the query heads are: every query head gets a copy of its own.
             arrays = [query, *(jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in arrays[1:])]
         specs = [fit(("rows", "tokens", "heads", "head_dim"), x.shape) for x in arrays]
         specs += [fit(("rows", *["tokens"] * (x.ndim - 1)), x.shape) for x in masks]
@@ -101,7 +102,7 @@ def _mask(layout: Layout | None, length: int) -> splash_attention_mask.Mask:
 def _local_attention(
     query: Array, key: Array, value: Array, segments: Array, *, layout: Layout | None, interpret: bool
 ) -> Array:
-    """The kernel on one device's rows and heads; T is padded."""
+    """Runs the kernel on the rows and heads of one device; T is padded already."""
     length, heads = query.shape[1:3]
     block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if length % size == 0)
     kernel = splash_attention.make_splash_mha(

@@ -1,11 +1,13 @@
-"""Block diffusion: a block-causal denoiser writes block after block behind an exact cache of the finished ones.
+"""Block diffusion: a block-causal denoiser writes block after block and keeps an exact cache of the finished ones.
 
-One compiled program. A step computes the block that is being written and nothing else; a finished block is run once
-more, clean, to keep its keys and values, which never change. Rows whose prompts differ in length write their blocks
-together. With `cache="dual"` only the part of a block that is being written is run, an approximation.
+The whole loop is one compiled program. A step computes the block that is being written and nothing else; a finished
+block is run once more, clean, to keep its keys and values, which never change. Rows whose prompts differ in length
+write their blocks together. With `cache="dual"` only the part of a block that is being written is run, which is an
+approximation.
 
-Sources: BD3LM (arXiv 2503.09573), SDAR (arXiv 2510.06303), Fast-dLLM v2 (arXiv 2509.26328). Letters as in `sampler`;
-W columns of the grid of blocks.
+Sources: BD3LM (arXiv 2503.09573), SDAR (arXiv 2510.06303), Fast-dLLM v2 (arXiv 2509.26328).
+
+Letters as in `sampler`, and W columns of the grid of blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class _Loop(NamedTuple):
 
 
 def fits_blocks(config: DenoiserConfig, prompt_length: int, settings: SamplerConfig) -> None:
-    """Raises UserError where settings do not fit a block-causal denoiser."""
+    """Raises UserError if the settings do not fit a block-causal denoiser."""
     if config.block_size % settings.block_length:
         raise UserError(
             f"block_length {settings.block_length} does not divide the {config.block_size} tokens of the model's "
@@ -48,7 +50,7 @@ def fits_blocks(config: DenoiserConfig, prompt_length: int, settings: SamplerCon
 
 
 def step_limit(config: DenoiserConfig, settings: SamplerConfig) -> int:
-    """`commit_step` of a position that no step wrote; more than any step's number."""
+    """Returns the `commit_step` of a position that no step wrote, which is greater than any step's number."""
     if config.block_size is None:
         return settings.step_limit
     columns = -(-(config.block_size - 1 + settings.completion_length) // config.block_size) * config.block_size
@@ -65,7 +67,7 @@ def sample_blocks(
     settings: SamplerConfig,
     numbers: Array | None = None,
 ) -> Rollout:
-    """As `sample`, for block-causal denoisers."""
+    """Samples completions as `sampler.sample` does, for block-causal denoisers."""
     (rows, prompt_length), length = prompts.shape, settings.completion_length
     size, part, limit = config.block_size, settings.block_length, step_limit(config, settings)
     real = jnp.ones(prompts.shape, bool) if prompt_mask is None else prompt_mask.astype(bool)
@@ -85,7 +87,7 @@ def sample_blocks(
     both = 1 if settings.cfg_scale == 0 else 2
 
     def inputs(tokens: Array) -> Array:
-        """The rows that the denoiser sees; with guidance the two passes of a row stand together."""
+        """Returns the rows that the denoiser sees; with guidance the two passes of a row are adjacent."""
         if both == 1:
             return tokens
         return jnp.stack([tokens, jnp.where(given, config.mask_token_id, tokens)], 1).reshape(-1, grid.width)
@@ -94,14 +96,14 @@ def sample_blocks(
         return jnp.repeat(x, both, axis=0)
 
     def layout(tokens: Array) -> tuple[Array, Array]:
-        """Which columns are attended to, [B, W], and the positions of all, [W] or [B, W]."""
+        """Returns which columns are attended to, [B, W], and the positions of all columns, [W] or [B, W]."""
         if not settings.hide_pads:
             return seen, jnp.arange(grid.width)
         valid = seen & (tokens != config.pad_token_id)
         return valid, jnp.cumsum(valid, axis=1) - valid
 
     def rotation(positions: Array) -> tuple[Array, Array]:
-        """Rotation tables of positions, [S] or each row's own."""
+        """Returns the rotation tables of positions, which are [S], or [B, S] for each row's own."""
         tables = lambda place: ops.rope_tables(place, config.head_dim, config.rope_theta)  # noqa: E731
         return tables(positions) if positions.ndim == 1 else jax.tree.map(doubled, jax.vmap(tables)(positions))
 
@@ -113,7 +115,10 @@ def sample_blocks(
         return block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, doubled(cut(valid)))
 
     def aligned(last: Any, carried: Array, offset: Array) -> Read:
-        """Hidden states of places from `offset` on in the block that `last` has run."""
+        """Returns a function that gives target-aligned hidden states in the block that `last` has run.
+
+        Its places are counted from `offset` in the block.
+        """
 
         def read(place: Array) -> Array:
             if not config.next_token_logits:
@@ -127,10 +132,10 @@ def sample_blocks(
     def part_states(
         tokens: Array, cache: Any, start: Array, offset: Array, arranged: Any, known: Array
     ) -> tuple[Array, Any]:
-        """States of the part of the block that is being written, and the cache with keys and values of the whole block.
+        """Returns the states of the part of a block that is being written, and the cache of keys and values.
 
-        Those are refreshed while they are not `known`, or the first token of the part is masked in any row; then only
-        the part is run.
+        If the block's keys and values are not `known` yet, or the first token of the part is masked in any row, the
+        whole block is run and its keys and values are refreshed in the cache. Otherwise only the part is run.
         """
         place, begin = jnp.arange(part), start + offset
         cut = lambda x: lax.dynamic_slice_in_dim(x, begin, part, axis=-1)  # noqa: E731
@@ -184,7 +189,7 @@ def sample_blocks(
             return _Loop(state, stored(config, cache, new, start), hidden[:, 0])
 
     def ended(tokens: Array) -> Array:
-        """Rows whose completion holds an id that ends it, [B]; what is not written yet holds none."""
+        """Tells which rows' completions hold an id that ends them, [B]; positions not written yet hold none."""
         return jnp.any(ends(config, tokens) & ~given, axis=1)
 
     def unfinished(loop: _Loop) -> Array:

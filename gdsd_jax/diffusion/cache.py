@@ -1,12 +1,13 @@
-"""Approximate denoising: keys and values kept while a block is decoded (Fast-dLLM, arXiv:2505.22618).
+"""Approximate denoising: keys and values are kept while a block is decoded (Fast-dLLM, arXiv:2505.22618).
 
 A refresh is a full pass. Until the next one only a window of the completion is computed: the active block ("dual"), or
-everything from the active block on ("prefix"). What lies outside keeps its keys, values and hidden states.
+everything from the active block on ("prefix"). Positions outside the window keep their keys, values and hidden states.
 
-The prefix cache's window shrinks from block to block, and an array's length is fixed when a program is compiled: the
-lengths are the completion's, halved again and again down to one block, and the shortest that reaches back to the active
-block is used. A program for eight blocks holds four windows, not eight, and they compute a fifth more tokens than
-windows of the exact length would. Where a window reaches back further than the block, what is before it stays frozen.
+The prefix cache's window shrinks from block to block, but an array's length is fixed when a program is compiled. So
+only a few lengths are used: the completion's, halved again and again down to one block. Each step takes the shortest
+window that reaches back to the active block. A program for eight blocks holds four windows, not eight, and they compute
+a fifth more tokens than windows of the exact length would. Where a window begins before the active block, the tokens
+before the block stay frozen.
 """
 
 from typing import Any
@@ -19,9 +20,9 @@ from gdsd_jax.diffusion.remasking import SamplerConfig
 
 
 def region(settings: SamplerConfig, block: Array) -> tuple[Array, int]:
-    """First position, in the completion, and number of the positions that a step looks at: S.
+    """Returns the first position, in the completion, and the number S of the positions that a step looks at.
 
-    Outside the active block the head can matter only if masks may be left behind there.
+    A step needs logits outside the active block only if masks may be left behind there.
     """
     if settings.forbid_mask and settings.blocks > 1:
         return block * settings.block_length, settings.block_length
@@ -29,7 +30,7 @@ def region(settings: SamplerConfig, block: Array) -> tuple[Array, int]:
 
 
 def window_lengths(settings: SamplerConfig) -> tuple[int, ...]:
-    """Lengths of the windows of a setting's program, the longest first."""
+    """Returns the lengths of the windows of a program with these settings, the longest first."""
     if settings.cache == "dual":
         return (settings.block_length,)
     blocks = [settings.blocks]
@@ -47,9 +48,10 @@ def refresh(
     block: Array,
     settings: SamplerConfig,
 ) -> tuple[Array, Any]:
-    """A full pass over `tokens` [B, T]: hidden states of the region [B, S, D], and keys and values.
+    """Runs a full pass over `tokens` [B, T]; returns hidden states of the region [B, S, D], and keys and values.
 
-    Those are of all tokens, or with "dual", whose only window is the active block, of all around it.
+    The keys and values are those of all tokens. With "dual", whose only window is the active block, those of the active
+    block are left out.
     """
     first, size = region(settings, block)
     prompt_length = tokens.shape[1] - settings.completion_length
@@ -70,7 +72,10 @@ def cached_states_at(
     block: Array,
     settings: SamplerConfig,
 ) -> Read:
-    """Hidden states at places of the region, from `tokens` [B, T] in the window, outside it the refreshed `hidden`."""
+    """Returns a function that gives the hidden states at places of the region.
+
+    Inside the window they are computed from `tokens` [B, T]; outside it they are the refreshed `hidden`.
+    """
     length, active = settings.completion_length, block * settings.block_length
     prompt_length = tokens.shape[1] - length
     first, size = region(settings, block)
@@ -86,7 +91,10 @@ def cached_states_at(
         return window(active, size)
 
     def states(width: int) -> Array:
-        """Of the region, from a window of this width that ends with the block, or with the completion."""
+        """Computes the region's states with a window of this width.
+
+        The window is the active block ("dual"), or ends with the completion ("prefix").
+        """
         start = active if settings.cache == "dual" else jnp.asarray(length - width, jnp.int32)
         read = window(start, width)
         if size == settings.block_length:

@@ -1,6 +1,6 @@
 """How likely a given completion is: a Monte-Carlo bound, and whether greedy unmasking would write it.
 
-Completions of different lengths share a program: each stands left-aligned in the last `width` tokens, pads behind it.
+Completions of different lengths share a program: each is left-aligned in the last `width` tokens and followed by pads.
 B rows, T = P + width tokens.
 """
 
@@ -31,12 +31,13 @@ def lower_bound(
     draws: int,
     chunk: int = DEFAULT_CHUNK,
 ) -> Float[Array, " B"]:
-    """`E[n/l sum over l masked tokens of log p(token | the rest)]`, `l` uniform on 1..n: at most `log p(completion)`.
+    """Estimates a lower bound of `log p(completion)`, in nats, from `draws` masked views.
 
-    The evidence lower bound by which masked diffusion models are evaluated (arXiv 2502.09992, the estimate of
-    conditional likelihoods), in nats, from `draws` views. Their `l` are spread evenly over 1..n, and all rows share the
-    same draws: the estimate does not depend on the batch, and differences between completions of one length are less
-    noisy than the values.
+    The bound is `E[n/l sum over l masked tokens of log p(token | unmasked tokens)]` for a completion of n tokens, with
+    `l` uniform on 1..n. It is the evidence lower bound by which masked diffusion models are evaluated (arXiv
+    2502.09992, the estimate of conditional likelihoods). The `l` of the views are spread evenly over 1..n, and all rows
+    share the same draws: the estimate does not depend on the batch, and differences between completions of one length
+    are less noisy than the values.
 
     Args:
       real: True on tokens, False on the pads before the prompt and behind the completion.
@@ -72,10 +73,11 @@ def is_greedy(
     *,
     width: int,
 ) -> Bool[Array, " B"]:
-    """Whether unmasking one token a step, the most confident first, at temperature 0, writes just this completion.
+    """Tells whether greedy unmasking writes exactly this completion.
 
-    Follows the completion instead of the model's own choice; up to their first difference the two are the same.
-    Arguments as for `lower_bound`.
+    Greedy unmasking commits one token a step, the most confident first, at temperature 0. Each step here fills in the
+    completion's own token instead of the model's choice; until the two differ for the first time, this is the same. The
+    arguments are those of `lower_bound`.
     """
     prompt_length = tokens.shape[1] - width
     target = tokens[:, prompt_length:]

@@ -14,7 +14,7 @@ from gdsd_jax.runtime.errors import UserError
 
 
 def stratified_counts(k: Int[Array, ""] | int, rows: int, length: int) -> Int[Array, " rows"]:
-    """Masked tokens per row, spread evenly over all counts `0..L` from the offset `k` (GDSD, ESPO).
+    """Returns the masked tokens per row, spread evenly over all counts `0..L` from the offset `k` (GDSD, ESPO).
 
     `x_i = round(linspace(k, k + (b-1)(L+1)/b, b))_i mod (L+1)`, rounding half to even in float32.
     """
@@ -32,8 +32,9 @@ def in_rollout_order(
 ) -> Bool[Array, "B L"]:
     """Masks what a left-to-right block sampler would not have committed yet (GDSD, latest revision).
 
-    The last `x // block` blocks are masked whole, and in the block before them `x mod block` positions: the ones that
-    were committed with the least confidence, or random ones where `confidence` is None.
+    A row whose count is `x` has its last `x // block_length` blocks masked whole. In the block before them, the
+    remaining `x % block_length` positions are masked: those that were committed with the least confidence, or random
+    ones where `confidence` is None.
 
     Raises:
       UserError: a block length that does not divide the completion.
@@ -52,7 +53,7 @@ def in_rollout_order(
 def stratified(
     key: Array, rows: int, length: int, *, stratum: int, confidence=None, block_length: int | None = None
 ) -> Bool[Array, "B L"]:
-    """One stratified draw over each run of `stratum` rows: together they cover all mask ratios evenly.
+    """Draws masks, stratified over each run of `stratum` rows: together these rows cover all mask ratios evenly.
 
     Positions are uniform, or in rollout order when `block_length` is given (by `confidence`, or random without it).
     """
@@ -75,12 +76,12 @@ def behind_prompt(masked: Bool[Array, "*V B L"], prompt_length: int) -> Bool[Arr
 
 
 def complement(masked: Bool[Array, "*V B T"], prompt_length: int) -> Bool[Array, "*V B T"]:
-    """The coupled view: masked where the completion was clean. The prompt stays clean."""
+    """Returns the coupled view, which is masked where the completion was clean; the prompt stays clean."""
     return ~masked & (jnp.arange(masked.shape[-1]) >= prompt_length)
 
 
 def _lowest(values: Array, counts: Array) -> Array:
-    """True on the `counts[b]` lowest values of row `b`; ties go to the lower index."""
+    """Marks the `counts[b]` lowest values of row `b` with True; ties go to the lower index."""
     order = jnp.argsort(values, axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1, stable=True)
     return rank < counts[:, None]

@@ -1,21 +1,22 @@
-r"""How likely a step commits just these tokens at just these positions: the rules of the sampler, summed out.
+r"""The probability that a step commits given tokens at given positions: the rules of the sampler, summed out.
 
-A step draws a candidate `c_j ~ q_j` for each masked position j, all independent (`q` has the temperature, the cuts and
-the bans), ranks them by a score `s_j(c_j)` and commits the first. The others leave no trace, and sum out one by one:
+A step draws a candidate `c_j ~ q_j` for each masked position j, all independent (`q` includes the temperature, the cuts
+and the bans), ranks the candidates by a score `s_j(c_j)` and commits the first ones. The others leave no trace, and are
+summed out one by one:
 
     P(U, y_U) = prod_{k in U} q_k(y_k)  prod_{j in E \ U} F_j,    F_j = sum_v q_j(v) [v at j ranks behind the last of U]
 
 over the eligible positions E and the committed ones U; of equal scores the left one ranks first. With a threshold or a
-factor, `F_j` is the mass that does not pass it and ranks behind the best of U. Where noise decides the ranks, they are
-a race: candidate v at j arrives after an exponential time of rate `w = exp(s / alg_temp)` (1 where the order is
-uniform), and the last of U has to arrive before all others, an integral over its time of arrival,
+factor, `F_j` is the mass of the candidates that do not pass it and rank behind the best of U. Where noise decides the
+ranks, they are a race: candidate v at j arrives after an exponential time of rate `w = exp(s / alg_temp)` (1 where the
+order is uniform), and the last of U has to arrive before all others, an integral over its time of arrival,
 
     int dt  d/dt prod_U (1 - e^{-w_k t})  prod_{E \ U} sum_v q_j(v) e^{-w_j(v) t}.
 
-`q` and `w` have gradients; ranks change in jumps, and the log-probability is smooth between them.
+`q` and `w` have gradients. Ranks change in jumps, and between the jumps the log-probability is smooth.
 
-S positions that a step looks at, V vocabulary, N nodes of an integral. What a function here calls a walk folds
-`step(carry, logits [..., S, v], ids [v])` over chunks of the vocabulary and returns the last carry.
+S positions that a step looks at, V vocabulary, N nodes of an integral. A walk is a function `walk(step, start)`: it
+folds `step(carry, logits [..., S, v], ids [v])` over chunks of the vocabulary and returns the last carry.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from gdsd_jax.diffusion.proposals import top_p_cut
 from gdsd_jax.diffusion.race import nodes, race, summed_survival, time
 from gdsd_jax.diffusion.remasking import LOWEST, STRATEGIES, SamplerConfig
 
-# The logit of a token that is never drawn. Finite: a chunk may hold nothing else, and has a gradient all the same.
+# The logit of a token that is never drawn. It is finite so that a chunk with no other tokens still has a gradient.
 NEVER = -1e30
 Walk = Callable
 fixed = lax.stop_gradient
 
 
 class Proposal(NamedTuple):
-    """The distributions that candidates are drawn from; every array is `[..., S]`.
+    """The distributions that candidates are drawn from; every array is `[..., S]` unless a shape is given.
 
-    plain: log-normaliser of the logits.
-    normaliser: log-normaliser of the logits over the temperature, of those that the cuts keep.
-    cut: what is below it, over the temperature, is cut.
-    logit: of the target.
-    best: `[..., S, 2]`, the two largest logits over the temperature.
+    plain: the log-normaliser of the logits.
+    normaliser: the log-normaliser of logits / temperature, over the tokens that the cuts keep.
+    cut: tokens whose logit / temperature is below it are cut.
+    logit: the target's logit.
+    best: `[..., S, 2]`, the two largest values of logits / temperature.
     """
 
     plain: Array
@@ -55,7 +56,7 @@ class Proposal(NamedTuple):
 
 
 def proposal(walk: Walk, target: Array, settings: SamplerConfig, vocab_size: int, dtype: Any) -> Proposal:
-    """Reads the distributions, and the logits of `target` [..., S]."""
+    """Computes the distributions of the candidates, and the logits of `target` [..., S]."""
     heat = settings.temperature
     top_k = settings.top_k if settings.top_k is not None and settings.top_k < vocab_size else None
     count = min(max(2, (top_k or 0) + 1), vocab_size)
@@ -76,7 +77,7 @@ def proposal(walk: Walk, target: Array, settings: SamplerConfig, vocab_size: int
     if settings.top_p is not None and settings.top_p < 1:
         cut = _cut_of_top_p(walk, fixed(scaled), fixed(best[..., 0]), settings)
     if top_k is not None:
-        # Between the last that stays and the first that goes, so that no rounding moves either.
+        # Halfway between the last token that stays and the first that is cut, so that no rounding moves either across.
         cut = jnp.maximum(cut, fixed(best[..., top_k - 1] + best[..., top_k]) / 2)
     normaliser = scaled
     if top_k is not None or (settings.top_p or 1) < 1:
@@ -86,7 +87,10 @@ def proposal(walk: Walk, target: Array, settings: SamplerConfig, vocab_size: int
 
 
 def _cut_of_top_p(walk: Walk, normaliser: Array, best: Array, settings: SamplerConfig) -> Array:
-    """The cut that `proposals.keep_top_p` makes, halfway to the first token that goes."""
+    """Returns the cut of `proposals.keep_top_p`, as logit / temperature.
+
+    Its probability is halfway between the last token that stays and the first one that is cut.
+    """
 
     def bits(z: Array) -> tuple[Array, Array]:
         probs = jnp.exp(fixed(z) / settings.temperature - normaliser[..., None]).astype(jnp.float32)
@@ -112,20 +116,20 @@ def _cut_of_top_p(walk: Walk, normaliser: Array, best: Array, settings: SamplerC
 
 
 def drawn_log_prob(found: Proposal, settings: SamplerConfig) -> Array:
-    """`log q(y)` [..., S] of the targets; -inf where the cuts or a ban leave the target out."""
+    """Returns `log q(y)` [..., S] of the targets; it is -inf where the cuts or a ban exclude the target."""
     scaled = found.logit / settings.temperature
     return jnp.where((scaled >= found.cut) & (found.logit > NEVER / 2), scaled - found.normaliser, -jnp.inf)
 
 
 class Bound(NamedTuple):
-    """A rank: a score, and among equal ones a place; `[..., 1]` both."""
+    """A rank: a score and, among equal scores, a place; both are `[..., 1]`."""
 
     score: Array
     place: Array
 
 
 def _last(score: Array, chosen: Array) -> Bound:
-    """The rank of the last of the chosen; of none, one that everything is behind."""
+    """Returns the rank of the last of the chosen; if none is chosen, a rank that every candidate is behind."""
     lowest = jnp.min(jnp.where(chosen, score, jnp.inf), axis=-1, keepdims=True)
     place = jnp.arange(score.shape[-1])
     return Bound(lowest, jnp.max(jnp.where(chosen & (score == lowest), place, -1), axis=-1, keepdims=True))
@@ -138,7 +142,7 @@ def _first(score: Array, chosen: Array) -> Bound:
 
 
 def _behind(score: Array, bound: Bound) -> Array:
-    """Which candidates, `[..., S]` or `[..., S, v]`, rank behind a bound."""
+    """Tells which candidates, `[..., S]` or `[..., S, v]`, rank behind a bound."""
     place = jnp.arange(score.shape[bound.score.ndim - 1])
     if score.ndim > bound.score.ndim:
         bound, place = Bound(*(x[..., None] for x in bound)), place[:, None]
@@ -146,11 +150,11 @@ def _behind(score: Array, bound: Bound) -> Array:
 
 
 class Rule(NamedTuple):
-    """What a threshold or factor asks of the confidences.
+    """What a threshold or a factor requires of the confidences.
 
-    possible: `[...]`, whether the committed ones can be what a step commits together.
-    lead: `[..., S]`, those of the committed that may be the first in rank.
-    open: confidence `[..., S, v]` -> whether a candidate may be left uncommitted.
+    possible: `[...]`, whether one step can commit the committed candidates together.
+    lead: `[..., S]`, those of the committed candidates that may be the first in rank.
+    open: a function from confidences `[..., S, v]` to whether each candidate may be left uncommitted.
     """
 
     possible: Array
@@ -159,7 +163,11 @@ class Rule(NamedTuple):
 
 
 def _rule(settings: SamplerConfig, confidence: Array, committed: Array) -> Rule:
-    """At most one committed candidate may fail to pass; it is the first in rank then, which is always committed."""
+    """Returns the rule that the settings set for the `committed` candidates.
+
+    At most one committed candidate may fail to pass the threshold or factor. It is then the first in rank, which is
+    always committed.
+    """
     number = lambda chosen: jnp.sum(chosen, axis=-1, keepdims=True)  # noqa: E731
     if settings.threshold is not None:
         passing = committed & (confidence >= settings.threshold)
@@ -168,7 +176,7 @@ def _rule(settings: SamplerConfig, confidence: Array, committed: Array) -> Rule:
         end = _last(confidence, committed)
         is_last = committed & ~_behind(confidence, end) & (confidence == end.score)
         is_last &= jnp.arange(committed.shape[-1]) == end.place
-        # As the sampler has it: the n-th most confident passes where (n + 1)(1 - c) < factor.
+        # As in the sampler: the n-th most confident passes where (n + 1)(1 - c) < factor.
         whole = (number(committed) + 1) * (1 - end.score) < settings.factor
         passing = committed & (whole | ~is_last)
         n, end = number(passing), _last(confidence, passing)
@@ -182,11 +190,14 @@ def _rule(settings: SamplerConfig, confidence: Array, committed: Array) -> Rule:
 def step_log_prob(
     walk: Walk, target: Array, committed: Array, eligible: Array, settings: SamplerConfig, vocab_size: int, dtype: Any
 ) -> tuple[Array, Proposal]:
-    """Log-probability of what a step commits, `target` [..., S] at `committed` out of `eligible`, given their number.
+    """Computes the log-probability of what a step commits, given how many tokens it commits.
+
+    The step commits `target` [..., S] at the positions `committed`, out of the positions `eligible`.
 
     Returns:
-      `[..., S]`, to be summed over the positions: what each of them adds, the order of the commits at the first of
-      them; 0 at positions that are not eligible. And the distributions of the candidates.
+      `[..., S]`, what each position adds to the log-probability, to be summed over the positions; the order of the
+      commits counts at the first committed position, and positions that are not eligible add 0. Second, the
+      distributions of the candidates.
     """
     strategy = STRATEGIES[settings.strategy]
     found = proposal(walk, target, settings, vocab_size, dtype)
@@ -206,7 +217,7 @@ def step_log_prob(
         possible, lead, unbound = _rule(settings, confidence, committed)
 
     def candidates(z: Array, ids: Array) -> tuple[Array, Array, Array, Array]:
-        """Probability, score, whether it may be left uncommitted, whether it is postponed; of each candidate."""
+        """Returns each candidate's probability and score, whether it may stay uncommitted, and if it is postponed."""
         scaled = z / settings.temperature
         q = jnp.where(scaled >= found.cut[..., None], jnp.exp(scaled - found.normaliser[..., None]), 0.0)
         c = jnp.exp(fixed(z) - fixed(found.plain)[..., None])
@@ -215,8 +226,11 @@ def step_log_prob(
         return q, s, jnp.ones_like(late) if unbound is None else unbound(c), late
 
     def masses(rank: Callable[[Array, Array], Array]) -> tuple[Array, Array, Array]:
-        """Mass of the candidates that may stay uncommitted and that `rank(score, postponed)` says, of those that are
-        not postponed and of those that are; and of all others."""
+        """Returns three masses of candidates, which add up to 1.
+
+        The first two are of candidates that may stay uncommitted and for which `rank(score, postponed)` is True: those
+        that are not postponed, and those that are. The third is of all other candidates.
+        """
 
         def step(sums: tuple, z: Array, ids: Array) -> tuple:
             q, s, stays, late = candidates(z, ids)
@@ -261,7 +275,7 @@ def step_log_prob(
         survival = summed_survival(walk, candidates, log_t, settings, target.shape, dtype)
         log_survival = jnp.log(jnp.maximum(survival, jnp.finfo(dtype).tiny))
     else:
-        # Finite where there is no mass, which `certain` says: infinities have no gradient.
+        # Where there is no mass this is finite, as infinities have no gradient; `certain` adds the -inf.
         log_free, log_late = _log(free, late + out, NEVER), _log(late, free + out, NEVER)
         log_survival = jnp.logaddexp(log_free[..., None] - time(rate, log_t), log_late[..., None])
     certain += jnp.where(rest & (free + late == 0), -jnp.inf, 0.0)
@@ -276,14 +290,17 @@ def step_log_prob(
 
 
 def _log(mass: Array, rest: Array, of_nothing: float = -jnp.inf) -> Array:
-    """`log mass` of two masses that add up to 1, precise next to 1; `of_nothing`, without gradient, at 0."""
+    """Returns `log mass`, precise next to 1, where `mass` and `rest` add up to 1.
+
+    Where the mass is 0, it is `of_nothing`, without gradient.
+    """
     near = rest < 0.5
     small = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1.0)), of_nothing)
     return jnp.where(near, jnp.log1p(-jnp.where(near, rest, 0.0)), small)
 
 
 def _scorer(walk: Walk, found: Proposal, settings: SamplerConfig) -> Callable[[Array, Array], Array]:
-    """`(q, confidence) -> score` of candidates, `[..., S]` or `[..., S, v]`."""
+    """Returns the function `(q, confidence) -> score` of candidates, which are `[..., S]` or `[..., S, v]`."""
     if settings.strategy not in ("topk_margin", "entropy"):
         return (lambda q, c: q) if settings.strategy == "maskgit_plus" else (lambda q, c: c)
     keep = lambda z: jnp.where(z >= found.cut[..., None], jnp.exp(z - found.normaliser[..., None]), 0.0)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Candidates of a step: logits where they are read, cut by top_p and top_k, one token drawn per position.
+"""Candidates of a step: the logits of the positions that are read are cut, and each position draws one token.
 
 B rows, S positions that a step looks at, D hidden size, V vocabulary.
 """
@@ -25,9 +25,9 @@ GROUP = 128  # tokens per group
 
 
 def keep_top_p(logits: Array, top_p: float) -> Array:
-    """Cuts to the most probable tokens, up to and including the first one that takes their mass beyond top_p.
+    """Keeps the most probable tokens, up to and including the first one that takes their mass beyond top_p.
 
-    A token stays when the mass strictly above it is at most top_p.
+    A token stays when the mass of all more probable tokens is at most top_p; the logits of the others become -inf.
     """
     probs = jax.nn.softmax(logits)
     bits = lax.bitcast_convert_type(probs, jnp.int32)
@@ -37,13 +37,13 @@ def keep_top_p(logits: Array, top_p: float) -> Array:
 
 
 def top_p_cut(mass_above: Callable[[Array], Array], highest: Array, top_p: float) -> Array:
-    """The bits of the least probability that a cut at mass `top_p` keeps.
+    """Returns the bits of the least probability that a cut at mass `top_p` keeps.
 
     Non-negative floats order like their bits, so bisecting the integers finds the cut exactly in 31 passes, a fraction
     of what sorting a large vocabulary costs.
 
     Args:
-      mass_above: gives the mass of the tokens whose probability has greater bits than these.
+      mass_above: a function from bits to the mass of the tokens whose probability has greater bits.
       highest: the bits of the largest probability.
     """
 
@@ -66,10 +66,10 @@ def _take(values: Array, index: Array) -> Array:
 
 
 def _invert(weights: Array, uniform: Array) -> Array:
-    """First index [...] at which the cumulative sum of `weights` [..., N] exceeds the share `uniform` [...] of it.
+    """Returns the first index [...] where the cumulative sum of `weights` [..., N] exceeds `uniform` times its total.
 
-    A parallel cumulative sum need not be monotone to the last bit, nor exceed a target next to the total: hence only
-    positive weights can be hit, and the largest one is taken when rounding leaves none.
+    A parallel cumulative sum need not be monotone to the last bit, nor exceed a target next to the total. Hence only
+    positive weights can be chosen, and the largest one is taken when rounding leaves none.
     """
     total = jnp.cumsum(weights, axis=-1)
     hit = (total > (uniform * total[..., -1])[..., None]) & (weights > 0)
@@ -77,7 +77,7 @@ def _invert(weights: Array, uniform: Array) -> Array:
 
 
 class Groups(NamedTuple):
-    """Logits [..., V] summed up by groups of GROUP tokens: what looks for one token reads V once, and then one group.
+    """Summaries of logits [..., V] by groups of GROUP tokens: a search for one token reads V once, and then one group.
 
     peak: [..., G], the highest logit of each group.
     mass: [..., G], the sum of each group's exp(logit - highest of all).
@@ -88,7 +88,7 @@ class Groups(NamedTuple):
 
 
 def grouped(logits: Float[Array, "*S V"]) -> Groups:
-    """Peaks and masses of the G = ceil(V / GROUP) groups; what the last one lacks counts as impossible."""
+    """Computes the peaks and masses of the G = ceil(V / GROUP) groups; impossible tokens fill up the last group."""
     beyond = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % GROUP)]
     groups = jnp.pad(logits, beyond, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, GROUP)
     peak = jnp.max(groups, axis=-1)
@@ -96,13 +96,13 @@ def grouped(logits: Float[Array, "*S V"]) -> Groups:
 
 
 def _read(logits: Array, group: Array) -> Array:
-    """The logits [..., GROUP] of one group [...]."""
+    """Reads the logits [..., GROUP] of the given group [...]."""
     place = group[..., None] * GROUP + jnp.arange(GROUP)
     return jnp.take_along_axis(logits, place, axis=-1, mode="fill", fill_value=-jnp.inf)
 
 
 def best(logits: Float[Array, "*S V"], groups: Groups) -> Int[Array, "*S"]:
-    """The token with the highest logit, of equal ones the first."""
+    """Returns the token with the highest logit, and of equal ones the first."""
     group = jnp.argmax(groups.peak, axis=-1)
     return (group * GROUP + jnp.argmax(_read(logits, group), axis=-1)).astype(jnp.int32)
 
@@ -110,9 +110,9 @@ def best(logits: Float[Array, "*S V"], groups: Groups) -> Int[Array, "*S"]:
 def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S 2"]) -> Int[Array, "*S"]:
     """Draws one token per distribution by inverting cumulative sums at two numbers in [0, 1).
 
-    The same distribution as the argmax of logits plus Gumbel noise, at two random numbers instead of V: the first draws
-    a group, the second a token of it. A single one, a multiple of 2^-23, could not tell apart the tokens of a group
-    with little mass. Never draws a token of probability zero.
+    The distribution is that of the argmax of logits plus Gumbel noise, from two random numbers instead of V. The first
+    number draws a group, the second a token of this group. A single number, a multiple of 2^-23, could not tell apart
+    the tokens of a group with little mass. A token of probability zero is never drawn.
     """
     group = _invert(groups.mass, uniform[..., 0])
     found = _read(logits, group)
@@ -121,9 +121,11 @@ def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S
 
 
 def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, ...]:
-    """logits [..., V], uniform [..., 2] -> candidate tokens, their probability under `logits`, the strategy's score.
+    """Chooses one candidate token for each of the distributions `logits` [..., V].
 
-    With `settings.record` also the log-probability at which the candidate was drawn, and the entropy of `logits`.
+    The random numbers `uniform` are [..., 2]. Returns the tokens, their probabilities under `logits`, and the
+    strategy's scores. With `settings.record` it also returns the log-probabilities at which the candidates were drawn,
+    and the entropies of the distributions `logits`.
     """
     strategy = STRATEGIES[settings.strategy]
     cut = logits if settings.temperature in (0, 1) else logits / settings.temperature
@@ -151,13 +153,13 @@ def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[
 
 
 def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S V"]:
-    """Probability zero to these tokens."""
+    """Gives these tokens probability zero."""
     if not tokens:
         return logits
     banned = np.zeros(logits.shape[-1], bool)
     banned[list(tokens)] = True
-    # An accelerator selects while it reads, and would copy everything to write a few numbers. A CPU does better to
-    # write them; the index stands twice, as XLA makes a select of a single one.
+    # An accelerator selects while it reads, and would copy the whole array to write a few numbers. On a CPU writing is
+    # faster; the first index is given twice, because XLA turns a write at a single index into a select.
     return lax.platform_dependent(
         logits,
         cpu=lambda logits: logits.at[..., np.array([*tokens, tokens[0]])].set(-jnp.inf, mode="promise_in_bounds"),
@@ -168,7 +170,11 @@ def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S
 def propose(
     config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
 ) -> tuple[Array, ...]:
-    """hidden [1 or 2, B, S, D] (conditional, unconditional), uniform [B, S, 2] -> as `candidates`, [B, S]."""
+    """Chooses the candidates [B, S] of hidden states; returns what `candidates` returns.
+
+    The states `hidden` [1 or 2, B, S, D] are the conditional and, with guidance, the unconditional ones; the random
+    numbers `uniform` are [B, S, 2].
+    """
     banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask, *config.padding_tokens)
 
     def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -202,16 +208,16 @@ def propose(
 def propose_at(
     config: DenoiserConfig, base: dict, read: Read, uniform: Array, eligible: Array, settings: SamplerConfig
 ) -> tuple[Array, ...]:
-    """As `propose`, where `eligible` [B, S] says so; what stands elsewhere means nothing.
+    """Chooses candidates as `propose` does, at the positions `eligible` [B, S]; values elsewhere have no meaning.
 
-    The fewer positions are still masked, the fewer are read: as many eighths of S as the row that has most needs, or
-    sixteenths where the head outweighs the layers, in steps of no fewer than `LEAST` positions.
+    The fewer positions are still masked, the fewer are read: as many eighths of S as the row with the most masked
+    positions needs, or sixteenths where the head outweighs the layers, in steps of at least `LEAST` positions.
 
     Args:
       read: gives hidden states [B, S', D] at places [B, S'] of S; with guidance [2B, S', D] at [2B, S'].
     """
     rows, positions = eligible.shape
-    # Parameters over the hidden size, as those of the head are vocab_size.
+    # The layers' parameters divided by the hidden size; for the head this number is vocab_size.
     layers = config.num_layers * (4 * config.hidden_size + 3 * config.intermediate_size)
     step = max(LEAST, -(-positions // (16 if config.vocab_size > layers else 8)))
     sizes = [*range(step, positions, step), positions]

@@ -1,9 +1,12 @@
-"""Who arrives first: integrals over exponential arrival times, which noise among the ranks of a step amounts to.
+"""Integrals over exponential arrival times: the probability of a step whose ranks are decided by noise.
 
-The largest of `s + Gumbel noise` are the first arrivals among exponential times of rates `w = e^s`, so that the
-probability that a set U comes before all others is one integral over the arrival of its last,
+The candidates with the largest `s + Gumbel noise` are distributed as the first arrivals among exponential times of
+rates `w = e^s`. So the probability that a set U comes before all others is one integral over the time at which the last
+of U arrives,
 
-    int dt  d/dt prod_{k in U} (1 - e^{-w_k t})  prod_{others j} S_j(t),    S_j(t) the probability that j is not there.
+    int dt  d/dt prod_{k in U} (1 - e^{-w_k t})  prod_{others j} S_j(t),
+
+where `S_j(t)` is the probability that j has not arrived by the time t.
 
 S positions that a step looks at, N nodes of the integral, v tokens of a chunk of the vocabulary.
 """
@@ -20,21 +23,23 @@ from jax import Array, lax
 
 from gdsd_jax.diffusion.remasking import SamplerConfig
 
-# The integral is a sum over even steps in log t. It leaves out less than e^-17 of the whole in front and e^-40 behind;
-# the sum itself is exact to e^-24, as the integrand is analytic where |Im log t| < pi / 2.
+# The integral is a sum over even steps in log t. It leaves out less than e^-17 of the whole before the first node and
+# e^-40 after the last; the sum itself is exact to e^-24, as the integrand is analytic where |Im log t| < pi / 2.
 SPACING, BEFORE, BEHIND = 0.4, 17.0, 3.69
 
 
 def nodes(
     rate: Array, most: Array, runs: Array, eligible: Array, settings: SamplerConfig, vocab_size: int
 ) -> Array:
-    """Values of log t, `[..., N]`, over which the integral is a sum: from before the first arrival to behind the last.
+    """Returns the values of log t, `[..., N]`, over which the integral is a sum.
+
+    The first lies before the first arrival and the last one after the last arrival.
 
     Args:
       rate: `[..., S]`, log rates of the committed candidates.
       most: `[..., S]`, the largest log rate that any candidate may have.
       runs: `[..., S]`, the committed candidates that take part.
-      eligible: `[..., S]`.
+      eligible: `[..., S]`, the positions that the step may commit.
     """
     spread = 0.0
     if settings.alg_temp:
@@ -48,14 +53,14 @@ def nodes(
 
 
 def time(rate: Array, log_t: Array) -> Array:
-    """`w t`, `[..., S, N]`; where it is beyond e^BEHIND nothing is left of the integrand, nor of its gradient."""
+    """Computes `w t`, `[..., S, N]`, capped at e^BEHIND, beyond which the integrand and its gradient are negligible."""
     return jnp.exp(jnp.minimum(rate[..., None] + log_t[..., None, :], BEHIND))
 
 
 def summed_survival(
     walk: Callable, candidates: Callable, log_t: Array, settings: SamplerConfig, shape: tuple, dtype: Any
 ) -> Array:
-    """`sum_v q(v) e^{-w(v) t}` of what may be left uncommitted, `[..., S, N]`, one node at a time."""
+    """Computes `sum_v q(v) e^{-w(v) t}`, `[..., S, N]`, over the tokens that may stay uncommitted, node by node."""
 
     def step(total: Array, z: Array, ids: Array) -> Array:
         q, s, stays, late = candidates(z, ids)
@@ -73,12 +78,14 @@ def summed_survival(
 def race(
     rate: Array, log_t: Array, runs: Array, lead: Array, rest: Array, log_survival: Array, early: bool
 ) -> Array:
-    """Log-probability `[...]` that all of `runs` arrive before the rest, or with `early` that a `lead` is first.
+    """Computes the log-probability `[...]` that all of `runs` arrive before the rest.
+
+    With `early` it is the log-probability that one of `lead` is the first to arrive.
 
     Args:
       log_survival: `[..., S, N]`, log-probability that a position of the rest has not arrived.
     """
-    tiny = jnp.finfo(rate.dtype).tiny  # keeps the gradient of what takes no part finite
+    tiny = jnp.finfo(rate.dtype).tiny  # keeps the gradient finite where no candidate takes part
     x = time(rate, log_t)
     others = jnp.sum(jnp.where(rest[..., None], log_survival, 0.0), axis=-2)
     runs, lead = runs[..., None], lead[..., None]

@@ -24,12 +24,13 @@ class Strategy(NamedTuple):
     """How a strategy schedules, scores and selects.
 
     timed: commits per step follow the time schedule linspace(1, eps); otherwise they are split evenly over the steps.
-    score: (proposal probabilities [..., V], candidate's probability there [...]) -> [...], or None: not read from them.
+    score: a function of the proposal's probabilities [..., V] and the candidate's probability there [...] that gives
+        the scores [...]; None: the score is not computed from these probabilities.
     uniform: the order of the commits is uniform noise.
     independent: every masked position is committed by a coin of its own (implies timed).
     leftmost: commits go from left to right.
-    plan: (masked tokens at the start of a block, steps) -> commits of each step, for strategies that plan a block
-        ahead; they may take fewer steps, and end with a shorter block.
+    plan: a function of the masked tokens at the start of a block and its steps, which returns the commits of each step;
+        for strategies that plan a block ahead. They may take fewer steps, and their last block may be shorter.
     """
 
     timed: bool
@@ -55,8 +56,11 @@ def _masked_cosine(time: np.float32) -> np.float32:
 
 
 def _mdlm(masked_share: Callable, masked: int, steps: int) -> list[int]:
-    """Commits of each step when the share of masked tokens follows time (dllm's MDLM sampler): of `n` that are left,
-    round(n (1 - m(s) / m(t))) from t to s. Steps that would commit nothing are left out."""
+    """Plans the commits of each step when the share `m` of masked tokens follows time (dllm's MDLM sampler).
+
+    A step from t to s commits round(n (1 - m(s) / m(t))) of the `n` tokens that are left. Steps that would commit
+    nothing are left out.
+    """
     counts = []
     for step in range(steps):
         later, now = (masked_share(np.float32((steps - at) / steps)) for at in (step + 1, step))
@@ -214,32 +218,41 @@ class SamplerConfig:
 
     @property
     def scheduled_steps(self) -> int:
-        """Steps that the schedule gives a block."""
+        """Returns the number of steps that the schedule gives a block."""
         planned = STRATEGIES[self.strategy].plan is not None
         return max(1, -(-self.steps // self.blocks) if planned else self.steps // self.blocks)
 
     @property
     def steps_per_block(self) -> int:
-        """Steps that one block may take: the schedule's, or with threshold or factor one per token."""
+        """Returns the number of steps that one block may take.
+
+        It is the schedule's, or one per token of the block with a threshold or a factor.
+        """
         scheduled = self.threshold is None and self.factor is None
         return self.scheduled_steps if scheduled else self.block_length
 
     @property
     def step_limit(self) -> int:
-        """`commit_step` of a position that no step wrote: `steps`, or more where the blocks may take more steps."""
+        """Returns the `commit_step` of a position that no step wrote.
+
+        This is `steps`, or more where the blocks may take more steps.
+        """
         return max(self.steps, self.blocks * self.steps_per_block)
 
 
 @functools.cache
 def commit_plan(settings: SamplerConfig) -> np.ndarray:
-    """Commits `[n, step]` of a block with n masked tokens at its start, 0 after the last; for strategies that plan."""
+    """Returns the commits `[n, step]` of a block with n masked tokens at its start, for strategies that plan.
+
+    After the last step of a plan they are 0.
+    """
     plan = STRATEGIES[settings.strategy].plan
     rows = [plan(masked, settings.scheduled_steps) for masked in range(settings.block_length + 1)]
     return np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], np.int32)
 
 
 def ranks(score: Array) -> Array:
-    """Place of every entry in its row, 0 the highest; of equal ones the first comes first. [B, S] -> [B, S]"""
+    """Returns the rank of every entry in its row, [B, S] -> [B, S]; 0 is the highest, and ties go to the first."""
     here, there = score[..., :, None], score[..., None, :]
     place = jnp.arange(score.shape[-1])
     # Counting pairs fuses into one pass; a row is at most a completion long, too short for two sorts to pay.
@@ -255,10 +268,10 @@ def select(
     keys: Array,
     started: Array | None = None,
 ) -> Array:
-    """Which of the eligible positions [B, S] this step commits; a postponed candidate's score is `LOWEST`.
+    """Selects the `eligible` positions [B, S] that this step commits; a postponed candidate's score is `LOWEST`.
 
     Args:
-      keys: of the step, [B], one for each row.
+      keys: random keys of this step, [B], one for each row.
       started: how many tokens of the block were masked at its start, [B]; for strategies that plan.
     """
     strategy = STRATEGIES[settings.strategy]
@@ -299,13 +312,16 @@ def select(
 
 
 def time_shares(settings: SamplerConfig) -> Array:
-    """`1 - s/t` of every step of a block, from time t to time s."""
+    """Returns `1 - s/t` for every step of a block; the step goes from time t to time s."""
     times = np.linspace(1, settings.eps, settings.steps_per_block + 1, dtype=np.float32)
     return jnp.asarray(1 - times[1:] / times[:-1])
 
 
 def scheduled_count(settings: SamplerConfig, masked: Array, step_in_block: Array) -> Array:
-    """How many of `masked` tokens a step commits, but for the last one of a time schedule, which commits all."""
+    """Returns how many of `masked` tokens a step commits by schedule.
+
+    The last step of a time schedule commits all of them instead; callers handle that step themselves.
+    """
     if STRATEGIES[settings.strategy].timed:
         return jnp.floor(masked * time_shares(settings)[step_in_block]).astype(jnp.int32)
     each, extra = divmod(settings.block_length, settings.steps_per_block)

@@ -1,8 +1,8 @@
-"""Iterative unmasking: completions from a masked denoiser, the whole loop one compiled program.
+"""Iterative unmasking: a masked denoiser writes completions, the whole loop in one compiled program.
 
 Letters: B rows, P prompt tokens, L completion tokens, T = P + L, S positions that a step looks at (the active block, or
 the whole completion), D hidden size, V vocabulary. A step proposes one candidate token per masked position, scores the
-candidates, and commits the best of them; `Strategy` names how each of the three is done.
+candidates, and commits the best of them; `Strategy` says how each of the three is done.
 
 Sources: the public samplers of the two families of masked language models (low-confidence remasking in blocks with a
 fixed number of tokens per step; a time schedule with a confidence ordering), Fast-dLLM (arXiv:2505.22618) for
@@ -38,11 +38,12 @@ def sample(
     settings: SamplerConfig,
     numbers: Int[Array | np.ndarray, " B"] | None = None,
 ) -> Rollout:
-    """Completions of `prompts` [B, P] int32, left-padded; `prompt_mask` [B, P] True on real tokens, None: all are real.
+    """Samples completions of `prompts` [B, P] int32, which are left-padded.
 
-    Pure; compiled once per shape, config and settings. Every draw is a function of `key`, of the row's number, of the
-    block and of the step in it: neither left padding nor the rows beside a row change one. `numbers` [B] int32 says
-    which rows these are of a rollout that is sampled in parts; None: the first B.
+    `prompt_mask` [B, P] is True on real tokens; None: all are real. The function is pure, and is compiled once per
+    shape, config and settings. Every draw depends only on `key`, the row's number, the block and the step in the block:
+    neither left padding nor the other rows of a batch change it. `numbers` [B] int32 are the numbers of these rows in a
+    rollout that is sampled in parts; None: the first B.
 
     Raises UserError when the sequence or a token id does not fit the model, or the mask does not fit the prompts.
     """
@@ -53,7 +54,7 @@ def sample(
 
 
 def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConfig) -> None:
-    """Raises UserError where prompt and completion, or a token id of the settings, do not fit the model."""
+    """Raises UserError if prompt and completion, or a token id of the settings, do not fit the model."""
     length = prompt_length + settings.completion_length
     if length > config.max_length:
         raise UserError(
@@ -70,10 +71,10 @@ def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConf
 
 
 def replay(rollout: Rollout, config: DenoiserConfig, step: int) -> Int[Array, "B T"]:
-    """The tokens [B, P+L] as they were after `step` (-1: the fully masked start).
+    """Returns the tokens [B, P+L] as they were after `step` (-1: the fully masked start).
 
-    Exact although only the last write of a position is known: a position is written again only while it holds a mask.
-    What `stop_at_eos` filled in stays masked until `SamplerConfig.step_limit`.
+    They are exact although only the last write of a position is known, since a position is written again only while it
+    holds a mask. Positions that `stop_at_eos` filled in stay masked until `SamplerConfig.step_limit`.
     """
     prompt_length = rollout.tokens.shape[1] - rollout.commit_step.shape[1]
     later = jnp.pad(rollout.commit_step > step, ((0, 0), (prompt_length, 0)))
@@ -91,7 +92,7 @@ def compiled_sample(
     settings: SamplerConfig,
     numbers: Int[Array | np.ndarray, " B"] | None = None,
 ) -> Rollout:
-    """`sample` without its checks: the jitted program itself."""
+    """Samples as `sample` does, without its checks: this is the jitted program itself."""
     if config.block_size is not None:
         return sample_blocks(config, base, lora, prompts, prompt_mask, key, settings, numbers)
     rows, prompt_length = prompts.shape
@@ -112,7 +113,7 @@ def infill(
 ) -> Rollout:
     """Fills in the mask tokens of `tokens` [B, L], L the completion length; `real` [B, L] is False on pads.
 
-    Blocks are counted from the first column. For denoisers under full attention.
+    Blocks are counted from the first column. The denoiser must have full attention.
     """
     rows = len(tokens)
     given = None if real is None else real.astype(bool)
@@ -130,13 +131,16 @@ def unmask(
     settings: SamplerConfig,
     numbers: Array | None = None,
 ) -> Rollout:
-    """The loop of steps under full attention: writes the masks of `completion` [B, L]; `real` [B, P or P + L]."""
+    """Runs the loop of steps under full attention, which writes the masks of `completion` [B, L].
+
+    `real` is [B, P] or [B, P + L], False on pads.
+    """
     rows, prompt_length = prompts.shape
     length, limit = settings.completion_length, settings.step_limit
     beyond = settings.blocks * settings.block_length - length
     prompt_mask = None if real is None else real.astype(bool)
     if beyond:
-        # The last block is filled up with what nobody attends to, and nothing is written there.
+        # The last block is filled up with pads; no token attends to them, and nothing is written there.
         prompt_mask = real_tokens(jnp.ones((rows, 0), bool) if real is None else real, rows, prompt_length + length)
         prompt_mask = jnp.pad(prompt_mask, ((0, 0), (0, beyond)))
         completion = jnp.pad(completion, ((0, 0), (0, beyond)), constant_values=config.pad_token_id)
@@ -152,7 +156,7 @@ def unmask(
             more &= ~(ended & (state.step_in_block == 0)) if settings.grow else ~ended
         return more
 
-    # A step passes a block at least.
+    # Each step runs at least one block.
     base, lora = repeated(config, base, lora, tokens=limit * rows * settings.block_length)
     keys = row_keys(key, rows, numbers)
     write = functools.partial(commit, config, base, keys, settings)
@@ -170,7 +174,10 @@ def unmask(
         return write(state, lambda place: read(prompt_length + first + place))
 
     def refreshed_steps(state: State) -> State:
-        """A full step, and the cached ones up to the next. The cache is a constant of their loop, never copied."""
+        """Takes a full step and the cached steps up to the next full one.
+
+        The cache is a constant of the loop over cached steps, and so is never copied.
+        """
         with jax.named_scope("refresh"):
             inputs, mask = passes(config, settings, state.tokens, prompt_mask)
             hidden, cache = refresh(config, base, lora, inputs, mask, state.block, settings)

@@ -1,8 +1,8 @@
 """Per-token reads of a policy on masked views: log-probabilities, centred logits, entropy.
 
 The vocabulary is walked in chunks, forwards and backwards, so nothing of shape `[B, L, V]` ever exists; every sum over
-the vocabulary is float32. And each token is read from one view only: of the views that cover a completion together,
-the hidden state of the one that masks the token is selected first, and the head runs once on the selection.
+the vocabulary is float32. Each token is read from one view only: among the views that together cover a completion, the
+hidden state of the one that masks the token is selected first, and the head runs once on the selection.
 
 K denoiser passes, R reads per token, B rows, L completion tokens, D model size, V vocabulary.
 """
@@ -26,13 +26,13 @@ DEFAULT_CHUNK = 16384
 
 @flax.struct.dataclass
 class Views:
-    """Masked views of a batch and where each completion token is read.
+    """Masked views of a batch, and the view in which each completion token is read.
 
     Attributes:
       masked: `[K, B, T]` bool, the tokens hidden in each denoiser pass.
-      weights: `[R, B, L]` float32, what each read counts in a score; 0 where a token is not read.
+      weights: `[R, B, L]` float32, the weight of each read in a score; 0 where a token is not read.
       sources: static; for each of the R reads, the passes among which it chooses. A token is read in the first of them
-        that masks it, in the last if none does. `((0, 1),)` is a coupled pair, `((0,),)` a single pass.
+        that masks it, or in the last if none does. `((0, 1),)` is a coupled pair, `((0,),)` a single pass.
     """
 
     masked: Any
@@ -40,12 +40,12 @@ class Views:
     sources: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
     def read(self, *arguments: Any, **options: Any) -> dict:
-        """How views of this kind are read; arguments as for `read_views`."""
+        """Reads views of this kind; the arguments are those of `read_views`."""
         return _read_chosen(*arguments, **options)
 
 
 def hidden_where_read(views: Views) -> Bool[Array, "R B L"]:
-    """Returns where a token is masked in the pass that it is read from; elsewhere the model has seen it."""
+    """Returns where a token is masked in the pass in which it is read; elsewhere that pass shows it to the model."""
     masked = views.masked[:, :, -views.weights.shape[-1] :]
     return jnp.stack([jnp.any(masked[jnp.array(source)], axis=0) for source in views.sources])
 
@@ -89,10 +89,10 @@ def _read_chosen(
     dropout_key: Array | None,
     chunk: int,
 ) -> dict:
-    """One read of each token and source, from the first pass of the source that masks it."""
+    """Reads each token once per source, in the first pass of the source that masks it."""
     passes, rows, total = views.masked.shape
     length = views.weights.shape[-1]
-    # The passes of a row stand together, and so on one device.
+    # The passes of a row are adjacent, and so on one device.
     noisy = jnp.where(jnp.moveaxis(views.masked, 0, 1), config.mask_token_id, tokens[:, None])
     noisy = noisy.reshape(rows * passes, total)
     repeated_mask = None if prompt_mask is None else jnp.repeat(prompt_mask, passes, axis=0)
@@ -100,7 +100,7 @@ def _read_chosen(
     if config.block_size is None:
         read = hidden_states_at(config, base, lora, noisy, **given)
     else:
-        # Under block-causal attention a block is masked behind clean ones.
+        # Under block-causal attention a masked block is read after clean ones.
         clean = jnp.repeat(tokens, passes, axis=0)
         read = noisy_states_at(config, base, lora, clean, noisy, length=length, **given)
     hidden = jnp.moveaxis(read(slice(total - length, total)).reshape(rows, passes, length, -1), 1, 0)
@@ -124,12 +124,12 @@ def read_tokens(
     *,
     chunk: int,
 ) -> dict:
-    """What the head says of `targets` at `hidden`, as `{read: [*N] float32}`.
+    """Computes the reads of `targets` from the hidden states `hidden`, as `{read: [*N] float32}`.
 
-    Reads: "log_prob" is `z_y - logsumexp(z)`; "centred" is `z_y - mean_v z_v` (GDSD, arXiv 2605.29398, Eq. 8), which
-    is one dot product with `w_y - mean_v w_v` and needs no normaliser; `("centred_top_k", k)` is `z_y` minus the mean
-    of the k largest logits; "entropy" is that of `softmax(z)`, in nats, and "entropy_value" the same without a
-    gradient, which a metric does not need.
+    "log_prob" is `z_y - logsumexp(z)`. "centred" is `z_y - mean_v z_v` (GDSD, arXiv 2605.29398, Eq. 8), which is one
+    dot product with `w_y - mean_v w_v` and needs no normaliser. `("centred_top_k", k)` is `z_y` minus the mean of the k
+    largest logits. "entropy" is that of `softmax(z)`, in nats, and "entropy_value" is the same without a gradient,
+    which a metric does not need.
     """
     head = head_weights(config, base)
     precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
@@ -162,7 +162,10 @@ def read_tokens(
 
 
 def _row_logits(hidden: Float[Array, "*N D"], rows: Array, precision: Any) -> Float[Array, "*N"]:
-    """Logits of one head row each. Rows are cast here, after they are picked, so that the head's gradient is not."""
+    """Computes the logits of one head row each.
+
+    The rows are cast here, after they are picked, so that the gradient of the head is not cast.
+    """
     return jnp.einsum(
         "...d,...d->...", hidden, rows.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
     )
@@ -172,19 +175,19 @@ def _row_logits(hidden: Float[Array, "*N D"], rows: Array, precision: Any) -> Fl
 def target_and_normaliser(
     hidden: Float[Array, "*N D"], head: Float[Array, "V D"], targets: Int[Array, "*N"], precision: Any, chunk: int
 ) -> tuple[Float[Array, "*N"], Float[Array, "*N"], Float[Array, "*N"]]:
-    """`z_y`, `logsumexp(z)`, and `sum_v p_v z_v` without a gradient.
+    """Computes `z_y`, `logsumexp(z)`, and `sum_v p_v z_v`, the last without a gradient.
 
     The gradient of `z_y - logsumexp(z)` is `w_y - sum_v p_v w_v`, the difference of two nearly equal rows where a token
-    is confident: both stay float32 until one is taken from the other. The second row's sum runs beside that of the
-    normaliser, rescaled as the maximum grows, so that no logit is computed twice: two products with the head instead of
-    three. The gradient of a trained head sums `onehot - p` over tokens, in float32.
+    is confident, so both stay float32 until they are subtracted. The sum of the second row is accumulated beside that
+    of the normaliser and rescaled as the maximum grows, so that no logit is computed twice: two products with the head
+    instead of three. The gradient of a trained head sums `onehot - p` over tokens, in float32.
     """
     normaliser, mean_logit, _ = _normaliser(hidden, head, precision, chunk, False)
     return _row_logits(hidden, jnp.take(head, targets, axis=0), precision), normaliser, mean_logit
 
 
 def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bool) -> tuple[Array, Array, Any]:
-    """Log-normaliser, mean logit, and with `pull` the mean row of the head, all under `softmax(z)`."""
+    """Computes the log-normaliser, the mean logit and, with `pull`, the head's mean row, all under `softmax(z)`."""
     shape = hidden.shape[:-1]
     # The mean logit is the mean row's, which bfloat16 would round too much.
     by_row = pull and hidden.dtype == jnp.float32
@@ -234,7 +237,7 @@ def _target_and_normaliser_backward(
         stats = _vocabulary_statistics(hidden, head, targets, precision, None, chunk)
         return stats["target"], stats["log_normaliser"]
 
-    # The second is needed, and computed, only where the head is trained.
+    # The gradient of the head is needed, and computed, only where the head is trained.
     return of_hidden.astype(hidden.dtype), jax.vjp(of_head, head)[1]((of_target, of_normaliser))[0], None
 
 
@@ -243,7 +246,7 @@ target_and_normaliser.defvjp(_target_and_normaliser_forward, _target_and_normali
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def chunk_logits(hidden: Float[Array, "*N D"], rows: Float[Array, "C D"], dtype: Any, precision: Any) -> Array:
-    """Logits `[*N, C]` in float32 of factors that are cast to `dtype`; gradients have the dtypes of the arguments."""
+    """Computes float32 logits `[*N, C]` of factors cast to `dtype`; gradients have the dtypes of the arguments."""
     z = jnp.einsum(
         "...d,vd->...v", hidden.astype(dtype), rows.astype(dtype),
         precision=precision, preferred_element_type=jnp.float32,
@@ -257,7 +260,7 @@ def _logits_forward(hidden: Array, rows: Array, dtype: Any, precision: Any) -> t
 
 def _logits_backward(dtype: Any, precision: Any, saved: tuple, gradient: Array) -> tuple[Array, Array]:
     hidden, rows = saved
-    # All that a logit counts in is summed up by now (`onehot - p`), so that the cast rounds the difference.
+    # The gradient of a logit is complete by now (`onehot - p`), so that the cast rounds the difference.
     gradient = gradient.astype(dtype)
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     of_hidden = product("...v,vd->...d", gradient, rows.astype(dtype))
@@ -271,7 +274,7 @@ chunk_logits.defvjp(_logits_forward, _logits_backward)
 def _vocabulary_statistics(
     hidden: Array, head: Array, targets: Array, precision: Any, top_k: int | None, chunk: int
 ) -> dict[str, Array]:
-    """The target's logit, log-normaliser, `sum_v p_v z_v` and the k largest logits, accumulated over chunks of rows.
+    """Computes the target's logit, the log-normaliser, `sum_v p_v z_v` and the k largest logits, chunk by chunk.
 
     The backward pass recomputes each chunk's logits, so that the gradient needs no more memory than the value.
     """
@@ -304,7 +307,7 @@ def over_chunks(step: Callable[[Any, Array, Array], Any], carry: Any, head: Floa
         return step(carry, head, jnp.arange(vocab))
     size = _chunk_size(vocab, chunk)
     count = vocab // size
-    # A chunk takes every count-th row: where the vocabulary is cut over devices, each has its share of every chunk.
+    # A chunk takes every count-th row: if the vocabulary is split over devices, each has its share of every chunk.
     chunks = head[: count * size].reshape(size, count, width)
     take = functools.partial(jax.lax.dynamic_index_in_dim, chunks, axis=1, keepdims=False)
     ids = count * jnp.arange(size)
@@ -316,5 +319,5 @@ def over_chunks(step: Callable[[Any, Array, Array], Any], carry: Any, head: Floa
 
 
 def _chunk_size(vocab: int, chunk: int) -> int:
-    """The largest divisor of `vocab` in `(chunk/2, chunk]`, so that no rest is left; `chunk` where there is none."""
+    """Returns the largest divisor of `vocab` in `(chunk/2, chunk]`, which leaves no rest, or else `chunk`."""
     return next((size for size in range(chunk, chunk // 2, -1) if vocab % size == 0), chunk)

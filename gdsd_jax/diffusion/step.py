@@ -1,4 +1,4 @@
-"""One step of unmasking: candidates where masks are, scored, the best of them committed.
+"""One step of unmasking: candidates are drawn where masks are and scored, and the best of them are committed.
 
 Letters as in `sampler`.
 """
@@ -17,7 +17,7 @@ from gdsd_jax.diffusion.remasking import LOWEST, STRATEGIES, SamplerConfig, comm
 
 
 class Rollout(NamedTuple):
-    """Completions and how they came about.
+    """Completions, and how they were written.
 
     tokens: [B, P+L] int32, prompt and completion.
     commit_step: [B, L] int32, the last step that wrote the position, counted from 0 over all blocks;
@@ -26,8 +26,8 @@ class Rollout(NamedTuple):
         temperature, top_p and top_k (but after guidance, `suppress` and `forbid_mask`); -inf if no step wrote it.
     log_prob: [B, L] float32 or None, the committed token's log-probability at its draw, that is, after temperature,
         top_p and top_k; 0 if no step wrote it.
-    entropy: [B, L] float32 or None, of the distribution of which `confidence` is a probability, in nats; 0 if no step
-        wrote it. Both are None without `SamplerConfig.record`.
+    entropy: [B, L] float32 or None, in nats, the entropy of the distribution from which `confidence` is read; 0 if no
+        step wrote it. Both this and `log_prob` are None without `SamplerConfig.record`.
     """
 
     tokens: Array
@@ -49,12 +49,12 @@ class State(NamedTuple):
 
 
 def ends(config: DenoiserConfig, tokens: Array) -> Array:
-    """Where an id that ends a completion stands."""
+    """Tells where `tokens` hold an id that ends a completion."""
     return functools.reduce(jnp.logical_or, [tokens == token for token in config.ends])
 
 
 def finished(config: DenoiserConfig, completion: Array) -> Array:
-    """[B]: an id that ends a completion is committed and nothing before it is masked."""
+    """Tells for each row, [B], whether an id that ends a completion is committed and nothing before it is masked."""
     masked_before = jnp.cumsum(completion == config.mask_token_id, axis=1)
     return jnp.any(ends(config, completion) & (masked_before == 0), axis=1)
 
@@ -62,7 +62,10 @@ def finished(config: DenoiserConfig, completion: Array) -> Array:
 def passes(
     config: DenoiserConfig, settings: SamplerConfig, tokens: Array, prompt_mask: Array | None
 ) -> tuple[Array, Array | None]:
-    """The rows that the denoiser sees, [B, T] or, with guidance, [2B, T]: the two passes of a row stand together."""
+    """Returns the rows that the denoiser sees, and their prompt mask.
+
+    The rows are [B, T] or, with guidance, [2B, T], where the two passes of a row are adjacent.
+    """
     if settings.cfg_scale == 0:
         return tokens, prompt_mask
     in_prompt = jnp.arange(tokens.shape[1]) < tokens.shape[1] - settings.completion_length
@@ -72,9 +75,9 @@ def passes(
 
 
 def beginning(config: DenoiserConfig, settings: SamplerConfig, tokens: Array, limit: int) -> State:
-    """The state before the first step on `tokens` [B, T], whose last L are written; `limit` marks unwritten ones.
+    """Returns the state before the first step on `tokens` [B, T], whose last L are the completion.
 
-    What is given there has been committed at step -1.
+    `limit` is the `commit_step` of its masked positions; tokens that are given there count as committed at step -1.
     """
     shape = (len(tokens), settings.completion_length)
     masked = tokens[:, tokens.shape[1] - shape[1] :] == config.mask_token_id
@@ -92,7 +95,7 @@ def beginning(config: DenoiserConfig, settings: SamplerConfig, tokens: Array, li
 
 
 def row_keys(key: Array, rows: int, numbers: Array | None) -> Array:
-    """The rows' own keys, [B]; `numbers` [B] says which rows of a rollout these are, None: the first."""
+    """Returns the rows' own keys, [B]; `numbers` [B] are the numbers of the rows in a rollout, None: the first ones."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows) if numbers is None else numbers)
 
 
@@ -105,14 +108,15 @@ def commit(
     read: Read,
     span: tuple[Array, int] | None = None,
 ) -> State:
-    """One step; `keys` [B] are the rows' own, `read` gives hidden states at places of its region.
+    """Takes one step; `keys` [B] are the rows' own, and `read` gives hidden states at places of the step's region.
 
-    With `span`, start and size in the completion, that is the region, and it is finished once nothing in it is masked.
+    With `span`, a start and a size in the completion, this span is the region, and the block is finished once nothing
+    in the span is masked.
     """
     prompt_length = state.tokens.shape[1] - settings.completion_length
     block_end = (state.block + 1) * settings.block_length
     start, size = region(settings, state.block) if span is None else span
-    # Not by the count of all steps, which with a threshold depends on the slowest row of each block.
+    # Keys do not depend on the count of all steps, which with a threshold depends on the slowest row of each block.
     of_step = lambda key: jax.random.fold_in(jax.random.fold_in(key, state.block), state.step_in_block)  # noqa: E731
     step_keys = jax.vmap(lambda key: jax.random.split(of_step(key), 3))(keys)
     uniforms = lambda number, *shape: jax.vmap(lambda key: jax.random.uniform(key, shape))(step_keys[:, number])  # noqa: E731

@@ -1,10 +1,10 @@
-"""The exact log-probability of a rollout: that every step commits just the tokens and positions that it committed.
+"""The exact log-probability of a rollout: that every step commits exactly the tokens and positions that it did.
 
     log pi(trajectory) = sum_s log P(U_s, y_U | state before s)
 
-Each factor is computable with one forward pass (`gdsd_jax.diffusion.order`), for every strategy, schedule, block,
-temperature, cut and threshold of the sampler. It is the probability of the completion together with the order in which
-it came about; that of the completion alone is a sum over orders.
+Each factor takes one forward pass (`gdsd_jax.diffusion.order`), for all settings of the sampler that `check_defined`
+accepts. The result is the probability of the completion together with the order in which it was written; that of the
+completion alone is a sum over orders.
 
 K views, B rows, L completion tokens, T = P + L tokens, S positions of a block, V vocabulary.
 """
@@ -35,10 +35,10 @@ STEP_READS = ("step_log_prob", "proposal_log_prob", "log_prob", "entropy", "entr
 class StepViews(Views):
     """What a sampler saw before some of its steps; each view is a single pass, read by itself.
 
-    Reads are those of `STEP_READS`. "step_log_prob" adds up to the log-probability of the step over its positions,
-    "proposal_log_prob" is the log-probability at which a committed token is drawn, with temperature and cuts; the
-    others speak of the plain distribution. All are 0 at positions that the step does not commit, but for
-    "step_log_prob", which speaks of those that it leaves masked too.
+    Reads are those of `STEP_READS`. "step_log_prob", summed over positions, is the log-probability of the step.
+    "proposal_log_prob" is the log-probability at which a committed token is drawn, with temperature and cuts. The
+    others are of the distribution without temperature and cuts. All are 0 at positions that the step does not commit,
+    except "step_log_prob", which has terms for positions that the step leaves masked too.
 
     Attributes:
       step: `[K, B]` int32, the steps. A step that commits nothing reads 0.
@@ -65,7 +65,7 @@ def step_views(
     *,
     at_once: int | None = None,
 ) -> StepViews:
-    """The states before `step`, weighing 1 where a step commits a token."""
+    """Returns views of the states before each `step`; positions that the step commits have weight 1, others 0."""
     masked = masking.behind_prompt(commit_step >= step[..., None], prompt_length)
     weights = (commit_step == step[..., None]).astype(jnp.float32)
     sources = tuple((index,) for index in range(step.shape[0]))
@@ -83,11 +83,12 @@ def trajectory_log_prob(
     chunk: int = DEFAULT_CHUNK,
     steps_at_once: int = 1,
 ) -> Float[Array, "B steps"]:
-    """Log-probability of each step of a rollout, in nats; 0 for steps that were not taken or had nothing to commit.
+    """Computes the log-probability of each step of a rollout, in nats.
 
-    Differentiable in `base` and `lora`. The sum over steps is the log-probability of completions and commit steps. It
-    is -inf where the policy could not have made the step, which rounding brings about too: of two candidates within it
-    of each other either may rank first, and a token may be cut. One forward pass a step, none where no row commits.
+    Steps that were not taken or had nothing to commit have the log-probability 0, and steps that the policy could not
+    have made have -inf. Rounding can also cause -inf: of two candidates whose scores differ by rounding alone either
+    may rank first, and a token may be cut. The sum over steps is the log-probability of completions and commit steps.
+    It is differentiable in `base` and `lora`. Each step takes one forward pass, or none where no row commits.
 
     Args:
       rollout: of `sample` with these settings; all rows of the batch, as they decide together when it stops.
@@ -122,7 +123,7 @@ def check_attention(config: DenoiserConfig) -> None:
 
 
 def check_defined(settings: SamplerConfig) -> None:
-    """Raises UserError where the probability of a trajectory is not defined, or not that of the recorded steps."""
+    """Raises UserError if the probability of a trajectory is not defined, or is not that of the recorded steps."""
     exact = settings.cache == "none" or settings.refresh_every == 1
     for wrong, message in (
         (
@@ -171,9 +172,10 @@ def _compiled(
 
 
 def schedule_log_prob(commit_step: Int[Array, "B L"], settings: SamplerConfig) -> Float[Array, "B steps"]:
-    """Log-probability of the number of tokens that each step commits: 0 or -inf, or with `origin` that of its coins.
+    """Computes the log-probability of the number of tokens that each step commits.
 
-    Threshold and factor have no schedule: 0.
+    A schedule makes it 0 or -inf; with `origin` it is the log-probability of the step's coins. A threshold or a factor
+    has no schedule, and makes it 0.
     """
     limit, per_block = settings.step_limit, settings.steps_per_block
     step = jnp.arange(limit)
@@ -213,7 +215,7 @@ def _read_steps(
     dropout_key: Array | None,
     chunk: int,
 ) -> dict:
-    """`read_views` for `StepViews`: only the active block of each step is read."""
+    """Reads `StepViews` as `read_views` does; only the active block of each step is read."""
     count, at_once = views.step.shape[0], views.at_once or views.step.shape[0]
     size = next(n for n in range(min(at_once, count), 0, -1) if count % n == 0)
     read = functools.partial(_read_some, config, base, lora, tokens, views, reads, prompt_mask, chunk)
@@ -247,7 +249,7 @@ def _read_some(
     step: Array,
     dropout_key: Array | None,
 ) -> dict:
-    """The reads, `[c, B, L]`, of `masked` [c, B, T] before `step` [c, B], in one forward pass."""
+    """Computes the reads, `[c, B, L]`, of the views `masked` [c, B, T] before `step` [c, B], in one forward pass."""
     settings, length = views.sampler, views.commit_step.shape[-1]
     (count, rows, total), size = masked.shape, settings.block_length
     commits = views.commit_step == step[..., None]
@@ -258,7 +260,7 @@ def _read_some(
     # A row that commits nothing has no active block.
     eligible = at_block(masked[:, :, total - length :]) & jnp.any(commits, axis=-1, keepdims=True)
 
-    # The views of a row stand together, and with guidance the two passes of a view.
+    # The views of a row are adjacent, and with guidance so are the two passes of a view.
     noisy = jnp.moveaxis(jnp.where(masked, config.mask_token_id, tokens), 0, 1).reshape(rows * count, total)
     real = None if prompt_mask is None else jnp.repeat(prompt_mask.astype(bool), count, axis=0)
     noisy, real = passes(config, settings, noisy, real)
@@ -283,7 +285,7 @@ def step_reads(
     reads: tuple,
     dtype: Any = jnp.float32,
 ) -> dict:
-    """`STEP_READS` `[..., S]` from a walk over logits, see `gdsd_jax.diffusion.order`."""
+    """Computes those of `STEP_READS` that are in `reads`, `[..., S]`, from a walk, see `gdsd_jax.diffusion.order`."""
     out = {}
     if "step_log_prob" in reads:
         arguments = (walk, target, committed, eligible, settings, vocab_size, dtype)
@@ -309,9 +311,10 @@ def step_reads(
 def vocabulary_walk(
     config: DenoiserConfig, base: Any, hidden: Float[Array, "G K B S D"], settings: SamplerConfig, chunk: int
 ) -> Walk:
-    """A walk over the logits of hidden states, conditional and with guidance unconditional; banned tokens are `NEVER`.
+    """Returns a walk over the logits of hidden states; banned tokens have the logit `NEVER`.
 
-    The backward pass recomputes each chunk's logits.
+    The states are the conditional ones and, with guidance, the unconditional ones. The backward pass recomputes each
+    chunk's logits.
     """
     head = head_weights(config, base)
     precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
