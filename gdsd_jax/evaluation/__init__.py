@@ -1,1 +1,1 @@
-"""Policies on held-out rows: completions, metrics with their errors, reports, and ways of decoding side by side."""
+"""Evaluates policies on held-out rows: completions, metrics with their errors, reports, comparisons of decoding."""

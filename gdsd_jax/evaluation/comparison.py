@@ -1,4 +1,4 @@
-"""The outcomes of a bench of methods: one row per method, its table in Markdown and its figure."""
+"""Reports the outcomes of a bench of methods: a table in Markdown with one row per method, and a figure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
 
 
-# An accuracy counts puzzles: two differences are easily equal, and their interval has then no width.
+# An accuracy is a count of puzzles, so two differences may well be equal, and their interval has then no width.
 FEWEST_PAIRS = 3
 
 
@@ -32,17 +32,17 @@ WIDTH = 80
 
 
 def state_of(run: TrainConfig, directory: Path) -> str:
-    """ "finished", "diverged" (the update was not finite) or "open"."""
+    """Returns "finished", "diverged" (an update was not finite) or "open"."""
     if (directory / "diverged").is_dir():
         return "diverged"
-    # The metrics of the last iteration stand before its checkpoint does.
+    # The metrics of the last iteration are written before its checkpoint.
     if not (directory / "checkpoints" / str(run.iterations)).is_dir():
         return "open"
     return "finished" if read_metrics(directory)[-1]["step"] == run.iterations else "open"
 
 
 def test_result(run: TrainConfig, directory: Path) -> dict[str, Any] | None:
-    """The metrics of an evaluation of the finished run, or None if there is none that fits."""
+    """Returns the metrics of an evaluation of the finished run, or None if no evaluation fits the run."""
     return read_result(run, directory / "evaluation", iteration=run.iterations)
 
 
@@ -60,13 +60,14 @@ def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[s
 
 
 def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any]) -> dict[str, Any] | None:
-    """What one run came to; None while it is open or not evaluated.
+    """Summarises one run; returns None while the run is open or not evaluated.
 
-    Of the final metric, the best one on the way (`config.evaluation`'s split), the median seconds per iteration, the
-    KL to the reference (`training.evaluation.reference_kl`). A diverged run has no policy left: its final metric
-    is 0. A run has collapsed where it diverged, or where the final metric lies below the start by more than two
-    standard errors of the difference; since when, says the first evaluation on the way from which on the metric never
-    came back to half of what had been its best (None where no evaluation saw it, or the run has not collapsed).
+    The summary holds the final metric, the best one during training (on `config.evaluation`'s split), the median
+    seconds per iteration and the KL to the reference (`gdsd_jax.evaluation.completions.reference_kl`). A diverged run
+    has no policy left, so its final metric is 0. A run has collapsed if it diverged, or if the final metric lies below
+    the start by more than two standard errors of the difference. `collapsed_at` is then the step of the first
+    evaluation during training from which on the metric stayed below half of its best value until then; it is None if no
+    evaluation saw the collapse, or if the run has not collapsed.
     """
     state = state_of(run, directory)
     diverged = state == "diverged"
@@ -96,7 +97,7 @@ def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any
 
 
 def collapse_step(entries: list[dict], name: str) -> int | None:
-    """The first step from which on a metric stayed below half of the best that it had reached before."""
+    """Returns the first step from which on a metric stayed below half of its best value until then, or None."""
     curve = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
     since, best = None, -math.inf
     for step, value in curve:
@@ -110,7 +111,7 @@ def _values(entries: list[dict], name: str) -> list[float]:
 
 
 def summarise(outcomes: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row per method from the outcomes of its runs; differences to the first are paired by seed."""
+    """Returns one row per method from the outcomes of its runs; differences to the first method are paired by seed."""
     first = next(iter(outcomes.values()))
     reference = {run["seed"]: run["final"] for run in first}
     rows = []
@@ -148,10 +149,10 @@ def write_report(
     *,
     writer: str = "",
 ) -> dict[str, Any]:
-    """Writes table and figure from whatever runs of the plan are in, and returns the table.
+    """Writes the table and the figure from those runs of the plan that have an outcome, and returns the table.
 
     Args:
-      writer: name of this host, where several write the same files.
+      writer: name of this host, where several hosts write the same files.
     """
     outcomes: dict[str, list] = {method: [] for method in methods}
     curves: dict[str, list] = {method: [] for method in methods}
@@ -184,7 +185,7 @@ def write_report(
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table with its reading, at most 80 columns wide unless a method's name is long."""
+    """Formats the table with its explanation in Markdown, at most 80 columns wide unless a method's name is long."""
     rows, first = table["methods"], table["methods"][0]["method"]
     start = table["start"]
     about = (
@@ -223,7 +224,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def ranks(rows: list[dict[str, Any]]) -> str:
-    """The sentences about who is ahead: a rank is claimed only where a paired interval excludes zero."""
+    """Returns the sentences about who is ahead; a rank is claimed only where a paired interval excludes zero."""
     first = rows[0]["method"]
     claims = []
     for row in rows[1:]:
@@ -252,17 +253,17 @@ def _percent(value: dict[str, Any], form: str = ".1f") -> str:
 
 
 def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str) -> None:
-    """Reward and evaluation over iterations (mean over seeds, band from least to greatest), and the final values.
+    """Draws reward and evaluation over iterations (mean over seeds, band from least to greatest), and final values.
 
     Args:
       curves: for each method the metrics of its runs.
-      split: what the runs were evaluated on while they trained.
+      split: the split on which the runs were evaluated while they trained.
     """
-    # Here and not above: Matplotlib takes a second to import.
+    # Imported only here, because Matplotlib takes a second to import.
     from matplotlib.figure import Figure
 
     metric = f"eval/{table['metric']}"
-    # Lines end in the styles' order too, for more methods than there are colours.
+    # Where there are more methods than colours, the colours repeat with dashed lines.
     looks = [(colour, line) for line in ("-", "--") for colour in COLOURS]
     figure = Figure(figsize=(13, 4.6), layout="constrained", dpi=130)
     left, middle, right = figure.subplots(1, 3, width_ratios=(5, 5, 3))
@@ -279,7 +280,7 @@ def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str)
     names = [row["method"] for row in table["methods"]]
     right.set_yticks(range(len(names)), names, fontsize=9)
     right.set_ylim(len(names) - 0.4, -0.8)
-    # The seeds set the scale: an interval from few seeds may run out of the picture, and out of what is possible.
+    # The values of the seeds set the scale: an interval from few seeds may exceed the picture and even 0 to 100 %.
     shown = [start, *(100 * run["final"] for row in table["methods"] for run in row["runs"])]
     margin = max(0.15 * (max(shown) - min(shown)), 2)
     right.set_xlim(min(shown) - margin, max(shown) + margin)
@@ -308,12 +309,12 @@ def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str)
 def _curve(
     axes: Axes, runs: list[list[dict]], name: str, style: dict[str, Any], *, scale: float = 1, smooth: bool = False
 ) -> None:
-    """Mean over the runs that have reached a step, and their range behind it."""
+    """Draws at each step the mean over the runs that have a value there, and the range of these values behind it."""
     steps = sorted({entry["step"] for entries in runs for entry in entries if entry.get(name) is not None})
     if not steps:
         axes.plot([], [], **style)
         return
-    # Noise from one iteration to the next, most of it the prompts', would hide one method behind another.
+    # Noise between iterations, most of it from the prompts, would hide one method behind another.
     width = 2 * (len(steps) // 10) + 1 if smooth else 1
     table = np.full((len(runs), len(steps)), np.nan)
     for row, entries in zip(table, runs, strict=True):
@@ -326,7 +327,7 @@ def _curve(
 
 
 def _final(axes: Axes, index: int, row: dict[str, Any], colour: str) -> None:
-    """One line of the last panel: the interval, the mean, and each seed (a cross where it collapsed)."""
+    """Draws one line of the last panel: the interval, the mean, and each seed (a cross where it collapsed)."""
     for run in row["runs"]:
         axes.plot(100 * run["final"], index + 0.22, "x" if run["collapsed"] else "o", color=colour, markersize=5,
                   alpha=0.6)  # fmt: skip

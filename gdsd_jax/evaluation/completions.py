@@ -1,4 +1,4 @@
-"""A policy on held-out rows: completions, the task's metrics and the distance from the base."""
+"""Evaluates a policy on held-out rows: completions, the task's metrics and the distance from the base."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ def evaluate_policy(
     batch_rows: int,
     key: jax.Array,
 ) -> dict[str, float]:
-    """Samples one completion per prompt; means of the task's metrics and, with an adapter, of `reference_kl` ("kl")."""
+    """Samples one completion per prompt and returns means over them.
+
+    The means are those of the task's metrics and, with an adapter, of `reference_kl` (named "kl").
+    """
     batches = complete(config, base, lora, prompts, sampler, tokenizer, batch_rows=batch_rows, key=key)
     return {name: float(value.mean()) for name, value in judge(task, prompts.rows, list(batches)).items()}
 
 
 class Completed(NamedTuple):
-    """Texts of one batch, and how far each lies from the base (`reference_kl`), None without an adapter."""
+    """The texts of one batch and the distance of each from the base (`reference_kl`), or None if it is not measured."""
 
     texts: list[str]
     kl: list[float] | None
@@ -60,17 +63,17 @@ def complete(
     skip: int = 0,
     divergence: bool = True,
 ) -> Iterator[Completed]:
-    """One completion per prompt, batch by batch; every batch has the same shape and draws from a key of its own.
+    """Yields one completion per prompt, batch by batch; all batches have one shape, and each has a key of its own.
 
     Args:
-      skip: leading batches that are there already.
+      skip: number of leading batches to leave out, because they exist already.
       divergence: False leaves `reference_kl` out.
     """
     count = len(prompts.rows)
     for index, batch_key in enumerate(_split(key, -(-count // batch_rows))):
         if index < skip:
             continue
-        # The last batch is filled up with its own first rows, whose second completions are dropped.
+        # The last batch is filled up with copies of its first row, whose completions are dropped.
         start = index * batch_rows
         chosen = np.arange(start, start + batch_rows)
         chosen = np.where(chosen < count, chosen, start)
@@ -84,9 +87,9 @@ def complete(
 
 
 def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:
-    """The metrics of completions, `[B]` each, one completion per row. What a metric fails on counts 0.
+    """Computes the metrics of completions, `[B]` each, one completion per row; NaN counts as 0.
 
-    Every process measures rows of its own, and learns what the others measured.
+    Every process measures rows of its own and receives the results of the other processes.
     """
     texts = [text for batch in batches for text in batch.texts]
     values = {name: np.nan_to_num(value) for name, value in share_out(task.metrics, texts, rows).items()}
@@ -96,7 +99,7 @@ def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, n
 
 
 def judge_by_all(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:
-    """Returns what `judge` does, and the metrics under the task's other graders as "METRIC (GRADER)"."""
+    """Returns the result of `judge`, and the metrics under the task's other graders as "METRIC (GRADER)"."""
     values = judge(task, rows, batches)
     distance = {name: values.pop(name) for name in ("kl",) if name in values}
     for name, grader in task.graders.items():
@@ -110,11 +113,11 @@ def judge_by_all(task: Task, rows: list[dict], batches: list[Completed]) -> dict
 def reference_kl(
     config: DenoiserConfig, base: Any, lora: LoRA, tokens: jax.Array, prompt_mask: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """How far the adapter has moved each completion's token log-probabilities from the base: `[B]`, nats per token.
+    """Measures how far the adapter moved each completion's token log-probabilities from the base.
 
-    The mean over tokens of `exp(-d) + d - 1`, `d = l_theta - l_ref`, read in one coupled pair of views of
-    `tokens` `[B, P+L]`, P from `prompt_mask`. Zero where the two agree; an estimate of their KL divergence only as
-    far as the completions are the policy's own samples.
+    The result, `[B]` in nats per token, is the mean over tokens of `exp(-d) + d - 1` with `d = l_theta - l_ref`, read
+    in one coupled pair of views of `tokens` `[B, P+L]`, P from `prompt_mask`. It is zero where the two policies agree,
+    and estimates their KL divergence only as far as the completions are the adapted policy's own samples.
     """
     rows, length = tokens.shape[0], tokens.shape[1] - prompt_mask.shape[1]
     masked = masking.stratified(key, rows, length, stratum=rows)
@@ -128,7 +131,7 @@ def reference_kl(
 
 
 class Part(NamedTuple):
-    """One task at one length: `prompts` has each of the `rows` as often as it is sampled, together."""
+    """One task at one length. `prompts` repeats each of the `rows` once per sample; repetitions are adjacent."""
 
     task: Task
     source: str

@@ -1,10 +1,10 @@
-"""Ways of decoding side by side: what a cache, a threshold or a factor saves of the exact sampler's work, and costs.
+"""Compares ways of decoding: how much of the exact sampler's work a cache, a threshold or a factor saves, at what cost.
 
     python -m gdsd_jax.evaluate --config configs/RECIPE.py --workdir runs/gsm8k --compare-decoding
 
 Each way completes the same rows at temperature 0, in batches of `config.evaluation.batch_rows`, after a batch that
-compiles and does not count. What stands beside the accuracy: the share of the completion's tokens that equal those of
-exact decoding, passes through the denoiser (of which cached ones compute a window only) and seconds, both per batch.
+compiles and does not count. Beside the accuracy, the table shows the share of the completion's tokens that equal those
+of exact decoding, and per batch the seconds and the passes through the denoiser (cached passes compute only a window).
 Blocks are those of `config.sampler`; with one block for the whole completion a cache has little to keep.
 """
 
@@ -47,7 +47,7 @@ HEADER = ("decoding", "accuracy", "equal %", "passes", "fewer", "seconds", "fast
 
 
 class Decoded(NamedTuple):
-    """Completions [N, L], and what each batch took: passes through the denoiser, seconds."""
+    """Completions `[N, L]`, and the passes through the denoiser and the seconds that each batch took."""
 
     tokens: np.ndarray
     passes: list[int]
@@ -66,13 +66,13 @@ def decode(policy: Policy, prompts: Prompts, sampler: SamplerConfig, *, batch_ro
         completed, steps = fetch((rollout.tokens[:, tokens.shape[1] :], rollout.commit_step))
         seconds.append(time.perf_counter() - began)
         found.append(completed[: count - start])
-        # Every step commits something.
+        # Every step commits something, so the last commit step gives the number of passes.
         passes.append(int(steps[steps < step_limit(policy.model, sampler)].max()) + 1)
     return Decoded(np.concatenate(found[1:]), passes[1:], seconds[1:])
 
 
 def compare(policy: Policy, part: Part, *, batch_rows: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each of `WAYS` on the rows of one task at one length; see the module's docstring."""
+    """Returns a row for each of `WAYS` on the rows of one task at one length; see the module's docstring."""
     rows, exact = [], None
     for name, changes in WAYS.items():
         sampler = dataclasses.replace(part.sampler, **changes)
@@ -100,7 +100,7 @@ def compare(policy: Policy, part: Part, *, batch_rows: int, seed: int) -> list[d
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of one task and length in Markdown, at most 80 columns wide."""
+    """Formats the rows of one task and length in Markdown, at most 80 columns wide."""
     first = rows[0]
     body = [
         [

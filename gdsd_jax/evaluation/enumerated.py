@@ -1,9 +1,10 @@
-"""A language of a few hundred completions, in which a policy's distance from the optimum can be summed up, not sampled.
+"""A language of a few hundred completions: a policy's distance from the optimum is a sum over all, without sampling.
 
-The optimum of `max E[psi A] - KL(pi || pi_old)` is `pi* ~ pi_old exp(psi A)`. Here `pi` is what the sampler writes, its
-trajectories summed over all orders of the commits; a method's inner updates are followed by `KL(pi_theta || pi*)`.
+The optimum of `max E[psi A] - KL(pi || pi_old)` is `pi* ~ pi_old exp(psi A)`. Here `pi` is the distribution that the
+sampler writes, summed over all orders of the commits. `KL(pi_theta || pi*)` is recorded along a method's inner updates.
 
-The denoiser has a few thousand weights and is trained, or left random; L tokens of V - 1 kinds, no prompt to speak of.
+The small denoiser `TOY` is trained or left random. Completions have `LENGTH` tokens of `KINDS` kinds, behind a prompt
+of one token.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NO_KL = {"beta": 0.0}
 
 
 class Toy(NamedTuple):
-    """base: parameters. log_prob: `[N]` of all completions. reward: `[N]`. completions: `[N, L]`."""
+    """The language and a denoiser's parameters `base`; `completions` `[N, L]` are all, `reward` `[N]` is theirs."""
 
     base: Any
     sampler: SamplerConfig
@@ -44,9 +45,9 @@ class Toy(NamedTuple):
 
 
 def methods_of(psi: float) -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Each method with settings under which its target is `log pi*`, where it has one; and what opens its clip.
+    """Returns each method with settings under which its target, if any, is `log pi*`, and settings that open its clip.
 
-    `psi` is per completion. Plain scores count each token half, hence their two.
+    `psi` is per completion. Plain scores count each token with weight 1/2, so their `psi` is divided by two.
     """
     per_token = psi / LENGTH
     return {
@@ -61,12 +62,12 @@ def methods_of(psi: float) -> dict[str, tuple[str, dict[str, Any], dict[str, Any
 
 
 def sampler_of(strategy: str) -> SamplerConfig:
-    """One token a step at temperature 1, without blocks; the EOS is no token of this language."""
+    """Returns a sampler of one token per step at temperature 1, without blocks and without EOS."""
     return SamplerConfig(LENGTH, LENGTH, LENGTH, strategy, temperature=1.0, suppress=(TOY.eos_token_id,))
 
 
 def make_toy(strategy: str, *, trained: bool, seed: int) -> Toy:
-    """The language, its rewards (how many of the tokens are the kind that their place asks for) and a denoiser."""
+    """Makes the language, its rewards and a denoiser; a reward is the share of tokens that fit their place."""
     completions = np.array(list(itertools.product(range(KINDS), repeat=LENGTH)), np.int32)
     reward = np.mean(completions == np.arange(LENGTH) % KINDS, axis=1)
     base = init_base(TOY, jax.random.key(seed))
@@ -78,7 +79,7 @@ def make_toy(strategy: str, *, trained: bool, seed: int) -> Toy:
 
 
 def with_prompt(completions: Array) -> Array:
-    """Behind a prompt of one token."""
+    """Puts a prompt of one token before each completion."""
     return jnp.pad(jnp.asarray(completions, jnp.int32), ((0, 0), (1, 0)))
 
 
@@ -107,7 +108,7 @@ def pretrain(base: Any, completions: np.ndarray, key: Array, *, updates: int = 4
 
 
 def log_probs(toy: Toy, base: Any) -> Float[Array, " N"]:
-    """What the sampler's policy writes, as the log-probability of every completion: summed over all orders."""
+    """Computes the log-probability that the sampler writes each completion, summed over all orders of the commits."""
     orders = np.array(list(itertools.permutations(range(LENGTH))), np.int32)
     count = len(toy.completions)
     tokens = with_prompt(jnp.tile(jnp.asarray(toy.completions), (len(orders), 1)))
@@ -128,9 +129,10 @@ def follow(
     learning_rate: float,
     seed: int,
 ) -> dict[str, list[float]]:
-    """Inner updates of a method on one batch of rollouts; at powers of two, the KL to the optimum and the mean reward.
+    """Runs inner updates of a method on one batch of rollouts and records the KL to the optimum and the mean reward.
 
-    The advantages are exact, reward less its expectation under the old policy.
+    They are recorded before the first update and after numbers of updates that are powers of two. The advantages are
+    exact: the reward minus its expectation under the old policy.
     """
     method = build(method_name, **settings)
     distribution = jax.jit(lambda base: log_probs(toy, base))
@@ -171,7 +173,7 @@ def follow(
             log_prob = np.asarray(distribution(base), np.float64)
             probability = np.exp(log_prob)
             found["update"].append(number)
-            # A policy may lose completions altogether; they add nothing.
+            # A policy may give completions probability 0; these add nothing.
             terms = np.where(probability > 0, probability * (np.maximum(log_prob, -1e3) - best), 0.0)
             found["kl"].append(float(np.sum(terms)))
             found["reward"].append(float(np.sum(probability * toy.reward)))
@@ -189,7 +191,7 @@ def compare_to_optimum(
     subjects: list[str] | None = None,
     report: Any = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Part (d) of the meter: each method, order of commits, with and without its clip, on random and trained toys."""
+    """Measures part (d) of the meter: methods and commit orders, with and without clip, on random and trained toys."""
     results = []
     for trained, strategy in itertools.product((False, True), ("random", "low_confidence")):
         toy = make_toy(strategy, trained=trained, seed=seed)

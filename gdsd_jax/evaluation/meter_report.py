@@ -1,4 +1,4 @@
-"""The meter's table, as JSON, Markdown and a figure."""
+"""Writes the meter's table as JSON, Markdown and a figure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(directory: Path, table: dict[str, Any]) -> None:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The tables with what they were measured on."""
+    """Formats the tables in Markdown, below a paragraph on what they were measured on."""
     distances = [str(d) for d in table["distances"]]
     about = (
         f"{table['rows']} rollouts of {table['source']}, mean reward {table['reward']:.3f}, mean exact log-probability "
@@ -69,8 +69,8 @@ def _grid(header: list[str], lines: list[list[str]]) -> str:
 
 
 def draw(path: Path, table: dict[str, Any]) -> None:
-    """Bias with its spread, errors of log-ratios, cosines; below, the distances to the optimum along the updates."""
-    # Late: Matplotlib takes a second to import.
+    """Draws bias with spread, errors of log-ratios and cosines; below these, the KL to the optimum over the updates."""
+    # Imported only here, because Matplotlib takes a second to import.
     from matplotlib.figure import Figure
 
     runs = table.get("enumerated", [])

@@ -50,17 +50,18 @@ def load_policy(
     adapter: str | None = None,
     best: bool = False,
 ) -> Policy:
-    """The policy that the flags name: `checkpoint` with `adapter`, or else the newest checkpoint of a run.
+    """Loads the policy that the flags name: `checkpoint` with `adapter`, or else the newest checkpoint of a run.
 
     Args:
       config: gives the task, the numerics and, unless `checkpoint` does, the base.
-      workdir: of a run of `gdsd_jax.train`; not looked at when one of the others is given.
+      workdir: directory of a run of `gdsd_jax.train`; ignored if `checkpoint` or `adapter` is given.
       checkpoint: a Hugging Face directory.
       adapter: a PEFT directory.
-      best: of the run, the checkpoint that did best in its evaluations.
+      best: whether to load the run's checkpoint that did best in its evaluations, in place of the newest.
 
     Raises:
-      UserError: nothing is named; the run trained another base or other adapters; a directory does not load.
+      UserError: no model is named; the run trained another base or other adapters; a directory does not load; or
+        `best` is set without a run.
     """
     if checkpoint is None and adapter is None and workdir is None:
         raise UserError("no model is named: give --workdir of a run, or --checkpoint, or --adapter")
@@ -78,7 +79,7 @@ def load_policy(
         _check_base(config, adapter)
         lora = place(lora, parameter_shardings(model, lora))
     elif record is not None:
-        # Late: Orbax takes seconds to import, and only runs need it.
+        # Imported only here, because Orbax takes seconds to import and only runs need it.
         from gdsd_jax.training.checkpoint import load_params
 
         if config.lora.rank:
@@ -86,7 +87,7 @@ def load_policy(
             shapes = jax.eval_shape(make, jax.random.key(0))
             lora, iteration = load_params(workdir, shapes, parameter_shardings(model, shapes), best=best)
         else:
-            # The shapes alone, so that two whole models are never in memory.
+            # Only the shapes of the base are kept, so that two whole models are never in memory.
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), base)
             places = jax.tree.map(lambda x: x.sharding, base)
             del base
@@ -95,7 +96,7 @@ def load_policy(
 
 
 def _check_base(config: TrainConfig, adapter: str) -> None:
-    """Warns of an adapter of another base, or refuses it, as `config.adapter_base` says."""
+    """Warns if an adapter belongs to another base, or raises UserError, depending on `config.adapter_base`."""
     found = hub.another_base(adapter, config.checkpoint)
     if found is None:
         return
@@ -106,7 +107,7 @@ def _check_base(config: TrainConfig, adapter: str) -> None:
 
 
 def _run_record(config: TrainConfig, workdir: Path) -> dict[str, Any]:
-    """The record of the run, which must have trained the same parameters as `config` describes."""
+    """Returns the record of the run; raises UserError unless it trained the parameters that `config` describes."""
     record = read_record(workdir)
     if record["config"].get("lora") != to_dict(config)["lora"]:
         raise UserError(f"{workdir} belongs to a run with another config.lora: give the --config that it started with")
@@ -115,7 +116,7 @@ def _run_record(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     return record
 
 
-# The flags by which `load_policy` is told what to load.
+# The flags that tell `load_policy` which model to load.
 POLICY_OPTIONS = {
     "checkpoint": Option(str, None, "Hugging Face directory to use instead of the run's newest checkpoint."),
     "adapter": Option(str, None, "PEFT directory to use on --checkpoint, or on the config's own."),

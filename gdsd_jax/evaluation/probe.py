@@ -1,4 +1,4 @@
-"""What methods believe of rollouts, against the exact likelihood of what the sampler did.
+"""Compares the likelihoods that methods estimate for rollouts with the exact likelihood of what the sampler did.
 
 B rows, M views, L completion tokens, D draws of masks.
 """
@@ -22,7 +22,7 @@ from gdsd_jax.methods import Batch, Method, Scores, build
 from gdsd_jax.training.state import policy
 
 NO_KL = {"beta": 0.0}
-# Method and settings of each row of the table; without KL, so that a gradient is the objective's alone.
+# Method and settings of each row of the table; without KL, so that a gradient is that of the objective alone.
 SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact_pg": ("exact_pg", {}),
     "gdsd": ("gdsd", NO_KL),
@@ -54,7 +54,7 @@ class Probe(NamedTuple):
 
 
 def probe(subject: str, config: DenoiserConfig, base: Any, *, block_length: int, chunk: int) -> Probe:
-    """The functions of one of `SUBJECTS`."""
+    """Builds the functions of one of `SUBJECTS`."""
     name, settings = SUBJECTS[subject]
     if name == "spg":
         settings = settings | {"block_length": block_length}
@@ -86,9 +86,9 @@ def probe(subject: str, config: DenoiserConfig, base: Any, *, block_length: int,
 
 
 def in_nats(name: str, settings: dict[str, Any], scores: Scores, batch: Batch) -> Float[Array, " B"]:
-    """A method's scores as an estimate of a completion's log-probability (of centred logits, a sum of them)."""
+    """Converts a method's scores to an estimate of each completion's log-probability (centred logits: their sum)."""
     if name == "spg":
-        # A mean per token; the bound that does not depend on the advantage.
+        # `normalised` is a mean per token, and is the bound that does not depend on the advantage.
         return scores.normalised * jnp.sum(batch.completion_mask, axis=1)
     guided = scores.guided
     if name == "exact_pg":
@@ -102,14 +102,14 @@ def in_nats(name: str, settings: dict[str, Any], scores: Scores, batch: Batch) -
 
 
 def exact(config: DenoiserConfig, base: Any, params: Any, batch: Batch, chunk: int) -> Float[Array, " B"]:
-    """The exact log-probability of each rollout, -inf where the policy could not have made it."""
+    """Computes the exact log-probability of each rollout, -inf where the policy could not have made it."""
     rollout = Rollout(batch.tokens, batch.commit_step, batch.confidence)
     given = (rollout, batch.prompt_mask, batch.sampler)
     return jnp.sum(trajectory_log_prob(config, *policy(base, params), *given, chunk=chunk), axis=1)
 
 
 def rank_correlation(estimate: np.ndarray, truth: np.ndarray, group_size: int) -> float:
-    """Spearman's, inside groups, averaged over those where both vary."""
+    """Computes Spearman's rank correlation inside groups, averaged over the groups in which both arguments vary."""
     found = []
     for x, y in zip(estimate.reshape(-1, group_size), truth.reshape(-1, group_size), strict=True):
         ranks = [np.unique(v, return_inverse=True, return_counts=True) for v in (x, y)]
@@ -123,10 +123,11 @@ def rank_correlation(estimate: np.ndarray, truth: np.ndarray, group_size: int) -
 def moved_to(
     distance: float, params: Any, direction: Any, log_ratio: Callable[[Any], np.ndarray], *, halvings: int = 8
 ) -> tuple[Any, np.ndarray]:
-    """Goes along `direction` until the median size of the exact log-ratio is `distance`; what it is there.
+    """Moves `params` along `direction` until the median size of the exact log-ratio is `distance`.
 
-    A median, since the log-probability jumps where ranks swap or a token crosses a threshold: the jumps of a few rows
-    would make up all of a mean square. Doubles the step until it is too long, then halves the bracket.
+    Returns the moved parameters and the log-ratios there. The distance is a median, since the log-probability jumps
+    where ranks swap or a token crosses a threshold, and the jumps of a few rows would dominate a mean square. The
+    search doubles the step until it is too long, then halves the bracket.
     """
     flat, unravel = ravel_pytree(params)
     unit = direction / jnp.linalg.norm(direction)
@@ -142,7 +143,7 @@ def moved_to(
 
 
 def cosine(x: Array, y: Array) -> float:
-    """Of the angle between two gradients."""
+    """Computes the cosine of the angle between two gradients."""
     return float(jnp.vdot(x, y) / jnp.maximum(jnp.linalg.norm(x) * jnp.linalg.norm(y), 1e-30))
 
 
@@ -159,10 +160,10 @@ def measure(
     chunk: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Parts (a), (b) and (c) of the meter, on one batch of rewarded rollouts.
+    """Measures parts (a), (b) and (c) of the meter on one batch of rewarded rollouts.
 
-    Every method is measured on the same rollouts and on the same moved policies: along the exact policy gradient, to
-    log-ratios of `distances` (median size over rows).
+    Every method is measured on the same rollouts and on the same moved policies. For each of `distances`, a policy is
+    moved along the exact policy gradient until its log-ratio has that median size over rows.
     """
     truth_of = lambda params: np.asarray(exact(config, base, params, batch, chunk), np.float64)  # noqa: E731
     truth = truth_of(params)

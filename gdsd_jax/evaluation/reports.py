@@ -1,4 +1,4 @@
-"""An evaluation as files: JSON, a Markdown table of task by length, a figure, the completions; and two side by side."""
+"""Writes an evaluation as JSON, a Markdown table of task by length, a figure and completions; compares two of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPARISON = "comparison"
 
 
 def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None:
-    """Writes the four files, each at once or not at all."""
+    """Writes the four files, each whole or not at all."""
     title, header, body = describe(summary), *_grid(summary)
     legend = "Mean ± standard error of the mean over rows; in parentheses the denoising steps."
     write_text(directory / COMPLETIONS, "".join(json.dumps(record) + "\n" for record in records))
@@ -31,7 +31,7 @@ def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """One line: which model on which rows, and how."""
+    """Describes in one line which model was evaluated on which rows, and how."""
     model = summary["adapter"] or summary["checkpoint"]
     if summary["workdir"]:
         model = f"{summary['workdir']}, iteration {summary['iteration']}"
@@ -42,7 +42,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def table(summary: dict[str, Any]) -> rich.table.Table:
-    """The table for a terminal."""
+    """Builds the table for a terminal."""
     header, body = _grid(summary)
     result = rich.table.Table(title=describe(summary), box=rich.box.SIMPLE_HEAD, title_justify="left")
     for index, name in enumerate(header):
@@ -53,7 +53,7 @@ def table(summary: dict[str, Any]) -> rich.table.Table:
 
 
 def _grid(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and body: one line per task and metric, one column per length."""
+    """Returns header and body of the table: one line per task and metric, one column per length."""
     columns = {entry["completion_length"]: entry["steps"] for entry in summary["results"]}
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for entry in summary["results"]:
@@ -65,14 +65,14 @@ def _grid(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(header: list[str], body: list[list[str]], *, left: int) -> str:
-    """A table, its first `left` columns flush left."""
+    """Formats a Markdown table whose first `left` columns are aligned left and whose others are aligned right."""
     rule = ["---" if index < left else "---:" for index in range(len(header))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 
 
 def draw(path: Path, summary: dict[str, Any]) -> None:
-    """A panel per task: each of its metrics over the completion length, with standard errors."""
-    # Here and not above: Matplotlib takes a second to import.
+    """Draws a panel per task: each of its metrics over the completion length, with standard errors."""
+    # Imported only here, because Matplotlib takes a second to import.
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(entry["task"] for entry in summary["results"]))
@@ -83,7 +83,7 @@ def draw(path: Path, summary: dict[str, Any]) -> None:
         axes = figure.add_subplot(rows, columns, index + 1)
         entries = [entry for entry in summary["results"] if entry["task"] == task]
         lengths = [str(entry["completion_length"]) for entry in entries]
-        # The distance from the base is on another scale.
+        # The distance from the base has another scale and is not drawn.
         names = [name for name in entries[0]["metrics"] if name != "kl"]
         for number, name in enumerate(names):
             found = [entry["metrics"][name] for entry in entries]
@@ -100,13 +100,13 @@ def draw(path: Path, summary: dict[str, Any]) -> None:
 
 
 def compare(directory: Path, other: Path) -> str:
-    """Holds the evaluation in `directory` against the one in `other`, item by item.
+    """Compares the evaluation in `directory` with the one in `other`, item by item.
 
-    Returns the Markdown table that it writes to `directory`, beside the same as JSON: the means of both, their
-    difference with its 95 % interval (Student's t over items), and for metrics that are 0 or 1 McNemar's exact test.
+    The table has the means of both, their difference with its 95 % interval (Student's t over items), and for metrics
+    that are 0 or 1 McNemar's exact test. It is written to `directory` as Markdown, which is also returned, and as JSON.
 
     Raises:
-      UserError: one of the two is no finished evaluation, or they have no task and length in common, or other rows.
+      UserError: one of the two is no finished evaluation; they have no task and length in common; or their rows differ.
     """
     summaries = [_read(place) for place in (directory, other)]
     values = []
@@ -158,7 +158,7 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def _values(directory: Path, summary: dict[str, Any]) -> dict[tuple[str, int], dict[str, np.ndarray]]:
-    """By task and length, each metric's mean over the samples of every item."""
+    """Reads, by task and length, each metric's mean over the samples of every item."""
     records = read_objects(directory / COMPLETIONS, "evaluate anew")
     found = {}
     for entry in summary["results"]:

@@ -1,4 +1,4 @@
-"""Evaluates a policy on tasks at several completion lengths, and goes on where a killed evaluation stopped."""
+"""Evaluates a policy on tasks at several completion lengths, and continues where a killed evaluation stopped."""
 
 from __future__ import annotations
 
@@ -57,15 +57,16 @@ def run(
 
     Args:
       workdir, checkpoint, adapter, best: see `gdsd_jax.evaluation.policy.load_policy`.
-      tasks: names with a file or None; none: the config's task.
-      lengths: completion lengths; none: those of `config.evaluation`.
+      tasks: names of tasks, each with a file or None; if empty, the config's task.
+      lengths: completion lengths; if empty, those of `config.evaluation`.
       count: rows of each split (or file); None: as many as the papers take.
       samples: completions of each row, at `temperature`.
-      pass_at: numbers of samples for pass@k, by the task's last metric.
+      pass_at: values of k for pass@k, which is computed from the task's last metric.
       output: directory of the files; None: `workdir / "evaluation"`.
 
     Raises:
-      UserError: whatever of this cannot be loaded, or does not fit together; an unfinished evaluation of another kind.
+      UserError: something named here cannot be loaded; arguments contradict each other; or the output directory holds
+        an unfinished evaluation with other settings.
     """
     output = output_directory(workdir, output)
     require_samples(samples, temperature, pass_at)
@@ -113,7 +114,7 @@ def run_decodings(
     split: str,
     count: int | None,
 ) -> str:
-    """The tables of `gdsd_jax.evaluation.decoding`, which are written too; arguments as for `run`."""
+    """Writes the tables of `gdsd_jax.evaluation.decoding` and returns them; the arguments are those of `run`."""
     samplers = _samplers(config, lengths, steps, 0.0)
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     parts = fitting(policy, plan(config, policy, samplers, tasks, split, count, 1))
@@ -128,7 +129,7 @@ def _samplers(
 
 
 def fitting(policy: Policy, parts: Iterable[Part]) -> list[Part]:
-    """The parts; UserError if one is there twice or does not fit the model."""
+    """Returns the parts as a list; raises UserError if one occurs twice or does not fit the model."""
     parts = list(parts)
     if len({part.name for part in parts}) < len(parts):
         raise UserError("a task or a length is named twice: change --tasks or --lengths")
@@ -138,7 +139,7 @@ def fitting(policy: Policy, parts: Iterable[Part]) -> list[Part]:
 
 
 def output_directory(workdir: Path | None, output: Path | None) -> Path:
-    """Where the files go; UserError if nothing says so."""
+    """Returns the directory for the files; raises UserError if neither argument is given."""
     if output is None and workdir is None:
         raise UserError("nowhere to write: give --output DIRECTORY, or the --workdir of a run")
     return output or workdir / "evaluation"
@@ -163,7 +164,7 @@ def plan(
     count: int | None,
     samples: int,
 ) -> Iterator[Part]:
-    """Every task at every length."""
+    """Yields every task at every length."""
     for name, file in names or ((config.task.name, None),):
         own = name == config.task.name
         prompt = config.evaluation.evaluation_prompt
@@ -184,7 +185,10 @@ def plan(
 
 
 def completions(config: TrainConfig, policy: Policy, parts: list[Part], output: Path) -> dict[str, list[Completed]]:
-    """The batches of every part, by its name: what `output` has of them, then the rest, kept there one by one."""
+    """Returns the batches of every part, by its name.
+
+    It reads the batches that `output` already holds, then samples the others and writes each of them there.
+    """
     key = stream_of_seed(config.seed, Stream.EVALUATION)
     rows = {part.name: min(config.evaluation.batch_rows, len(part.prompts.rows)) for part in parts}
     totals = {part.name: -(-len(part.prompts.rows) // rows[part.name]) for part in parts}
@@ -220,7 +224,7 @@ def completions(config: TrainConfig, policy: Policy, parts: list[Part], output: 
 
 
 def identity(config: TrainConfig, policy: Policy, parts: list[Part], batch_rows: dict[str, int]) -> dict[str, Any]:
-    """What decides the completions, as plain values: two evaluations with the same identity may be joined."""
+    """Returns what determines the completions, as plain values; evaluations with the same identity may be joined."""
     return {
         "parameters": [int(x) for x in fetch(checksum((policy.base, policy.lora)))],
         "model": dataclasses.asdict(policy.model),
@@ -237,10 +241,10 @@ def identity(config: TrainConfig, policy: Policy, parts: list[Part], batch_rows:
 
 
 def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
-    """The batches that an unfinished evaluation has left in `path`, which is made where there is none.
+    """Returns the batches that an unfinished evaluation left in `path`; creates the file if it is missing.
 
     Raises:
-      UserError: they are of another evaluation.
+      UserError: the batches belong to another evaluation, or cannot be read.
     """
     wanted = json.loads(json.dumps(wanted))
     require_regular(path)
@@ -261,11 +265,11 @@ def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
             f"{path} is an unfinished evaluation with another {other}: finish it with its own settings, remove it, "
             "or choose another --output"
         )
-    # Every process has read what is there before the first one adds to it.
+    # Every process must have read the file before the first one rewrites it.
     hosts.wait()
     if hosts.first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Anew, without a last line that a kill cut short.
+        # The file is rewritten without a last line that a kill cut short.
         with replacing(path) as draft:
             draft.write_bytes(b"".join(line + b"\n" for line in whole or [json.dumps(wanted).encode()]))
     batches: dict[str, list[Completed]] = {}
@@ -277,7 +281,7 @@ def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
 def result(
     part: Part, batches: list[Completed], samples: int, pass_at_k: Sequence[int]
 ) -> tuple[dict[str, Any], list[dict]]:
-    """The entry of `results` and the records of one part."""
+    """Returns the entry of `results` and the records of one part."""
     values = judge_by_all(part.task, part.prompts.rows, batches)
     by_item = {name: value.reshape(-1, samples) for name, value in values.items()}
     metrics = {name: mean_and_error(value.mean(axis=1)) for name, value in by_item.items()}

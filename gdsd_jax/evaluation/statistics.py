@@ -1,4 +1,4 @@
-"""What a handful of numbers says: means with errors, pass@k, and two evaluations of the same items side by side."""
+"""Statistics of a few values: means with errors, pass@k, and the comparison of two evaluations of the same items."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from scipy.special import stdtrit
 
 
 def mean_and_error(values: np.ndarray) -> dict[str, float]:
-    """The mean over items and its standard error, 0 for a single item."""
+    """Computes the mean over items and its standard error, which is 0 for a single item."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return {"mean": float(values.mean()), "error": float(error)}
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and its 95 % interval by Student's t over the values; `low` and `high` are None for fewer than two."""
+    """Computes the mean and its 95 % interval (Student's t); `low` and `high` are None for fewer than two values."""
     mean = float(np.mean(values)) if len(values) else None
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
@@ -26,21 +26,21 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def pass_at(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
-    """`1 - C(n - c, k) / C(n, k)` of each item: how often k of its n samples, c of them right, hold a right one.
+    """Computes `1 - C(n - c, k) / C(n, k)` of each item, the probability that k of its n samples include a right one.
 
-    Unbiased for every k up to n (Chen et al. 2021, arXiv 2107.03374, Eq. 1), unlike `1 - (1 - c/n)^k`; in integers,
-    because the binomials leave floating point early.
+    Of the n samples, c are right. The estimate is unbiased for every k up to n (Chen et al. 2021, arXiv 2107.03374,
+    Eq. 1), unlike `1 - (1 - c/n)^k`. Binomials are computed in integers, because they soon overflow floating point.
     """
     return np.array([1 - math.comb(samples - int(c), k) / math.comb(samples, k) for c in correct])
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """`first - second` over the same items: mean and 95 % interval of the difference, and an exact test where it fits.
+    """Computes mean and 95 % interval of `first - second` over the same items, and an exact test where it applies.
 
-    `p` is the exact two-sided McNemar test: of the items that only one of the two got right, either was equally likely
-    to be the one (a binomial test). None where the values are not all 0 or 1.
+    `p` is that of the exact two-sided McNemar test. Its hypothesis is that each item which only one of the two got
+    right was equally likely to be got right by either (a binomial test). It is None where values are not all 0 or 1.
     """
-    # Late: scipy.stats takes a second to import.
+    # Imported only here, because scipy.stats takes a second to import.
     from scipy.stats import binomtest
 
     found = interval((first - second).tolist())

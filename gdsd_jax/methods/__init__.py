@@ -1,6 +1,6 @@
 """The loss library. A method is one small value in one dictionary, `METHODS`.
 
-Start reading in `method` (the contract), then in `gdsd` (an example); `common` has the pieces that equations share.
+Read `method` (the contract) first, then `gdsd` (an example); `common` has the pieces that several equations share.
 """
 
 from gdsd_jax.methods.method import Batch, Method, Scores, check

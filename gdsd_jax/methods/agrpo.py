@@ -2,14 +2,14 @@
 
     loss = 1/(M G) sum_{i,m} w_im sum_{k in U_s} [ -min(r_ik A_i, clip(r_ik) A_i) + beta k3_ik r_ik ]
 
-over rows i and M steps s of each, drawn with probability `p_is`, `w = 1 / (T_i p_is)`. `U_s` is what step s committed,
-read in the state before it, with the sampler's temperature and cuts; `r` is against the log-probability at which the
-sampler drew the token, and k3 to the reference. `p_is` is proportional to the entropy, summed over `U_s`, that the
-rollout recorded (plus 1e-8), or uniform; it is 0 from `T_i` on, one behind the last step that committed something else
-than an EOS. A row counts as its mean over steps. The sum is over rows and divided by the group, not by the batch.
-`A = r - group mean`. Unbiased, but for the tail and `1/T`, where the order of commits does not depend on the policy.
+over rows i and M steps s of each row, drawn with probability `p_is`; `w = 1 / (T_i p_is)`. `U_s` are the tokens that
+step s committed, scored in the state before it with the sampler's temperature and cuts (top_p, top_k). The ratio `r` is
+to the probability at which the sampler drew the token; k3 is to the reference. `p_is` is uniform, or proportional to
+the recorded entropy, summed over `U_s`, plus 1e-8. It is 0 from step `T_i` on, which follows the last step that
+committed a token other than EOS. The sum over rows is divided by the group size, not the batch size.
+`A = r - group mean`. If the order of commits does not depend on the policy, only the tail and `1/T` bias the gradient.
 
-The cuts are those of the policy that is scored; the authors keep the rollout's, the same before the policy moves.
+The cuts are computed from the scored policy; the authors keep the rollout's, the same before the policy moves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`agrpo`: trust region, KL, steps per row (M), whether entropies weigh their draw, steps that share a pass."""
+    """`agrpo`: trust region, KL weight, steps per row (M), whether entropies weight their draw, steps per pass."""
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -41,7 +41,7 @@ class Settings:
 
 
 def step_probabilities(batch: Batch, importance: bool) -> tuple[jax.Array, jax.Array]:
-    """`p` `[B, steps]` and `T` `[B]`."""
+    """Computes the probabilities `p` `[B, steps]` of drawing each step, and `T` `[B]`."""
     commits, count = steps.of_batch(batch, "agrpo"), batch.sampler.step_limit
     counted = commits < count
     if batch.eos_token_id is not None:
@@ -53,7 +53,7 @@ def step_probabilities(batch: Batch, importance: bool) -> tuple[jax.Array, jax.A
 
 
 def drawn_steps(uniform: jax.Array, p: jax.Array) -> jax.Array:
-    """`[B, M]`, the steps at which the cumulative sum of `p` exceeds `uniform` [B, M]."""
+    """Returns the steps `[B, M]` at which the cumulative sum of `p` first exceeds `uniform` `[B, M]`."""
     total = jnp.cumsum(p, axis=1)
     drawn = jnp.sum(total[:, None, :] <= uniform[..., None], axis=-1)
     last = jnp.sum(jnp.cumsum(p[:, ::-1], axis=1) > 0, axis=1, keepdims=True) - 1

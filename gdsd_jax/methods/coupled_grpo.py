@@ -3,9 +3,9 @@
     l_ik = 1/2 ( l_full + (l_masked / t  or  l_complement / (1 - t)) ),   by the view of the pair that masks k
     loss = sum_{i,k} c_ik [ -min(r_ik A_i, clip(r_ik) A_i) + beta k3_ik ] / max(sum c, 1),   r = exp(l_theta - l_old)
 
-over rows i and completion tokens k, `c` the completion mask. The full view masks the whole completion; the pair are
-Bernoulli masks of one ratio `t ~ U(0.2, 0.8)` for the batch, and their complement. `t` is measured on the masks, as the
-share of the batch's completion tokens that they cover. Advantages are leave-one-out.
+over rows i and completion tokens k, with `c` the completion mask. The full view masks the whole completion. The pair is
+a Bernoulli mask, with one ratio from `U(0.2, 0.8)` for the batch, and its complement. `t` is the share of the batch's
+completion tokens that the mask covers in fact. Advantages are leave-one-out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make(settings: Settings) -> Method:
     def views(masked: jax.Array, batch: Batch) -> Views:
         completion = masked[:, :, batch.prompt_length :]
         ratio = jnp.mean(completion, axis=(1, 2), keepdims=True, dtype=jnp.float32)
-        share = jnp.where(completion, ratio, 1 - ratio)  # above 0 wherever a token has it
+        share = jnp.where(completion, ratio, 1 - ratio)  # above 0 at every token
         pairs = common.coupled(masked, batch, 0.5 / share / masked.shape[0])
         full = masking.behind_prompt(jnp.ones_like(completion[:1]), batch.prompt_length)
         sources = (*pairs.sources, (pairs.masked.shape[0],))

@@ -4,9 +4,9 @@
     loss = 1/V sum_{i,v} (w+ - s w-)_i CE_iv / m_iv,    S_i = 1/V sum_v (L / m_iv) sum_{k masked in v} l_ik
 
 over rows i and V = 4 views v, two antithetic pairs: Bernoulli masks of ratio `t ~ U(0.1, 1)` and their complement.
-`CE_iv = - sum of the l_ik masked in v`, and `m_iv` (at least 1) counts them. So the cross-entropies add up to
-`-S / L`, and `S` is all that the policies need: `loss = - sum_i (w+ - s w-)_i S_i / L`. All L positions count, the tail
-behind the first EOS too. `s` is `negative_weight`.
+`CE_iv = - sum of the l_ik masked in v`, and `m_iv` (at least 1) counts them. So the mean over v of `CE_iv / m_iv` is
+`-S_i / L`, and the loss depends on the policy only through `S`: `loss = - sum_i (w+ - s w-)_i S_i / L`. All L positions
+count, including the tail behind the first EOS. `s` is `negative_weight`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def make(settings: Settings) -> Method:
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
         (rows, length), size = batch.completion_mask.shape, batch.group_size
         reward = (batch.rewards if batch.advantages is None else batch.advantages) / settings.alpha
-        # Without a reference, or an old policy, nothing holds the policy back: the weights are those of the rewards.
+        # Without a reference or an old policy, the weights depend on the rewards alone.
         log_importance = 0.0 if old is None or ref is None else ref.guided - old.guided
         positive = common.group_softmax(log_importance + reward, size)
         negative = common.group_softmax(log_importance - reward, size)

@@ -2,15 +2,15 @@
 
     loss = 1/(B S n) sum_{i,j} [ -min(r_ij A_ij, clip(r_ij) A_ij) + beta k3(q_ij) ],    r = exp(q_theta - q_rollout)
 
-over rows i and S slots j: the row's steps of highest mean entropy, the highest first. `q` sums the log-probabilities of
-what the step committed, without the temperature, in the state before it; `n` is the number of tokens per step. The
-authors take one slot after the other (`slot`), here an update takes all and averages. With `mean`, `q` is a mean over
-tokens and `n` 1. `A` is the return of the slot less its group mean: the reward, or with `stepwise` (EGSPO-SA) lambda
+over rows i and S slots j, the row's steps of highest mean entropy, the highest first. `q` sums the log-probabilities,
+without temperature, of the tokens that the step committed, in the state before it; `n` is the number of tokens per
+step. The authors update on one slot after the other (`slot`), here an update averages over all. With `mean`, `q` is a
+mean over tokens and `n` is 1. `A` is the slot's return minus its group mean: the reward, or if lambda = `stepwise` > 0
 
     ret_ij = (R_i + lambda (R_i - r_ij)) / (1 + lambda)
 
-`r_ij` the reward of the completion that the policy would have written at once before step j: `Batch.step_rewards`,
-which `gdsd_jax.train` cannot give, as a task rewards whole completions.
+(EGSPO-SA), where `r_ij` rewards the completion that the policy would have written at once before step j. It comes
+from `Batch.step_rewards`, which `gdsd_jax.train` cannot give, because a task rewards whole completions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`egspo`: trust region, KL, slots (S), the only one of them to take, lambda, mean, steps that share a pass."""
+    """`egspo`: trust region, KL weight, slots (S), the one slot to use, lambda, mean over tokens, steps per pass."""
 
     eps_low: float = 0.2
     eps_high: float = 0.5
@@ -68,7 +68,7 @@ def make(settings: Settings) -> Method:
         return Scores(q, q, {"committed": committed})
 
     def slot_advantages(batch: Batch) -> jax.Array:
-        """`[B, 1]`, or with rewards of slots `[B, S]`."""
+        """Returns advantages `[B, 1]`, or `[B, S]` where each slot has a reward of its own."""
         if batch.advantages is not None or not settings.stepwise:
             return common.advantages(batch, common.centred)[:, None]
         common.require(batch.step_rewards is not None, "stepwise needs step_rewards, which the trainer cannot give")

@@ -4,8 +4,8 @@
     loss = -mean_i min(r_i A_i, clip(r_i) A_i)  +  beta sum_i 1/2 (S_theta - S_ref)_i^2 / (B L)
 
 over B rows. `S` is the ELBO-weighted score of a coupled pair of views, averaged over the M pairs before the ratio is
-taken; `clip` is to `[1 - eps_low, 1 + eps_high]`. Advantages are leave-one-out. All L positions count, the tail behind
-the first EOS too.
+taken; `clip` is to `[1 - eps_low, 1 + eps_high]`. Advantages are leave-one-out. All L positions count, including the
+tail behind the first EOS.
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@
     loss = 1/B sum_i sum_s w_is [ -min(r_is A_i, clip(r_is) A_i) + beta k(p_is) + beta_old k_old(p_is) ]
 
 over rows i and the denoising steps s that committed something, with `r = exp(p_theta - p_old)` and `p_is` the
-log-probability that step s commits just the positions and tokens that it committed, given the state before it
-(`gdsd_jax.diffusion.trajectory_log_prob`; the equation is section 4 of arXiv 1707.06347 with steps for actions). At the
+log-probability that step s commits exactly the positions and tokens that it committed, given the state before it
+(`gdsd_jax.diffusion.trajectory_log_prob`; the equation is section 4 of arXiv 1707.06347 with steps as actions). At the
 first update the gradient is `A grad log pi(trajectory)`, exact for completion AND order: it is an unbiased estimate of
-the gradient of the expected reward of this very sampler. It is not that of the completion's own likelihood, a sum over
+the gradient of this sampler's expected reward. It differs from that of the completion's own likelihood, a sum over
 orders. With `steps` set, that many steps of each row are drawn, evenly spread, and `w` (else 1) makes the sum unbiased.
 
-A step that the scored policy cannot make, by rounding or because a token is cut, has no ratio: it is left out, and
-`impossible` is the share of such steps. `k` are the estimates `common.KL` of the KL of trajectories to the reference
-and to the old policy.
+A step that the scored policy cannot make, by rounding or because a token is cut, has no ratio. It is left out, and
+`impossible` is the share of such steps. `k` and `k_old` estimate, by a function of `common.KL`, the KL of trajectories
+to the reference and to the old policy.
 """
 
 from __future__ import annotations

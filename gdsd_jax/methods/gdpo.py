@@ -3,11 +3,11 @@
     S_i  = sum_{j,d} v_j / (t_j K) sum_{k masked in view (j,d)} l_ik
     loss = mean_i -min(r_i A_i, clip(r_i) A_i) + beta mean_i k3_i,      r_i = exp((S_theta - S_old)_i / n_i)
 
-over rows i, the nodes `t_j` and weights `v_j` of a rule on [0, 1], and K draws d of a mask at each node, which covers
+over rows i, the nodes `t_j` and weights `v_j` of a rule on [0, 1], and K draws d at each node. A mask covers
 `max(1, floor(n t))` of the completion's `n` tokens through the first EOS. The weight has the nominal `t`, not the share
 that is masked. Rules: "gauss-1" to "gauss-5" (Legendre), "simpson" at 0.1, 0.5 and 1, and "mc", K ratios per row drawn
-from [1/n, 1]. Masks are drawn from the tokens alone, so that every evaluation of a completion has the same.
-`A = r - group mean`. The KL, of `S / n`, is ours; the authors have none.
+from [1/n, 1]. The tokens alone determine the masks, so that every evaluation of a completion has the same masks.
+`A = r - group mean`. The KL term, on `S / n`, is our addition; the authors have none.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Settings:
 
 
 def nodes(rule: str) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of a rule on [0, 1]."""
+    """Returns nodes and weights of a rule on [0, 1]."""
     if rule == "simpson":
         return np.array([0.1, 0.5, 1.0]), np.array([1, 4, 1]) / 6
     x, w = np.polynomial.legendre.leggauss(int(rule.removeprefix("gauss-")))
@@ -50,7 +50,7 @@ def nodes(rule: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row_keys(batch: Batch) -> jax.Array:
-    """A key for each row, from its completion alone."""
+    """Derives a key for each row from its completion alone."""
     words = batch.tokens[:, batch.prompt_length :].astype(jnp.uint32)
     mix = lambda seed, word: (seed * jnp.uint32(31) + word, None)  # noqa: E731
     folded, _ = jax.lax.scan(mix, jnp.zeros_like(words[:, 0]), words.T)
@@ -62,7 +62,7 @@ def make(settings: Settings) -> Method:
         return jnp.maximum(jnp.sum(batch.completion_mask, axis=1), 1.0)
 
     def times(batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """`t` and `v / K`, `[M, B]` both, of each view."""
+        """Returns `t` and `v / K` of each view, both `[M, B]`."""
         rows = batch.tokens.shape[0]
         if settings.rule == "mc":
             draw = lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (settings.draws,))  # noqa: E731

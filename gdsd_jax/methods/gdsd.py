@@ -6,10 +6,10 @@ The optimum of `max E[psi A] - KL(pi || pi_old) - beta KL(pi || pi_ref)` induces
     delta = clip(S_theta - S_old, log(1 - eps_low), log(1 + eps_high))
     loss  = sum_{i,m} (delta_{im} / L - psi A_i)^2 / B  +  beta sum_{i,m} 1/2 (P_theta - P_ref)_{im}^2 / (B M L)
 
-over rows i and views m, as the authors' public code runs it. `S` sums what each completion token scores in the view of
-a coupled pair that masks it: `gdsd` takes log-probabilities, `gdsd_tlc` the logit minus the mean logit of the
-vocabulary (or of the k largest), in which the normaliser drops out. `P` is always the normalised log-probability.
-Advantages are leave-one-out.
+over rows i and views m, as the authors' public code runs it. `S` sums the scores of the completion tokens, each read in
+the view of a coupled pair that masks it. `gdsd` scores by the log-probability, `gdsd_tlc` by the logit minus the mean
+logit of the vocabulary (or of the k largest), in which the normaliser drops out. `P` is always the normalised
+log-probability. Advantages are leave-one-out.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Centred(Guidance):
 
 
 def make(settings: Guidance) -> Method:
-    """`gdsd` from `Guidance`, `gdsd_tlc` from `Centred`."""
+    """Makes `gdsd` from `Guidance` and `gdsd_tlc` from `Centred`."""
     guided = centred_read(settings) if isinstance(settings, Centred) else "log_prob"
 
     def views(masked: jax.Array, batch: Batch) -> Views:
@@ -111,10 +111,10 @@ def make(settings: Guidance) -> Method:
 
 
 def centred_read(settings: Centred) -> Any:
-    """The name of the centred read, see `gdsd_jax.diffusion.scoring.read_tokens`."""
+    """Returns the name of the centred read, see `gdsd_jax.diffusion.scoring.read_tokens`."""
     return "centred" if settings.top_k is None else ("centred_top_k", settings.top_k)
 
 
 def group_advantages(batch: Batch, settings: Guidance) -> jax.Array:
-    """Leave-one-out advantages, where none were given."""
+    """Returns the batch's advantages, or leave-one-out advantages where it has none."""
     return common.advantages(batch, functools.partial(common.leave_one_out, scale=settings.scale_advantages))

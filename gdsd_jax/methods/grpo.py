@@ -52,10 +52,10 @@ def make(settings: Settings) -> Method:
 
 
 def token_ppo(settings: PPO, masks: Callable, views: Callable, own: Callable, *, masked_only: bool = False) -> Method:
-    """The objective above on given masks and views.
+    """Makes the method that has the objective above on the given masks and views.
 
-    `own` computes the advantages. A token's `l` is the weighted sum of its reads. With `masked_only` the completion
-    mask gives way to the tokens that some view weighs, averaged in each row first: `w = masked / count in the row / B`.
+    `own` computes the advantages. A token's `l` is the weighted sum of its reads. With `masked_only`, the tokens that
+    some view weights replace the completion mask, averaged within each row first: `w = masked / count in the row / B`.
     """
 
     def score(reads: dict, views: Views) -> Scores:
@@ -84,7 +84,7 @@ def token_ppo(settings: PPO, masks: Callable, views: Callable, own: Callable, *,
         if constants["ref"] is not None:
             metrics["kl"] = common.KL[settings.kl](new.normalised, constants["ref"])
             losses["kl"] = settings.beta * metrics["kl"]
-        # Metrics are averaged over rows later: times B, they come out as the weighted means over tokens.
+        # Metrics are averaged over rows later: the factor B makes that average the weighted mean over tokens.
         weighted_means = {name: jnp.sum(w * x, axis=1) * constants["rows"] for name, x in metrics.items()}
         return {name: jnp.sum(w * x, axis=1) for name, x in losses.items()}, weighted_means
 

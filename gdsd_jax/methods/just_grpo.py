@@ -2,12 +2,12 @@
 
     loss = 1/N sum_{i,k} -min(r_ik A_i, clip(r_ik) A_i) / (L (n + 1e-5)),    r = exp(l_theta - stopgrad l_theta) = 1
 
-over rows i of N groups and all L completion tokens k, the tail behind the first EOS too. `l_ik` is read in the view
-that masks k and all behind it, so that it is exact where the rollout wrote one token after the other
-(`config.sampler.block_length=1`, `steps` = L). `n` is the mean over groups of the rows whose advantage is not 0;
-`A = (r - mean) / (std + 1e-4)` with the sample's deviation. The ratio is 1 and its clip without effect, as the authors
-update once per rollout; there is no KL. They add up the gradients of the N groups, which scales the loss by N.
-Each row needs L passes, of which `at_once` are computed together.
+over rows i of N groups and all L completion tokens k, including the tail behind the first EOS. `l_ik` is read in the
+view that masks k and all tokens behind it, so that it is exact where the rollout wrote one token after the other
+(`config.sampler.block_length=1`, `steps` = L). `n` is the mean over groups of the number of rows with an advantage
+other than 0; `A = (r - mean) / (std + 1e-4)` with the sample std. The ratio is 1 and its clip has no effect, as the
+authors update once per rollout; there is no KL. The authors add up the gradients of the N groups, which scales their
+loss by N. Each row needs L passes, of which `at_once` are computed together.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make(settings: Settings) -> Method:
         return masking.behind_prompt(suffix, batch.prompt_length)
 
     def views(masked: jax.Array | None, batch: Batch) -> StepViews:
-        """Views follow from the length alone, whatever masks are given."""
+        """Builds the views from the length alone, whatever masks are given."""
         rows, length = batch.completion_mask.shape
         one_by_one = SamplerConfig(length, length, 1, "low_confidence", temperature=1.0, forbid_mask=False)
         position = jnp.broadcast_to(jnp.arange(length), (rows, length))

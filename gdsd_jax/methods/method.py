@@ -2,7 +2,7 @@
 
 A method turns a rollout into a loss in five pure steps. Only `prepare` sees the whole batch: everything that couples
 rows (group means, denominators, softmaxes) happens there, without gradient, so that `objective` is a plain sum over
-rows and splitting it into micro-batches changes nothing but rounding.
+rows, and splitting it into micro-batches changes only the rounding.
 
 B rows, G completions per group, M views, L completion tokens, T = P + L tokens.
 """
@@ -23,26 +23,26 @@ from gdsd_jax.runtime.errors import UserError
 
 @flax.struct.dataclass
 class Batch:
-    """Rollouts with their rewards, as methods see them. Rows of a group stand together.
+    """Rollouts with their rewards, as methods see them. The rows of a group are adjacent.
 
     Attributes:
       tokens: `[B, T]` int32, clean prompts and completions.
-      prompt_mask: `[B, P]` bool, True on real tokens, or None: everything is attended to.
+      prompt_mask: `[B, P]` bool, True on real tokens, or None where every token is attended to.
       completion_mask: `[B, L]` float32, 1 up to and including the first EOS.
       rewards: `[B]` float32, or None where `advantages` is given.
-      advantages: `[B]` float32, or None: the method computes its own from the rewards.
+      advantages: `[B]` float32, or None where the method computes its own from the rewards.
       commit_step: `[B, L]` int32, the denoising step at which the sampler committed each token, or None.
-      confidence: `[B, L]` float32, the probability that the token had then, or None.
-      log_prob: `[B, L]` float32, the log-probability at which the sampler drew it, after temperature, top_p and top_k,
-        or None.
-      entropy: `[B, L]` float32, the entropy of the distribution of which `confidence` is a probability, or None.
+      confidence: `[B, L]` float32, the probability of each token at that step, before temperature and cuts, or None.
+      log_prob: `[B, L]` float32, the log-probability at which the sampler drew each token, after temperature and the
+        cuts top_p and top_k, or None.
+      entropy: `[B, L]` float32, the entropy in nats of the distribution that `confidence` is taken from, or None.
       step_rewards: `[B, S]` float32, rewards of partial completions, where a method uses them, or None.
       components: `[B, C]` float32, the rewards of the task's components (0 where one failed), or None.
       token_rewards: `[B, L]` float32, what the task's `token_score` gives each token, 0 behind the EOS, or None.
       iteration, inner_update: int32 scalars, counted from 0, or None outside of training.
       group_size: static, G.
       component_weights: static, `(name, weight)` of each component: `rewards` is their weighted sum.
-      eos_token_id: static, the token that ends a completion, or None where a batch does not say.
+      eos_token_id: static, the token that ends a completion, or None where it is unknown.
       sampler: static, the settings that the completions were sampled with, or None.
     """
 
@@ -77,10 +77,10 @@ class Batch:
 class Scores(NamedTuple):
     """What an objective compares between policies; rows first.
 
-    guided: the quantity whose change against the old policy the method steers.
+    guided: the quantity that the method moves relative to its value under the old policy.
     normalised: the likelihood-like quantity that the KL to the reference compares.
-    extra: what else the objective needs of the views, a dictionary of arrays with rows first (weights of tokens,
-      diagnostics), or None. Read from the new scores only.
+    extra: further values that the objective needs from the views, a dictionary of arrays with rows first (weights of
+      tokens, diagnostics), or None. Only that of the new scores is read.
     """
 
     guided: Any
@@ -91,21 +91,22 @@ class Scores(NamedTuple):
 class Method(NamedTuple):
     """One objective, as functions. `gdsd_jax.methods.METHODS` lists them; the trainer never asks which it runs.
 
-    reads: per-token quantities asked of the scorer, see `gdsd_jax.diffusion.scoring.read_tokens`.
-    masks: `(key, batch) -> masked [M, B, T]`, drawn once per inner update and used by old, reference and new alike.
-      `batch.iteration` and `batch.inner_update` say where the run stands, here and in `prepare`.
-    views: `(masked, batch) -> Views`, adds what follows from the masks: coupled views and weights.
+    reads: the per-token quantities that the scorer must return, see `gdsd_jax.diffusion.scoring.read_tokens`.
+    masks: `(key, batch) -> masked [M, B, T]`, drawn once per inner update; old, reference and new scores share them.
+      Both `masks` and `prepare` may use `batch.iteration` and `batch.inner_update`.
+    views: `(masked, batch) -> Views`, adds what follows from the masks, such as coupled views and weights.
     score: `({read: [R, B, L]}, views) -> Scores`.
     prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first. With
       `current` it takes a fourth argument, the detached scores of the policy as it is before this inner update.
-    objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum of its components and
-      of rows; components are named ("objective", "kl"), so that the gradient of each can be measured. A metric is
-      averaged over rows; a name in `_max` takes the largest, one in `_std` the standard deviation. Where the
-      constants hold no old scores, old is the stop-gradient of new: the first inner update after a rollout, exactly.
+    objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum over components and
+      rows; components are named ("objective", "kl"), so that the gradient of each can be measured. Metrics are averaged
+      over rows, except that names ending in `_max` take the largest value and names ending in `_std` the standard
+      deviation. Where the constants hold no old scores, the stop-gradient of the new scores replaces them. This is
+      exact at the first inner update after a rollout.
     needs_reference: whether `prepare` uses the reference's scores.
-    old: "unused" (no old policy), "ratio" (old only enters differences with new, so the first inner update needs no
-      forward for it), "always" (`prepare` couples rows through it), or "own_masks": always, and on masks of its own,
-      drawn once for all inner updates of a rollout.
+    old: "unused" (no old policy), "ratio" (old scores are only compared with new ones, so the first inner update needs
+      no forward pass for them), "always" (`prepare` couples rows through them), or "own_masks" (as "always", but the
+      old scores are read on masks of their own, drawn once for all inner updates of a rollout).
     current: whether `prepare` couples rows through the scores of the policy that is being updated.
     records: whether the batch must hold the rollout's `log_prob` and `entropy`.
     """
@@ -122,7 +123,7 @@ class Method(NamedTuple):
     records: bool = False
 
     def constants(self, batch: Batch, old: Scores | None, ref: Scores | None, current: Scores | None) -> Any:
-        """Calls `prepare` with what it takes, and cuts every gradient."""
+        """Calls `prepare` with the scores that it takes, and stops the gradients of its inputs and outputs."""
         scores = (old, ref, current) if self.current else (old, ref)
         return jax.lax.stop_gradient(self.prepare(batch, *jax.lax.stop_gradient(scores)))
 
@@ -148,14 +149,14 @@ def check(
 
     Args:
       method: what `build` returned.
-      name: how the user calls it; the messages name it.
+      name: the method's name, which error messages contain.
       prompt_length, completion_length, group_size: P, L and G of the run.
-      sampler: of the rollouts; None: one token a step, without blocks.
-      component_weights: of the run's task.
-      token_rewards: the run's task gives them.
+      sampler: settings of the rollouts; None means one token per step, without blocks.
+      component_weights: name and weight of each reward component of the run's task.
+      token_rewards: whether the run's task rewards tokens.
 
     Raises:
-      UserError: a function that does not take its arguments, or returns another shape than the contract says.
+      UserError: a function does not take its arguments, or returns another shape than the contract says.
     """
     rows, total = 2 * group_size, prompt_length + completion_length
     completion = (rows, completion_length)
@@ -217,13 +218,13 @@ def check(
     good = len(views.sources) == views.weights.shape[0] and max(map(max, views.sources)) < views.masked.shape[0]
     expect(good, "views", f"one source for each read, made of passes below {views.masked.shape[0]}", views.sources)
 
-    # Not a dictionary: names and tuples do not sort together.
+    # A list, because JAX sorts the keys of a dictionary, and names and tuples cannot be compared.
     reads = [_array(views.weights.shape) for _ in method.reads]
     scores = run("score", "(reads, views)", reads, views)
     expect(hasattr(scores, "guided"), "score", "a gdsd_jax.methods.Scores", scores)
     rows_first("score", scores, "Scores")
 
-    # As the trainer calls it: without old scores at a first inner update, unless the method always needs them.
+    # The trainer gives no old scores at a first inner update, unless the method always needs them.
     absent = [] if method.old in ("always", "own_masks") else [None]
     prepare_of = "(batch, old, ref, current)" if method.current else "(batch, old, ref)"
     for old in absent + ([] if method.old == "unused" else [scores]):
@@ -239,7 +240,7 @@ def check(
 
 
 def one_by_one(completion_length: int) -> SamplerConfig:
-    """The plainest sampler: the most confident token of each step, at temperature 1, without blocks."""
+    """Returns the simplest sampler: each step commits the most confident token, at temperature 1, without blocks."""
     return SamplerConfig(completion_length, completion_length, completion_length, "low_confidence", temperature=1.0)
 
 
@@ -248,6 +249,6 @@ def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeSt
 
 
 def _shapes(found: Any) -> str:
-    """What a function returned, in words: shapes and dtypes instead of arrays."""
+    """Describes what a function returned, with shapes and dtypes in place of arrays."""
     words = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x), found)
     return " ".join(str(words).replace("'", "").split())[:300]

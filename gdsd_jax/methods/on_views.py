@@ -41,17 +41,17 @@ def loss_on_views(
     chunk: int = DEFAULT_CHUNK,
     **settings: Any,
 ) -> tuple[Float[Array, ""], Array]:
-    """A method's objective on masks given from outside, differentiable in `base` and `lora`.
+    """Computes a method's objective on masks given from outside, differentiable in `base` and `lora`.
 
     Args:
       prompts, completions: `[B, P]` and `[B, L]` ids.
-      masked: `[M, B, P+L]` bool, the views' masks; complements, and the fully masked view of `coupled_grpo`, are the
-        method's own business. None for `tracerl`, whose masks follow from `commit_step` (which wins where both stand).
+      masked: `[M, B, P+L]` bool, the views' masks; the method itself adds complements and the fully masked view of
+        `coupled_grpo`. None for `tracerl`, whose masks follow from `commit_step`, even where both are given.
       advantages: `[B]`; None: the method's own from `rewards` (`[B]`) in groups of `group_size` (None: one group).
       old, ref: scores of the old and the reference policy in the method's own shape: `[B, M]` for `gdsd` and
         `gdsd_tlc`, `[B]` for `espo`, `spg` and `dmpo`, `[B, L]` for methods of tokens. old=None: the stop-gradient of
-        the current ones; ref=None: no KL.
-      prompt_mask: True on real prompt tokens; None: everything is attended to, pads too.
+        the current scores; ref=None: no KL.
+      prompt_mask: True on real prompt tokens; None: every token is attended to, including pads.
       completion_mask: `[B, L]`, 1 through the first EOS; None: all ones.
       commit_step: `[B, L]`, the denoising step that committed each token.
       confidence, rollout_log_prob, rollout_entropy, step_rewards, sampler, eos_token_id: further fields of `Batch`.
@@ -59,7 +59,7 @@ def loss_on_views(
       **settings: fields of the method's settings class.
 
     Returns:
-      The loss, a float32 scalar, and the scores that the objective steers, rows first.
+      The loss, a float32 scalar, and the scores `guided` of the current policy, rows first.
     """
     method = build(name, **settings)
     rows, length = jnp.shape(completions)

@@ -33,7 +33,7 @@ from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 
 
 class Recipe(NamedTuple):
-    """A settings dataclass and what turns its values into a `Method`."""
+    """A settings dataclass and the function that makes a `Method` from its values."""
 
     settings: type
     make: Callable[[Any], Method]
@@ -63,7 +63,7 @@ METHODS: dict[str, Recipe] = {
 
 
 def build(name: str, **settings: Any) -> Method:
-    """The method of that name (or of `package.module:NAME`, a `Recipe`) with these settings.
+    """Builds the method of that name (or of `package.module:NAME`, a `Recipe`) with these settings.
 
     Raises:
       UserError: an unknown method or setting; the message lists the known ones.

@@ -4,7 +4,7 @@
 
 over B rows. The abstract names neither the estimator of the likelihood nor scale and clip. Here `S` is ESPO's bound,
 the ELBO-weighted score of coupled views averaged over M pairs, and taken per token; `A` is leave-one-out and nothing
-is clipped. It is the closed form of GDSD where the reference is the old policy (beta = 1).
+is clipped. The loss is the closed form of GDSD where the reference is the old policy (beta = 1).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Settings:
 
 
 def bound_method(views_per_row: int, prepare, *, current: bool) -> Method:
-    """Regression of the bound's log-ratio to the reference on a target that `prepare` gives, by a squared error."""
+    """Makes a method that fits the bound's log-ratio to the reference to the target of `prepare`, by squared error."""
 
     def views(masked: jax.Array, batch: Batch) -> Views:
         return common.coupled_views(masked, batch, weighted=True)

@@ -5,9 +5,9 @@
     loss = - sum_i A_i L~_i n_i / sum_i n_i
 
 over rows i and views v. "k in v": token k is masked in v and lies within the completion's `n` tokens, through the
-first EOS; `share_v` is the part of the `n` that v masks, and EUBO averages over the tokens that some view masks. The
-log-likelihood of good completions is raised by a lower bound, that of bad ones lowered by an upper one; `negative`
-chooses the estimate where `A <= 0`: "mix" as above, "eubo", "elbo", "zero". `A = r - group mean`; no ratio, no KL.
+first EOS; `share_v` is the share of the `n` that v masks, and EUBO averages over the tokens that some view masks. A
+lower bound of the log-likelihood is raised where `A > 0`, an upper bound lowered elsewhere. `negative` chooses the
+estimate where `A <= 0`: "mix" as above, "eubo", "elbo" or "zero". `A = r - group mean`; there is no ratio and no KL.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Settings:
 
 @flax.struct.dataclass
 class SignedViews(Views):
-    """Views, and `[1, B]` whether the row's advantage is positive: which bound its likelihood takes."""
+    """Views with `positive` `[1, B]`: whether the row's advantage is positive, which decides its bound."""
 
     positive: Any = None
 
 
 def semi_autoregressive(key: jax.Array, batch: Batch, settings: Settings) -> jax.Array:
-    """`[B, T]`: a random count of the current block masked, a little before it, all behind it and behind the EOS."""
+    """Draws masks `[B, T]`: a random count in the current block, a few tokens before it, all behind it or the EOS."""
     block_key, count_key, order_key, before_key = jax.random.split(key, 4)
     rows, length = batch.completion_mask.shape
     n = jnp.maximum(jnp.sum(batch.completion_mask, axis=1, keepdims=True).astype(jnp.int32), 1)
@@ -83,7 +83,7 @@ def make(settings: Settings) -> Method:
         return jax.vmap(lambda key: semi_autoregressive(key, batch, settings))(jax.random.split(key, settings.num_t))
 
     def views(masked: jax.Array, batch: Batch) -> SignedViews:
-        """Weights are `[k in v] / share_v`: each view's add up to n, or to 0 where it masks nothing that counts."""
+        """Builds views with weights `[k in v] / share_v`, which sum to n, or to 0 if v masks none of the n tokens."""
         within = masked[:, :, batch.prompt_length :] * batch.completion_mask
         count = jnp.sum(within, axis=2, keepdims=True)
         weights = within * jnp.sum(batch.completion_mask, axis=1)[:, None] / jnp.maximum(count, 1)
@@ -98,7 +98,7 @@ def make(settings: Settings) -> Method:
         lower = jnp.sum(per_view, axis=0) / seen
 
         masked = jnp.any(w > 0, axis=0)
-        # In the log domain, since p^b of an unlikely token is 0 in float32; empty sums are kept out of its gradient.
+        # In the log domain, as p^b of an unlikely token is 0 in float32; empty sums are kept out of the gradient.
         log_terms = jnp.where(w > 0, b * l + jnp.log(jnp.where(w > 0, w, 1)), -jnp.inf)
         log_mean = jax.nn.logsumexp(jnp.where(masked, log_terms, 0.0), axis=0) - jnp.log(seen)[:, None]
         upper = jnp.sum(jnp.where(masked, log_mean, 0.0), axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1) / b

@@ -4,8 +4,8 @@
     loss = - 1/N sum_i w_i A_i L~_i
 
 over the rows i of N groups; `L~`, `ELBO` and the views are those of SPG (`gdsd_jax.methods.spg`). `ELBO` is a mean per
-token, so that `w` stays near 1/G. The old policy has masks of its own, drawn once for all updates of a rollout, and
-their noise is in `w`. There is no lower clip. `A = r - group mean`. Without `importance` it is SPG's loss.
+token, so that `w` stays near 1/G. The old policy is scored on masks of its own, drawn once for all updates of a
+rollout; `w` contains their noise. There is no lower clip. `A = r - group mean`. Without `importance`, it is SPG's loss.
 """
 
 from __future__ import annotations

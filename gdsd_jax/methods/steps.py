@@ -1,4 +1,4 @@
-"""Views of the states that a sampler went through: which steps are looked at, and the views of them.
+"""Views of the states that a sampler went through: chooses steps, and builds views of the states before them.
 
 B rows, M views, L completion tokens, T = P + L tokens.
 """
@@ -18,21 +18,21 @@ NONE = -1  # the step of a view that shows nothing
 
 
 def of_batch(batch: Batch, method: str) -> Int[Array, "B L"]:
-    """The commit steps; UserError where the batch lacks them, or the sampler's settings."""
+    """Returns the commit steps; raises UserError if the batch lacks them or the sampler's settings."""
     common.require(batch.commit_step is not None, f"{method} needs commit_step, which the batch does not hold")
     common.require(batch.sampler is not None, f"{method} needs sampler, the settings of the rollout")
     return batch.commit_step
 
 
 def masks_before(batch: Batch, step: Int[Array, "M B"]) -> Bool[Array, "M B T"]:
-    """What was masked before each step; nothing where the step is `NONE` or committed nothing."""
+    """Returns the tokens masked before each step; none where the step is `NONE` or committed nothing."""
     commits = batch.commit_step
     known = jnp.any(commits == step[..., None], axis=-1, keepdims=True)
     return masking.behind_prompt(known & (commits >= step[..., None]), batch.prompt_length)
 
 
 def step_of(masked: Bool[Array, "M B T"], batch: Batch) -> Int[Array, "M B"]:
-    """The step that a mask precedes: the first at which one of its tokens was committed; `NONE` if it masks nothing."""
+    """Returns the step that a mask precedes: the first that committed one of its tokens, `NONE` if it masks nothing."""
     completion = masked[:, :, batch.prompt_length :]
     first = jnp.min(jnp.where(completion, batch.commit_step, jnp.iinfo(jnp.int32).max), axis=-1)
     return jnp.where(jnp.any(completion, axis=-1), first, NONE)
@@ -41,17 +41,17 @@ def step_of(masked: Bool[Array, "M B T"], batch: Batch) -> Int[Array, "M B"]:
 def views_before(
     masked: Bool[Array, "M B T"], batch: Batch, *, weight: Float[Array, "M B"] | None = None, at_once: int | None = None
 ) -> StepViews:
-    """Views of given states, weighing `weight` (None: 1) on the tokens that their steps commit."""
+    """Builds views of the given states; the tokens that their steps commit have the weight `weight` (None: 1)."""
     views = step_views(batch.commit_step, step_of(masked, batch), batch.prompt_length, batch.sampler, at_once=at_once)
     weights = views.weights if weight is None else views.weights * weight[..., None]
     return views.replace(masked=masked, weights=weights)
 
 
 def distinct(commit_step: Int[Array, "B L"], limit: int) -> tuple[Int[Array, "B L"], Int[Array, " B"]]:
-    """The steps of each row that committed something, in order, padded with `NONE`; and their number.
+    """Returns the steps of each row that committed something, in order and padded with `NONE`, and their number.
 
     Args:
-      limit: the step of positions that no step wrote.
+      limit: the `commit_step` of positions that no step wrote.
     """
     order = jnp.sort(commit_step, axis=1)
     new = jnp.pad(order[:, 1:] != order[:, :-1], [(0, 0), (1, 0)], constant_values=True) & (order < limit)
@@ -62,13 +62,13 @@ def distinct(commit_step: Int[Array, "B L"], limit: int) -> tuple[Int[Array, "B 
 
 
 def by_step(values: Float[Array, "B L"], batch: Batch, steps: int) -> tuple[Float[Array, "B steps"], Array]:
-    """Sums of `values` over the tokens that each step commits, and the numbers of these tokens."""
+    """Sums `values` over the tokens that each step commits, and counts these tokens."""
     commits = (batch.commit_step[:, None, :] == jnp.arange(steps)[:, None]).astype(values.dtype)
     return jnp.sum(jnp.where(commits > 0, values[:, None], 0.0), axis=-1), jnp.sum(commits, axis=-1)
 
 
 def stratified_uniform(key: Array, rows: int, draws: int) -> Float[Array, "B M"]:
-    """Numbers in [0, 1), one in each of `rows x draws` equal parts, dealt out at random."""
+    """Draws numbers in [0, 1), one from each of `rows x draws` equal parts, in random order."""
     noise_key, order_key = jax.random.split(key)
     parts = jnp.arange(rows * draws) + jax.random.uniform(noise_key, (rows * draws,))
     return jax.random.permutation(order_key, parts / (rows * draws)).reshape(rows, draws)

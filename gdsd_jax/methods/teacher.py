@@ -35,7 +35,7 @@ class Teacher(Centred):
 
 
 def make(settings: Teacher) -> Method:
-    """`gdsd_teacher`."""
+    """Makes `gdsd_teacher`."""
     guided = centred_read(settings)
 
     def views(masked: jax.Array, batch: Batch) -> Views:
@@ -47,7 +47,7 @@ def make(settings: Teacher) -> Method:
                 return common.weighted_sum(values, views)[..., None] / views.weights.shape[-1]
             return jnp.swapaxes(2.0 * views.weights * values, 0, 1)
 
-        # The second is for the KL that is logged, of which a centred logit says nothing.
+        # The second score is for the logged KL, which cannot be computed from centred logits.
         return Scores(of(reads[guided]), of(reads["log_prob"]) if "log_prob" in reads else None)
 
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
@@ -71,7 +71,7 @@ def make(settings: Teacher) -> Method:
         metrics["target"] = jnp.abs(settings.psi * constants["advantage"])
         metrics["residual"] = jnp.mean(jnp.abs(error), axis=(1, 2))
         if constants["ref_log_prob"] is not None:
-            # Per token, of a sequence as `gdsd` has it: the square of a sum over the length, not of a mean.
+            # Per token. Of a sequence, as in `gdsd`: the square of the sum over tokens, divided by the length.
             tokens = constants["length"][:, None, None] if settings.level == "sequence" else 1.0
             metrics |= common.size_of("kl", tokens * common.k2(new.normalised, constants["ref_log_prob"]))
         return {"objective": jnp.mean(error**2, axis=(1, 2)) / constants["rows"]}, metrics

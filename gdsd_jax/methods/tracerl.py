@@ -2,12 +2,12 @@
 
     loss = -1/B sum_{i,g} mean_{k in g} min(r_ik A_i, clip(r_ik) A_i)  +  beta/B sum_{i,k} k3(l_theta - l_old)_ik
 
-over rows i and groups g of completion tokens k, `r = exp(l_theta - l_old)`. A row's distinct commit steps are sorted
-and every `shrink` of them merged into one group. The view of group g masks what was committed in it or later, and
-`l_ik` is read in the view of k's own group: each token is predicted from what the sampler had before it. `A` is the
-z-score among a prompt's completions. The KL is to the old policy; there is no reference.
+over rows i and groups g of completion tokens k, with `r = exp(l_theta - l_old)`. A row's distinct commit steps are
+sorted, and every `shrink` of them are merged into one group. The view of group g masks the tokens committed in g or
+later, and `l_ik` is read in the view of k's own group: each token is predicted from the tokens of earlier groups. `A`
+is the z-score among a prompt's completions. The KL is to the old policy; there is no reference.
 
-The number of views is static, `ceil(L / shrink)`: a row with fewer groups leaves the rest of them empty.
+The number of views is static, `ceil(L / shrink)`; in a row with fewer groups, the remaining views mask nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Settings:
 
 
 def trajectory_groups(commit_step: jax.Array, shrink: Count) -> jax.Array:
-    """`[B, L]` int32: for each token its group, counted from 0 in the order of the distinct commit steps of its row."""
+    """Returns each token's group `[B, L]` int32, counted from 0 in the order of its row's distinct commit steps."""
     order = jnp.argsort(commit_step, axis=1, stable=True)
     steps = jnp.take_along_axis(commit_step, order, axis=1)
     is_next = jnp.pad(steps[:, 1:] != steps[:, :-1], [(0, 0), (1, 0)])
@@ -48,7 +48,7 @@ def trajectory_groups(commit_step: jax.Array, shrink: Count) -> jax.Array:
 
 
 def sampled(batch: Batch) -> jax.Array:
-    """Returns `[B, L]` bool, False on what no step of the sampler wrote: `stop_at_eos` fills the tail up with EOS."""
+    """Returns `[B, L]` bool: False on tokens that no step wrote, such as the tail that `stop_at_eos` fills with EOS."""
     if batch.commit_step is None or batch.sampler is None:
         return jnp.ones(batch.completion_mask.shape, bool)
     return batch.commit_step < batch.sampler.step_limit
@@ -56,7 +56,7 @@ def sampled(batch: Batch) -> jax.Array:
 
 def make(settings: Settings) -> Method:
     def trajectory(batch: Batch) -> jax.Array:
-        """One mask per group, the last group first."""
+        """Builds one mask `[B, T]` per group, the last group first."""
         group = trajectory_groups(batch.commit_step, settings.shrink)
         views = -(-batch.completion_length // settings.shrink)
         index = jnp.arange(views)[::-1, None, None]
@@ -67,7 +67,7 @@ def make(settings: Settings) -> Method:
         return trajectory(batch)
 
     def views(masked: jax.Array | None, batch: Batch) -> Views:
-        """Masks follow from the commit steps; only without them are given ones used: nested, the smallest first."""
+        """Builds views from the commit steps, or without these from the given masks: nested, the smallest first."""
         given = batch.commit_step is None
         common.require(not given or masked is not None, "tracerl needs commit_step, or nested masks")
         masked = masked if given else trajectory(batch)
@@ -76,7 +76,7 @@ def make(settings: Settings) -> Method:
         scored = (count > 0) & sampled(batch)
         members = jnp.sum((count[:, :, None] == count[:, None, :]) & scored[:, None, :], axis=2)
         weights = jnp.where(scored, 1 / jnp.maximum(members, 1), 0.0).astype(jnp.float32)
-        # The first view that masks a token, from the last group backwards, is that of its own group.
+        # As the last group's view is the first, the first view that masks a token is that of its own group.
         return Views(masked, weights[None], (tuple(range(masked.shape[0])),))
 
     def score(reads: dict, views: Views) -> Scores:

@@ -4,7 +4,7 @@
 
 over B rows; `c` is the prompt. The abstract learns `Z`; here `log Z(c)` is the mean over the prompt's group of
 `r / tau - d`, which minimises the loss over `Z`, without gradient: the log-variance loss (VarGrad, arXiv 2010.10436).
-The estimate `S` is unknown: ESPO's bound is taken for it, as in `gdsd_jax.methods.rspo`.
+The abstract does not say how `S` is estimated; here it is ESPO's bound, as in `gdsd_jax.methods.rspo`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     loss = 1/B sum_i mean_{k masked} [ -min(r_ik A_i, clip(r_ik) A_i) + beta k3_ik ],    r = exp(l_theta - l_old)
 
-over B rows. The prompt stays clean, `A` is the z-score in the group. Written from the paper, there being no public code
-to compare with. It spaces the ratios of a rollout's inner updates evenly behind a random first one; here each inner
+over B rows. The prompt stays clean, and `A` is the z-score in the group. This is written from the paper, as there is no
+public code. The paper spaces the ratios of a rollout's inner updates evenly behind a random first one; here each inner
 update draws its own, since its masks depend on its key alone. `eps_low`, `eps_high` and `beta` are our choice.
 """
 

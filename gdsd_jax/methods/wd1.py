@@ -5,7 +5,7 @@
 over rows i and completion tokens k, `c` the completion mask and the softmaxes over each group. `l_ik` is read in one
 view that masks the whole completion, and prompt tokens with probability 0.15, as in diffu-GRPO; `A = r - group mean`.
 There is no old policy and no reference. The authors' code takes the softmax over the batch of a device, which is the
-same where that holds one group. `positive_only` drops the second sum.
+same where a device's batch is one group. `positive_only` drops the second sum.
 """
 
 from __future__ import annotations

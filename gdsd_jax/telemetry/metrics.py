@@ -1,9 +1,9 @@
-"""Metrics on disk, progress on the terminal, curves as a picture: all on the host, from numbers already fetched.
+"""Writes a run's metrics and completions to disk, on the host, from numbers already fetched.
 
-`metrics.jsonl` is the record and always written; TensorBoard and Weights & Biases are copies of it for those who ask.
+`metrics.jsonl` is always written and is the record; TensorBoard and Weights & Biases receive copies of it on request.
 Names have the form `group/name`; everything under `time/` depends on the machine, everything else repeats to the bit.
 
-    python -m gdsd_jax.telemetry.plots WORKDIR        draws WORKDIR/curves.png anew, also while the run goes on
+    python -m gdsd_jax.telemetry.plots WORKDIR        draws WORKDIR/curves.png anew, also during the run
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METRICS, COMPLETIONS, CURVES = "metrics.jsonl", "completions.jsonl", "curves.png
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NumPy values as Python's, NaN and infinities as null."""
+    """Converts `value` to a form that JSON can hold: NumPy values become Python's, NaN and infinities become None."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float):
@@ -41,7 +41,7 @@ def _plain(value: Any) -> Any:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict]]:
-    """The complete lines of a JSONL file with their contents; a last line that a kill cut short is left out."""
+    """Reads the complete lines of a JSONL file with their contents; leaves out a last line that a kill cut short."""
     found = []
     require_regular(path, most=1 << 40)
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
@@ -58,7 +58,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict]]:
 
 
 def _cut_back(path: Path, last_step: int | None) -> None:
-    """Removes a line cut short and the lines of later steps than `last_step`, all at once or not at all."""
+    """Removes an incomplete last line and the lines of steps after `last_step`, all at once or not at all."""
     if not path.exists():
         return
     kept = b"".join(line for line, entry in _lines(path) if last_step is None or entry["step"] <= last_step)
@@ -71,23 +71,23 @@ def _cut_back(path: Path, last_step: int | None) -> None:
 
 
 class MetricWriter:
-    """Appends metrics and completions of a run to `workdir`, flushed line by line: a kill loses no written step.
+    """Appends metrics and completions of a run to `workdir`; each call is flushed, so a kill loses no written step.
 
     Args:
       workdir: created when missing.
-      trackers: names of further places that the metrics go to, see `gdsd_jax.telemetry.trackers`.
-      resume_step: the step of the restored checkpoint; lines of later steps are cut away first. -1 starts the files
-        anew; None appends to what is there.
+      trackers: names of further places that receive the metrics, see `gdsd_jax.telemetry.trackers`.
+      resume_step: the step of the restored checkpoint; lines of later steps are removed first. -1 empties the files;
+        None appends to them as they are.
 
     Raises:
-      UserError: an unknown tracker, one whose package is not installed, or a file that holds no records.
+      UserError: a tracker is unknown, its package is not installed, or a file holds something other than records.
     """
 
     def __init__(
         self, workdir: str | os.PathLike, *, trackers: Sequence[str] = (), resume_step: int | None = None
     ) -> None:
         workdir = Path(workdir)
-        # The trackers first: a missing package is reported before a file is touched.
+        # Trackers are looked up first, so that a missing package is reported before a file is touched.
         makers = [find_tracker(name) for name in trackers]
         workdir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, COMPLETIONS):
@@ -97,9 +97,10 @@ class MetricWriter:
         self._trackers = [make(workdir, resume_step) for make in makers]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line `{"step": step, name: value, ...}`. Values are scalars on the host; NaN and infinities become null.
+        """Appends one line `{"step": step, name: value, ...}`; NaN and infinities become null.
 
-        Floats are written with the shortest text that reads back as the same double, so equal files mean equal bits.
+        Values are scalars on the host. Floats are written with the shortest text that reads back as the same double, so
+        equal files mean equal bits.
         """
         values = {name: _plain(float(value)) for name, value in metrics.items()}
         self._append(self._metrics, [{"step": int(step), **values}])
@@ -108,7 +109,7 @@ class MetricWriter:
             tracker.write(int(step), finite)
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """One line a completion: `{"step": step, ...}` with whatever the row holds, text and rewards."""
+        """Appends one line per completion: `{"step": step, ...}` with what its row holds, such as text and rewards."""
         self._append(self._completions, [{"step": int(step), **_plain(row)} for row in rows])
 
     def close(self) -> None:
@@ -131,10 +132,10 @@ class MetricWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `workdir/metrics.jsonl`, oldest first, without a last line that is still being written.
+    """Reads the lines of `workdir/metrics.jsonl`, oldest first, without a last line that is still being written.
 
     Raises:
-      UserError: there is no such file, it is empty, or it holds something else than records.
+      UserError: there is no such file, it is empty, or it holds something other than records.
     """
     path = Path(workdir) / METRICS
     entries = [entry for _, entry in _lines(path)] if path.is_file() else []

@@ -1,6 +1,6 @@
-"""What a run measures beside what `gdsd_jax.plan` said of it.
+"""Compares what a run measures with what `gdsd_jax.plan` predicted for it.
 
-A plan is looked for in the workdir: `python -m gdsd_jax.plan ... --json WORKDIR/plan.json`.
+The plan is read from the workdir, where `python -m gdsd_jax.plan ... --json WORKDIR/plan.json` writes it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FILE = "plan.json"
 
 
 def read_plan(workdir: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The plan in `workdir`, None if there is none.
+    """Reads the plan in `workdir`; returns None if there is none.
 
     Raises:
-      UserError: it is of another method, adapter, rollout or micro-batch than the run.
+      UserError: the plan is for another method, adapter, rollout or micro-batch than the run's, or cannot be read.
     """
     path = workdir / FILE
     if not path.is_file():
@@ -48,7 +48,10 @@ def read_plan(workdir: Path, config: TrainConfig) -> dict[str, Any] | None:
 
 
 def beside_plan(plan: dict[str, Any] | None, *, rollout: float, update: float) -> dict[str, float]:
-    """Metrics: the device's peak bytes where it counts them, and with a plan its bytes and roofline seconds.
+    """Returns measured memory and the plan's numbers as metrics.
+
+    They are the device's peak bytes if the device counts them and, if there is a plan, its peak bytes, its roofline
+    seconds, and these seconds divided by the measured ones.
 
     Args:
       rollout, update: measured seconds of a rollout and of one inner update.

@@ -27,10 +27,10 @@ CURVES = "curves.png"
 
 
 class Panel(NamedTuple):
-    """A panel of `curves.png`: the metrics of `names`, in this order, or every `prefix...` not drawn elsewhere.
+    """A panel of `curves.png`: the metrics `names` in this order, or every `prefix...` that no other panel names.
 
     `floor` and `ceiling` fix an end of the vertical axis, `log` allows a logarithmic one, `smooth` a running mean.
-    `typical` ends the axis at three medians: compiling takes the first step off the scale of the others.
+    `typical` ends the axis at three times the median, because compilation makes the first step far slower than others.
     """
 
     title: str
@@ -73,7 +73,7 @@ PANELS = (
 )
 
 
-# Drawn as the band around reward/mean.
+# This metric is drawn as the band around reward/mean.
 SPREAD = "reward/std"
 
 
@@ -82,15 +82,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
-    """Draws `workdir/curves.png` from `workdir/metrics.jsonl`: a panel for each kind of metric that was logged.
+    """Draws `workdir/curves.png` from `workdir/metrics.jsonl`, with a panel for each kind of metric that was logged.
 
-    With `only`, the metrics of these names alone are drawn. Noisy curves of more than 60 points are drawn faint, with
-    their running mean over a twentieth of them on top.
+    With `only`, just the metrics of these names are drawn. Noisy curves of more than 60 points are drawn faint, with
+    their running mean over a twentieth of the points on top.
 
     Raises:
       UserError: there are no metrics to draw.
     """
-    # Here and not above: Matplotlib takes a second to import, and a command needs it once, at its end.
+    # Imported only here, because Matplotlib takes a second to import and a command needs it once, at its end.
     from matplotlib.figure import Figure
 
     entries = read_metrics(workdir)
@@ -106,7 +106,7 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
     for panel in PANELS:
         wanted = panel.names or sorted(n for n in series if n.startswith(panel.prefix) and n not in claimed)
         present = [name for name in wanted if name in series and (not only or name in only)]
-        # A curve of zeros says nothing about rewards that failed; an empty panel would only push others aside.
+        # If no reward failed, the curve of failures is all zeros and its panel is left out.
         if present and not (present == ["reward/nan"] and not np.nansum(series["reward/nan"][1])):
             drawn.append((panel, present))
     if not drawn:
@@ -132,14 +132,14 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
 
 
 def _series(entries: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric; null is NaN, which leaves a gap."""
+    """Returns steps and values of one metric; null becomes NaN, which leaves a gap."""
     points = [(entry["step"], entry[name]) for entry in entries if name in entry]
     steps, values = zip(*points, strict=True)
     return np.asarray(steps, float), np.asarray([np.nan if v is None else v for v in values], float)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the finite values in a centred window, which shrinks at both ends."""
+    """Computes the mean of the finite values in a centred window, which shrinks at both ends."""
     kernel = np.ones(width)
     finite = np.isfinite(values)
     total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")

@@ -1,8 +1,8 @@
 """Where the time of an iteration goes: its phases on the host, and for how much of each the devices were busy.
 
-`config.profile=N` records iteration N with `jax.profiler` into `WORKDIR/profile`, prints its timeline and leaves it as
-`WORKDIR/timeline.md`; the profile itself opens in xprof. Recording costs time of its own: nothing but shares should be
-read from it, and an iteration that compiles (the first) shows little else.
+`config.profile=N` records iteration N with `jax.profiler` into `WORKDIR/profile`, prints its timeline and writes it to
+`WORKDIR/timeline.md`; xprof can open the profile. Recording itself takes time, so only shares should be read from the
+timeline. An iteration that compiles (the first) shows little besides compilation.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ PREFIX = "gdsd:"
 
 
 def phase(name: str) -> jax.profiler.TraceAnnotation:
-    """Names what runs inside it in a profile; costs nothing while none is recorded. Phases do not overlap."""
+    """Names the code inside this context in a profile; costs nothing while none is recorded. Phases do not overlap."""
     return jax.profiler.TraceAnnotation(PREFIX + name)
 
 
 class Phase(NamedTuple):
-    """Seconds from the start of the record to that of the phase, of the phase, and of busy devices inside it."""
+    """One phase of an iteration, with times in seconds.
+
+    start: from the start of the first phase to the start of this one.
+    seconds: duration of the phase.
+    busy: time within the phase during which a device was busy.
+    """
 
     name: str
     start: float
@@ -31,7 +36,7 @@ class Phase(NamedTuple):
 
 
 class Profile:
-    """Records one iteration of a run; 0: none."""
+    """Records the iteration of a run that has the number `iteration`; 0 records none."""
 
     def __init__(self, workdir: Path, iteration: int):
         self.directory, self.file, self.iteration = workdir / "profile", workdir / "timeline.md", iteration
@@ -40,13 +45,13 @@ class Profile:
     def begin(self, iteration: int) -> None:
         if iteration == self.iteration:
             options = jax.profiler.ProfileOptions()
-            # Python's own calls would be most of the record.
+            # Calls of Python functions would otherwise make up most of the record.
             options.python_tracer_level = 0
             jax.profiler.start_trace(str(self.directory), profiler_options=options)
             self._running = True
 
     def end(self) -> str | None:
-        """Ends the record; the timeline of the recorded iteration as Markdown, None after any other."""
+        """Ends the record and returns the iteration's timeline as Markdown; returns None if none was being recorded."""
         if not self._running:
             return None
         self._running = False
@@ -65,10 +70,10 @@ class Profile:
 
 
 def timeline(planes: Iterable[Any]) -> list[Phase]:
-    """The phases in the planes of a `jax.profiler.ProfileData`, in the order of time.
+    """Finds the phases in the planes of a `jax.profiler.ProfileData`, in order of time.
 
-    A device is busy while one of its operations runs: on TPU and GPU what stands under `/device:`, on CPUs what runs in
-    XLA's own threads. Of several devices, the moments count in which at least one is busy.
+    A device is busy while one of its operations runs: on TPU and GPU the events of planes named `/device:...`, on CPUs
+    those of XLA's own threads. With several devices, a moment counts as busy if at least one of them is busy.
     """
     phases, operations = [], []
     for plane in planes:
@@ -102,7 +107,7 @@ def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def markdown(phases: Sequence[Phase]) -> str:
-    """The timeline as a table of milliseconds; the last row is the whole, time between phases included."""
+    """Formats the timeline as a table of milliseconds; the last row is the whole, including time between phases."""
     whole = max(phase.start + phase.seconds for phase in phases)
     rows = [(p.name, p.start, p.seconds, p.busy) for p in phases]
     rows.append(("whole", 0.0, whole, sum(phase.busy for phase in phases)))

@@ -1,4 +1,4 @@
-"""Progress of a loop on the terminal, or as plain lines in a log."""
+"""Shows the progress of a loop on the terminal, or as plain lines in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import rich.progress
 
 
 def duration(seconds: float) -> str:
-    """`7s`, `4m12s`, `3h05m`, `2d04h`: two units at most."""
+    """Formats seconds with at most two units: `7s`, `4m12s`, `3h05m`, `2d04h`."""
     total = round(seconds)
     if total < 60:
         return f"{total}s"
@@ -27,22 +27,23 @@ def duration(seconds: float) -> str:
 
 
 def _short(value: float | int | str) -> str:
-    """Three decimals where they tell something, else an exponent: the line should not jump about."""
+    """Formats a float with three decimals, or with an exponent where these say little, so that the line is steady."""
     if not isinstance(value, float | np.floating):
         return str(value)
     return f"{value:.1e}" if 0 < abs(value) < 0.005 or abs(value) >= 1e5 else f"{value:.3f}"
 
 
 class Progress:
-    """One line about a loop of `total` steps: step, rate, reward, time left.
+    """Prints one line about a loop of `total` steps: step, rate, further numbers, time left.
 
-    On a terminal a live line that fits its width; elsewhere (a log file) a plain line at the first and the last update
-    and in between at most one every `plain_seconds`. The rate is the mean over the last 20 updates.
+    On a terminal it is a live line that fits the width. Elsewhere (a log file) it is a plain line at the first and the
+    last update, and between them at most one every `plain_seconds`. The rate is the mean over the last 20 updates.
 
     Args:
       total: the last step; `start`: the steps done before, which do not count for the rate.
       enabled: False prints nothing (hosts other than 0).
-      label: the word in front.
+      label: the word at the beginning of the line.
+      plain_seconds: least time in seconds between two plain lines.
       console: where to print; None is standard output.
     """
 
@@ -58,7 +59,7 @@ class Progress:
     ) -> None:
         self._total, self._step, self._enabled, self._label = total, start, enabled, label
         self._plain_seconds = plain_seconds
-        # A notebook is neither: rich would make an output of its own of every line, or draw a bar where none can move.
+        # A notebook counts as a log: rich would give every line an output of its own, or draw a bar that cannot move.
         self._console = console or rich.console.Console(force_jupyter=False, force_terminal=sys.stdout.isatty())
         self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=21)
         self._shown_at = -math.inf
@@ -84,14 +85,14 @@ class Progress:
             self._live.stop()
 
     def update(self, step: int, **shown: float | int | str | None) -> None:
-        """`step` steps are done; `shown` are further numbers, the most important first (`reward=0.5`)."""
+        """Reports that `step` steps are done; `shown` are further numbers, most important first (`reward=0.5`)."""
         if not self._enabled:
             return
         now = time.monotonic()
         self._step = step
         self._times.append((now, step))
         if self._live is not None:
-            # Twelve columns stay for the bar; what does not fit is dropped from the end.
+            # Twelve columns remain for the bar; numbers that do not fit are dropped from the end.
             room = self._console.width - len(self._label) - 14
             self._live.update(self._task, completed=step, text=self._line(shown, room), refresh=True)
         elif step >= self._total or now - self._shown_at >= self._plain_seconds:
@@ -99,12 +100,12 @@ class Progress:
             self._console.out(f"{self._label} {self._line(shown, None)}", highlight=False)
 
     def note(self, text: str) -> None:
-        """A line of its own, above the live one."""
+        """Prints `text` on a line of its own, above the live one."""
         if self._enabled:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, shown: Mapping[str, Any], room: int | None) -> str:
-        # Compilation sits in the first step: once a second one is done, the time before the first no longer counts.
+        # The first update includes compilation: once a second one is done, the rate no longer counts the first.
         first = self._times[1] if len(self._times) > 2 and len(self._times) < self._times.maxlen else self._times[0]
         (then, before), (now, step) = first, self._times[-1]
         head, tail = [f"{step}/{self._total}"], []

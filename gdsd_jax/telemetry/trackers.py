@@ -1,8 +1,8 @@
 """Trackers: copies of a run's metrics for TensorBoard, Weights & Biases, or a program of the user's own.
 
 A tracker is any object with `write(step, values)`, called once for each line of `metrics.jsonl` with its finite values,
-and `close()`. `config.trackers` names them: keys of `TRACKERS`, or a user's own as `package.module:NAME`, where NAME is
-called with the workdir and the step of the restored checkpoint.
+and `close()`. `config.trackers` lists trackers by name: keys of `TRACKERS`, or a user's own as `package.module:NAME`,
+where NAME is called with the workdir and the step of the restored checkpoint.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Tracker(Protocol):
         """Takes the finite metrics of one step."""
 
     def close(self) -> None:
-        """Finishes what is still being written."""
+        """Finishes all pending writes."""
 
 
 def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
     """Returns the function that opens the tracker of this name.
 
-    It takes the directory of the run, and the step of the restored checkpoint: what a tracker holds of later steps is
-    no longer true; -1 starts anew, None appends.
+    That function takes the directory of the run and the step of the restored checkpoint. Values that the tracker holds
+    of later steps are no longer valid; -1 starts anew, None appends.
 
     Raises:
-      UserError: an unknown name, or a module or package that cannot be imported.
+      UserError: the name is unknown, or a module or package cannot be imported.
     """
     if is_plugin(name):
         return load_plugin(name, "config.trackers")
@@ -46,10 +46,10 @@ def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
 
 
 def import_package(package: str, setting: str) -> Any:
-    """Imports the package behind a tracker.
+    """Imports the package that a tracker needs.
 
     Raises:
-      UserError: it is not installed.
+      UserError: the package cannot be imported.
     """
     try:
         return __import__(package)
@@ -85,7 +85,7 @@ class WeightsAndBiases:
     package = "wandb"
 
     def __init__(self, workdir: Path, resume_step: int | None):
-        # The name is the run's identity, so that a resumed run continues the same plot.
+        # The file keeps the run's identity, so that a resumed run continues the same plot.
         identity = workdir / "wandb_id.txt"
         if resume_step is None or resume_step < 0 or not identity.exists():
             identity.write_text(f"{workdir.resolve().name}-{time.time_ns():x}\n", encoding="utf-8")

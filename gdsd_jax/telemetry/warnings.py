@@ -1,4 +1,4 @@
-"""Warnings before a run collapses: known precursors in an iteration's metrics, each with the setting to look at."""
+"""Warns before a run collapses: finds known precursors in an iteration's metrics and names the settings to look at."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ DIVERSITY = 0.1
 
 
 def precursors(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Returns a line for each precursor that shows, by the precursor's name; a metric that is absent warns of nothing.
+    """Returns a line of warning for each precursor that is present, by its name; absent metrics cause no warning.
 
     Args:
       metrics: those of one iteration, by the names that `train` writes. `policy/clipped` is the share of ratios that
-        the trust region holds in the inner updates after the first, `clipped/update_N` that of each of them,
-        `reward/zero_spread` the share of groups whose completions all earn the same, `completion/diversity` is 0 where
-        the completions of a group are all equal and 1 where all differ.
+        the trust region clips in the inner updates after the first, and `clipped/update_N` is that share in update N.
+        `reward/zero_spread` is the share of groups whose completions all earn the same reward. `completion/diversity`
+        is 0 where the completions of a group are all equal and 1 where all differ.
     """
     lines = {}
     by_update = [value for name, value in metrics.items() if name.startswith("clipped/")]
