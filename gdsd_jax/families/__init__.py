@@ -1,4 +1,4 @@
-"""Model families: one file for each, found by being in this folder. Nothing outside a family's file knows its name."""
+"""Finds the model families, each defined by a file in this folder. Nothing outside a family's file knows its name."""
 
 from __future__ import annotations
 

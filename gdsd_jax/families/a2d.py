@@ -1,6 +1,7 @@
 """a2d-qwen3 and a2d-qwen2 (dllm): causal Qwen models turned into masked denoisers, with full or block-causal attention.
 
-The tensors are those of the causal models, the causal mask is gone. The mask token is one that the tokenizer adds.
+The tensors are those of the causal models; only the causal mask is dropped. The mask token is an added token of the
+tokenizer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.families import decoder
 from gdsd_jax.families.family import Family
 
-# Blocks, where a run asks for them (config.checkpoint_overrides.block_size), begin with the completion.
+# If a run asks for blocks (config.checkpoint_overrides.block_size), the first block begins with the completion.
 QUIRKS = {
     "a2d-qwen2": {"qkv_bias": True, "block_origin": "column"},
     "a2d-qwen3": {"qk_norm": True, "block_origin": "column"},
@@ -41,7 +42,7 @@ def _family(name: str, kind: str, repository: str, published: dict[str, Denoiser
     architecture = f"A2D{kind}LMHeadModel"
 
     def write(config: DenoiserConfig) -> dict[str, Any]:
-        # The class ships with dllm, not with the repository.
+        # The class is part of the package dllm, not of the hub repository.
         hf = decoder.write(config, name, repository, {"AutoModel": architecture})
         del hf["auto_map"]
         return hf

@@ -1,4 +1,4 @@
-"""Configuration keys and tensor names of Llama, which most families share."""
+"""Defines the configuration keys and tensor names of Llama, which most families share."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ ROWS = (
 )
 
 
-_QWEN3_HEAD = 128  # the default of the class, where config.json does not say
+_QWEN3_HEAD = 128  # the default of the class if config.json has no such key
 
 
 def read(hf: Mapping[str, Any], family: str, quirks: Mapping[str, Any]) -> DenoiserConfig:
     """Reads a `config.json` in Llama's keys; `quirks` are the family's own fields of `DenoiserConfig`.
 
-    Where no pad id is declared, EOS stands in for it: pads are never attended to.
+    If no pad id is declared, the EOS id is used instead, since pads are never attended to.
 
     Raises:
-      UserError: an option that is not computed here.
-      KeyError: an absent key.
+      UserError: `config.json` sets an option that this denoiser does not compute.
+      KeyError: a required key is absent.
     """
     refuse(
         hf,
@@ -47,7 +47,7 @@ def read(hf: Mapping[str, Any], family: str, quirks: Mapping[str, Any]) -> Denoi
             "hidden_act": ("silu",),
             "use_sliding_window": (False, None),
             "mlp_bias": (False,),
-            # Qwen2 ignores the key and always has its biases; for the others it would add them.
+            # Qwen2 ignores this key and always has biases; in the other models the key would add them.
             "attention_bias": (bool(quirks.get("qkv_bias")), False),
             "partial_rotary_factor": (1, None),
         },
@@ -86,7 +86,7 @@ def write(config: DenoiserConfig, model_type: str, repository: str, classes: Map
     """Writes a complete `config.json` in Llama's keys.
 
     Args:
-      classes: `auto_map`, class of transformers -> `module.Class` in the repository.
+      classes: the value of `auto_map`: class of transformers -> `module.Class` in the repository.
     """
     architecture = classes.get("AutoModelForCausalLM") or classes["AutoModel"]
     return {
@@ -97,7 +97,7 @@ def write(config: DenoiserConfig, model_type: str, repository: str, classes: Map
         **({} if config.block_size is None else {"block_size": config.block_size}),
         "bos_token_id": config.eos_token_id,
         "eos_token_id": config.eos_token_id,
-        # Qwen3's class has a default of its own where the key is absent.
+        # Without the key, Qwen3's class would use its own default.
         **({"head_dim": config.head_dim} if config.head_size or config.qk_norm else {}),
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,

@@ -8,7 +8,7 @@ from gdsd_jax.families.family import Family
 
 REPOSITORY = "Dream-org/Dream-v0-Instruct-7B"
 CLASSES = {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"}
-# The raw logits at position i speak of token i + 1.
+# The raw logits at position i predict token i + 1.
 QUIRKS = {"qkv_bias": True, "next_token_logits": True}
 
 DREAM_7B = DenoiserConfig(

@@ -1,4 +1,4 @@
-"""The contract between a model family's file and everything else: `Family`, and readers that several files share."""
+"""Defines `Family`, the contract between a model family's file and all other code, and readers that families share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gdsd_jax.runtime.errors import UserError
 
 
 class Row(NamedTuple):
-    """A line of a name table: stored name (`{n}` is the layer), path in the base, symbols of the stored axes.
+    """One row of a name table: stored name (`{n}` is the layer), path in the base, and symbols of the stored axes.
 
     Axes: V vocabulary, D model, F feed-forward, Q all query heads, K all key/value heads, H size of one head.
     """
@@ -23,13 +23,13 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A checkpoint format and what is peculiar to it. The files of this folder each export some as `FAMILIES`.
+    """A checkpoint format and its peculiarities. Each file of this folder exports its families as `FAMILIES`.
 
     Attributes:
       name: value of `DenoiserConfig.family`.
       model_type: value of `model_type` in `config.json`.
       repository: the hub repository that carries the modelling code, for `auto_map`.
-      rows: the name table, one to one in both directions.
+      rows: the name table; no stored name and no place in the base occurs twice.
       read: `config.json` -> `DenoiserConfig`. A KeyError becomes an error that names the absent key.
       write: `DenoiserConfig` -> a complete `config.json`.
       quirks: fields of `DenoiserConfig` that are the same in every checkpoint of the family.
@@ -37,7 +37,7 @@ class Family:
         tokenizer knows.
       tokenizer_classes: tokenizer classes that exist only as Python files beside a checkpoint -> the class of
         transformers that computes the same from the same files.
-      task_type: of PEFT adapters; None where PEFT's wrapper of causal language models does not fit the class.
+      task_type: the `task_type` of PEFT adapters; None if PEFT's wrapper of causal language models does not fit.
       sampler: fields of `SamplerConfig` that the authors use by default.
       published: sizes of published checkpoints by the name of their directory.
       autoregressive: `model_type` of causal language models with the same tensors, from which a run can start.
@@ -59,7 +59,7 @@ class Family:
 
 
 def refuse(hf: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
-    """Raises UserError if an option that changes the mathematics is set to something that is not computed here."""
+    """Raises UserError if an option is set to a value that changes the mathematics and is not implemented here."""
     for key, allowed in supported.items():
         if key in hf and hf[key] not in allowed:
             raise UserError(f"config.json sets {key} to {hf[key]!r}; this denoiser computes only {allowed[0]!r}")
@@ -69,15 +69,15 @@ def rope_theta(hf: Mapping[str, Any]) -> float:
     """Reads the base of the rotary embedding from `rope_theta`, or from `rope_parameters` (transformers 5).
 
     Raises:
-      UserError: two bases that disagree, or a scaling of the positions, which is not computed here.
-      KeyError: no base.
+      UserError: two bases disagree, or positions are scaled, which is not implemented here.
+      KeyError: no base is given.
     """
     found = {} if hf.get("rope_theta") is None else {"rope_theta": hf["rope_theta"]}
     for key in ("rope_parameters", "rope_scaling"):
         entry = hf.get(key) or {}
         if not isinstance(entry, Mapping):
             raise UserError(f"config.json sets {key} to {entry!r}: an object is needed")
-        # Transformers 5 nests the parameters by kind of layer where a model has several.
+        # If a model has several kinds of layers, transformers 5 nests the parameters by kind.
         nested = bool(entry) and all(isinstance(value, Mapping) for value in entry.values())
         for parameters in entry.values() if nested else (entry,):
             kinds = {parameters.get("rope_type", "default"), parameters.get("type", "default")} - {None}

@@ -1,6 +1,6 @@
-"""Fast-dLLM v2: Qwen2.5's body under block-causal attention, with logits that speak of the next token.
+"""Fast-dLLM v2: Qwen2.5's layers under block-causal attention, with logits that predict the next token.
 
-The first token of a block is read from the last token of the finished block before it.
+The first token of a block is predicted by the last token of the finished block before it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME, BLOCK_SIZE = "fast_dllm_qwen", 32
 
 
 def read(hf: Mapping[str, Any]) -> DenoiserConfig:
-    """Reads a `config.json`; `block_size` of config.checkpoint_overrides goes before its `bd_size`."""
+    """Reads a `config.json`; `block_size` of config.checkpoint_overrides takes precedence over its `bd_size`."""
     return decoder.read({"block_size": hf.get("bd_size", BLOCK_SIZE)} | dict(hf), NAME, QUIRKS)
 
 

@@ -1,6 +1,6 @@
 """iLLaDA-8B: a masked denoiser in Llama's names, with grouped heads and a tied embedding.
 
-Its mask id is declared in no file of the checkpoint, only in the authors' README (5).
+No file of the checkpoint declares the mask id; only the authors' README gives it (5).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLASSES = {
 
 
 def read(hf: Mapping[str, Any]) -> DenoiserConfig:
-    """Reads a `config.json`; a `layer_norm_eps` would replace every RMSNorm by a LayerNorm."""
+    """Reads a `config.json`; refuses `layer_norm_eps`, which would replace every RMSNorm by a LayerNorm."""
     refuse(hf, {"layer_norm_eps": (None,)})
     return decoder.read(hf, "illada", {})
 
@@ -31,7 +31,7 @@ def write(config: DenoiserConfig) -> dict[str, Any]:
     return decoder.write(config, "illada", REPOSITORY, CLASSES) | {"layer_norm_eps": None, "mlp_bias": False}
 
 
-# Theta and epsilon of the published checkpoint are not confirmed; sizes are what planning needs.
+# Theta and epsilon of the published checkpoint are not confirmed; planning needs only the sizes.
 ILLADA_8B = DenoiserConfig(
     family="illada",
     vocab_size=155136,

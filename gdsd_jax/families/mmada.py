@@ -1,4 +1,4 @@
-"""MMaDA-8B, the text part: LLaDA's body and names, with the codes of images behind the words in the embedding."""
+"""MMaDA-8B, the text part: LLaDA's layers and names; in the embedding, the codes of images follow the words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGE_CODES = 8192
 
 
 def write(config: DenoiserConfig) -> dict[str, Any]:
-    """Writes a complete `config.json`: LLaDA's keys and the sizes of the vocabularies."""
+    """Writes a complete `config.json` with LLaDA's keys and the sizes of the vocabularies."""
     classes = {"AutoConfig": "MMadaConfig", "AutoModel": "MMadaModelLM", "AutoModelForCausalLM": "MMadaModelLM"}
     return llada.write(config) | {
         "architectures": ["MMadaModelLM"],

@@ -1,4 +1,4 @@
-"""SDAR and TraDo: Qwen3's body under block-causal attention, text written block after block (arXiv 2510.06303)."""
+"""SDAR and TraDo: Qwen3's layers under block-causal attention; text is written block by block (arXiv 2510.06303)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = {
     "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
 }
 QUIRKS = {"qk_norm": True, "block_origin": "sequence"}
-BLOCK_SIZE = 4  # where config.json does not say
+BLOCK_SIZE = 4  # if config.json gives none
 
 
 def read(hf: Any) -> DenoiserConfig:

@@ -1,4 +1,4 @@
-"""Hugging Face directories on one side, parameters and token ids on the other."""
+"""Reads and writes Hugging Face directories: configurations, parameters, adapters and tokenizers."""
 
 from gdsd_jax.hub.adapt import adapt, family_for
 from gdsd_jax.hub.declared import read_config

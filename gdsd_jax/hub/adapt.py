@@ -1,4 +1,4 @@
-"""Makes a masked denoiser's checkpoint of an autoregressive one with the same tensors, where a family says how."""
+"""Turns an autoregressive checkpoint into one of a masked denoiser with the same tensors, if a family supports that."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from gdsd_jax.hub.load import load_checkpoint
 from gdsd_jax.hub.save import export_checkpoint
 from gdsd_jax.runtime.errors import UserError
 
-_ROWS = 64  # an embedding that has to grow has a multiple of so many rows
+_ROWS = 64  # an embedding that has to grow gets a multiple of this many rows
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
 def family_for(directory: str | os.PathLike) -> Family | None:
-    """Returns the family that an autoregressive checkpoint can start, or None where it is a masked denoiser already."""
+    """Returns the family that can start from this autoregressive checkpoint, or None if no family can."""
     model_type = read_json(checked_directory(directory) / "config.json").get("model_type")
     return next((f for f in FAMILIES.values() if f.autoregressive and f.autoregressive == model_type), None)
 
 
 def adapt(source: str | os.PathLike, directory: str | os.PathLike) -> None:
-    """Writes an autoregressive checkpoint as one of its family, with a mask token in tokenizer and embedding.
+    """Writes an autoregressive checkpoint as a masked denoiser of its family, with a mask token.
 
-    Tensors are copied. A mask token that the tokenizer lacks is added; where the embedding has no row for it, rows are
-    appended, and the new token's is the mean of the others.
+    Tensors are copied. If the tokenizer lacks a mask token, one is added to it: the embedding and the head get more
+    rows where they have none for the new token, and its row is the mean of the stored rows.
 
     Args:
-      directory: where to; must be absent or empty.
+      source: the directory of the autoregressive checkpoint.
+      directory: where the new checkpoint is written; it must be absent or empty.
 
     Raises:
-      UserError: no autoregressive checkpoint that a family can start from, or one that does not load.
+      UserError: no family can start from the checkpoint, or the checkpoint does not load.
     """
     import transformers
 

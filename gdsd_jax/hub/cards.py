@@ -1,4 +1,4 @@
-"""Model cards of exported checkpoints and adapters."""
+"""Writes the model cards of exported checkpoints and adapters."""
 
 from __future__ import annotations
 

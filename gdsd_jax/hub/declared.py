@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: `config.json`, with token ids from the tokenizer's files where it lacks them."""
+"""Reads the `config.json` of a checkpoint, and takes token ids that it lacks from the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gdsd_jax.runtime.files import understood
 
 
 def declared(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the mapping of `config.json` with `overrides` in it, and ids that only the tokenizer's files know.
+    """Returns `config.json` as a mapping, with `overrides` applied and missing token ids from the tokenizer's files.
 
     Raises:
-      UserError: no such directory, no usable `config.json` in it, an unknown `model_type`.
+      UserError: the directory is absent, has no usable `config.json`, or has an unknown `model_type`.
     """
     directory = checked_directory(directory)
     hf = read_json(directory / "config.json") | {k: v for k, v in (overrides or {}).items() if v is not None}
@@ -29,26 +29,27 @@ def declared(directory: str | os.PathLike, overrides: Mapping[str, Any] | None =
 
 
 def read_config(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> DenoiserConfig:
-    """Reads what the model in a checkpoint directory is.
+    """Reads the configuration of the model in a checkpoint directory.
 
     Args:
-      overrides: keys of `config.json` to set or replace, such as a `mask_token_id` that no file declares; None as a
-        value leaves a key alone.
+      overrides: keys of `config.json` to set or replace, such as a `mask_token_id` that no file declares. A key whose
+        value is None is left as it is.
 
     Raises:
-      UserError: as `declared`; a token id that no file declares.
+      UserError: as for `declared`, or a required token id is declared in no file.
     """
     hf = declared(directory, overrides)
     if isinstance(hf.get("eos_token_id"), list) and hf["eos_token_id"]:
-        # Several ids end a turn; the tokenizer knows the others.
+        # Each id of the list ends a turn. The first is the EOS; `Tokenizer.end_token_ids` has the others.
         hf["eos_token_id"] = hf["eos_token_id"][0]
     return families.read_config(hf)
 
 
 def _special_ids(directory: epath.Path, family: families.Family) -> dict[str, int]:
-    """Ids of special tokens in the tokenizer's files, by the key of `config.json` that would hold them.
+    """Returns the ids of special tokens in the tokenizer's files, by the key of `config.json` that would hold them.
 
-    Their texts are the family's, or those that `tokenizer_config.json` names as its mask, EOS and pad token.
+    The texts of these tokens come from the family or, where it names none, from the mask, EOS and pad token in
+    `tokenizer_config.json`.
     """
     by_text: dict[str, int] = {}
     named = dict(family.tokens)
@@ -60,7 +61,7 @@ def _special_ids(directory: epath.Path, family: families.Family) -> dict[str, in
 
 
 def _collect(file: str, content: Mapping[str, Any], by_text: dict[str, int], named: dict[str, str]) -> None:
-    """Adds what one of the tokenizer's files says: ids by text, and the texts of special tokens."""
+    """Adds the contents of one of the tokenizer's files: ids to `by_text`, texts of special tokens to `named`."""
     if file == "tokenizer.json":
         by_text |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
     elif file == "added_tokens.json":

@@ -1,8 +1,8 @@
-"""What a checkpoint directory holds, on a disk or in a bucket (gs://), and byte ranges of it.
+"""Lists the files and tensors of a checkpoint directory, on a disk or in a bucket (gs://), and reads byte ranges.
 
-The safetensors format (huggingface.co/docs/safetensors): eight bytes with the length of a JSON header, the header,
-which gives every tensor's dtype, shape and byte range, then the bytes. It is read here directly, so that only what is
-asked for leaves the disk and bfloat16 needs no detour.
+A safetensors file (huggingface.co/docs/safetensors) begins with eight bytes that give the length of a JSON header. The
+header follows, with every tensor's dtype, shape and byte range, and then the bytes. The format is read directly here,
+so that only the requested bytes leave the disk and bfloat16 needs no conversion.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Stored(NamedTuple):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns; a vector is one column."""
+        """The numbers of rows and columns; a vector counts as one column."""
         rows, columns = (*self.shape, 1)[:2]
         return rows, columns
 
 
-# Bits of a float's exponent, by its format: all of them set in NaN and the infinities alone.
+# The exponent bits of each float format. Only NaN and the infinities have all of them set.
 _EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
 
@@ -63,15 +63,15 @@ def require_finite(data: np.ndarray, name: str, where: object) -> None:
 
 
 def in_bucket(path: os.PathLike) -> bool:
-    """Whether a path is a URL, and every read of it a request."""
+    """Returns whether a path is a URL, so that every read is a request to a bucket."""
     return "://" in os.fspath(path)
 
 
 class Reader:
     """Reads byte ranges of files, and counts the bytes.
 
-    Local files are read with `pread`, those of a bucket with range requests. Neither maps a file into memory, so what
-    was not asked for never becomes resident. Threads may share a reader.
+    Local files are read with `pread`, files in a bucket with range requests. Neither maps a file into memory, so bytes
+    that nobody asked for never become resident. Threads may share a reader.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def read(self, path: epath.Path, begin: int, size: int) -> bytes:
-        """`size` bytes from `begin` on."""
+        """Returns `size` bytes of a file, starting at byte `begin`."""
         buffer = np.empty(size, np.uint8)
         self.fill(path, [(begin, buffer)])
         return buffer.tobytes()
@@ -87,10 +87,12 @@ class Reader:
     def block(
         self, stored: Stored, rows: tuple[int, int], columns: tuple[int, int], out: np.ndarray | None = None
     ) -> np.ndarray:
-        """A block `[rows, columns]` of a stored matrix in its dtype: one range, or one for each row that is cut.
+        """Returns a block `[rows, columns]` of a stored matrix, in its stored dtype.
+
+        Whole rows into a contiguous array are one byte range; any other block is one byte range per row.
 
         Args:
-          out: what to read into, of this shape and dtype and with contiguous rows; None for a new array.
+          out: the array to read into, of this shape and dtype and with contiguous rows; None for a new array.
         """
         dtype, width = FLOATS[stored.dtype], stored.matrix[1]
         if out is None:
@@ -103,12 +105,12 @@ class Reader:
         return out
 
     def tensor(self, stored: Stored) -> np.ndarray:
-        """A whole stored matrix."""
+        """Returns a whole stored matrix, or a stored vector as one column."""
         rows, columns = stored.matrix
         return self.block(stored, (0, rows), (0, columns))
 
     def fill(self, path: epath.Path, ranges: Iterable[tuple[int, np.ndarray]]) -> None:
-        """Fills every buffer from its position in the file on.
+        """Fills every buffer with the bytes of the file that start at the buffer's position.
 
         Raises:
           UserError: the file has become shorter since its header was read.
@@ -127,7 +129,7 @@ def _read_from_disk(path: epath.Path, ranges: Iterable[tuple[int, np.ndarray]]) 
             left = memoryview(buffer)
             total += len(left)
             while left:
-                # Fewer bytes than asked for are no error (Linux gives at most 2 GB at once), none is the end.
+                # Linux returns at most 2 GB at once, so a short read is no error; an empty one is the end of the file.
                 count = os.preadv(descriptor, [left], begin)
                 if count == 0:
                     raise UserError(f"{path} is truncated: download it again")
@@ -150,10 +152,10 @@ def _read_from_bucket(path: epath.Path, ranges: Iterable[tuple[int, np.ndarray]]
 
 
 def checked_directory(directory: str | os.PathLike) -> epath.Path:
-    """The directory as a path, local or in a bucket.
+    """Returns the directory as a path, local or in a bucket, after checking that it is there.
 
     Raises:
-      UserError: it does not exist or is no directory, or buckets cannot be read here.
+      UserError: the path does not exist or is no directory, or buckets cannot be read on this machine.
     """
     path = epath.Path(directory)
     try:
@@ -166,12 +168,13 @@ def checked_directory(directory: str | os.PathLike) -> epath.Path:
 
 
 def require_own_file(path: epath.Path) -> None:
-    """Checks a file of a local directory before it is opened: a regular file, in the directory itself.
+    """Checks, before a file of a local directory is opened, that it is a regular file in the directory itself.
 
-    A link may lead inside the directory, or to the `blobs` beside the `snapshots` of a cache of the hub.
+    A link may lead to another place in the directory, or to the `blobs` beside the `snapshots` in the hub's cache. An
+    absent path, or one in a bucket, passes.
 
     Raises:
-      UserError: a pipe or a device, or a link to somewhere else; nothing where the path is absent.
+      UserError: the path is a pipe or a device, or a link to anywhere else.
     """
     if in_bucket(path) or not os.path.lexists(path):
         return
@@ -184,7 +187,7 @@ def require_own_file(path: epath.Path) -> None:
 
 
 def require_own_files(directory: epath.Path, patterns: Iterable[str]) -> None:
-    """Checks, as `require_own_file` does, whatever of a directory matches the patterns."""
+    """Checks every file of a directory that matches one of the patterns, as `require_own_file` does."""
     if not in_bucket(directory):
         for pattern in patterns:
             for path in directory.glob(pattern):
@@ -193,7 +196,7 @@ def require_own_files(directory: epath.Path, patterns: Iterable[str]) -> None:
 
 @contextmanager
 def on_disk(directory: epath.Path, patterns: Iterable[str]) -> Iterator[Path]:
-    """A local directory with the files that match: the directory itself, or copies if it is in a bucket."""
+    """Yields a local directory with the files that match: the given one or, if that is in a bucket, one with copies."""
     if not in_bucket(directory):
         yield Path(directory)
         return
@@ -205,10 +208,10 @@ def on_disk(directory: epath.Path, patterns: Iterable[str]) -> Iterator[Path]:
 
 
 def read_json(path: os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-      UserError: it is absent, does not parse, or holds something else than an object.
+      UserError: the file is absent, does not parse, or holds something other than an object.
     """
     path = epath.Path(path)
     require_own_file(path)
@@ -232,14 +235,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _size(value: Any) -> int:
-    """A number of a header, which counts something."""
+    """Returns a number from a header if it can be a size; raises ValueError otherwise."""
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise ValueError(f"{str(value)[:50]} is no size")
     return value
 
 
 def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, Stored]:
-    """What a safetensors file holds, with every byte of the file accounted for.
+    """Returns the tensors of a safetensors file by name, after checking that they account for all of its bytes.
 
     Raises:
       UserError: the file is absent, truncated or corrupt, or holds a tensor twice.
@@ -287,7 +290,7 @@ def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, St
 
 
 def read_metadata(path: os.PathLike) -> dict[str, Any]:
-    """The texts in the header of a safetensors file that `read_header` accepts; empty where there are none."""
+    """Returns the texts in a safetensors file's header, if any; raises UserError as `read_header` does."""
     read_header(path)
     path, reader = epath.Path(path), Reader()
     length = int.from_bytes(reader.read(path, 0, 8), "little")
@@ -296,10 +299,10 @@ def read_metadata(path: os.PathLike) -> dict[str, Any]:
 
 
 def weight_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str] | None]:
-    """The safetensors files of a checkpoint, and the index's map from tensor to file name if it is sharded.
+    """Returns the safetensors files of a checkpoint, and the index's map from tensor to file name if there is one.
 
     Raises:
-      UserError: there are none, both layouts at once, an absent shard, a shard that the index does not name.
+      UserError: there are no such files, both layouts are there, or the shards are not those that the index names.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists() and index.exists():
@@ -322,10 +325,10 @@ def weight_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str
 
 
 def checkpoint_tensors(directory: epath.Path, reader: Reader) -> dict[str, Stored]:
-    """Every tensor of a checkpoint, by name.
+    """Returns every tensor of a checkpoint, by name.
 
     Raises:
-      UserError: as `weight_files` and `read_header`; a tensor in two files, or not where the index puts it.
+      UserError: as for `weight_files` and `read_header`; or a tensor is in two files, or not where the index puts it.
     """
     files, weight_map = weight_files(directory)
     tensors: dict[str, Stored] = {}

@@ -1,4 +1,4 @@
-"""Stored tensors on their way to the devices: blocks of files, every byte read once, stacked layer by layer."""
+"""Moves stored tensors from files to devices: reads them in blocks, every byte once, and stacks the layers there."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket, require_finite
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import named_sharding
 
-# Blocks are read side by side: buckets answer slowly, and disks like several requests.
+# Several blocks are read at once, because buckets answer slowly and disks are faster with several requests.
 THREADS, BLOCK_BYTES = min(8, os.cpu_count() or 1), 16 << 20
 
 
 class Box(NamedTuple):
-    """A block of a stored matrix: its first row and the one past its last, and the same of its columns."""
+    """A block of a stored matrix: the first row and the row past the last one, and likewise for the columns."""
 
     rows: tuple[int, int]
     columns: tuple[int, int]
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...], turned: bool) -> Box:
-    """The block of a stored tensor that `index` cuts out of an array of this shape: of it, or of its transpose."""
+    """Returns which block of a stored tensor `index` selects from an array of this shape.
+
+    The array is the stored tensor itself or, if `turned`, its transpose.
+    """
     spans = [piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True)]
     return Box(*(spans[::-1] if turned else spans), *[(0, 1)] * (2 - len(spans)))
 
 
 def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
-    """Disjoint blocks of bounded size that cover the boxes and nothing else.
+    """Yields disjoint blocks of bounded size that together cover the boxes and nothing else.
 
-    In a bucket they cover whole rows: a request for each row would cost more than the bytes beside what is needed.
+    For a file in a bucket the blocks cover whole rows, because one request per row would cost more than reading columns
+    that are not needed.
     """
     width = stored.matrix[1]
     limit = max(1, BLOCK_BYTES // (width * FLOATS[stored.dtype].itemsize))
@@ -60,7 +64,7 @@ def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
 
 
 def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader, pool: Executor) -> None:
-    """Reads boxes of a stored matrix into arrays of their shapes; what boxes share is read once."""
+    """Reads boxes of a stored matrix into arrays of their shapes; bytes that several boxes share are read once."""
 
     def read(block: Box) -> None:
         targets = []
@@ -68,7 +72,7 @@ def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader,
             spans = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, box, strict=True)]
             if all(begin < end for begin, end in spans):
                 targets.append((Box(*spans), piece[_within(spans, box)]))
-        # Straight to where it belongs, if that takes all of it as it is.
+        # The block is read straight into a target that takes all of it in the stored dtype, if there is one.
         fits = (part for spans, part in targets if spans == block and part.dtype == FLOATS[stored.dtype])
         straight = next(fits, None)
         data = reader.block(stored, *block, out=straight)
@@ -82,7 +86,7 @@ def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader,
 
 
 def _within(spans: Iterable[tuple[int, int]], box: Box) -> tuple[slice, slice]:
-    """The index of spans of rows and columns in a box that holds them."""
+    """Returns spans of rows and columns as an index into a box that contains them."""
     return tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(spans, box, strict=True))
 
 
@@ -98,10 +102,10 @@ def _turned(array: jax.Array, sharding: jax.sharding.Sharding | None = None) -> 
 
 
 class Loader(NamedTuple):
-    """Reads parameters, each given as its stored tensors, in the order of the layers, and the slot of any of them.
+    """Reads parameters, each given by its stored tensors in the order of the layers and by the slot of one of them.
 
-    Kernels are stored turned. Accelerators get them as they are stored and turn them themselves; where the devices are
-    this machine's CPUs, sending turns, which is what sending is good at.
+    Kernels are stored transposed. Accelerators receive them as they are stored and transpose them. Where the devices
+    are this machine's CPUs, the copy to the device transposes them at little cost.
     """
 
     dtype: np.dtype | None
@@ -109,7 +113,7 @@ class Loader(NamedTuple):
     pool: Executor
 
     def whole(self, layers: list[Stored], slot: names.Slot) -> jax.Array:
-        """A parameter on the default device."""
+        """Reads a parameter and puts it on the default device."""
         (rows, columns), dtype = layers[0].matrix, self._dtype(layers, slot)
         stack = np.empty((len(layers), rows, columns), dtype)
         for stored, piece in zip(layers, stack, strict=True):
@@ -120,11 +124,11 @@ class Loader(NamedTuple):
         return jax.device_put(stack.swapaxes(-1, -2)) if _on_cpus(jax.devices()[0]) else _turned(jax.device_put(stack))
 
     def spread(self, layers: list[Stored], slot: names.Slot, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
-        """A parameter with these logical axes over a mesh."""
+        """Reads a parameter and shards it over a mesh by its logical axes."""
         dtype, shape = self._dtype(layers, slot), slot.shape[::-1] if slot.transposed else slot.shape
         place = named_sharding(mesh, axes[-len(shape) :], shape)
         turned = slot.transposed and not _on_cpus(mesh.devices.flat[0])
-        # What is sent, and where it goes: a turned matrix, or what is stored.
+        # The shape that is sent and its sharding: those of the stored tensor if the devices transpose it afterwards.
         sent, goes = (slot.shape, NamedSharding(mesh, P(*place.spec[::-1]))) if turned else (shape, place)
         held = goes.addressable_devices_indices_map(sent).values()
 
@@ -140,7 +144,7 @@ class Loader(NamedTuple):
             array = send(stored)
             stack = _set_layer(stack, array, np.int32(layer), turned=turned)
             if before is not None:
-                # One layer is read while the one before is on its way, no more.
+                # At most one earlier layer is still on its way to the devices while this one is read.
                 before.block_until_ready()
             before = array
         return stack.block_until_ready()
@@ -149,7 +153,7 @@ class Loader(NamedTuple):
         kinds = {stored.dtype for stored in layers}
         if self.dtype is None and len(kinds) > 1:
             raise UserError(f"{layers[0].file} stores the layers of {'/'.join(slot.path)} as {kinds}: give one dtype")
-        # JAX holds no float64 unless it is told to everywhere.
+        # JAX has float64 only where it is enabled for the whole process.
         return self.dtype or jax.dtypes.canonicalize_dtype(FLOATS[layers[0].dtype])
 
     def _pieces(
@@ -160,9 +164,9 @@ class Loader(NamedTuple):
         shape: tuple[int, ...],
         turned: bool,
     ) -> Callable:
-        """Reads the parts `held` of a tensor, given as indices of it or, if `turned`, of its transpose.
+        """Reads the parts `held` of a tensor and returns a function from the index of a part to that part.
 
-        Returns a function from such an index to the part.
+        The indices refer to an array of this shape: the stored tensor or, if `turned`, its transpose.
         """
         boxes = {_box(index, shape, turned) for index in held}
         pieces = {box: np.empty([end - begin for begin, end in box], dtype) for box in boxes}

@@ -1,7 +1,7 @@
 """Reads checkpoints and adapters in Hugging Face's layout, tensor by tensor, and refuses whatever does not fit.
 
-Over a mesh each host reads what its own devices hold and nothing else, every byte once, whichever devices share it; a
-stacked parameter is put together on the devices, a layer at a time, so that host memory holds one stored tensor.
+Over a mesh, each host reads only what its own devices hold, and reads every byte once even if several devices share it.
+The layers of a parameter are stacked on the devices, one at a time, so that host memory holds one stored tensor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from gdsd_jax.runtime.files import understood
 BASE_FINGERPRINT = "base_fingerprint"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
-# PEFT options under which an adapter is something else than W + (alpha / r) A B on whole layers.
+# PEFT options, with the values under which an adapter is plainly W + (alpha / r) A B on whole layers.
 _PLAIN_LORA = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -58,7 +58,7 @@ _PLAIN_LORA = {
     "layer_replication": (None,),
     "alora_invocation_tokens": (None, []),
 }
-# Ways of PEFT to begin training that replace the base by what is left of it: the adapter means nothing on the original.
+# Initialisations of PEFT that change the base weights, so that the adapter does not fit the original base.
 _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _REMEDIES = {
     "alora_invocation_tokens": "it acts behind these tokens alone: train a plain adapter",
@@ -67,7 +67,7 @@ _REMEDIES = {
 
 
 def _match(tensors: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where: os.PathLike, advice: str) -> None:
-    """Raises unless `tensors` are exactly the wanted ones, with the wanted shapes, in a float dtype."""
+    """Raises UserError unless `tensors` are exactly the wanted ones, with the wanted shapes, in a float dtype."""
     for kind, odd in (("lacks", set(wanted) - set(tensors)), ("holds the unknown", set(tensors) - set(wanted))):
         if odd:
             more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
@@ -91,14 +91,14 @@ def load_checkpoint(
     """Reads a checkpoint directory: `config.json` and one safetensors file, or shards with their index.
 
     All names, shapes and byte ranges are checked before the first tensor is read. Over a mesh, host memory peaks at the
-    local part of one stored tensor; without one, at one parameter, its layers stacked.
+    local part of one stored tensor; without a mesh, at one parameter with all of its layers.
 
     Args:
       directory: a checkpoint in Hugging Face's layout, on a disk or in a bucket (`gs://`).
       dtype: dtype of the parameters; None keeps the stored ones.
-      mesh: every parameter is cut over it by the rules of `gdsd_jax.runtime.sharding`; each process reads what its own
-        devices hold; None puts the parameters on the default device.
-      reader: counts the bytes that are read; None for one of its own.
+      mesh: every parameter is sharded over it by the rules of `gdsd_jax.runtime.sharding`, and each process reads only
+        what its own devices hold. None puts the parameters on the default device.
+      reader: counts the bytes that are read; None makes a new one.
       overrides: as for `read_config`.
 
     Returns:
@@ -135,8 +135,8 @@ def load_adapter(directory: str | os.PathLike, config: DenoiserConfig) -> LoRA:
     """Reads a PEFT directory (`adapter_config.json`, `adapter_model.safetensors`) into float32 adapter weights.
 
     Raises:
-      UserError: a file is absent or corrupt; it is no plain LoRA; it targets none of our modules, or its tensors are
-        not exactly A and B of every targeted module of this model.
+      UserError: a file is absent or corrupt; the adapter is no plain LoRA; it targets none of our modules; or its
+        tensors are not exactly A and B of every targeted module of this model.
     """
     directory = checked_directory(directory)
     file = directory / "adapter_config.json"
@@ -194,10 +194,11 @@ def _read_adapter(directory: epath.Path, file: epath.Path, peft: Mapping[str, An
 
 
 def fingerprint(directory: str | os.PathLike) -> str:
-    """A short identity of a checkpoint that costs no full read: 16 hexadecimal digits.
+    """Computes a short identity of a checkpoint, 16 hexadecimal digits, without reading all of it.
 
-    Hashes the values in `config.json`, each weight file's name, size and header, and 16 evenly spaced pages of its
-    data, since checkpoints of one architecture share their headers. Copying or touching the files does not change it.
+    The digits are a hash of the values in `config.json`, of each weight file's name, size and header, and of 16 evenly
+    spaced pages of its data, since checkpoints of one architecture share their headers. Copying or touching the files
+    does not change the hash.
 
     Raises:
       UserError: as for `load_checkpoint`, as far as files and headers go.
@@ -217,10 +218,11 @@ def fingerprint(directory: str | os.PathLike) -> str:
 
 
 def another_base(adapter: str | os.PathLike, checkpoint: str | os.PathLike) -> tuple[str, bool] | None:
-    """Says where an adapter records another base than a checkpoint; None where it records the same, or none.
+    """Compares the base that an adapter records with a checkpoint.
 
     Returns:
-      What differs, in words, and whether that is certain: a fingerprint is, a name is not.
+      None if the adapter records this checkpoint or no base. Otherwise a sentence that says what differs, and whether
+      the difference is certain: it is if the fingerprints differ, and is not if only the names do.
     """
     directory = checked_directory(adapter)
     recorded = read_metadata(directory / "adapter_model.safetensors").get(BASE_FINGERPRINT)

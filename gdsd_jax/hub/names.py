@@ -1,7 +1,7 @@
-"""A family's table of tensor names in a Hugging Face checkpoint <-> places in our parameters, used in both directions.
+"""Translates between tensor names of a Hugging Face checkpoint and places in our parameters, by the family's table.
 
-PyTorch's `Linear` stores `[out, in]`; our kernels are `[in, out]` with the layers stacked in front, so a stored tensor
-is one layer of a parameter, transposed if it is a kernel.
+PyTorch's `Linear` stores `[out, in]`; our kernels are `[N, in, out]`, with the layers on the first axis. So a stored
+tensor of a layer is one layer of a parameter, transposed if the parameter is a kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gdsd_jax.families import family_of
 
 
 class Slot(NamedTuple):
-    """Where one stored tensor lives: a path in the base, a layer of it (None: not stacked), and its stored shape."""
+    """The place of one stored tensor: its path in the base, its layer (None if not stacked), and its stored shape."""
 
     path: tuple[str, ...]
     layer: int | None
@@ -27,7 +27,7 @@ class Slot(NamedTuple):
 
 
 def slots(config: DenoiserConfig) -> dict[str, Slot]:
-    """Every tensor that a checkpoint of this configuration has, by its stored name. One to one in both directions."""
+    """Returns the slot of every tensor that a checkpoint of this configuration has, by stored name; no slot has two."""
     sizes = {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -49,7 +49,7 @@ def slots(config: DenoiserConfig) -> dict[str, Slot]:
 
 
 def parameters(config: DenoiserConfig) -> dict[tuple[str, ...], list[str]]:
-    """The same table read the other way: path in the base -> its stored names, in the order of the layers."""
+    """Returns the stored names of each path in the base, in the order of the layers: `slots` in the other direction."""
     names: dict[tuple[str, ...], list[str]] = {}
     for name, slot in slots(config).items():
         names.setdefault(slot.path, []).append(name)
@@ -57,7 +57,7 @@ def parameters(config: DenoiserConfig) -> dict[tuple[str, ...], list[str]]:
 
 
 def at(tree: Any, path: Sequence[str]) -> Any:
-    """The leaf of a nested dictionary at `path`."""
+    """Returns the leaf of a nested dictionary at `path`."""
     for key in path:
         tree = tree[key]
     return tree
@@ -71,17 +71,17 @@ def put(tree: dict, path: Sequence[str], value: Any) -> None:
 
 
 def module(config: DenoiserConfig, target: str, layer: int | str = "{n}") -> str:
-    """Name of the PyTorch module that holds the kernel of an adapter target (our name) in a layer."""
+    """Returns the name of the PyTorch module that holds the kernel of an adapter target (our name) in a layer."""
     path = ("layers", target, "kernel")
     return next(row.name for row in family_of(config).rows if row.path == path).removesuffix(".weight").format(n=layer)
 
 
 def target_modules(config: DenoiserConfig, targets: Sequence[str]) -> list[str] | str:
-    """PEFT's `target_modules` for adapter targets in our names, in their order.
+    """Returns PEFT's `target_modules` for adapter targets in our names, in their order.
 
-    A list of the last parts of the module names, which PEFT matches as suffixes; but where one of them also ends the
-    name of a module that is not a target (the head of one family is called like its down projection), one regular
-    expression over whole names, anchored in the blocks.
+    The value is a list with the last part of each module name, which PEFT matches as a suffix. If such a part also ends
+    the name of a module that is no target (one family's head is named like its down projection), the value is instead
+    one regular expression over whole names that matches only inside the blocks.
     """
     wanted = [module(config, target) for target in targets]
     leaves = [name.rpartition(".")[2] for name in wanted]
@@ -94,7 +94,7 @@ def target_modules(config: DenoiserConfig, targets: Sequence[str]) -> list[str] 
 
 
 def matched_targets(config: DenoiserConfig, spec: Sequence[str] | str) -> tuple[str, ...]:
-    """Our names of the block matrices that PEFT's `target_modules` selects, in the order in which it names them."""
+    """Returns our names of the block matrices that PEFT's `target_modules` selects, in the order that it gives."""
     modules = {target: module(config, target, 0) for target in TARGETS}
     if spec == "all-linear":
         return TARGETS
@@ -108,7 +108,10 @@ def matched_targets(config: DenoiserConfig, spec: Sequence[str] | str) -> tuple[
 
 
 def adapter_names(config: DenoiserConfig, targets: Sequence[str]) -> dict[str, tuple[str, str, int]]:
-    """PEFT tensor name -> (target, "a" or "b", layer). Stored A is `[r, in]`, B is `[out, r]`: both transposed."""
+    """Maps the name of each PEFT tensor to (target, "a" or "b", layer).
+
+    PEFT stores A as `[r, in]` and B as `[out, r]`; ours are their transposes.
+    """
     return {
         f"base_model.model.{module(config, target, layer)}.lora_{factor.upper()}.weight": (target, factor, layer)
         for target in targets

@@ -1,6 +1,6 @@
-"""Tensors on their way to a safetensors file: what its header says of them, and their bytes, one tensor at a time.
+"""Writes parameters into safetensors files, one tensor at a time.
 
-Devices pick a layer, merge the adapter into it and turn it; the host gets what is written.
+The devices pick a layer, merge the adapter into it and transpose it; the host receives what is written to the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CODES = {dtype: code for code, dtype in FLOATS.items()}
 
 
 class Outgoing(NamedTuple):
-    """A tensor to be written: what the header says of it, and how to get its bytes."""
+    """A tensor to be written: its dtype and shape for the header, and a function that returns its data."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -40,14 +40,14 @@ class Outgoing(NamedTuple):
 
 
 def _host(array: Any) -> np.ndarray:
-    """An array in host memory; every process must ask if it spans several."""
+    """Returns an array in host memory. If the array spans several processes, all of them must make this call."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
 def layer_of(array: Any, layer: int | None) -> Any:
-    """One layer of a stacked parameter, without sending what the host has to a device."""
+    """Returns one layer of a stacked parameter, on the devices or the host, wherever the parameter is."""
     if layer is None:
         return array
     return _pick(array, np.int32(layer)) if isinstance(array, jax.Array) else np.asarray(array)[layer]
@@ -60,14 +60,17 @@ def _pick(stack: jax.Array, layer: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, dtype: np.dtype) -> jax.Array:
-    """`W + scale * A B` in float32, rounded once."""
+    """Computes `W + scale * A B` in float32 and rounds it once, to `dtype`."""
     a, b = (factor.astype(jnp.float32) for factor in (a, b))
     delta = jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
     return (w.astype(jnp.float32) + scale * delta).astype(dtype)
 
 
 def turned(array: Any) -> np.ndarray:
-    """The transpose in host memory, made by the devices; where those are CPUs by sending, which turns as it copies."""
+    """Returns the transpose of a matrix in host memory.
+
+    Accelerators transpose what they hold; for any other array, the copy to a CPU device does.
+    """
     if isinstance(array, jax.Array) and next(iter(array.devices())).platform != "cpu":
         return _host(jnp.swapaxes(array, 0, 1))
     return np.asarray(jax.device_put(_host(array).T, jax.local_devices(backend="cpu")[0]))
@@ -76,7 +79,7 @@ def turned(array: Any) -> np.ndarray:
 def checkpoint_tensors(
     config: DenoiserConfig, base: Mapping, lora: LoRA | None, dtype: np.dtype | None
 ) -> dict[str, Outgoing]:
-    """Every tensor of the checkpoint by its stored name, the adapter merged in where there is one."""
+    """Returns every tensor of the checkpoint by its stored name, with the adapter merged in if there is one."""
     tensors = {}
     slots = names.slots(config)
     if lora is not None:
@@ -121,7 +124,7 @@ def check_adapter(config: DenoiserConfig, lora: LoRA) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Outgoing], metadata: Mapping[str, str] | None = None) -> None:
-    """Streams tensors into a safetensors file; `metadata` are texts for its header."""
+    """Writes tensors into a safetensors file one after another; `metadata` adds texts to its header."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, tensor in tensors.items():
@@ -132,7 +135,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Outgoing], metadata: Map
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        # One tensor is fetched while the one before is written.
+        # Each tensor is fetched while the previous one is written.
         with ThreadPoolExecutor(1) as pool:
             ahead = None
             for name in [*tensors, None]:
@@ -146,7 +149,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Outgoing], metadata: Map
 
 
 def shards_of(tensors: Mapping[str, Outgoing], max_bytes: int) -> dict[str, dict[str, Outgoing]]:
-    """Tensors grouped by file name, in order, each file at most `max_bytes` unless one tensor alone is larger."""
+    """Groups tensors by file name, in order; no file exceeds `max_bytes` unless one tensor alone is larger."""
     groups: list[dict[str, Outgoing]] = [{}]
     filled = 0
     for name, tensor in tensors.items():

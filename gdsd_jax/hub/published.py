@@ -1,4 +1,4 @@
-"""Sizes of the published models, by the name of their directory: what is known before a checkpoint is there."""
+"""Gives the sizes of published models by the name of their directory, for use before a checkpoint is downloaded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LLADA_8B, DREAM_7B = PUBLISHED["LLaDA-8B-Instruct"], PUBLISHED["Dream-v0-Instruc
 
 
 def architecture(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> DenoiserConfig:
-    """The sizes of a checkpoint: from its `config.json`, or for a published model that is not there from its name.
+    """Returns a checkpoint's configuration: from its `config.json` or, if that is absent, from its directory's name.
 
     Raises:
-      UserError: there is no such directory and its last part is not the name of a published model.
+      UserError: there is no `config.json`, and the last part of the path is not the name of a published model.
     """
     directory = Path(directory)
     if (directory / "config.json").is_file():

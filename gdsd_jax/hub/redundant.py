@@ -1,4 +1,4 @@
-"""Tensors that a checkpoint stores although they follow from others or from `config.json`: checked and left out."""
+"""Checks and leaves out stored tensors that follow from other tensors or from `config.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def without_redundant(tensors: dict[str, Stored], config: DenoiserConfig, reader
     """Returns the tensors without a head that repeats a tied embedding and without buffers of the rotary embedding.
 
     Raises:
-      UserError: one of them differs from what it should repeat.
+      UserError: one of the tensors left out differs from what it should repeat.
     """
     rows = {row.path: row.name for row in family_of(config).rows}
     kept = dict(tensors)
@@ -34,7 +34,7 @@ def without_redundant(tensors: dict[str, Stored], config: DenoiserConfig, reader
             continue
         found = reader.tensor(stored._replace(shape=(int(np.prod(stored.shape)),))).astype(np.float64).ravel()
         wanted = _BUFFERS[kind](config, found.size)
-        # As far as the stored dtype tells numbers apart; cosines of large angles lose what float32 loses of the angle.
+        # The tolerance follows the stored dtype; cosines of large angles also lose the digits that float32 angles lose.
         tolerance = 2e-2 if stored.dtype in ("BF16", "F16") else 1e-3 if "cached" in kind else 1e-6
         if wanted is None or not np.allclose(found, wanted, rtol=tolerance, atol=tolerance if "cached" in kind else 0):
             raise UserError(

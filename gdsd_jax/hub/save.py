@@ -1,7 +1,8 @@
-"""Writes checkpoints and adapters that the models' original users can load as they are.
+"""Writes checkpoints and adapters that users of the original models can load unchanged.
 
-A directory appears under its name only when it is complete, and one tensor at a time is gathered into host memory. On
-several hosts all processes take part in the gathers, the first writes, and none returns before the directory is there.
+A directory appears under its name only when it is complete, and tensors are gathered into host memory one by one. On
+several hosts all processes take part in the gathers, the first process writes, and no process returns before the
+directory is complete.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _SPARE_BYTES = 16 << 20  # room for headers, index and small files
 
 @contextmanager
 def _new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
-    """A temporary sibling that takes the name `directory` on success and vanishes on failure."""
+    """Yields a temporary directory beside `directory`, renamed to `directory` on success and deleted on failure."""
     if re.match("[a-zA-Z0-9+.-]+:/", os.fspath(directory)):
         raise UserError(f"{directory}: an export is made on a disk: name a directory there and copy it")
     final = Path(directory).absolute()
@@ -78,7 +79,10 @@ def _new_directory(directory: str | os.PathLike, needed: int) -> Iterator[Path]:
 
 
 def _held(directory: Path) -> int | None:
-    """A descriptor that holds a directory until it is closed or the process dies; None if another one holds it."""
+    """Locks a directory and returns the descriptor that holds the lock, or None if the directory is already locked.
+
+    The lock lasts until the descriptor is closed or the process dies.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +93,7 @@ def _held(directory: Path) -> int | None:
 
 
 def _sweep(final: Path) -> None:
-    """Removes what exports to `final` have left that were killed."""
+    """Removes the partial directories that killed exports to `final` left behind."""
     for partial in final.parent.glob(f".{glob.escape(final.name)}.partial-*"):
         held = _held(partial) if partial.is_dir() and not partial.is_symlink() else None
         if held is not None:
@@ -100,7 +104,7 @@ def _sweep(final: Path) -> None:
 def _write_together(
     directory: str | os.PathLike, needed: int, tensors: Mapping[str, outgoing.Outgoing], write: Callable[[Path], None]
 ) -> None:
-    """Has the first process write a new directory, in which it fetches `tensors` in their order, as all others do."""
+    """Has the first process write a new directory, while all processes fetch `tensors` in the same order."""
     if jax.process_index() == 0:
         with _new_directory(directory, needed) as partial:
             write(partial)
@@ -122,7 +126,7 @@ def _side_files(source: epath.Path) -> list[epath.Path]:
 
 
 def _hub_code(auto_map: Mapping[str, Any], repository: str, source: epath.Path) -> dict[str, Any]:
-    """`auto_map` with every class whose module is not in the source pointed at the hub repository that has it."""
+    """Returns `auto_map` with every class whose Python file is not in the source redirected to the hub repository."""
 
     def point(reference: Any) -> Any:
         if isinstance(reference, list):
@@ -136,7 +140,7 @@ def _hub_code(auto_map: Mapping[str, Any], repository: str, source: epath.Path) 
 
 
 def _record_dtype(hf: dict[str, Any], tensors: Mapping[str, outgoing.Outgoing]) -> None:
-    """Keeps the dtype that a `config.json` records true of the tensors beside it."""
+    """Sets the dtype that `config.json` records, if it records one, to the dtype that all tensors have."""
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
     for key in ("torch_dtype", "dtype"):
         if key in hf and len(dtypes) == 1:
@@ -155,25 +159,27 @@ def export_checkpoint(
     dtype: Any = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a checkpoint directory: the family's tensor names, the adapter merged as `W + (alpha / r) A B` in float32.
+    """Writes a checkpoint directory with the family's tensor names.
 
-    Without `lora`, `training` and a change of dtype this is a copy: tensors and `config.json` come out byte for byte as
-    they came in. Otherwise `config.json` keeps every key of the source; only a recorded dtype follows the tensors, and
-    `auto_map` entries whose Python file is not in the source point at the family's repository on the hub.
+    An adapter is merged in as `W + (alpha / r) A B`, computed in float32.
+
+    Without `lora`, `training` and a change of dtype this is a copy: tensors and `config.json` are those of the source,
+    byte for byte. Otherwise `config.json` keeps every key of the source, except that a recorded dtype is set to that of
+    the tensors, and `auto_map` entries whose Python file is not in the source point at the family's hub repository.
     Tokenizer files, chat template, generation settings, Python files and licences are copied from the source.
 
     Args:
-      directory: where to; must be absent or empty. It appears under this name only when complete.
-      config: as loaded; its shapes must be those of the source.
+      directory: where the checkpoint is written; it must be absent or empty, and appears only when complete.
+      config: the configuration as loaded; its shapes must be those of the source.
       base: parameters, numpy or JAX arrays.
       lora: adapter to merge; None writes the base alone.
-      source: checkpoint directory that the base came from; None writes a `config.json` of our own.
+      source: checkpoint directory that the base came from; None writes a new `config.json` from `config`.
       training: facts for the model card, name -> value.
       dtype: stored dtype; None keeps that of each parameter.
-      max_shard_bytes: above this the weights go into several files with an index.
+      max_shard_bytes: weights larger than this are written to several files with an index.
 
     Raises:
-      UserError: the directory is not empty, the disk is too small, parameters or source do not fit the configuration.
+      UserError: the directory is not empty, the disk is too small, or parameters or source do not fit `config`.
     """
     dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
     tensors = outgoing.checkpoint_tensors(config, base, lora, dtype)
@@ -231,12 +237,12 @@ def export_adapter(
     """Writes a PEFT directory: `adapter_config.json`, `adapter_model.safetensors` in float32, a model card.
 
     Args:
-      directory: where to; must be absent or empty.
+      directory: where the adapter is written; it must be absent or empty.
       source: directory or hub name of the base, recorded as `base_model_name_or_path`.
       training: facts for the model card.
 
     Raises:
-      UserError: the directory is not empty, the disk is too small, the adapter does not fit the configuration.
+      UserError: the directory is not empty, the disk is too small, or the adapter does not fit the configuration.
     """
     outgoing.check_adapter(config, lora)
     there = source is not None and (Path(source) / "config.json").is_file()

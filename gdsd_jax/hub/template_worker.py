@@ -1,7 +1,8 @@
-"""The process in which chat templates are rendered: a program of its own, started by `gdsd_jax.hub.templates`.
+"""Renders chat templates, as a separate program that `gdsd_jax.hub.templates` starts.
 
-Templates come with checkpoints, and may loop or grow without end. One request a line, as JSON: first the template, then
-for each rendering its variables; one answer a line, `{"text": ...}` or `{"error": ...}`.
+Templates come with checkpoints, and may loop forever or grow without bound. Each line of standard input is a request in
+JSON: the first is the template, and each later one holds the variables of one rendering. Each request is answered by
+one line, `{"text": ...}` or `{"error": ...}`.
 """
 
 import json
@@ -13,7 +14,7 @@ BYTES, SECONDS, LONGEST = 1 << 30, 3600, 4 << 20
 
 
 def main() -> None:
-    """Answers requests until there are no more."""
+    """Answers requests until standard input ends."""
     sys.path[:] = json.loads(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
@@ -23,7 +24,7 @@ def main() -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks what the assistant wrote, and changes no text."""
+        """The tag `{% generation %}`, which marks what the assistant wrote and does not change the text."""
 
         tags = {"generation"}
 
@@ -38,7 +39,7 @@ def main() -> None:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    # As transformers renders: its filters, functions and white space.
+    # The same filters, functions and treatment of white space as in transformers.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )

@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of their own under limits of time and memory."""
+"""Renders chat templates in a separate process, under limits of time and memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 from gdsd_jax.runtime.errors import UserError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_SECONDS = 10.0  # for one rendering; what is honest takes milliseconds
+_SECONDS = 10.0  # for one rendering; an ordinary template takes milliseconds
 
 
 class Renderer:
     """Renders a chat template as transformers does.
 
     Args:
-      template: its text.
-      variables: what it may use beside the messages, such as the texts of special tokens.
-      where: the checkpoint, for messages.
+      template: the text of the template.
+      variables: what the template may use besides the messages, such as the texts of special tokens.
+      where: the checkpoint, to be named in error messages.
     """
 
     def __init__(self, template: str, variables: Mapping[str, str], where: object):
@@ -34,7 +34,7 @@ class Renderer:
         """Returns the text of a chat.
 
         Raises:
-          UserError: the template refuses the messages, or takes too long or too much memory.
+          UserError: the template refuses the messages, takes too long, or needs too much memory.
         """
         if self._process is None:
             self._start()

@@ -1,6 +1,6 @@
-"""A complete small checkpoint made here: random weights, `config.json`, a tokenizer of characters, a chat template.
+"""Makes a complete small checkpoint: random weights, `config.json`, a tokenizer of characters, and a chat template.
 
-With it every command runs without a network, and training from nothing has somewhere to start.
+With such a checkpoint every command runs without a network, and training from scratch has a starting point.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TURNS = ("<|eot|>", "<|system|>", "<|user|>", "<|assistant|>")
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
 
-# One token before each turn; only an answered turn is closed, so a prompt costs two tokens more than its content.
+# Each turn begins with one token, and only answers are closed, so a prompt has two tokens more than its content.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|eot|>{% endif %}{% endfor %}"
@@ -40,7 +40,10 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Any:
-    """One id per printable ASCII character and newline, per answer tag and per special token; the rest is unknown."""
+    """Makes a tokenizer with one id for each printable ASCII character, newline, answer tag and special token.
+
+    Any other character becomes the unknown token.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -78,14 +81,14 @@ def build(
     The embedding has a multiple of 64 rows (128), more than the tokenizer has ids.
 
     Args:
-      directory: where to; must be absent or empty.
+      directory: where the checkpoint is written; it must be absent or empty.
       family: name of a family, a key of `gdsd_jax.families.FAMILIES`.
       num_kv_heads: None for as many as `num_heads`.
-      block_size: tokens of a block of block-causal attention; None for the family's own, or full attention.
-      seed: of the weights.
+      block_size: tokens per block of block-causal attention; None for the family's own, which may be full attention.
+      seed: seed of the random weights.
 
     Raises:
-      UserError: sizes that do not divide, an unknown family, a directory that is not empty.
+      UserError: sizes do not divide, the family is unknown, or the directory is not empty.
     """
     sizes = hidden_size * (4 * hidden_size + 3 * intermediate_size)
     memory.require(4 * num_layers * sizes, memory.of_host(), f"a model of {num_layers} layers", "config.tiny's sizes")

@@ -1,4 +1,4 @@
-"""Text <-> token ids with a checkpoint's own tokenizer and chat template, and prompts in a few fixed lengths."""
+"""Converts between text and token ids with a checkpoint's tokenizer and chat template, and pads prompts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from gdsd_jax.hub.templates import Renderer
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import understood
 
-# Tokenizer classes that exist only as Python files beside a checkpoint, and the class of transformers that computes the
-# same from the same files; so no code of a checkpoint is ever run.
+# Tokenizer classes that exist only as Python files beside a checkpoint, each with the class of transformers that
+# computes the same from the same files. So code of a checkpoint is never run.
 _EQUIVALENT = {name: known for family in FAMILIES.values() for name, known in family.tokenizer_classes.items()}
-# Whatever a tokenizer may be made of, for the copy of a directory in a bucket.
+# All files that a tokenizer may consist of; they are copied if the directory is in a bucket.
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
-# A character that no text has (Unicode calls it a noncharacter): behind the first letter of what is no special token.
+# A Unicode noncharacter, which no proper text contains. It is put after the first character of a special token that a
+# user wrote, so that the tokenizer does not take it for one.
 _GUARD = "\ufdd0"
 
 
@@ -31,13 +32,13 @@ class Tokenizer:
     """A checkpoint's tokenizer with the ids that masked diffusion needs.
 
     Attributes:
-      mask_token_id, eos_token_id, pad_token_id: the tokenizer's own, or `config.json`'s where it names none.
-      bos_token_id: the tokenizer's own, or None.
-      end_token_ids: what else ends a turn: further ids of `eos_token_id` in `config.json` or `generation_config.json`,
-        and the special token that the chat template writes behind an answer.
-      special_in_text: whether special tokens written in the text of users are read as such; else they are encoded as
-        any other text, and only the chat template has special tokens.
-      embedded: rows of the model's embedding, or None: a text with an id beyond them is refused.
+      mask_token_id, eos_token_id, pad_token_id: the tokenizer's ids, or those of `config.json` where it has none.
+      bos_token_id: the tokenizer's id, or None.
+      end_token_ids: other ids that end a turn: further ids of `eos_token_id` in `config.json` or
+        `generation_config.json`, and the special token that the chat template writes after an answer.
+      special_in_text: whether special tokens in the text of users are encoded as special tokens. If not, they are
+        encoded like any other text, and only the chat template makes special tokens.
+      embedded: the number of rows of the model's embedding, or None. A text with an id beyond them is refused.
       vocab_size: one more than the largest id that the tokenizer knows; the embedding may have more rows.
     """
 
@@ -57,7 +58,7 @@ class Tokenizer:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         alternatives = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._special_text = re.compile(f"({alternatives})") if special else None
-        # At every place where one begins, also inside another one.
+        # Matches wherever a special token begins, also inside another one.
         self._special_start = re.compile(f"(?={alternatives})(.)", re.DOTALL) if special else None
         template = tokenizer.chat_template
         template = template.get("default") if isinstance(template, Mapping) else template
@@ -80,7 +81,7 @@ class Tokenizer:
         value = self._overrides.get(name, getattr(self._tokenizer, name))
         if value is None:
             value = config.get(name)
-            # A list is of ids that end a turn, the first of them the EOS.
+            # A list holds ids that end a turn, of which the first is the EOS.
             value = value[0] if isinstance(value, list) and value else value
         known = isinstance(value, int) and value >= 0 and self._tokenizer.convert_ids_to_tokens(value) is not None
         if not known:
@@ -101,7 +102,7 @@ class Tokenizer:
         return tuple(dict.fromkeys(token for token in known if token not in (self.eos_token_id, self.mask_token_id)))
 
     def _end_of_turn(self) -> int | None:
-        """The special token that the chat template writes behind an answer; None where it does not say."""
+        """Returns the special token that the chat template writes after an answer, or None if it writes none."""
         answer = "ANSWER"
         if self._renderer is None:
             return None
@@ -115,14 +116,14 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the checkpoint's template."""
+        """The text of the checkpoint's chat template, or None."""
         return self._tokenizer.chat_template
 
     def render(self, messages: Sequence[Mapping[str, str]], assistant_prefix: str = "") -> str:
-        """The text of a chat prompt up to where the assistant's answer starts, then `assistant_prefix`.
+        """Returns the text of a chat prompt up to where the assistant's answer starts, followed by `assistant_prefix`.
 
         Args:
-          messages: `{"role": ..., "content": ...}` each.
+          messages: a mapping `{"role": ..., "content": ...}` for each turn.
 
         Raises:
           UserError: the checkpoint has no chat template, or the template refuses the messages.
@@ -144,16 +145,22 @@ class Tokenizer:
         return self._renderer.render(messages, add_generation_prompt=True) + assistant_prefix
 
     def _guarded(self, text: Any) -> Any:
-        """The text of a user, with a mark inside of all that would be read as a special token."""
+        """Returns the text of a user with a guard character inside everything that would be read as a special token."""
         if not isinstance(text, str) or self._special_start is None:
             return text
         return self._special_start.sub(rf"\1{_GUARD}", text.replace(_GUARD, "\ufffd"))
 
     def encode(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
-        """Token ids of rendered texts; special tokens are read, but for those in the text of users; none are added.
+        """Returns the token ids of rendered texts.
+
+        Special tokens in a text are encoded as such, except those that carry a guard because a user wrote them. No
+        special tokens are added.
 
         Args:
-          add_bos: each text begins with the BOS, unless it does so already.
+          add_bos: put the BOS in front of each text that does not begin with it.
+
+        Raises:
+          UserError: an id is beyond the embedding (see `embedded`).
         """
         if not len(texts):
             return []
@@ -171,11 +178,11 @@ class Tokenizer:
         return [one if one[:1] == [self.bos_token_id] else [self.bos_token_id, *one] for one in ids]
 
     def encode_text(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the texts of users: special tokens written in them are text, unless `special_in_text`."""
+        """Returns the token ids of texts by users: special tokens in them are plain text, unless `special_in_text`."""
         return self.encode(texts if self.special_in_text else [self._guarded(text) for text in texts])
 
     def _in_parts(self, text: str) -> list[int]:
-        """Ids of a text with guards: its special tokens, and what stands between them as plain text."""
+        """Returns the ids of a text with guards: its special tokens as such, and the parts between as plain text."""
         ids = []
         for index, part in enumerate(self._special_text.split(text)):
             if index % 2:
@@ -188,18 +195,21 @@ class Tokenizer:
     def prompts(
         self, texts: Sequence[str], *, buckets: Sequence[int], overlong: str, add_bos: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Left-padded prompts in the smallest bucket that holds them all, so that few shapes are ever compiled.
+        """Encodes texts and pads them on the left to the smallest bucket that holds all of them.
+
+        The buckets keep the number of compiled shapes small.
 
         Args:
           buckets: the lengths to choose from.
-          overlong: what becomes of a prompt longer than the largest: "error", or "keep_last" to keep its end.
+          overlong: what to do with a prompt longer than the largest bucket: "error" refuses it, "keep_last" keeps its
+            last tokens.
           add_bos: see `encode`.
 
         Returns:
           tokens `[B, P]` int32, and their mask `[B, P]` bool, True on real tokens.
 
         Raises:
-          UserError: a prompt is too long under "error"; no buckets; an unknown `overlong`.
+          UserError: a prompt is too long under "error", there are no buckets, or `overlong` is unknown.
         """
         if overlong not in ("error", "keep_last"):
             raise UserError(f"overlong {overlong!r} is neither 'error' nor 'keep_last': change config.overlong_prompts")
@@ -225,11 +235,11 @@ class Tokenizer:
         return tokens, mask
 
     def decode(self, tokens: np.ndarray | Sequence[Sequence[int]]) -> list[str]:
-        """Text of each row of `[B, L]` completion ids, cut before the first that ends it, without special tokens."""
+        """Returns the text of each row of `[B, L]` completion ids up to its first end token, without special tokens."""
         return [self._text(self._before_end(row), skip=True) for row in np.asarray(tokens).tolist()]
 
     def decode_one(self, ids: np.ndarray | Sequence[int], special: bool = True) -> str:
-        """Text of one sequence for display, nothing cut; special tokens are shown if `special`."""
+        """Returns the text of one whole sequence for display; special tokens are shown if `special`."""
         return self._text(np.asarray(ids).tolist(), skip=not special)
 
     def _before_end(self, ids: list[int]) -> list[int]:
@@ -241,12 +251,13 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint directory, from its files alone: no network, no code of the checkpoint.
+    """Loads a checkpoint directory's tokenizer from its files alone, without a network or the checkpoint's code.
 
-    Token ids in `overrides` go before the tokenizer's own.
+    Token ids in `overrides` take precedence over those of the tokenizer.
 
     Raises:
-      UserError: no such directory, no tokenizer files in it, no mask, EOS or pad token, or ids that disagree.
+      UserError: the directory or its tokenizer files are absent or damaged; the mask, EOS or pad token is missing; or
+        the mask ids of tokenizer and `config.json` differ.
     """
     import transformers
 
@@ -264,7 +275,7 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
             if isinstance(declared, str) and declared in _EQUIVALENT:
                 tokenizer = getattr(transformers, _EQUIVALENT[declared]).from_pretrained(folder, local_files_only=True)
             else:
-                # A neutral configuration, because the checkpoint's own would ask whether to run the checkpoint's code.
+                # An empty configuration, because the checkpoint's own would make transformers ask to run its code.
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     folder,
                     config=transformers.PretrainedConfig(),

@@ -1,1 +1,1 @@
-"""What a program costs on chips that are not here: chip figures, the real programs' shapes, compiled HLO, counts."""
+"""Computes what a run's programs cost on chips that this machine lacks, from chip figures and compiled HLO."""

@@ -1,7 +1,7 @@
-"""Published figures of the chips that can be planned for, and the topologies they come in.
+"""Gives the published figures of the chips that can be planned for, and the topologies of their slices.
 
 Peak compute, HBM and interconnect are those of Google's pages on each chip (docs.cloud.google.com/tpu/docs/v5e, /v5p,
-/v6e). Usable HBM is what the compiler grants a program; it says so when one does not fit.
+/v6e). Usable HBM is what the compiler grants a program, as its message says when a program does not fit.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One chip.
+    """One kind of chip.
 
-    flops: bf16 FLOP/s; hbm_bandwidth: bytes/s; hbm_bytes: usable.
-    ici_bandwidth: bytes/s that it can send while it receives as many, over all of its links: half of the published
+    flops: peak bf16 FLOP/s; hbm_bandwidth: bytes/s; hbm_bytes: usable bytes of HBM.
+    ici_bandwidth: bytes/s that the chip can send over all of its links while it receives as many: half of the published
       bidirectional figure.
-    dimensions: of the torus; a chip has two links along each.
+    dimensions: the dimensions of the torus; a chip has two links along each.
     wraps: sizes at which a dimension closes to a ring, given all sizes of the slice.
     """
 
@@ -53,10 +53,11 @@ class Slice(NamedTuple):
 
     @property
     def network_bandwidth(self) -> float:
-        """Bytes/s that the chip with the fewest neighbours can send: what bounds a collective over all chips.
+        """The bytes/s that the chip with the fewest neighbours can send, which bounds a collective over all chips.
 
-        A dimension closes to a ring at 16 chips on v5e and v6e, and on v5p where the slice is made of whole cubes of
-        4 x 4 x 4; elsewhere the chips at its ends have one link along it, and none if the dimension is one chip.
+        On v5e and v6e a dimension of 16 chips closes to a ring; on v5p all dimensions do if the slice is made of whole
+        cubes of 4 x 4 x 4. Otherwise the chips at the ends of a dimension have one link along it, and along a dimension
+        of one chip there is no link.
         """
         ring = (lambda size: size == 16) if self.chip.dimensions == 2 else lambda _: all(n % 4 == 0 for n in self.sizes)
         links = sum(0 if size == 1 else 2 if ring(size) else 1 for size in self.sizes)
@@ -64,10 +65,10 @@ class Slice(NamedTuple):
 
 
 def parse_topology(name: str) -> Slice:
-    """The slice called CHIP:SIZE, such as v5e:2x4 or v5p:2x4x4; sizes count chips.
+    """Returns the slice named CHIP:SIZE, such as v5e:2x4 or v5p:2x4x4; sizes count chips.
 
     Raises:
-      UserError: an unknown chip, or sizes in another number of dimensions than its torus has.
+      UserError: the chip is unknown, or the number of sizes is not that of its torus's dimensions.
     """
     kind, _, text = name.partition(":")
     if kind not in CHIPS:
@@ -80,14 +81,14 @@ def parse_topology(name: str) -> Slice:
 
 
 def devices(topology: Slice) -> list[Any]:
-    """Devices of the slice, to compile for and not to run on.
+    """Returns the devices of the slice. One can compile for them, but not run programs on them.
 
     Raises:
-      UserError: libtpu, which compiles for TPUs, is not installed, or knows no such slice.
+      UserError: libtpu, which compiles for TPUs, is not installed or does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed here: `make venv-tpu`, then .venv-tpu/bin/python -m gdsd_jax.plan ...")
-    # Late, with the compiler told not to look for a TPU on this machine.
+    # These variables keep the compiler from looking for a TPU on this machine; they must be set before the import.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

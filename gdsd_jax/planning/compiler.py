@@ -1,7 +1,7 @@
-"""Lowered programs to what the TPU compiler says of them: the optimised program's text and its memory, or its refusal.
+"""Compiles lowered programs for TPUs, and keeps the optimised program's text and its memory, or the compiler's refusal.
 
-Executables for absent chips cannot be loaded again, so JAX's compilation cache does not keep them; what is read of them
-is kept beside it, under a hash of the program and of the compiler's version.
+Executables for absent chips cannot be loaded again, so JAX's compilation cache does not keep them. The results are
+kept beside that cache instead, under a hash of the program and of the versions of JAX and the compiler.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Compiled(NamedTuple):
-    """What the compiler makes of a program for one chip, bytes.
+    """The result of compiling a program, with memory in bytes on one chip.
 
-    fits: whether it compiled. If not, `peak_bytes` is what the compiler says it would need and the rest is empty.
-    arguments, outputs, aliased, temporary: its buffers; `aliased` of the outputs lie in donated arguments.
+    fits: whether the program compiled. If not, `peak_bytes` is what the compiler says it would need, and the other
+      fields are empty.
+    arguments, outputs, temporary: bytes of these buffers.
+    aliased: bytes of outputs that reuse the buffers of donated arguments.
     text: the optimised HLO.
     """
 
@@ -39,7 +41,7 @@ class Compiled(NamedTuple):
 
 
 def compile_program(lowered: jax.stages.Lowered, topology: str) -> Compiled:
-    """Compiles, or recalls what it found when it compiled the same program before."""
+    """Compiles a program, or returns the stored result of an earlier compilation."""
     cache = jax.config.jax_compilation_cache_dir
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
     parts = [*versions, topology, lowered.as_text()]
@@ -71,7 +73,7 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
 
 
 def needed_bytes(message: str) -> int | None:
-    """The bytes that a program needs, from the compiler's refusal; None if the message is no such refusal."""
+    """Returns the bytes that a program needs, as the compiler's refusal gives them; None for any other message."""
     size = r"([\d.]+)([KMGT]?)"
     found = re.search(rf"Used {size} of .* hbm", message) or re.search(
         rf"memory required .*\({size}\) exceeds", message

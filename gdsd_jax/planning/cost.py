@@ -1,4 +1,4 @@
-"""What a compiled program does on one chip: FLOPs, HBM bytes and collectives, loops counted as often as they run."""
+"""Counts the FLOPs, HBM bytes and collectives of a compiled program on one chip, with every run of its loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gdsd_jax.planning import hlo
 from gdsd_jax.planning.hlo import Array, Computation, Instruction, Module, Scope
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-# Matrix products that one kernel call makes of its [.., T, K] queries and [.., S, K] keys: 2 T S K FLOPs each.
+# Matrix products that one kernel call computes from its [.., T, K] queries and [.., S, K] keys: 2 T S K FLOPs each.
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 # Opcodes that move nothing.
 _FREE = {
@@ -26,16 +26,16 @@ _SCOPES = ("while", "body", "cond", "closed_call", "checkpoint", "rematted_compu
 
 @dataclasses.dataclass
 class Cost:
-    """Of one chip.
+    """The cost of a program, or of a part of it, on one chip.
 
     Attributes:
-      flops: matrix products and convolutions, 2 per multiply-add, those of known kernels counted by their shapes.
+      flops: FLOPs of matrix products and convolutions, 2 per multiply-add; known kernels are counted by their shapes.
       hbm: bytes read from and written to HBM.
       kernels: calls of each kernel by its name.
-      sent: bytes that the chip sends, by kind of collective, in rings: a gather of n shards sends n - 1 of them.
+      sent: bytes that the chip sends, by kind of collective, over rings: a gather of n shards sends n - 1 shards.
       calls: how often each kind of collective runs.
-      hbm_by, sent_by: bytes of HBM and of the network by what moves them, see `_label`.
-      open_loops: loops whose length hangs on data, and for which the caller's number was taken.
+      hbm_by, sent_by: bytes of HBM and of the network, by the label of the instruction that moves them (`_label`).
+      open_loops: the number of loops whose length depends on data, so that the caller's length was assumed.
     """
 
     flops: float = 0.0
@@ -58,10 +58,10 @@ class Cost:
 
 
 def program_cost(text: str, *, open_loop: int = 1) -> Cost:
-    """Walks the optimised HLO of a program.
+    """Computes the cost of a program from its optimised HLO.
 
     Args:
-      open_loop: how often a loop runs whose length hangs on data.
+      open_loop: the assumed length of every loop whose length depends on data.
     """
     module = hlo.parse(text)
     unknown = lambda number, index: hlo.UNKNOWN  # noqa: E731
@@ -73,11 +73,12 @@ class _Walk:
         self.module, self.open_loop = module, open_loop
 
     def computation(self, scope: Scope, channels: set[str] | None = None) -> Cost:
-        """The cost of one execution of a computation.
+        """Returns the cost of one execution of a computation.
 
         Args:
-          channels: collectives that have been counted in this execution. The TPU compiler clones an asynchronous
-            collective into the computations where it starts, is carried along and ends, all on one channel.
+          channels: the channels of collectives already counted in this execution. The TPU compiler clones an
+            asynchronous collective into every computation in which it starts, continues or ends; all clones share one
+            channel.
         """
         total, channels = Cost(), set() if channels is None else channels
         for instruction in scope.body.instructions.values():
@@ -113,7 +114,7 @@ class _Walk:
         return total
 
     def products(self, body: Computation, instruction: Instruction, cost: Cost, channels: set[str]) -> None:
-        """Adds the FLOPs and collectives of an instruction, and of what is fused into it."""
+        """Adds the FLOPs and collectives of an instruction, and of the instructions fused into it, to `cost`."""
         opcode = instruction.opcode
         if opcode == "fusion":
             fused = self.module.computations[instruction.attribute("calls")]
@@ -140,9 +141,9 @@ class _Walk:
 
 
 def _label(instruction: Instruction) -> str:
-    """The opcode of an instruction and, where the compiler says it, the operation of the program that it belongs to."""
+    """Returns an instruction's opcode and the program's operation that it belongs to or, if unknown, its own name."""
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    # The scopes of loops and of transformations are the same for all.
+    # Scopes of loops and transformations are dropped: they do not distinguish instructions.
     parts = [part for part in source[1].split("/")[1:] if part not in _SCOPES] if source else [instruction.name]
     return f"{instruction.opcode.removesuffix('-start').removesuffix('-done')} {'/'.join(parts)}"
 
@@ -160,14 +161,17 @@ def _sizes(attributes: str, name: str) -> tuple[int, ...]:
 
 
 def dot_flops(body: Computation, instruction: Instruction) -> float:
-    """2 x elements of the result x length of the contraction."""
+    """Computes 2 x (elements of the result) x (length of the contraction)."""
     left = _shape(body, instruction, 0)
     contracted = math.prod(left[axis] for axis in _sizes(instruction.attributes, "lhs_contracting_dims"))
     return 2 * math.prod(instruction.arrays[0].dims) * contracted
 
 
 def convolution_flops(body: Computation, instruction: Instruction) -> float:
-    """2 x multiply-adds that touch data: the TPU compiler writes dots as convolutions, batches as padded windows."""
+    """Computes 2 x (multiply-adds whose input is data, not padding).
+
+    The TPU compiler writes dots as convolutions and batch dimensions as padded windows.
+    """
     left, right, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     inputs, kernel, outputs = _shape(body, instruction, 0), _shape(body, instruction, 1), instruction.arrays[0].dims
     total = 2 * outputs[result.index("b")] * outputs[result.index("f")] * kernel[right.index("i")]
@@ -178,7 +182,7 @@ def convolution_flops(body: Computation, instruction: Instruction) -> float:
 
 
 def _window(attributes: str, axis: int) -> dict[str, int]:
-    """Size, stride, padding and dilations of a convolution's window along one spatial axis."""
+    """Returns the size, stride, low padding and dilations of a convolution's window along one spatial axis."""
     text = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(part.split("=") for part in text[1].split()) if text else {}
     number = lambda name, default: int(fields[name].split("x")[axis]) if name in fields else default  # noqa: E731
@@ -192,23 +196,23 @@ def _window(attributes: str, axis: int) -> dict[str, int]:
 def _touching(
     inputs: int, outputs: int, *, size: int, stride: int, low: int, input_dilation: int, kernel_dilation: int
 ) -> int:
-    """Pairs of an output and a kernel position whose input is data, neither padding nor a hole of the dilation."""
+    """Counts pairs of an output and a kernel position whose input is data, not padding or a gap of the dilation."""
     place = np.arange(outputs)[:, None] * stride + np.arange(size) * kernel_dilation - low
     return int(np.sum((place >= 0) & (place <= (inputs - 1) * input_dilation) & (place % input_dilation == 0)))
 
 
 def kernel_name(instruction: Instruction) -> str | None:
-    """The name of a Pallas kernel; None for the compiler's own helpers, which compute nothing."""
+    """Returns the name of a Pallas kernel, or None for the compiler's own helpers, which compute nothing."""
     if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
         return None
     return re.sub(r"[.\d]+$", "", instruction.name)
 
 
 def kernel_flops(body: Computation, instruction: Instruction, name: str) -> float:
-    """Of a splash attention kernel over whole sequences, padding included.
+    """Computes the FLOPs of a splash attention kernel over whole sequences, padding included.
 
     Raises:
-      ValueError: a kernel that is not in `KERNELS`.
+      ValueError: the kernel is not in `KERNELS`.
     """
     products = next((count for known, count in KERNELS.items() if name.startswith(known)), None)
     if products is None:
@@ -222,7 +226,7 @@ def kernel_flops(body: Computation, instruction: Instruction, name: str) -> floa
 
 
 def sent_bytes(body: Computation, instruction: Instruction, kind: str) -> float:
-    """What a ring (or, for all-to-all, a direct exchange) makes each chip send."""
+    """Computes the bytes that each chip sends in a collective over a ring or, for all-to-all, in a direct exchange."""
     if kind == "collective-permute":
         return body.instructions[instruction.operands[0]].arrays[0].bytes
     size = group_size(instruction.attributes)
@@ -232,7 +236,7 @@ def sent_bytes(body: Computation, instruction: Instruction, kind: str) -> float:
 
 
 def group_size(attributes: str) -> int:
-    """Chips of one group of a collective, from any of the ways in which HLO writes `replica_groups`."""
+    """Returns the number of chips in one group of a collective, for every notation of `replica_groups` in HLO."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
@@ -248,13 +252,13 @@ def group_size(attributes: str) -> int:
 
 
 def _hbm_bytes(module: Module, body: Computation, instruction: Instruction) -> float:
-    """Bytes that an instruction moves between HBM and the chip; what lies in on-chip memory costs nothing."""
+    """Computes the bytes that an instruction moves between HBM and the chip; arrays in on-chip memory cost nothing."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-start") or "AllocateBuffer" in instruction.attributes:
         return 0.0
     source = instruction
     if opcode.endswith("-done"):
-        # An asynchronous pair counts once, where it ends.
+        # A pair of start and done counts once, at its done.
         source = body.instructions[instruction.operands[0]]
         if source.opcode == "async-start":
             return 0.0
@@ -277,7 +281,7 @@ def _hbm_bytes(module: Module, body: Computation, instruction: Instruction) -> f
 
 
 def _read(module: Module, fused: Computation, number: int) -> float:
-    """Bytes that a fusion reads of one of its operands: no more than the slices that it takes of it."""
+    """Computes the bytes that a fusion reads from one operand: only the slices, if it uses nothing but slices."""
     parameter = fused.parameter(number)
     whole, total = sum(array.bytes for array in parameter.arrays), 0.0
     for user in fused.users(parameter.name):
@@ -296,7 +300,7 @@ def _read(module: Module, fused: Computation, number: int) -> float:
 
 
 def _written(fused: Computation, arrays: tuple[Array, ...]) -> float:
-    """Bytes that a fusion writes: where its root updates a slice in place, the slice alone."""
+    """Computes the bytes that a fusion writes; if its root updates a slice in place, only the slice counts."""
     tupled = fused.root.opcode == "tuple"
     roots = [fused.instructions[name] for name in fused.root.operands] if tupled else [fused.root] * len(arrays)
     total = 0.0

@@ -1,7 +1,7 @@
-"""FLOPs of the matrix products of sampler, scorer and update, from their equations: what a compiled program is held to.
+"""Computes the FLOPs of sampler, scorer and update from their equations, for comparison with the compiled programs.
 
-A product of `[m, k]` and `[k, n]` counts 2 m k n; attention is bidirectional and counted whole; elementwise work, norms
-and softmaxes are not counted. All numbers are of the whole batch, over all chips.
+A product of `[m, k]` and `[k, n]` counts 2 m k n. Attention is bidirectional and counted in full. Elementwise work,
+norms and softmaxes are not counted. All numbers are for the whole batch, over all chips.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from gdsd_jax.diffusion import SamplerConfig
 
 
 class Model(NamedTuple):
-    """What is computed: the denoiser, and the rank and targets of its adapter (rank 0: none, all parameters train)."""
+    """A denoiser with the rank and targets of its adapter. Rank 0 means no adapter: all parameters train."""
 
     config: DenoiserConfig
     rank: int
     targets: Sequence[str]
 
     def _matrices(self, leave_out: Sequence[str] = ()) -> float:
-        """FLOPs per token of the layers' matrices."""
+        """Computes the FLOPs per token of the layers' matrices, except those left out."""
         shapes = target_shapes(self.config)
         return 2 * self.config.num_layers * sum(i * o for name, (i, o) in shapes.items() if name not in leave_out)
 
@@ -32,20 +32,20 @@ class Model(NamedTuple):
         return 2 * self.config.num_layers * self.rank * sides
 
     def _attention(self, length: int) -> float:
-        """FLOPs per token of scores and mix."""
+        """Computes the FLOPs per token of the attention scores and of the weighted sums of values."""
         c = self.config
         return 4 * c.num_layers * length * c.num_heads * c.head_dim
 
     def forward(self, rows: int, length: int, *, window: int | None = None, adapter: bool = True) -> float:
-        """The layers on `[rows, length]` tokens, or on `window` tokens of each row under a cache of the others."""
+        """Computes the layers' FLOPs on `[rows, length]` tokens, or on `window` tokens per row if others are cached."""
         per_token = self._matrices() + self._attention(length) + (self._adapter() if adapter else 0)
         return rows * (length if window is None else window) * per_token
 
     def recomputation(self, rows: int, length: int) -> float:
-        """What the backward pass computes again under the remat policy.
+        """Computes the FLOPs that the backward pass repeats under the remat policy.
 
-        "full" repeats the layer but for its last product, the down projection, whose value no gradient reads; "dots"
-        repeats attention alone.
+        "full" repeats the whole layer except its last product, the down projection, whose value no gradient needs;
+        "dots" repeats only attention; "none" repeats nothing.
         """
         if self.config.remat == "none":
             return 0.0
@@ -53,23 +53,23 @@ class Model(NamedTuple):
         if self.config.remat == "full":
             per_token += self._matrices(("down",)) + self._adapter(("down",))
             if "down" in self.targets:
-                # The gradient of B reads the product with A.
+                # The gradient of B needs the product with A.
                 per_token += 2 * self.config.num_layers * self.rank * self.config.intermediate_size
         return rows * length * per_token
 
     def backward(self, rows: int, length: int) -> float:
-        """Gradients of the activations, and of what is trained."""
+        """Computes the FLOPs of the gradients of the activations and of the trained parameters."""
         trained = self._adapter() if self.rank else self._matrices()
         per_token = self._matrices() + 2 * self._attention(length) + trained + (self._adapter() if self.rank else 0)
         return rows * length * per_token
 
     def head(self, positions: int) -> float:
-        """Logits over the whole vocabulary."""
+        """Computes the FLOPs of the logits over the whole vocabulary, at this many positions."""
         return 2 * positions * self.config.hidden_size * self.config.vocab_size
 
 
 def sampler(model: Model, settings: SamplerConfig, rows: int, prompt_length: int) -> float:
-    """A whole rollout without a cache: every step a forward of everything, and the head where the step reads it."""
+    """Computes a rollout's FLOPs without a cache: each step runs all layers, and the head where it reads logits."""
     active_only = settings.forbid_mask and settings.blocks > 1
     read = settings.block_length if active_only else settings.completion_length
     passes = 2 if settings.cfg_scale > 0 else 1
@@ -79,21 +79,22 @@ def sampler(model: Model, settings: SamplerConfig, rows: int, prompt_length: int
 
 
 def walks_vocabulary(reads: Sequence) -> bool:
-    """Whether these reads need every logit; "centred" takes the mean of the head's rows first."""
+    """Returns whether these reads need every logit; "centred" does not, as it averages the head's rows first."""
     return any(read != "centred" for read in reads)
 
 
 def score(model: Model, passes: int, reads: Sequence, positions: int, length: int, *, adapter: bool = True) -> float:
-    """Old or reference scores: `passes` rows of `length` tokens forward, `positions` tokens read."""
+    """Computes the FLOPs of old or reference scores: `passes` rows of `length` tokens, read at `positions` tokens."""
     head = model.head(positions) if walks_vocabulary(reads) else 0.0
     return model.forward(passes, length, adapter=adapter) + head
 
 
 def gradient(model: Model, passes: int, reads: Sequence, positions: int, length: int) -> float:
-    """One micro-batch of the update: forward, recomputation, backward, and the head, which entropy always reads.
+    """Computes the FLOPs of one micro-batch of the update: forward, recomputation, backward and head.
 
-    The gradient of a log-normaliser costs one more product, that of the k largest logits two: their chunks of the
-    vocabulary are computed again, as they are for the gradient of the head itself.
+    The head is always computed once, because the entropy needs it. With an adapter, the gradient of a log-normaliser
+    costs one more product, and that of the k largest logits two more, because their chunks of the vocabulary are
+    computed again. Without an adapter, both cost three more, including the gradient of the head itself.
     """
     layers = model.forward(passes, length) + model.recomputation(passes, length) + model.backward(passes, length)
     products = 1

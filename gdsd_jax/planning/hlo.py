@@ -1,4 +1,4 @@
-"""Reads an optimised HLO module: instructions, computations, and the scalars that say how often its loops run."""
+"""Reads an optimised HLO module: its instructions, its computations, and the scalars that bound its loops."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Without the padding of tiles."""
+        """The bytes of the array without the padding of tiles."""
         return math.prod(self.dims) * DTYPE_BITS.get(self.dtype, 8) / 8
 
 
 class Instruction(NamedTuple):
-    """One instruction; `literal` is what stands in its parentheses, `attributes` what follows them."""
+    """One instruction; `literal` is the text inside its parentheses, `attributes` the text after them."""
 
     name: str
     opcode: str
@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
     attributes: str
 
     def attribute(self, name: str) -> str | None:
-        """The name of the computation, or the number, that an attribute gives."""
+        """Returns the value of an attribute (the name of a computation, or a number), or None if it is absent."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
@@ -63,7 +63,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """The module printed by `compiled.as_text()`."""
+    """Parses the text of a module, as `compiled.as_text()` returns it."""
     computations: dict[str, Computation] = {}
     entry, name, body, root = "", "", {}, None
     for line in text.splitlines():
@@ -83,7 +83,7 @@ def parse(text: str) -> Module:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """`SHAPE opcode(operands), attributes`; a tuple's shape stands in parentheses."""
+    """Parses `SHAPE opcode(operands), attributes`, where a tuple's shape is in parentheses."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shape, rest = text[:end], text[end:].lstrip()
     opening = rest.index("(")
@@ -94,7 +94,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis at `opening` closes."""
+    """Returns the position of the parenthesis that closes the one at `opening`."""
     depth = 0
     for position in range(opening, len(text)):
         depth += (text[position] == "(") - (text[position] == ")")
@@ -113,7 +113,7 @@ def _arrays(shape: str) -> tuple[Array, ...]:
 
 # ----------------------------------------------------------------------------------------------------- loops' lengths
 
-# A value that hangs on data.
+# A value that depends on data.
 UNKNOWN = object()
 _SCALAR: dict[str, Callable] = {
     "add": lambda a, b: a + b, "subtract": lambda a, b: a - b, "multiply": lambda a, b: a * b,
@@ -128,10 +128,11 @@ _COMPARE = {
 
 
 class Scope:
-    """The integer scalars of one computation that follow from its text, given those of its parameters.
+    """Evaluates the integer scalars of one computation that follow from its text and its parameters.
 
     Args:
-      parameters: `(number, index)` -> value; index None for a parameter that is a scalar, else a tuple's element.
+      parameters: a function from `(number, index)` to the value of a parameter: of the parameter itself if the index is
+        None, otherwise of that element of the tuple.
     """
 
     def __init__(self, module: Module, name: str, parameters: Callable[[int, int | None], Any]):
@@ -139,7 +140,7 @@ class Scope:
         self._known: dict[tuple[str, int | None], Any] = {}
 
     def value(self, name: str, index: int | None = None) -> Any:
-        """The scalar `name`, or the scalar at `index` of the tuple `name`; UNKNOWN if it hangs on data."""
+        """Returns the scalar `name`, or the scalar at `index` of the tuple `name`; UNKNOWN if it depends on data."""
         if (name, index) not in self._known:
             self._known[name, index] = self._value(self.body.instructions[name], index)
         return self._known[name, index]
@@ -159,7 +160,7 @@ class Scope:
             inner = Scope(self.module, called, lambda number, index: self.value(operands[number], index))
             return inner.value(inner.body.root.name, index)
         if opcode == "while" and index is not None:
-            # What a loop hands on unchanged.
+            # An element of the state that the loop passes on unchanged.
             body = self.module.computations[instruction.attribute("body")]
             return self.value(operands[0], index) if _hands_on(body, index) else UNKNOWN
         if opcode not in _SCALAR and opcode != "compare":
@@ -179,7 +180,7 @@ def _literal(text: str) -> Any:
 
 
 def _hands_on(body: Computation, index: int) -> bool:
-    """Whether a loop's body returns element `index` of its state as it came."""
+    """Returns whether a loop's body passes element `index` of its state on unchanged."""
     if body.root.opcode != "tuple":
         return False
     source = body.instructions[body.root.operands[index]]
@@ -191,7 +192,7 @@ def _hands_on(body: Computation, index: int) -> bool:
 
 
 def loop(scope: Scope, instruction: Instruction) -> tuple[int | None, Mapping[int, Any]]:
-    """How often a `while` runs, None if that hangs on data, and the scalars of its state that never change."""
+    """Returns how often a `while` runs (None if unknown), and by index the elements of its state that never change."""
     body_name, start = instruction.attribute("body"), instruction.operands[0]
     body = scope.module.computations[body_name]
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)

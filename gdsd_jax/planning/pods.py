@@ -1,10 +1,10 @@
-"""The table of docs/pods_plan.md: the pod configs on their slices.
+"""Makes the table of docs/pods_plan.md, which plans the pod configs on their slices.
 
     make plan-table
     .venv-tpu/bin/python -m gdsd_jax.planning.pods docs/pods_plan.json docs/pods_plan.md [ROW ...]
 
-Compiles the rows (those that are named, such as FILE_pod:v5e-8_countdown, or all) that the JSON file does not hold yet,
-minutes for each, and draws the table from the file after each; remove the file to plan anew.
+Compiles the rows that the JSON file does not hold yet: the named ones, such as FILE_pod:v5e-8_countdown, or all. Each
+takes minutes, and the table is drawn anew from the file after each. Remove the file to plan everything again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gdsd_jax.runtime.files import read_object
 
 
 class Row(NamedTuple):
-    """A pod config of configs/, what follows its colon, the slice, and whether all parameters are trained."""
+    """A file of pod configs, the part of a row's name after the colon, the slice, and whether all parameters train."""
 
     file: Path
     run: str
@@ -61,7 +61,7 @@ one may have changed them.
 
 
 def rows() -> list[Row]:
-    """Every slice of every pod config, on its first task; from the root of the checkout."""
+    """Returns a row for every slice of every pod config, on its first task. Needs the checkout's root as directory."""
     found = []
     for file in sorted(Path("configs").glob("*_pod.py")):
         module = config_module(file)
@@ -72,7 +72,7 @@ def rows() -> list[Row]:
 
 
 def row_config(row: Row) -> TrainConfig:
-    """The frozen config of a row."""
+    """Returns the frozen config of a row."""
     config = config_module(row.file).get_config(row.run)
     if row.full:
         with config.unlocked():
@@ -81,7 +81,7 @@ def row_config(row: Row) -> TrainConfig:
 
 
 def line(report: dict[str, Any]) -> str:
-    """One row of the table."""
+    """Returns one row of the table, as a line of Markdown."""
     parts = [report[name] for name in PROGRAMS]
     known = all(part["flops"] is not None for part in parts)
     rollout, update = parts[0]["seconds_roofline"], parts[2]["seconds_roofline"]
@@ -102,7 +102,7 @@ def line(report: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where its programs differ from it; "unknown" outside of one."""
+    """Returns the checkout's commit, with "-dirty" if code or configs differ from it; "unknown" outside a checkout."""
     git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
     dirty = "-dirty" if git("status", "--porcelain", "--", "gdsd_jax", "configs") else ""
     return git("rev-parse", "--short", "HEAD") + dirty or "unknown"
@@ -124,7 +124,7 @@ def main(store: Path, page: Path, chosen: list[str]) -> None:
 
 
 def draw(reports: dict[str, Any], page: Path, versions: dict[str, str]) -> None:
-    """Writes the table of the rows that are there, and names those that are not."""
+    """Writes the table of the planned rows, and names the rows that are missing."""
     names = [row.name for row in rows()]
     there = [name for name in names if name in reports]
     missing = [name for name in names if name not in reports]
@@ -136,7 +136,7 @@ def draw(reports: dict[str, Any], page: Path, versions: dict[str, str]) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    """Plans what the arguments ask for: the JSON file, the page and names of rows."""
+    """Plans the rows that the arguments ask for: the JSON file, the page, and optional names of rows."""
     if len(arguments) < 2 or any(argument.startswith("-") for argument in arguments):
         raise UserError("usage: python -m gdsd_jax.planning.pods REPORTS.json PAGE.md [ROW ...]")
     known = [row.name for row in rows()]

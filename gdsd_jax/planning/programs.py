@@ -1,4 +1,4 @@
-"""The run's own sampler, scorer and update, lowered at their real size for a mesh of chips, without a single weight."""
+"""Lowers a run's own sampler, scorer and update at their real size for a mesh of chips, without any weights."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ STORED = jnp.bfloat16  # dtype of the published checkpoints
 class Program(NamedTuple):
     """One jitted program of a run.
 
-    lower: traces it on shapes.
-    flops: of its matrix products by their equations, over all chips.
-    beside: bytes per chip that stay in memory while it runs although it does not read them.
-    what: one line for the reader.
+    lower: traces the program on shapes and lowers it.
+    flops: FLOPs of the program's matrix products by their equations, over all chips.
+    beside: bytes per chip that stay in memory while the program runs although it does not read them.
+    what: one line that describes the program.
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -52,10 +52,12 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
-    """Sampler, scorer and a later inner update (which scores old policy and reference too) of a run on a mesh.
+    """Plans the programs of a run on a mesh: sampler, scorer and a later inner update.
+
+    A later update also scores the old policy and the reference.
 
     Raises:
-      UserError: an unknown model, method or schedule.
+      UserError: the model, method or schedule is unknown.
     """
     model = with_compute(hub.architecture(config.checkpoint, config.overrides), config.model)
     method = build(config.method, **config.method_settings)
@@ -101,7 +103,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     # ------------------------------------------------------------------------------------------ programs
     trained = bytes_per_chip(state)
     beside = trained - bytes_per_chip(state.params) + (0 if lora else bytes_per_chip(base))
-    # A rollout in parts runs the program of one part so many times.
+    # A rollout in parts runs the program of one part once for each part.
     part = config.rollout_rows or rows
 
     def of_part(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -136,25 +138,25 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Of arrays that carry their sharding."""
+    """Computes the bytes per chip of arrays or shapes that carry their sharding; PRNG keys are not counted."""
     leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def base_shapes(model: DenoiserConfig) -> Any:
-    """Shapes and stored dtypes of a base."""
+    """Returns the shapes of a base, with the dtype of published checkpoints."""
     return jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(STORED), init_base(model, jax.random.key(0))))
 
 
 def place(mesh: Mesh, array: jax.ShapeDtypeStruct, axes: Sequence[str]) -> jax.ShapeDtypeStruct:
-    """The shape with its sharding, from the logical names of its axes."""
+    """Returns the shape with the sharding that the logical names of its axes imply."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.named_sharding(mesh, axes, array.shape))
 
 
 def parameters(
     config: TrainConfig, model: DenoiserConfig, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> tuple[Any, TrainState]:
-    """Shapes of the frozen base and of the training state, with their shardings."""
+    """Returns the shapes of the frozen base and of the training state, with their shardings."""
     shapes, axes = base_shapes(model), logical_axes(model)
     base = jax.tree.map(lambda x, axes: place(mesh, x, axes), shapes, axes)
     params = shapes
@@ -176,7 +178,7 @@ def parameters(
 
 
 def _batch(config: TrainConfig, mesh: Mesh, method: Method) -> Batch:
-    """Shapes of a rewarded rollout, as the method needs it, on prompts of the largest bucket."""
+    """Returns the shapes of a rewarded rollout, as the method needs it, for prompts of the largest bucket."""
     rows, prompt = config.prompts_per_iteration * config.group_size, max(config.prompt_buckets)
     completion = config.sampler.completion_length
 

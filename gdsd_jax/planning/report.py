@@ -1,4 +1,4 @@
-"""Reports: what each program of a run takes on one chip of a slice, as plain JSON values and as a table."""
+"""Reports what each program of a run needs on one chip of a slice, as plain JSON values and as a table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PROGRAMS = ("sampler", "score", "update")
 
 
 def measure(config: TrainConfig, program: Program, topology: Slice, *, top: int = 0) -> dict[str, Any]:
-    """Compiles one program of a run and says what it takes on one chip, in plain JSON values.
+    """Compiles one program of a run and reports what it needs on one chip, in plain JSON values.
 
     Args:
-      top: names so many of the largest movers of HBM bytes and of network bytes.
+      top: how many of the largest movers of HBM bytes and of network bytes to list.
     """
     compiled = compile_program(program.lower(), topology.name)
     chip = topology.chip
@@ -36,7 +36,7 @@ def measure(config: TrainConfig, program: Program, topology: Slice, *, top: int 
     report["fits"] = compiled.fits and report["peak_bytes"] <= chip.hbm_bytes
     if not compiled.fits:
         return report | {"flops": None, "seconds_roofline": None}
-    # Loops that end when the data say so are those of the sampler.
+    # The only loops whose length depends on data are those of the sampler.
     cost = program_cost(compiled.text, open_loop=config.sampler.blocks * config.sampler.steps_per_block)
     seconds = {
         "compute": cost.flops / chip.flops,
@@ -64,10 +64,10 @@ def measure(config: TrainConfig, program: Program, topology: Slice, *, top: int 
 
 
 def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top: int = 0) -> dict[str, Any]:
-    """The report of a run on a slice, in plain JSON values; `top` as for `measure`.
+    """Returns the report of a run on a slice, in plain JSON values; `top` is as for `measure`.
 
     Raises:
-      UserError: libtpu is missing, or model, mesh and rows do not go together.
+      UserError: libtpu is missing, or model, mesh and rows do not fit together.
     """
     rows = {
         "prompts_per_iteration x group_size": config.prompts_per_iteration * config.group_size,
@@ -97,7 +97,7 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report in lines of at most 80 columns."""
+    """Formats a report as text, in lines of at most 80 columns."""
     mesh = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     trained = f"adapters of rank {report['lora_rank']}" if report["lora_rank"] else "all parameters"
     lines = [

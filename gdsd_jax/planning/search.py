@@ -1,7 +1,7 @@
-"""Which mesh to take on a slice, and the largest micro-batch and rollout that fit it: the compiler decides each.
+"""Searches for a mesh on a slice and for the largest micro-batch and rollout that fit, as the compiler decides.
 
-Meshes are tried in the order of what they make a chip send, by estimate. Sizes are doubled as far as temporaries that
-grow with them would still fit, and halved again where the compiler disagrees.
+Meshes are tried in the order of the bytes that a chip sends, by estimate. Sizes are doubled as long as temporaries in
+proportion to them would still fit, and halved again if the compiler refuses the result.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Report = Callable[[TrainConfig, str, dict[str, Any]], None]
 
 
 class OutOfCompilations(Exception):
-    """The bound on compilations is reached; what was found so far stands."""
+    """Signals that the bound on compilations is reached; the search returns the best config so far."""
 
 
 def meshes(config: TrainConfig, chips: int) -> list[MeshConfig]:
-    """The meshes that divide model, rollout and chips, the one that sends least per forward of the rollout first.
+    """Returns the meshes that divide model, rollout and chips, sorted by what a chip sends per forward pass.
 
-    A chip gathers the other shards of every weight of its tensor slice, and passes twice a layer the activations of its
-    rows around the tensor axis.
+    By the estimate, a chip gathers the other shards of every weight in its slice along the tensor axis, and sends the
+    activations of its rows around the tensor axis twice per layer.
     """
     model = hub.architecture(config.checkpoint, config.overrides)
     rows = config.prompts_per_iteration * config.group_size
@@ -54,12 +54,12 @@ def meshes(config: TrainConfig, chips: int) -> list[MeshConfig]:
 def search(
     config: TrainConfig, chips: int, measure: Measure, tried: Report, *, compilations: int
 ) -> TrainConfig | None:
-    """The config with the suggested mesh, micro-batch and prompts per iteration; None if nothing fits.
+    """Returns the config with the suggested mesh, micro-batch and prompts per iteration; None if nothing fits.
 
     Args:
-      measure: compiles a program of a config, by its name, and returns its report.
-      tried: told of each compilation.
-      compilations: at most so many.
+      measure: compiles the named program of a config and returns its report.
+      tried: is called with the config, the program's name and the report after each compilation.
+      compilations: the most compilations to make.
     """
     count = 0
 
@@ -73,7 +73,7 @@ def search(
         return report
 
     def grow(config: TrainConfig, name: str, report: dict[str, Any], larger: Callable) -> TrainConfig:
-        """`larger(config, factor)` for the largest power of two with which program `name` fits."""
+        """Returns `larger(config, factor)` for the largest power of two with which program `name` fits."""
         room = report["hbm_bytes"] - report["peak_bytes"] + report["temporary_bytes"]
         factor = 1
         while report["temporary_bytes"] * factor * 2 <= room and larger(config, factor * 2):

@@ -1,4 +1,4 @@
-"""Tasks: data, prompt, reward and metric together, by name."""
+"""Finds tasks by name: each is data, prompt, reward and metric together."""
 
 import importlib
 from typing import Any
@@ -16,14 +16,14 @@ __all__ = ["TASKS", "Task", "configure", "resolve"]
 
 
 def resolve(name: str, *, evaluation: bool = False, grader: str | None = None, **settings: Any) -> Task:
-    """A known task by name, or a user's own as "package.module:NAME", with settings applied.
+    """Returns a known task by name, or a user's own by "package.module:NAME", with settings applied.
 
     Args:
-      grader: "robust", the default, or "public", which gives the public trainers' rewards number for number.
+      grader: "robust" (the default), or "public", which gives exactly the rewards of the public trainers.
       evaluation: start from the task's evaluation prompt instead of its training prompt.
       settings: template, system, assistant_prefix, answer_template, examples, shots, weights; None leaves the default.
 
-    Raises UserError where there is no such task, module, grader or setting.
+    Raises UserError if there is no such task, module, grader or setting.
     """
     return configure(_find(name), evaluation=evaluation, grader=grader, **settings)
 

@@ -1,11 +1,11 @@
-"""Completions under both graders of a task: what each calls right, what training would pay, and where they differ.
+"""Compares both graders of a task on completions: what each calls right, what training would pay, where they differ.
 
     python -m gdsd_jax.tasks.audit --task math --file runs/math/evaluation/evaluation.jsonl
     python -m gdsd_jax.tasks.audit --task gsm8k --file completions.jsonl --all --limit 500
 
-FILE holds one JSON object a line, or an array of them: `completion` and the fields of its row, as `evaluate` writes
-them, or the row as an object under `row`. Objects with another `task` are left out, those without any count. Where they
-have `right`, the judgement of a person, each grader is held against it too.
+FILE holds JSON objects, one per line or in one array. Each has `completion` and the fields of its row, as `evaluate`
+writes them, or the row as an object under `row`. Objects that name another `task` are left out; those that name none
+count. If objects have `right`, the judgement of a person, each grader is also compared with it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WIDTH = 60
 
 
 class Item(NamedTuple):
-    """One completion: its place in the file, its row, and whether a person called it right, None where nobody did."""
+    """One completion: its place in the file, its row, and whether a person called it right (None if unjudged)."""
 
     place: str
     completion: str
@@ -35,7 +35,7 @@ class Item(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a grader says of one completion: the task's last metric, and the reward as a share of the full one."""
+    """A grader's verdict on one completion: the task's last metric, and the reward as a share of the full reward."""
 
     metric: float
     reward: float
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
 
 
 def read(path: Path, task: Task) -> list[Item]:
-    """Returns the task's completions of a file; UserError where it has none."""
+    """Returns the task's completions in a file; raises UserError if it has none."""
     items = []
     for place, record in read_records(path):
         if record.get("task") not in (None, task.name):
@@ -73,7 +73,7 @@ def judge(task: Task, items: Sequence[Item]) -> list[Verdict]:
 
 
 def full_reward(task: Task) -> float:
-    """Returns the reward of a right answer in the right form, that of the task's own worked example."""
+    """Returns the reward for a right answer in the right form, which is the reward of the task's own worked example."""
     example = task.examples[0]
     answer = task.answer(example)
     return float(task.reward([f"It is so.\n{answer}" if task.name.startswith("code") else answer], [example])[0]) or 1.0
@@ -87,7 +87,7 @@ def differing(robust: Verdict, public: Verdict) -> bool:
 def report(
     items: Sequence[Item], robust: Sequence[Verdict], public: Sequence[Verdict], *, show_all: bool, limit: int
 ) -> str:
-    """Returns the lines of the report: completions, then counts."""
+    """Returns the lines of the report: first the completions, then the counts."""
     lines = [f"{'place':>12}  {'robust':>6} {'reward':>6}  {'public':>6} {'reward':>6}  answer"]
     chosen = [index for index in range(len(items)) if show_all or differing(robust[index], public[index])]
     for index in chosen[:limit]:
@@ -128,7 +128,7 @@ def _shown(item: Item) -> str:
 def audit(name: str, path: Path, **settings: Any) -> str:
     """Returns the report on a file.
 
-    Raises UserError where the task has one grader only, or the file is not as it should be.
+    Raises UserError if the task has only one grader, or the file is not in the required form.
     """
     task = resolve(name)
     public = regraded(task, PUBLIC)

@@ -1,22 +1,22 @@
-"""Code: a Python program in one fenced block, judged by running tests in a sandbox.
+"""The code task: a Python program in one fenced block, judged by running tests in a sandbox.
 
-Rows from a local file (JSON lines or array, CSV or Parquet), in one of three forms:
+Rows come from a local file (JSON lines or array, CSV or Parquet), in one of three forms:
 
     question, test_cases                                 test_cases: Python statements, one test each
     text or prompt, code, test_list[, test_setup_code, test_imports]    MBPP, also sanitized
-    prompt, test, entry_point[, canonical_solution]      HumanEval; the program is asked for whole, signature included
+    prompt, test, entry_point[, canonical_solution]      HumanEval; the whole program is asked for, signature included
 
 A row becomes {question, tests, test, setup, program, shadowed}: `test` is the first test, which the prompt shows,
-`setup` runs before each test, `program` is the reference solution where the file has one. A row of HumanEval keeps its
-`prompt`: its imports and helpers come first in every program, and a body alone completes its function.
+`setup` runs before each test, `program` is the reference solution if the file has one. A row of HumanEval keeps its
+`prompt`: the prompt's imports and helpers come first in every program, and a bare body completes the prompt's function.
 
 There is no default data set: `config.task.train_path` names the file. The paper trains on AceCode-87K filtered by
 difficulty. The default grader reads code as models write it (`graders.programs`); "public" asks for the one form of the
 public trainers.
 
 The task is refused, when its rows are read, on a machine without a sandbox (`gdsd_jax.tasks.sandbox`).
-`--config.task.name=gdsd_jax.tasks.code:UNSAFE` is the same task without one: it runs what the model writes with the
-rights of the user who trains.
+`--config.task.name=gdsd_jax.tasks.code:UNSAFE` is the same task without a sandbox: it runs the model's programs with
+the rights of the user who trains.
 """
 
 import ast
@@ -35,16 +35,17 @@ from gdsd_jax.tasks.sandbox import Program, Verdict
 from gdsd_jax.tasks.task import PUBLIC, Grader, Task
 
 _OPEN, _FENCE = "```python\n", "```"
-# The parser alone, in a worker: there are short texts that it takes seconds or gigabytes for.
+# The parser runs in a worker, because some short texts cost it seconds or gigabytes.
 _PARSING = workers.Limits(seconds=1.0, megabytes=512)
 _LOCATING = workers.Limits(seconds=3.0, megabytes=512)
 MAX_TESTS = 20_000
 
 
 def fenced(completion: str) -> str | None:
-    """Returns the program of a completion: prose, then one block fenced as `python`; None else.
+    """Returns the program of a completion that is prose and then one block fenced as `python`; None for any other.
 
-    As the references' pattern, in linear time: no other fence before or inside, at most one newline after.
+    Matches what the references' pattern matches, in linear time: no other fence before the block or inside it, and at
+    most one newline after it.
     """
     start = completion.find(_FENCE)
     if start < 0 or not completion.startswith(_OPEN, start):
@@ -56,7 +57,7 @@ def fenced(completion: str) -> str | None:
 
 
 def parse(program: str) -> dict[str, float]:
-    """Returns {"parses": 1 or 0}: whether it is Python of the version that runs here. Never raises."""
+    """Returns {"parses": 1 or 0}: whether the program is valid Python for this interpreter. Never raises."""
     try:
         ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -65,7 +66,7 @@ def parse(program: str) -> dict[str, float]:
 
 
 def format_reward(completion: str) -> float:
-    """Returns 1 for a program in its place, 0.5 for one that does not parse (or not within 1 s), 0 for none."""
+    """Returns 1 for a fenced program, 0.5 for one that does not parse (or not within 1 s), 0 for none."""
     text = fenced(completion)
     if text is None:
         return 0.0
@@ -88,8 +89,8 @@ def program(text: str, row: Row) -> Program:
 def found_program(completion: str, row: Row) -> tuple[float, Program]:
     """Returns the format reward of a completion, and the program that `graders.programs` finds in it.
 
-    The format is 1 for a fenced program that parses, 0.5 for a fenced one that does not (or not within the limits), 0
-    for none.
+    The format reward is 1 for a fenced program that parses, 0.5 for a fenced one that does not (or not within the
+    limits), and 0 if no program is fenced.
     """
     names, prompt = tuple(row.get("named", ())) or called(row["tests"]), row.get("prompt", "")
     (outcome,) = workers.shared(_LOCATING).map(programs.locate, [(completion, names, prompt)])
@@ -100,12 +101,12 @@ def found_program(completion: str, row: Row) -> tuple[float, Program]:
 
 
 def called(tests: list[str]) -> tuple[str, ...]:
-    """Names that the tests call."""
+    """Returns the names that the tests call, each once, in order."""
     return tuple(dict.fromkeys(re.findall(r"\b([A-Za-z_]\w{0,99})\s?\(", "\n".join(tests)[:MAX_TESTS])))
 
 
 def score(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
-    """Returns the format, and where that is 1 the share of the tests that pass.
+    """Returns the format reward and, if that is 1, the share of the tests that pass (else 0).
 
     Each test runs after the program in a fresh namespace.
     """
@@ -119,7 +120,7 @@ def measure(completion: str, row: Row, backend: str | None = None) -> dict[str, 
 
 
 def public_score(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
-    """Scores as `score` does, but only a program in the only block, fenced as `python` and at the end."""
+    """Scores as `score` does, but accepts a program only in a single block, fenced as `python`, at the end."""
     form = format_reward(completion)
     return {"format": form, "tests": _passed([program(fenced(completion), row)], backend) if form == 1.0 else 0.0}
 
@@ -139,7 +140,7 @@ def _passed(judged: list[Program], backend: str | None) -> float:
 
 
 def read(path: Path, *, sandboxed: bool = True) -> list[Row]:
-    """Rows of a local file; UserError where one has none of the three forms, or there is no sandbox to judge with."""
+    """Reads the rows of a local file; raises UserError for a row in none of the three forms, or without a sandbox."""
     if sandboxed:
         sandbox.find()
     return [to_row(place, record) for place, record in read_records(path)]
@@ -148,7 +149,7 @@ def read(path: Path, *, sandboxed: bool = True) -> list[Row]:
 def to_row(place: str, record: Row) -> Row:
     """Returns a row of the task from a record of one of the three forms.
 
-    Raises UserError, naming the place, where it has none.
+    Raises UserError, naming the place, if the record has none of them.
     """
     if "test_list" in record:
         question, tests = column(place, record, "text", "prompt"), column(place, record, "test_list")
@@ -181,7 +182,7 @@ def _setup(record: Row) -> str:
 
 
 def defined(program: str) -> set[str]:
-    """Names that a program defines at its top."""
+    """Returns the names of the functions and classes that a program defines at its top level."""
     try:
         body = ast.parse(program).body
     except (SyntaxError, ValueError):

@@ -1,11 +1,11 @@
 r"""Countdown: reach a target from three numbers, each used exactly once, with + - * / and parentheses.
 
-Problems are generated, split by a hash of (sorted numbers, target), or read from a local file whose rows have either
-public form: `{"input": "3,5,7", "output": "22"}` or `{"nums": [3, 5, 7], "target": 22}`. A file is used as it is,
-without regard to the split.
+Problems are generated and split by a hash of (sorted numbers, target), or read from a local file whose rows have one
+of two public forms: `{"input": "3,5,7", "output": "22"}` or `{"nums": [3, 5, 7], "target": 22}`. A file is used as it
+is, without regard to the split.
 
-An answer is untrusted text. It is read by a small parser and computed in exact fractions; nothing is ever evaluated as
-code, and what the parser does not know, or finds too long, is an unusable answer and not an error.
+An answer is untrusted text. A small parser reads it and computes it in exact fractions; nothing is ever evaluated as
+code. An answer that the parser does not know, or finds too long, is unusable; it is not an error.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from gdsd_jax.tasks.task import PUBLIC, Grader, Task
 NUMBERS = 3
 LARGEST = 100
 DEFAULT_COUNTS = {"train": 4096, "validation": 256, "test": 256}
-# As in the GDSD reward, which computes in floating point. With three integers up to 100 no wrong answer comes so near.
+# As in the GDSD reward, which computes in floating point. With three integers up to 100 no wrong answer is this close.
 TOLERANCE = Fraction(1, 100_000)
 
 
@@ -39,7 +39,7 @@ class _Term(NamedTuple):
 def solves(expression: str, row: Row) -> bool:
     """Returns whether the expression uses exactly the row's numbers and reaches its target.
 
-    The numbers used are all runs of digits, so that `3.` is a 3 and `5.0` is a 5 and a 0.
+    Every run of digits counts as a number used, so `3.` uses a 3, and `5.0` uses a 5 and a 0.
     """
     if len(expression.strip()) > MAX_EXPRESSION:
         return False
@@ -50,28 +50,28 @@ def solves(expression: str, row: Row) -> bool:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """Returns the training reward: 1 right and inside the tags, 0.1 wrong or unusable there, 0 without closed tags."""
+    """Returns the training reward: 1 right and inside the tags, 0.1 for other text there, 0 without closed tags."""
     if last_answer(completion) is None:
         return {"equation": 0.0}
     return {"equation": max(0.1, measure(completion, row)["accuracy"])}
 
 
 def measure(completion: str, row: Row) -> dict[str, float]:
-    """Returns the metric: 1 where the answer is one expression that solves the problem, however it is written."""
+    """Returns the metric: 1 if the answer is one expression that solves the problem, however it is written, else 0."""
     return {"accuracy": float(arithmetic.right(completion, row["numbers"], row["target"]))}
 
 
 def public_score(completion: str, row: Row) -> dict[str, float]:
-    """Returns the public trainers' reward, from the last `<answer>`: 1 right, 0.1 wrong or unusable, 0 no answer."""
+    """Returns the public trainers' reward of the last `<answer>`: 1 right, 0.1 wrong or unusable, 0 if absent."""
     answer = last_answer(completion)
     return {"equation": 0.0 if answer is None else 1.0 if solves(answer, row) else 0.1}
 
 
 def public_measure(completion: str, row: Row) -> dict[str, float]:
-    r"""Returns the papers' metric: 1 right, else 0; more lenient about form than their reward.
+    r"""Returns the papers' metric: 1 if right, else 0. It is more lenient about form than their reward.
 
-    Reads the last `\boxed{}`, else the last `<answer>`, else the whole text; takes LaTeX operators; where a number
-    follows an equals sign, only what stands before it counts.
+    Reads the last `\boxed{}`, else the last `<answer>`, else the whole text. LaTeX operators are understood. If a
+    number follows an equals sign, only the part before the sign counts.
     """
     answer = last_boxed(completion)
     if answer is None:
@@ -86,7 +86,7 @@ def public_measure(completion: str, row: Row) -> dict[str, float]:
 
 
 def _combine(left: _Term, symbol: str, right: _Term) -> _Term | None:
-    """Returns `left symbol right` with the parentheses it needs; None for a division by zero."""
+    """Returns `left symbol right` with the necessary parentheses, or None for a division by zero."""
     if symbol == "/" and right.value == 0:
         return None
     precedence = PRECEDENCE[symbol]
@@ -101,7 +101,7 @@ def _terms(numbers: list[int]) -> list[_Term]:
 
 
 def solve(numbers: list[int], target: int) -> str | None:
-    """Returns an expression that reaches the target with each number once, or None where no expression does."""
+    """Returns an expression that reaches the target and uses each number once, or None if there is none."""
 
     def search(terms: list[_Term]) -> str | None:
         if len(terms) == 1:
@@ -129,10 +129,11 @@ def split_of(numbers: list[int], target: int) -> str:
 def generate(split: str, count: int | None = None, seed: int = 0) -> list[Row]:
     """Returns solvable problems: three numbers and a target from 1 to 100, with a solution (`expression`).
 
-    More rows of one split and seed continue fewer. Validation and test problems do not depend on the seed.
+    With a larger count, the first rows of a split and seed stay the same. Validation and test problems do not depend on
+    the seed.
 
     Args:
-      count: 4096 training, 256 validation and 256 test problems where None.
+      count: the number of problems; None for 4096 training, 256 validation or 256 test problems.
     """
     count = DEFAULT_COUNTS[split] if count is None else count
     draw = random.Random(f"countdown:{split}:{seed if split == 'train' else 0}")
@@ -155,10 +156,12 @@ def generate(split: str, count: int | None = None, seed: int = 0) -> list[Row]:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a local file in either public form; of the `nums` form, rows with another number of numbers are left out.
+    """Reads the rows of a local file in either public form.
 
-    Raises UserError, naming the row, where it has neither form or its values are not integers, and where no row has
-    three numbers.
+    Rows of the `nums` form that do not have three numbers are left out.
+
+    Raises UserError, naming the row, if a row has neither form or values that are not integers, or a row of the `input`
+    form does not have three numbers; and if no row has three numbers.
     """
     rows = []
     for place, record in read_records(path):
@@ -179,7 +182,7 @@ def read(path: Path) -> list[Row]:
 
 def _row(place: str, numbers: list[Any], target: Any) -> Row:
     try:
-        # Through str: int() alone would cut 7.5 to 7.
+        # The conversion goes through str, because int() alone would cut 7.5 to 7.
         return {"numbers": [int(str(number)) for number in numbers], "target": int(str(target))}
     except ValueError:
         raise UserError(
@@ -188,9 +191,9 @@ def _row(place: str, numbers: list[Any], target: Any) -> Row:
 
 
 def reference(row: Row) -> Row:
-    """Returns the row with its `expression`, found by search where it has none.
+    """Returns the row with its `expression`, which is found by search if the row has none.
 
-    Raises UserError where nothing reaches the target.
+    Raises UserError if no expression reaches the target.
     """
     expression = row.get("expression") or solve(row["numbers"], row["target"])
     if expression is None:

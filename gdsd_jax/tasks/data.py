@@ -1,8 +1,8 @@
-"""Rows from local files and from the hub, and the share of a training set that is held out for validation.
+"""Reads rows from local files and from the hub, and decides which rows of a training set are held out for validation.
 
-A local file is JSON, lines or one array (`.jsonl`, `.json`), CSV with a header (`.csv`), either of them also packed
-(`.gz`), or Parquet (`.parquet`); a directory is what `datasets` saved with `save_to_disk`. Values of a CSV file stay
-strings, so that leading zeros survive. `datasets` and PyArrow are imported when they are needed and not before.
+A local file is JSON, as lines or as one array (`.jsonl`, `.json`), CSV with a header (`.csv`), either of these
+compressed (`.gz`), or Parquet (`.parquet`). A directory is one that `datasets` saved with `save_to_disk`. Values of a
+CSV file stay strings, so that leading zeros survive. `datasets` and PyArrow are imported only when they are needed.
 """
 
 import csv
@@ -24,9 +24,9 @@ HELD_OUT = 20
 
 
 def read_records(path: Path) -> list[tuple[str, Row]]:
-    """Reads (place, row) for each row of a local file or saved data set; the place, "file, row n", is for messages.
+    """Returns (place, row) for each row of a local file or saved data set; the place, "file, row n", is for messages.
 
-    Raises UserError where it cannot be read, has a row that is none, or has no row.
+    Raises UserError if the file cannot be read, has an entry that is no row, or has no row.
     """
     kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
     if path.is_dir():
@@ -46,7 +46,7 @@ def read_records(path: Path) -> list[tuple[str, Row]]:
 
 
 def column(place: str, record: Row, *names: str) -> Any:
-    """Returns the first of these columns that the record has; UserError, naming the place, where it has none."""
+    """Returns the first of these columns that the record has; raises UserError, naming the place, if it has none."""
     for name in names:
         if record.get(name) is not None:
             return record[name]
@@ -56,13 +56,13 @@ def column(place: str, record: Row, *names: str) -> Any:
 def from_hub(name: str, configuration: str | None, split: str, row: Callable[[str, Row], Row]) -> list[Row]:
     """Returns the rows of a data set of the Hugging Face hub, from the hub or from the cache of an earlier run.
 
-    Raises UserError, naming the setting that takes a local file instead, where it cannot be had.
+    Raises UserError, naming the setting that takes a local file instead, if the data set cannot be loaded.
     """
     import datasets
 
     try:
         records = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # no network, no such host, a proxy, a broken cache: one exception each
+    except Exception as error:  # network, host, proxy, cache: each raises another
         raise UserError(
             f"cannot load {name} from the hub ({type(error).__name__}): without a network give a local file, "
             "config.task.train_path for training and validation rows, config.task.eval_path for test rows"
@@ -80,11 +80,11 @@ def public_rows(
     train: tuple[str, str | None, str],
     test: tuple[str, str | None, str],
 ) -> list[Row]:
-    """Rows of a split of a public data set, its validation split held out of the training set.
+    """Returns the rows of a split of a public data set; the validation split is held out of the training set.
 
     Args:
-      count: rows wanted; None: all. Training rows are drawn by `seed`, the others do not depend on it.
-      train, test: name, configuration and split on the hub.
+      count: the number of rows; None for all. `seed` draws training rows; the other splits do not depend on it.
+      train, test: the name, configuration and split of each set on the hub.
     """
     name = test if split == "test" else train
     rows = from_hub(*name, row)
@@ -94,9 +94,9 @@ def public_rows(
 
 
 def draw(rows: list[Row], count: int | None, seed: int, place: object) -> list[Row]:
-    """Returns `count` of the rows, drawn without replacement and left in their order; all where None.
+    """Returns `count` of the rows, drawn without replacement, in their order; all rows if `count` is None.
 
-    Raises UserError, naming the place, where there are fewer.
+    Raises UserError, naming the place, if there are fewer rows.
     """
     if count is None:
         return rows
@@ -106,18 +106,18 @@ def draw(rows: list[Row], count: int | None, seed: int, place: object) -> list[R
 
 
 def held_out(text: str) -> bool:
-    """Returns whether a row known by this text belongs to the validation share of its training set: one in `HELD_OUT`.
+    """Returns whether a row identified by this text belongs to the validation share, one in `HELD_OUT` training rows.
 
-    By a salted hash, so that the same rows are held out of a part of the set, of another order, and of any file format.
+    A salted hash of the text decides, so a row's share does not depend on the other rows, their order or the format.
     """
     digest = hashlib.sha256(f"held out:{text}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) % HELD_OUT == 0
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a local UTF-8 file, unpacked where its name ends in `.gz`.
+    """Returns the text of a local UTF-8 file, decompressed if its name ends in `.gz`.
 
-    Raises UserError where it cannot be read.
+    Raises UserError if the file cannot be read.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -129,7 +129,7 @@ def read_text(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Objects, one a line, or those of one array."""
+    """Yields (place, object) for each JSON object of a file, one per line or in one array."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         yield from _json_array(path, text)

@@ -1,12 +1,12 @@
-"""Where a completion keeps its answer: tags and `\\boxed{}`.
+"""Finds the answer of a completion in tags and `\\boxed{}`.
 
-Everything here is linear in the length of the text, whatever the text is: completions are untrusted, and a pattern such
-as `<answer>(.*?)</answer>` takes quadratic time on a run of opening tags.
+Every function takes linear time in the length of the text, whatever the text is: completions are untrusted, and a
+pattern such as `<answer>(.*?)</answer>` takes quadratic time on a run of opening tags.
 """
 
 
 def tagged(text: str, tag: str = "answer") -> list[str]:
-    """The contents of every `<tag> ... </tag>`, left to right, case-sensitive and not nested.
+    """Returns the contents of every `<tag> ... </tag>`, from left to right, case-sensitive and not nested.
 
     A second opening tag before the closing one belongs to the content, as in the references' patterns.
     """
@@ -24,17 +24,17 @@ def tagged(text: str, tag: str = "answer") -> list[str]:
 
 
 def last_answer(text: str) -> str | None:
-    """The content of the last complete `<answer>`, or None."""
+    """Returns the content of the last complete `<answer>`, or None."""
     return next(reversed(tagged(text)), None)
 
 
 def first_answer(text: str) -> str | None:
-    """The content of the first complete `<answer>`, or None."""
+    """Returns the content of the first complete `<answer>`, or None."""
     return next(iter(tagged(text)), None)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{ ... }` up to its balancing brace, or None where there is none."""
+    r"""Returns the content of the last `\boxed{ ... }` up to its balancing brace; None without a closed box."""
     opening = "\\boxed{"
     start = text.rfind(opening)
     if start < 0:

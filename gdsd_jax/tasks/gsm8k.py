@@ -1,11 +1,11 @@
 r"""GSM8K: grade-school word problems whose answer is one number.
 
-`gsm8k` rewards the number alone, `gsm8k_xml` tags, form and number one by one. Rows come from the hub (`openai/gsm8k`)
-or from a local file with the columns `question` and `answer`, where the number is what follows the last `####`; without
-`####` the whole `answer` is the number, without its commas.
+`gsm8k` rewards only the number; `gsm8k_xml` rewards tags, form and number separately. Rows come from the hub
+(`openai/gsm8k`) or from a local file with the columns `question` and `answer`. The number is the text after the last
+`####` of `answer` or, without `####`, the whole `answer`; commas are removed.
 
-Rewards and metric compare numbers (`graders.numbers`). Under the grader "public" rewards compare strings, as those of
-the public GDSD trainer do.
+Rewards and metric compare numbers (`graders.numbers`). Under the grader "public", rewards compare strings, as in the
+public GDSD trainer.
 """
 
 import dataclasses
@@ -29,29 +29,29 @@ _TURN = re.compile(r"</reasoning>\s*<answer>")
 
 
 def stated_number(completion: str) -> str:
-    """Returns the number that `gsm8k` rewards, as it is written; empty where there is none.
+    """Returns the number that the public `gsm8k` rewards, as it is written; empty if there is none.
 
-    What the first "The answer is N." says, else the first "#### N", else the last integer with its sign.
+    It is the number of the first "The answer is N.", else of the first "#### N", else the last integer with its sign.
     """
     found = _STATED.search(completion) or _HASHED.search(completion)
     return found[1] if found else next(reversed(_INTEGER.findall(completion)), "")
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """Returns 1 where the completion's number is the row's answer, however it is written, else 0."""
+    """Returns 1 if the completion's number is the row's answer, however it is written, else 0."""
     return {"correct": float(numbers.equal(row["answer"], completion))}
 
 
 def measure(completion: str, row: Row) -> dict[str, float]:
     """Returns the evaluation metric.
 
-    1 where the completion's number is the row's answer, however it is written, else 0.
+    The metric is 1 if the completion's number is the row's answer, however it is written, else 0.
     """
     return {"accuracy": score(completion, row)["correct"]}
 
 
 def score_xml(completion: str, row: Row) -> dict[str, float]:
-    """Returns 2 for the right number, and four components of form as large as the public trainer's."""
+    """Returns 2 for the right number, and four components for the form, as large as the public trainer's."""
     return {**public_score_xml(completion, row), "correct": 2.0 * score(completion, row)["correct"]}
 
 
@@ -60,7 +60,7 @@ def score_xml(completion: str, row: Row) -> dict[str, float]:
 
 
 def public_score(completion: str, row: Row) -> dict[str, float]:
-    """Returns 1 where the number is the row's answer as a string, else 0."""
+    """Returns 1 if the number equals the row's answer as a string, else 0."""
     return {"correct": float(stated_number(completion) == row["answer"])}
 
 
@@ -80,9 +80,9 @@ def public_score_xml(completion: str, row: Row) -> dict[str, float]:
 
 
 def _tags(text: str) -> float:
-    """Returns 0.125 for each tag that is once on its line, less 0.001 for each character behind the last two.
+    """Returns 0.125 for each tag that occurs once on its line, less 0.001 per character after the last two tags.
 
-    The closing tag's own newline is free. Many characters make it negative.
+    The newline of the closing tag costs nothing. Many characters make the result negative.
     """
     value = 0.125 * (text.count("<reasoning>\n") == 1) + 0.125 * (text.count("\n</reasoning>\n") == 1)
     if text.count("\n<answer>\n") == 1:
@@ -93,15 +93,15 @@ def _tags(text: str) -> float:
 
 
 def _is_loose(text: str) -> bool:
-    """Returns whether the tags follow each other from the first character on, with anything behind them."""
+    """Returns whether the tags follow each other from the first character on; anything may come after them."""
     turn = _TURN.search(text, len("<reasoning>")) if text.startswith("<reasoning>") else None
     return turn is not None and text.find("</answer>", turn.end()) >= 0
 
 
 def _is_strict(text: str) -> bool:
-    """Returns whether each tag has a line of its own, nothing in front, one or two newlines behind.
+    """Returns whether each tag has its own line, with nothing before the first and one or two newlines after the last.
 
-    A line may not be missing.
+    No line may be missing.
     """
     opening, middle, closing = "<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>\n"
     if text.endswith(closing + "\n"):
@@ -111,10 +111,10 @@ def _is_strict(text: str) -> bool:
 
 
 def public_measure(completion: str, row: Row) -> dict[str, float]:
-    r"""Returns the papers' metric: 1 where the answer equals the row's as a number.
+    r"""Returns the papers' metric: 1 if the answer equals the row's as a number, else 0.
 
-    The last number of the last `\boxed{}`, else of the last `<answer>`, else of what follows the last `####`, else of
-    the whole text; commas, a dollar sign and zeros without meaning do not count.
+    The answer is the last number of the last `\boxed{}`, else of the last `<answer>`, else of the text after the last
+    `####`, else of the whole text; commas, a dollar sign and zeros without meaning do not count.
     """
     hashed = completion.rpartition("####")[2] if "####" in completion else None
     for text in (last_boxed(completion), last_answer(completion), hashed, completion):
@@ -125,7 +125,7 @@ def public_measure(completion: str, row: Row) -> dict[str, float]:
 
 
 def _canonical(number: str) -> str:
-    """Returns one spelling for equal numbers, without computing: a completion may write a million digits."""
+    """Returns one spelling for equal numbers, without computing, since a completion may write a million digits."""
     whole, _, fraction = number.replace(",", "").replace("$", "").partition(".")
     digits = f"{whole.lstrip('-').lstrip('0')}.{fraction.rstrip('0')}"
     return f"-{digits}" if whole.startswith("-") and digits != "." else digits
@@ -136,18 +136,18 @@ def _row(place: str, record: Row) -> Row:
     answer = answer.strip().replace(",", "")
     if not answer:
         raise UserError(f"{place}: there is no answer{' behind ####' if hashes else ''}")
-    # <<48/2=24>> are notes to a calculator.
+    # Marks such as <<48/2=24>> are notes to a calculator.
     solution = re.sub(r"<<[^<>]*>>", "", solution).strip()
     return {"question": str(column(place, record, "question")).strip(), "answer": answer, "solution": solution}
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a local file; UserError, naming the row, where it lacks a column or an answer."""
+    """Reads the rows of a local file; raises UserError, naming the row, if one lacks a column or an answer."""
     return [_row(place, record) for place, record in data.read_records(path)]
 
 
 def source(split: str, count: int | None, seed: int) -> list[Row]:
-    """Rows of the public data set; the validation split is held out of its training set."""
+    """Returns rows of the public data set; the validation split is held out of its training set."""
     return data.public_rows(
         split, count, seed, _row, held_out,
         train=("openai/gsm8k", "main", "train"), test=("openai/gsm8k", "main", "test"),
@@ -155,7 +155,7 @@ def source(split: str, count: int | None, seed: int) -> list[Row]:
 
 
 def held_out(row: Row) -> bool:
-    """Follows `data.held_out`; a row is known by its question."""
+    """Returns `data.held_out` of the row's question, which identifies the row."""
     return data.held_out(row["question"])
 
 

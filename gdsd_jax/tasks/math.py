@@ -1,13 +1,13 @@
 r"""MATH: competition problems whose answer is an expression in LaTeX, inside `\boxed{}`.
 
-`math` rewards a right answer, `math_xml` also its form. Right is what `graders.compare` finds equal: answers are read
-by type and compared exactly. The grader "public" pays what the public trainers pay: `math` for equivalence decided by
-`math-verify`, `math_xml` for the same string after normalisation.
+`math` rewards a right answer, `math_xml` also its form. An answer is right if `graders.compare` finds it equal: answers
+are read by type and compared exactly. The grader "public" pays what the public trainers pay: `math` for equivalence
+decided by `math-verify`, `math_xml` for the same string after normalisation.
 
 Rows come from the hub (training: `ankner/math-500`, test: `HuggingFaceH4/MATH-500`) or from a local file with the
 column `problem` (or `question`) and `answer`, `solution` or both; without `answer` it is the last box of `solution`.
 
-What a completion writes may be much to compute, and may take math-verify forever or end its process: all scores run in
+A completion may be expensive to judge; it may keep math-verify busy forever or end its process. So all scores run in
 worker processes (`workers`). An answer that cannot be judged within the limits is worth nothing.
 """
 
@@ -27,15 +27,15 @@ from gdsd_jax.tasks.workers import Limits
 
 LIMITS = Limits(seconds=5.0, megabytes=1024, imports=("gdsd_jax.tasks.graders.compare",))
 PUBLIC_LIMITS = Limits(seconds=5.0, megabytes=1024, imports=("math_verify",))
-# math-verify's own limits are wall clock, on which no score may hang: none, the worker has its own.
+# math-verify's own limits are off: they use wall-clock time, on which no score may depend, and the worker has limits.
 NO_LIMIT = 0
-# Answers stand at the end, and math-verify may take quadratic time in what stands in front of them.
+# Answers are at the end, and math-verify may take quadratic time in the text before them.
 MAX_TEXT = 4_000
 
 
 def right(completion: str, row: Row) -> bool:
-    """Returns whether the completion's answer, as the format says where it is, says the same as the row's."""
-    # Late: only workers need the arithmetic.
+    """Returns whether the completion's answer, found by its format, equals the row's answer."""
+    # Imported late, because only workers need the arithmetic.
     from gdsd_jax.tasks.graders import compare, extract
 
     found = extract.answer(completion)
@@ -45,17 +45,17 @@ def right(completion: str, row: Row) -> bool:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """Returns 2 where the completion's answer is right, else 0."""
+    """Returns 2 if the completion's answer is right, else 0."""
     return {"correct": 2.0 * right(completion, row)}
 
 
 def measure(completion: str, row: Row) -> dict[str, float]:
-    """Returns the evaluation metric: 1 where the completion's answer is right, else 0."""
+    """Returns the evaluation metric: 1 if the completion's answer is right, else 0."""
     return {"accuracy": float(right(completion, row))}
 
 
 def score_xml(completion: str, row: Row) -> dict[str, float]:
-    r"""Returns 2 where the answer is right; 0.25 for `<answer>` missing or 0.5, and as much for `\boxed`."""
+    r"""Returns 2 for a right answer; for the form, 0.5 for `<answer>` (else 0) plus 0.5 for `\boxed` (else 0.25)."""
     return {**score(completion, row), **_form(completion)}
 
 
@@ -71,13 +71,13 @@ def _form(completion: str) -> dict[str, float]:
 def equivalent(response: str, answer: str) -> bool:
     r"""Returns whether math-verify finds the response's answer equal to `answer`.
 
-    Which is LaTeX or a text with a box.
+    `answer` is LaTeX or a text with a box.
     """
-    # Late: SymPy takes a second to import, and only workers need it.
+    # Imported late: SymPy takes a second to import, and only workers need it.
     import sympy.core.random
     from math_verify import parse, verify
 
-    # SymPy tries equality at random points: the same ones for the same answer.
+    # SymPy tests equality at random points; the seed makes them the same for the same answer.
     sympy.core.random.seed(0)
     found = parse(response[-MAX_TEXT:], parsing_timeout=NO_LIMIT)
     # In the order of the public trainer, which matters for assignments.
@@ -94,7 +94,7 @@ def _gold(answer: str) -> list[Any]:
 def _sets(expressions: list[Any]) -> list[Any]:
     r"""Returns the S of every `x \in S`.
 
-    Which math-verify takes for the equation x = S and finds equal to any other such.
+    math-verify reads `x \in S` as the equation x = S and finds it equal to any other such equation.
     """
     import sympy
 
@@ -103,7 +103,7 @@ def _sets(expressions: list[Any]) -> list[Any]:
 
 
 def public_score(completion: str, row: Row) -> dict[str, float]:
-    """Returns 2 where math-verify finds the completion's answer equivalent to the row's, else 0."""
+    """Returns 2 if math-verify finds the completion's answer equivalent to the row's, else 0."""
     return {"correct": 2.0 * equivalent(completion, row["answer"])}
 
 
@@ -111,8 +111,8 @@ def public_score_xml(completion: str, row: Row) -> dict[str, float]:
     r"""Returns 2 for the same string after normalisation; form as in `score_xml`.
 
     What is compared is the last box of the first complete `<answer>`, else of the whole text; a text without a box
-    counts as it is. Where a box never closes there is no answer, and no answer is never equal to another: the public
-    trainer rewards two such boxes as equal.
+    counts as it is. If a box never closes there is no answer, and nothing equals it; the public trainer
+    rewards two such boxes as equal.
     """
     answer = first_answer(completion)
     text = completion if answer is None else answer
@@ -120,7 +120,7 @@ def public_score_xml(completion: str, row: Row) -> dict[str, float]:
 
 
 def public_measure(completion: str, row: Row) -> dict[str, float]:
-    """Returns 1 where the last `<answer>`, else the whole text, is the same string or equivalent."""
+    """Returns 1 if the last `<answer>`, else the whole text, is the same string or equivalent, else 0."""
     answer = last_answer(completion)
     text = completion if answer is None else answer
     return {"accuracy": float(same(text, row["answer"]) or equivalent(text, row["answer"]))}
@@ -135,14 +135,14 @@ def same(response: str, answer: str) -> bool:
 def boxed(text: str) -> str | None:
     r"""Returns the last `\boxed{...}` or `\boxed ...$`.
 
-    The text itself where it has no box, None where one never closes.
+    If the text has no box, the result is the text itself; if a box never closes, the result is None.
     """
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
     return last_boxed(text) if "\\boxed" in text else text
 
 
-# Spellings without meaning, in the order in which they are replaced.
+# Differences in spelling without meaning, in the order in which they are replaced.
 _SPELLINGS = (
     ("\n", ""),
     ("\\!", ""),
@@ -193,12 +193,12 @@ def _row(place: str, record: Row) -> Row:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a local file; UserError, naming the row, where it lacks a column or an answer."""
+    """Reads the rows of a local file; raises UserError, naming the row, if one lacks a column or an answer."""
     return [_row(place, record) for place, record in data.read_records(path)]
 
 
 def source(split: str, count: int | None, seed: int) -> list[Row]:
-    """Rows of the public data sets; the validation split is held out of the training set."""
+    """Returns rows of the public data sets; the validation split is held out of the training set."""
     return data.public_rows(
         split, count, seed, _row, held_out,
         train=("ankner/math-500", None, "train"), test=("HuggingFaceH4/MATH-500", None, "test"),
@@ -206,7 +206,7 @@ def source(split: str, count: int | None, seed: int) -> list[Row]:
 
 
 def held_out(row: Row) -> bool:
-    """Follows `data.held_out`; a row is known by its question."""
+    """Returns `data.held_out` of the row's question, which identifies the row."""
     return data.held_out(row["question"])
 
 

@@ -1,4 +1,4 @@
-"""From a row of data to the messages of a chat: templates, the answer format, worked examples."""
+"""Makes the messages of a chat from a row of data: templates, the answer format, worked examples."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 def fill(template: str, row: Mapping[str, Any]) -> str:
     r"""Replaces every `{field}` by `str(row[field])`; other braces (`\boxed{}`, code) stay as they are.
 
-    Raises UserError where the template names a field that the row does not have.
+    Raises UserError if the template names a field that the row does not have.
     """
 
     def field(match: re.Match) -> str:
@@ -35,10 +35,10 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
 def messages(
     row: Mapping[str, Any], *, template: str, system: str = "", examples: Sequence[tuple[str, str]] = ()
 ) -> list[dict]:
-    """The chat that asks for this row: system (where there is one), worked examples as earlier turns, the question.
+    """Returns the chat that asks for this row: the system turn if there is one, worked examples, and the question.
 
     Args:
-      examples: pairs (question, answer), already filled in.
+      examples: pairs (question, answer), already filled in, which become earlier turns.
     """
     chat = [{"role": "system", "content": system}] if system else []
     for question, answer in examples:

@@ -1,10 +1,10 @@
-"""4x4 Sudoku: all 288 grids, puzzles split by solution, the share of empty cells as reward.
+"""4x4 Sudoku: all 288 grids, puzzles split by solution, and the share of empty cells filled correctly as reward.
 
 A grid is a string of 16 characters, row by row; 0 is an empty cell. Only 288 solved grids exist, so a split by puzzle
-would show every answer in training: the grids themselves are split, 192 train, 32 validation, 64 test.
+would show every answer in training. Therefore the solved grids are split: 192 train, 32 validation, 64 test.
 
-A local file has the columns `Puzzle` and `Solution`. It is used as it is, without regard to the split; `overlap` says
-how many of its solutions belong to which. The public test file (500 puzzles, 8 cells empty) has 229 solutions:
+A local file has the columns `Puzzle` and `Solution`. It is used as it is, without regard to the split; `overlap` counts
+how many of its solutions belong to each split. The public test file (500 puzzles, 8 cells empty) has 229 solutions:
 155 of our training, 23 of our validation, 51 of our test grids. A policy trained on generated puzzles has seen most of
 its answers: report it separately. 124 of its puzzles have further solutions, which score as wrong.
 """
@@ -49,7 +49,7 @@ def grids() -> tuple[str, ...]:
 def solutions(split: str) -> tuple[str, ...]:
     """Returns the solved grids of a split, in lexicographic order.
 
-    Grids are dealt out in the order of a salted hash, which no version of any library can change.
+    Grids are assigned to splits in the order of a salted hash, which no version of any library can change.
     """
     dealt = sorted(grids(), key=lambda grid: hashlib.sha256(f"sudoku-4x4:{grid}".encode()).digest())
     start = sum(SPLIT_SIZES[name] for name in SPLITS[: SPLITS.index(split)])
@@ -63,12 +63,13 @@ def overlap(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def generate(split: str, count: int | None = None, seed: int = 0) -> list[Row]:
-    """Puzzles with one solution each, 8 to 11 empty cells in equal parts.
+    """Generates puzzles with exactly one solution and 8 to 11 empty cells, each number equally likely.
 
-    More rows of one split and seed continue fewer. Validation and test puzzles do not depend on the seed.
+    With a larger count, the first rows of a split and seed stay the same. Validation and test puzzles do not depend on
+    the seed.
 
     Args:
-      count: 4096 training, 256 validation and 256 test puzzles where None.
+      count: the number of puzzles; None for 4096 training, 256 validation or 256 test puzzles.
     """
     count = DEFAULT_COUNTS[split] if count is None else count
     seed = seed if split == "train" else 0
@@ -79,7 +80,7 @@ def generate(split: str, count: int | None = None, seed: int = 0) -> list[Row]:
 
 
 def _puzzles(split: str, seed: int, chunk: int) -> list[Row]:
-    # RandomState is the one numpy stream that is promised never to change: the test puzzles stay what they are.
+    # RandomState is the one stream of NumPy that is guaranteed never to change, so the test puzzles stay the same.
     random = np.random.RandomState([SPLITS.index(split), chunk, seed % 2**32])
     chosen = [solutions(split)[index] for index in random.randint(SPLIT_SIZES[split], size=_CHUNK)]
     filled = _cells(chosen)
@@ -117,9 +118,9 @@ def _cells(texts: Iterable[str]) -> Int8[np.ndarray, "N 16"]:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a local file with the columns `Puzzle` and `Solution`, also in lower case, leading zeros kept.
+    """Reads the rows of a local file with the columns `Puzzle` and `Solution`, also in lower case; keeps leading zeros.
 
-    Raises UserError, naming the row, where a puzzle or solution is not 16 characters of the right digits, a solution is
+    Raises UserError, naming the row, if a puzzle or solution is not 16 characters of the right digits, a solution is
     not a solved grid, or the two disagree.
     """
     rows = []
@@ -137,7 +138,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _share(cells: str, row: Row) -> float:
-    """Returns share of the puzzle's empty cells that `cells` fills in correctly; 0 where none is empty."""
+    """Returns the share of the puzzle's empty cells that `cells` fills in correctly; 0 if no cell is empty."""
     empty = [index for index, clue in enumerate(row["puzzle"]) if clue == "0"]
     right = sum(cells[index : index + 1] == row["solution"][index] for index in empty)
     return right / len(empty) if empty else 0.0
@@ -146,7 +147,7 @@ def _share(cells: str, row: Row) -> float:
 def score(completion: str, row: Row) -> dict[str, float]:
     """Returns the training reward: the metric's share of the empty cells.
 
-    0 without digits in a complete `<answer>`.
+    The reward is 0 if no complete `<answer>` has digits.
     """
     answered = re.search("[0-9]", last_answer(completion) or "")
     return {"cells_correct": measure(completion, row)["cells"] if answered else 0.0}
@@ -155,7 +156,7 @@ def score(completion: str, row: Row) -> dict[str, float]:
 def public_score(completion: str, row: Row) -> dict[str, float]:
     """Returns the public trainers' reward: digits of the last `<answer>` in order; missing cells are wrong.
 
-    Digits of other scripts take their place and are wrong, and so do digits of words ("Row1:"), as in the GDSD reward.
+    Digits of other scripts, and digits in words ("Row1:"), take up a cell and are wrong there, as in the GDSD reward.
     """
     return {"cells_correct": _share("".join(filter(str.isdigit, last_answer(completion) or "")), row)}
 
@@ -202,7 +203,7 @@ Puzzle: {puzzle}"""
 
 
 def careless(row: Row, rate: float, generator: random.Random) -> Row:
-    """Returns the row with a 1 written into `rate` of the empty cells, whatever belongs there."""
+    """Returns the row with a 1 written into the share `rate` of the empty cells, whatever the right digit is."""
     solution = [
         "1" if cell == "0" and generator.random() < rate else digit
         for cell, digit in zip(row["puzzle"], row["solution"], strict=True)

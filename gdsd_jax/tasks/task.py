@@ -1,4 +1,4 @@
-"""A task: rows of data, a prompt, reward components and evaluation metrics in one value."""
+"""Defines `Task`: rows of data, a prompt, reward components and evaluation metrics in one value."""
 
 import dataclasses
 import logging
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Grader(NamedTuple):
-    """Another reward and metric for a task's completions, with the same components: see `Task.score` and below."""
+    """Another reward and metric for a task, with the same components. The fields are as in `Task`."""
 
     score: Callable[[str, Row], Mapping[str, float]]
     measure: Callable[[str, Row], Mapping[str, float]]
@@ -47,33 +47,34 @@ class Task:
     """Data, prompt, reward and metric of one task. A new task is one such value, in any module.
 
     Attributes:
-      name: what the task is called in configurations and tables.
-      source: (split, count, seed) -> rows, where no file is given: a generator, or a public data set. It fixes the
-        validation and test rows, whatever the seed.
+      name: the task's name in configurations and tables.
+      source: (split, count, seed) -> rows, used if no file is given: a generator, or a public data set. Validation
+        and test rows must not depend on the seed.
       read: path -> rows of a local file, validated.
-      score: (completion, row) -> {component: value}. Pure; an exception costs this item, not the batch.
+      score: (completion, row) -> {component: value}. A pure function; an exception costs only this item.
       measure: (completion, row) -> {metric: value}, the evaluation metric, which is not the reward.
-      weights: reward component -> weight in the sum; names every component.
+      weights: reward component -> its weight in the sum; every component must be named.
       metrics_named: every key that `measure` returns.
       template: the user's turn, with {fields} of a row.
-      system: the system turn; none where empty.
-      assistant_prefix: how the assistant's turn opens, given to the model as part of the prompt.
+      system: the system turn; if empty, there is none.
+      assistant_prefix: the beginning of the assistant's turn, given to the model as part of the prompt.
       answer_template: the reference completion for supervised training, with {fields} of `reference(row)`.
       reference: row -> the fields that `answer_template` may name.
-      careless: (row, rate, generator) -> the row as a demonstrator writes it who gets `rate` of it wrong in the task's
-        typical way; None where a task has none. Supervised training on it leaves reinforcement learning its work.
+      careless: (row, rate, generator) -> the row as written by a demonstrator who gets the share `rate` of it wrong, in
+        the task's typical way; None if the task has no such function. Supervised training on such rows leaves room for
+        reinforcement learning to improve.
       examples: rows shown as solved earlier turns; the first `shots` of them are used.
       evaluation: prompt settings that differ when somebody's checkpoint is evaluated.
-      evaluation_rows: test rows that the papers report on, where a file has more; None: all.
-      threads: completions scored at once; above 1 only where scoring waits for other processes.
-      limits: where given, `score` and `measure` run in worker processes under these limits. They must be functions at
-        the top of a module that can be imported without JAX, and a row must pickle.
-      graders: further graders by name; `configure(task, grader=name)` puts one in the place of `score` and `measure`.
+      evaluation_rows: the number of test rows that the papers report on, if a file has more; None for all.
+      threads: completions scored at once; more than 1 only if scoring waits for other processes.
+      limits: if given, `score` and `measure` run in worker processes under these limits. They must then be top-level
+        functions of a module that can be imported without JAX, and rows must be picklable.
+      graders: further graders by name; `configure(task, grader=name)` replaces `score` and `measure` by one of them.
       grader: the name of the grader in use.
       token_score: `(texts of the tokens through the EOS, row) -> a reward for each of them`, for methods that read
         `batch.token_rewards`; None: the task has no rewards of tokens.
-      held_out: whether a row of the training set belongs to its validation share; None where a training set is not
-        divided. It looks at the row alone, so that no order, count or seed moves a row from one to the other.
+      held_out: row -> whether a row of the training set belongs to its validation share; None if a training set is not
+        divided. It uses only the row, so that no order, count or seed moves a row to the other share.
     """
 
     name: str
@@ -120,9 +121,9 @@ class Task:
         Args:
           split: "train", "validation" or "test"; a file is taken as it is, for whichever split it is given.
           path: a local file or directory that the task reads (the docstring of the task's module says which columns).
-          divided: the file is a whole training set: of its rows take those that `held_out` gives to the split.
-          count: rows wanted. Generated rows: the task's default where None. A file: all rows where None, else that
-            many drawn without replacement, in the order of the file.
+          divided: the file is a whole training set, and only the rows that `held_out` gives to the split are taken.
+          count: the number of rows. None gives the task's default for generated rows, and all rows of a file. Some of
+            the rows of a file are drawn without replacement, and stay in the order of the file.
           seed: of generated training rows and of a draw from a file. Validation and test rows are fixed.
 
         Raises UserError for an unknown split, an unreadable or invalid file, or more rows than the file has.
@@ -150,21 +151,21 @@ class Task:
         return prompting.fill(self.answer_template, self.reference(row))
 
     def rewards(self, completions: list[str], rows: list[Row]) -> Scores:
-        """Returns reward components of each completion for its row.
+        """Returns the reward components of each completion for its row.
 
-        Never raises on account of a text: where `score` raises or leaves a component out, this item is NaN. A text that
-        cannot be judged within the limits earns 0. A warning is logged for both.
+        No text makes this function raise. If `score` raises or leaves a component out, the item is NaN. A text that
+        cannot be judged within the limits earns 0. A warning is logged in both cases.
         """
         return self._each(self.score, tuple(self.weights), completions, rows)
 
     def reward(self, completions: list[str], rows: list[Row]) -> Float32[np.ndarray, "B"]:
-        """Returns the weighted sum of the components; a component that is NaN counts 0."""
+        """Returns the weighted sum of the components, in which NaN counts as 0."""
         return weighted_sum(self.rewards(completions, rows), self.weights)
 
     def metrics(self, completions: list[str], rows: list[Row]) -> Scores:
-        """Returns evaluation metrics of each completion for its row; NaN where `measure` raises.
+        """Returns the evaluation metrics of each completion for its row; they are NaN if `measure` raises.
 
-        An answer that cannot be judged within the limits is not right: it counts 0. A warning is logged for both.
+        An answer that cannot be judged within the limits counts 0. A warning is logged in both cases.
         """
         return self._each(self.measure, self.metrics_named, completions, rows)
 
@@ -213,7 +214,7 @@ class Task:
 
 
 def weighted_sum(components: Scores, weights: Mapping[str, float]) -> Float32[np.ndarray, "B"]:
-    """Returns sum of the components times their weights, NaN counting 0."""
+    """Returns the sum of the components times their weights; NaN counts as 0."""
     terms = [weights[name] * np.where(np.isnan(value), 0.0, value) for name, value in components.items()]
     return np.sum(terms, axis=0).astype(np.float32)
 
@@ -221,7 +222,7 @@ def weighted_sum(components: Scores, weights: Mapping[str, float]) -> Float32[np
 def regraded(task: Task, grader: str | None) -> Task:
     """Returns the task under one of its graders; None and "robust" are the task's own `score` and `measure`.
 
-    Raises UserError where the task has no grader of this name.
+    Raises UserError if the task has no grader of this name.
     """
     if grader in (None, task.grader):
         return task
@@ -240,11 +241,11 @@ def configure(task: Task, *, evaluation: bool = False, grader: str | None = None
     """Returns the task with other prompt settings or weights, or another grader.
 
     Args:
-      grader: a name among the task's graders, "public" for the public trainers' rewards and the papers' metrics; None
-        is "robust", the task's own.
+      grader: the name of one of the task's graders, such as "public" for the public trainers' rewards and the papers'
+        metrics. None means "robust", the task's own grader.
       evaluation: start from the task's evaluation prompt instead of its training prompt.
       settings: any of `SETTINGS`; None leaves the default. `weights` may name only some components; the others keep
-        theirs.
+        their weights.
 
     Raises UserError for an unknown setting or component, or more shots than the task has examples.
     """

@@ -1,10 +1,10 @@
-"""Worker processes for scores of untrusted text: a limit on each item, and no harm to the process that scores.
+"""Scores untrusted text in worker processes, with a limit on each item and no harm to the calling process.
 
 A worker is a fresh interpreter, never a fork of the process that holds JAX, and imports what the score function needs
-and nothing else. It is asked over a socket for one item at a time. Time is the worker's processor time, so that a busy
-machine changes no score: at the limit the function is interrupted, and where it does not listen the kernel ends the
-worker, as may an item that crashes it or asks for too much memory. That item alone is lost, the next one gets a new
-worker. Answers come back as JSON, so that whatever becomes of a worker, what it says is data.
+and nothing else. It receives one item at a time over a socket. Time is the worker's processor time, so that a busy
+machine changes no score. At the limit the function is interrupted; if it does not react, the kernel ends the worker. An
+item that crashes the worker or needs too much memory may end it too. Only that item is lost; the next one gets a new
+worker. Answers come back as JSON, so even a worker that was taken over can only send data.
 
 Linux only: the memory limit reads /proc.
 """
@@ -35,13 +35,14 @@ from gdsd_jax.runtime.errors import UserError
 
 # Processor time beyond the limit before the kernel ends the worker.
 GRACE = 1.0
-# Wall clock, for what waits instead of computing: the start of a worker, and an item in multiples of its limit.
+# Wall-clock limits, for code that waits instead of computing: of a worker's start, and of an item in multiples of its
+# limit.
 START_SECONDS = 300.0
 PATIENCE = 100
 MAX_PROCESSES = 32
 _MAX_REPLY = 2**20
 _START = "import sys; sys.path[:] = sys.argv[5:]; from gdsd_jax.tasks import workers; workers.serve(*sys.argv[1:5])"
-# One thread each, and sets in the same order in every worker: a score must not depend on which one computed it.
+# One thread per worker, and the same order of sets in all: a score must not depend on the worker that computed it.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 Score = Callable[..., Mapping[str, float]]
@@ -49,13 +50,13 @@ Score = Callable[..., Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one item may take.
+    """The limits of one item.
 
     Attributes:
       seconds: processor time, without the start of a worker.
       megabytes: memory beyond what the worker has after its imports.
-      imports: modules that the functions import when they are called; a worker has them before time runs.
-      processes: workers; None: one per core that this process may use, at most `MAX_PROCESSES`.
+      imports: modules that the functions import when called; a worker imports them before the time starts.
+      processes: the number of workers; None for one per core that this process may use, at most `MAX_PROCESSES`.
     """
 
     seconds: float = 5.0
@@ -65,12 +66,12 @@ class Limits:
 
 
 class Outcome(NamedTuple):
-    """What became of one item.
+    """The outcome of one item.
 
-    values: what the function returned; None where it did not return.
-    error: why it did not: what it raised, or which limit it met.
-    lost: whether it met a limit or ended its worker.
-    seconds: processor time that it took; 0 where it ended its worker.
+    values: the result of the function; None if it did not return.
+    error: why it did not return: the exception that it raised, or the limit that it met.
+    lost: whether the item met a limit or ended its worker.
+    seconds: processor time that the item took; 0 if it ended its worker.
     """
 
     values: dict[str, float] | None
@@ -91,14 +92,14 @@ def check_importable(function: Score) -> None:
 
 @functools.cache
 def shared(limits: Limits) -> "Workers":
-    """The pool of this process with these limits, closed when the process ends."""
+    """Returns the pool of this process with these limits, which is closed when the process ends."""
     pool = Workers(limits)
     atexit.register(pool.close)
     return pool
 
 
 class Workers:
-    """A pool of workers under the same limits; each is started when it is first needed."""
+    """A pool of workers under the same limits. Each worker is started when it is first needed."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -108,7 +109,7 @@ class Workers:
             self._idle.put(None)
 
     def map(self, function: Score, items: Iterable[tuple]) -> list[Outcome]:
-        """`function(*item)` for each item, in order. The function must be importable, and its items picklable."""
+        """Computes `function(*item)` for each item, in order. The function must be importable, its items picklable."""
         with ThreadPoolExecutor(self.count) as threads:
             return list(threads.map(functools.partial(self._score, function), items))
 
@@ -131,7 +132,7 @@ class Workers:
 
 
 class _Worker:
-    """This side of one worker."""
+    """The side of one worker that is in this process."""
 
     def __init__(self, limits: Limits):
         self.seconds = limits.seconds
@@ -144,13 +145,13 @@ class _Worker:
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # A session of its own: what the terminal sends to this process must not end an item.
+                # The worker has its own session, so that signals from the terminal do not end an item.
                 start_new_session=True,
                 env=os.environ | _ENVIRONMENT,
             )
 
     def score(self, function: Score, item: tuple) -> Outcome:
-        """The outcome of one item, which may be the worker's last: then its process has ended."""
+        """Returns the outcome of one item. If the item was the worker's last, the worker's process has then ended."""
         started = False
         try:
             self.connection.send((function.__module__, function.__qualname__, item))
@@ -191,7 +192,7 @@ def _over(seconds: float) -> str:
 
 
 class _TimeIsUp(BaseException):
-    """Raised in the function at its limit; no Exception, so that the function does not take it for its own."""
+    """Raised in the function at its limit. It is no Exception, so that the function does not catch it by mistake."""
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -199,7 +200,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def serve(descriptor: str, seconds: str, megabytes: str, imports: str) -> None:
-    """Answers requests until the other side is gone. A request gets two replies: imported, and scored."""
+    """Answers each request twice, after the import and with the score, until the other side is gone."""
     connection, allowance = Connection(int(descriptor)), int(megabytes) * 2**20
     signal.signal(signal.SIGVTALRM, _interrupt)
     _end_with(connection)
@@ -220,7 +221,7 @@ def serve(descriptor: str, seconds: str, megabytes: str, imports: str) -> None:
                 for late in filter(None, imports.split(",")):
                     importlib.import_module(late)
                 functions[module, name] = operator.attrgetter(name)(importlib.import_module(module))
-            except Exception as error:  # of a user's module: anything
+            except Exception as error:  # a user's module may raise anything
                 reply(error=f"cannot import {module}.{name}: {error!r:.1000}")
                 continue
             limit = _size() + allowance
@@ -229,18 +230,18 @@ def serve(descriptor: str, seconds: str, megabytes: str, imports: str) -> None:
         start = time.process_time()
         result = _call(functions[module, name], item, float(seconds))
         result["seconds"] = time.process_time() - start
-        # Libraries keep what they have seen; a worker goes long before that takes an item its memory.
+        # Libraries cache what they have seen; a worker is replaced long before that leaves an item too little memory.
         reply(**result, worn=_size() > limit - allowance // 2)
 
 
 def _end_with(connection: Connection) -> None:
     """Ends this process when the other side of the connection closes, in the middle of an item too.
 
-    The kernel says so by a signal: a process that is killed cannot, and an item may wait for minutes.
+    The kernel reports that by a signal: a killed process cannot report it, and an item may wait for minutes.
     """
 
     def look(number: int, frame: object) -> None:
-        # A poller of its own each time: the signal may come again in the middle, and one poller cannot be asked twice.
+        # A new poller each time: the signal may come again in the middle, and no poller can be polled twice at once.
         poller = select.poll()
         poller.register(connection, select.POLLRDHUP)
         if poller.poll(0):
@@ -255,7 +256,7 @@ def _call(function: Score, item: tuple, seconds: float) -> dict[str, Any]:
     try:
         try:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-            # Nobody handles this one: it ends the process, also where no parent is left to do so.
+            # This signal has no handler, so it ends the process even if no parent is left to do so.
             signal.setitimer(signal.ITIMER_PROF, seconds + GRACE)
             return {"values": {name: float(value) for name, value in function(*item).items()}}
         finally:
@@ -270,7 +271,7 @@ def _call(function: Score, item: tuple, seconds: float) -> dict[str, Any]:
 
 
 def _size() -> int:
-    """Bytes of address space."""
+    """Returns the bytes of address space of this process."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 

@@ -1,1 +1,1 @@
-"""Robust graders: what an answer says, however it is written. They import no JAX, so that workers start fast."""
+"""Robust graders judge what an answer says, however it is written. They import no JAX, so that workers start fast."""

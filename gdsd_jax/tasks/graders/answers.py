@@ -1,7 +1,7 @@
-r"""Typed answers: what an answer is, read from its tokens.
+r"""Reads the type and the value of an answer from its tokens.
 
 An answer is a number with its unit, a list, a tuple, a set or interval, a relation, a matrix, a number in another base,
-a ratio or time, or words. What is none of them is kept as its tokens in one spelling and equals that spelling alone.
+a ratio or time, or words. Any other answer is kept as its tokens in one spelling, and equals only that spelling.
 """
 
 import functools
@@ -23,7 +23,7 @@ _NOTHING = {"noneofthese", "nosolution", "nosolutions", "norealsolution", "norea
 
 
 class Scalar(NamedTuple):
-    """A number or expression; two trees where it has plus-minus signs."""
+    """A number or expression; it has two trees if it contains plus-minus signs."""
 
     trees: tuple[Tree, ...]
     unit: str = ""
@@ -31,7 +31,7 @@ class Scalar(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """Members in brackets: a tuple, an interval or a set; a list where `opening` is empty, joined by `joint`."""
+    """Members in brackets: a tuple, an interval or a set. If `opening` is empty, a list joined by `joint`."""
 
     items: tuple
     opening: str = ""
@@ -40,7 +40,7 @@ class Sequence(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """Sides and the signs between them: x = 5, 0 < x < 1, x in S."""
+    """The sides of a relation and the signs between them: x = 5, 0 < x < 1, x in S."""
 
     sides: tuple
     signs: tuple[str, ...]
@@ -54,7 +54,7 @@ class Union(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """What colons separate: a ratio or a time; `half` is am or pm."""
+    """A ratio or a time, whose parts colons separate; `half` is am or pm."""
 
     parts: tuple
     texts: tuple[str, ...]
@@ -78,7 +78,7 @@ class Matrix(NamedTuple):
 
 
 class Opaque(NamedTuple):
-    """Anything else: its tokens in one spelling. `words`: it is made of words and signs around them."""
+    """Any other answer: its tokens in one spelling; `words` tells whether these are words and signs around them."""
 
     text: str
     words: bool = False
@@ -91,9 +91,9 @@ EMPTY = Sequence((), "{", "}")
 
 @functools.lru_cache(maxsize=512)
 def read(text: str, loose: bool = True) -> Answer:
-    """Returns the answer that a text is.
+    """Returns the answer that a text gives.
 
-    See `tokenize` for `loose`. Raises Unreadable where the text has no tokens.
+    See `tokenize` for `loose`. Raises Unreadable if the text has no tokens.
     """
     tokens = strip(tokenize(text, loose))
     if not tokens:
@@ -102,9 +102,9 @@ def read(text: str, loose: bool = True) -> Answer:
 
 
 def strip(tokens: list[Token]) -> list[Token]:
-    """Returns the tokens without what introduces an answer or ends its sentence.
+    """Returns the tokens without an introduction or an end of sentence around the answer.
 
-    That is "The answer is", "=", a period, or braces around all.
+    These are "The answer is", "=", a period, or braces around everything.
     """
     while True:
         before = len(tokens)
@@ -127,7 +127,7 @@ def strip(tokens: list[Token]) -> list[Token]:
 
 
 def _matching(tokens: list[Token], start: int) -> int:
-    """Returns the index of the bracket that closes the one at `start`, of whatever kind; -1 where none does."""
+    """Returns the index of the bracket, of any kind, that closes the one at `start`; -1 if none does."""
     depth = 0
     for index in range(start, len(tokens)):
         kind, text, _ = tokens[index]
@@ -141,7 +141,7 @@ def _matching(tokens: list[Token], start: int) -> int:
 
 
 def _top(tokens: list[Token]) -> list[int]:
-    """Indices of the tokens outside all brackets; bars of absolute values count as brackets."""
+    """Returns the indices of the tokens outside all brackets; bars of absolute values count as brackets."""
     found, index, bars = [], 0, False
     while index < len(tokens):
         kind, text, _ = tokens[index]
@@ -165,7 +165,7 @@ def _cut(tokens: list[Token], indices: list[int]) -> list[list[Token]]:
 
 
 def read_tokens(tokens: list[Token]) -> Answer:
-    """Returns the answer that these tokens are."""
+    """Returns the answer that these tokens give."""
     try:
         found = _typed(tokens) if tokens else None
     except (Unreadable, RecursionError):
@@ -224,7 +224,7 @@ def _is_cup(tokens: list[Token], index: int) -> bool:
 
 
 def _separators(tokens: list[Token], top: list[int]) -> list[int]:
-    """Indices of commas, semicolons, "and" and "or" among the tokens at these indices."""
+    """Returns those of the indices in `top` whose token is a comma, a semicolon, "and" or "or"."""
     signs = (("sign", ","), ("sign", ";"))
     return [index for index in top if tokens[index].kind == "separator" or tokens[index][:2] in signs]
 
@@ -288,7 +288,7 @@ def _matrix(tokens: list[Token]) -> Answer | None:
 
 
 def _bracketed(tokens: list[Token]) -> Answer | None:
-    """Reads a tuple, an interval or a set; None for parentheses of an expression."""
+    """Reads a tuple, an interval or a set; returns None for the parentheses of an expression."""
     opening, closing, inner = tokens[0].text, tokens[-1].text, tokens[1:-1]
     pair = {"\\{": "{", "langle": "("}.get(opening, opening), {"\\}": "}", "rangle": ")"}.get(closing, closing)
     if not inner:

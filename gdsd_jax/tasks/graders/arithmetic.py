@@ -1,7 +1,7 @@
 r"""Arithmetic in an answer of Countdown, however it is written: `(3)(5) + 7`, `3 \times 5 + 7 = 22`, `22 = 3*5+7`.
 
-An answer is untrusted text. It is read by a small parser and computed in exact fractions; what the parser does not
-know, or finds too long, is no expression. One expression is an answer; two are none, also where both are right.
+An answer is untrusted text. A small parser reads it and computes it in exact fractions. Text that the parser does not
+know, or finds too long, is no expression. One expression is an answer; two are not, even if both are right.
 """
 
 import operator
@@ -11,23 +11,23 @@ from fractions import Fraction
 from gdsd_jax.tasks.graders import extract
 from gdsd_jax.tasks.graders.tokens import translate
 
-# Longer answers are unusable; it bounds every integer of the computation to as many digits.
+# Longer answers are unusable. The bound also limits the digits of every integer in the computation.
 MAX_EXPRESSION = 1000
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
-# Python's numbers: an integer does not start with 0, a decimal may lack either side of its point.
+# Numbers as in Python: an integer does not start with 0, and a decimal may lack the digits on either side of its point.
 _TOKEN = re.compile(
     r"(?P<number>(?:0+|[1-9][0-9]*)(?![0-9.])|[0-9]+\.[0-9]*|\.[0-9]+)|(?P<symbol>[-+*/()])|[ \t\f]+|(?P<line>[\r\n]+)"
 )
 
 
 def compute(expression: str) -> Fraction | None:
-    """Returns the exact value of an arithmetic expression, or None where it is none.
+    """Returns the exact value of an arithmetic expression, or None if the text is none.
 
-    Numbers, signs, + - * / and parentheses, with Python's precedence; a line break only inside parentheses. Neither
-    `**` nor `//`. Two stacks instead of recursion, so that no nesting is too deep; None for a division by zero and
-    beyond `MAX_EXPRESSION` characters.
+    An expression has numbers, signs, + - * / and parentheses, with Python's precedence, but neither `**` nor `//`. A
+    line break is allowed only inside parentheses. Two stacks replace recursion, so that no nesting is too deep. The
+    value is None for a division by zero, and for more than `MAX_EXPRESSION` characters.
     """
     expression = expression.strip()
     if len(expression) > MAX_EXPRESSION:
@@ -71,7 +71,7 @@ def compute(expression: str) -> Fraction | None:
 
 
 def _reduce(values: list[Fraction], pending: list[str], precedence: int) -> None:
-    """Applies the pending operations that bind at least this tightly."""
+    """Applies the pending operations whose precedence is at least this high."""
     while pending and PRECEDENCE[pending[-1]] >= precedence:
         symbol = pending.pop()
         right = values.pop()
@@ -92,14 +92,14 @@ _COMMANDS = (
 _FRACTION = re.compile(r"\\[dtc]?frac\s{0,3}\{([^{}]{1,200})\}\s{0,3}\{([^{}]{1,200})\}")
 _RUN = re.compile(r"[-+*/()=0-9. \t]+")
 _ARITHMETIC = "-+*/()=0123456789."
-# What makes a run a part of something else: letters, powers, factorials, commands of LaTeX in touch with it.
+# Signs that a run is part of something else: adjacent letters, powers, factorials or LaTeX commands.
 _BEFORE = re.compile(r"(?:[^\W_]|[\^!%_]\s?|\\[A-Za-z]+\s?)\Z")
 _AFTER = re.compile(r"[^\W_]|[\^!%_\\]")
 _JOINT = re.compile(r"(?<=[0-9)])([ \t]{0,3})(?=\()|(?<=\))([ \t]{0,3})(?=[0-9])")
 
 
 def plain(text: str) -> str:
-    """Returns the text with operators, fractions and brackets of LaTeX in plain spelling."""
+    """Returns the text with LaTeX's operators, fractions and brackets in plain spelling."""
     text = translate(text)
     for pattern, replacement in _COMMANDS:
         text = pattern.sub(replacement, text)
@@ -111,14 +111,14 @@ def plain(text: str) -> str:
 
 
 def expressions(text: str) -> list[str]:
-    """Returns the runs of arithmetic in a text that hold an operation: equations are one run, line breaks end one.
+    """Returns the runs of arithmetic in a text that hold an operation. An equation is one run; a line break ends a run.
 
-    Empty for a run that is a part of what this arithmetic does not know, such as a power.
+    A run that is part of something else, such as a power, is returned as an empty text.
     """
     text, found = plain(text), []
     for match in _RUN.finditer(text):
         run = match[0].strip(" \t.=")
-        # Bold marks of Markdown around the whole.
+        # Bold marks of Markdown around the whole run.
         while run.startswith("**") and run.endswith("**") and len(run) > 4:
             run = run[2:-2].strip(" \t.=")
         if re.search(r"[0-9)][ \t]*[-+*/(]|\)[ \t]*[0-9]", run):
@@ -130,7 +130,7 @@ def expressions(text: str) -> list[str]:
 def solves(expression: str, numbers: list[int], target: int) -> bool:
     """Returns whether an expression or equation uses exactly these numbers, each once, and reaches the target.
 
-    An equation's first or last side is the expression; every side must be equal to the target.
+    The first or the last side of an equation is the expression, and every side must equal the target.
     """
     if len(expression) > MAX_EXPRESSION:
         return False
@@ -141,7 +141,7 @@ def solves(expression: str, numbers: list[int], target: int) -> bool:
 
 
 def _unwrapped(expression: str) -> str:
-    """Takes the parentheses off an equation."""
+    """Removes the parentheses around an equation."""
     if "=" in expression and expression.startswith("(") and expression.endswith(")"):
         inner = expression[1:-1]
         if inner.count("(") == inner.count(")") and compute(inner.partition("=")[0]) is not None:
@@ -156,7 +156,7 @@ def _numbers(side: str) -> list[Fraction]:
 def right(completion: str, numbers: list[int], target: int) -> bool:
     """Returns whether the answer of a completion is one expression that solves the problem.
 
-    Of a text without tags and box the last line with an expression counts.
+    In a text without tags and box, the last line with an expression counts.
     """
     text = extract.scope(completion)
     held = extract.boxes(text)

@@ -1,7 +1,7 @@
-r"""Whether an answer equals the right one, by what both are: numbers, lists, tuples, sets, relations, matrices, words.
+r"""Compares an answer with the right one by type: numbers, lists, tuples, sets, relations, matrices, words.
 
-The two sides are not alike: the right answer (`gold`) says what is asked for, and an answer may leave out its unit, its
-`x =` and its brackets, but may not add a claim of its own.
+The two sides have different roles. The right answer (`gold`) says what is asked for. An answer may leave out the unit,
+the `x =` and the brackets, but may not add a claim of its own.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Returns whether the answer says the same as the gold. Never raises on account of a text."""
+    """Returns whether the answer says the same as the gold. No text makes this function raise."""
     for loose in (True, False):
         try:
             wanted, found = read(gold, loose), read(answer, loose)
@@ -43,7 +43,7 @@ def equal(gold: str, answer: str) -> bool:
 
 
 def _same_words(gold: Answer, answer: str) -> bool:
-    """Words that were read as products of letters: Tom."""
+    """Returns whether the answer is the words of the gold; words such as Tom may be read as products of letters."""
     return isinstance(gold, Opaque) and gold.words and opaque(strip(tokenize(answer))).text.lower() == gold.text.lower()
 
 
@@ -89,7 +89,7 @@ def sets_equal(gold: Answer, answer: Answer) -> bool:
 
 
 def _members(answer: Answer) -> Answer:
-    """Plus-minus signs written out: a list of two, or one more member each of a list or set."""
+    """Returns the answer with plus-minus signs written out: as a list of two, or as two members of a list or set."""
     if isinstance(answer, Scalar) and len(answer.trees) == 2:
         return Sequence(tuple(answer._replace(trees=(tree,)) for tree in answer.trees))
     if isinstance(answer, Sequence) and answer.opening in ("", "{"):
@@ -168,9 +168,11 @@ def _same_sequence(gold: Sequence, answer: Sequence) -> bool:
 
 
 def _assignments(answer: Sequence) -> tuple[tuple, bool] | None:
-    """Values of `x = 3, y = 4` in the order of their names, and whether the names differ; None for another list.
+    """Returns the values of `x = 3, y = 4` in the order of the names, and whether the names differ.
 
-    `x = 2, 3` and `x_1 = 2, x_2 = 3` are values of one name.
+    The result is None for any other list.
+
+    In `x = 2, 3` and in `x_1 = 2, x_2 = 3` all values belong to one name.
     """
     if answer.opening or not answer.items or not isinstance(answer.items[0], Relation):
         return None
@@ -201,7 +203,7 @@ def _label(name: Answer) -> str | None:
 def _with_relation(gold: Answer, answer: Answer) -> bool:
     one, other = sets.read(gold), sets.read(answer)
     if one is not None and not _is_equation(gold) and not _is_equation(answer):
-        # A gold in solved form is earned by a solved form.
+        # If the gold is in solved form, the answer must be in solved form too.
         return other is not None and sets.equal(one, other)
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         return _same_relation(gold, answer)
@@ -251,7 +253,7 @@ def _difference(relation: Relation) -> tuple[Tree, str]:
 def _named_value(relation: Relation) -> tuple[Answer, Answer] | None:
     """Returns (name, value) of `x = value`, `value = x`, `f(x) = expression` and `x in S`.
 
-    There may be steps between them: `A = bh/2 = 12`.
+    There may be steps in between: `A = bh/2 = 12`.
     """
     sides = relation.sides
     if relation.signs == ("in",):
@@ -270,7 +272,7 @@ def _named_value(relation: Relation) -> tuple[Answer, Answer] | None:
 
 
 def _unwrapped(relation: Relation) -> Answer | None:
-    """Returns the value that an equation gives: of its name, or of both sides where they are numbers and equal."""
+    """Returns the value that an equation gives to a name, or the value of both sides if they are equal numbers."""
     pair = _named_value(relation)
     if pair is not None:
         return pair[1]
@@ -285,7 +287,7 @@ def _is_call(answer: Answer) -> bool:
 
 
 def _is_name(answer: Answer) -> bool:
-    """Returns whether it is a name: x, x_1, f(x), AB, "Area", (x, y)."""
+    """Returns whether the answer is a name: x, x_1, f(x), AB, "Area", (x, y)."""
     if isinstance(answer, Opaque):
         return answer.words
     if isinstance(answer, Sequence):
@@ -296,7 +298,7 @@ def _is_name(answer: Answer) -> bool:
 
 
 def _is_word(tree: Tree) -> bool:
-    """Returns whether capital letters stand side by side, as geometry names its segments."""
+    """Returns whether the tree consists of capital letters side by side, as in names of segments in geometry."""
     if tree[0] == "symbol":
         return len(tree[1]) == 1 and tree[1].isupper()
     return tree[0] == "*" and _is_word(tree[1]) and _is_word(tree[2])
@@ -309,7 +311,7 @@ def _same_name(one: Answer, other: Answer) -> bool:
 
 
 def _symbols(answer: Any) -> set[str]:
-    """Names of all symbols in an answer."""
+    """Returns the names of all symbols in an answer."""
     if isinstance(answer, Scalar):
         return set().union(*map(symbols, answer.trees))
     parts = answer if isinstance(answer, tuple) else ()

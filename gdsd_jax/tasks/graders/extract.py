@@ -1,8 +1,8 @@
-r"""Which part of a completion is its answer: what the format says, and of that the last box.
+r"""Finds the part of a completion that is its answer: the part that the format marks, and in that the last box.
 
-The last `<answer>` counts, also one that never closes; without any the whole text. Of that the last `\boxed{}` or
-`\fbox{}`, or several of them where only commas and "and" stand between. Without a box, what follows the last "answer
-is"; else the text itself. All linear in the length of the text.
+The last `<answer>` counts, even one that never closes; without any, the whole text. In that part, the answer is the
+last `\boxed{}` or `\fbox{}`, or several with only commas and "and" between them. Without a box it is the text after the
+last "answer is", else the part itself. Everything takes linear time in the length of the text.
 """
 
 import re
@@ -11,7 +11,7 @@ from gdsd_jax.tasks.format import last_answer
 
 BOXES = ("\\boxed", "\\fbox")
 MAX_BOXES = 16
-# What may lie between two boxes that are one answer; it names no other answer.
+# The text that may separate two boxes of one answer.
 _BETWEEN = re.compile(r"[\s$.]{0,8}(?:,|;|and|or|, and|, or|\\text\{ ?(?:and|or) ?\}|\\quad)[\s$]{0,8}")
 _STATED = re.compile(
     r"(?i)\banswer(?:\*\*)?(?: to the (?:question|problem))?(?:\s{0,3}:|\s{1,3}is\b:?)(?:\*\*)?\s{0,3}"
@@ -21,7 +21,7 @@ _BARE = 300
 
 
 def scope(completion: str) -> str:
-    """Returns the content of the last closed `<answer>`, else what follows the last open one, else all of the text."""
+    """Returns the content of the last closed `<answer>`, else the text after the last open one, else all the text."""
     answer = last_answer(completion)
     if answer is not None:
         return answer
@@ -29,7 +29,7 @@ def scope(completion: str) -> str:
 
 
 def answer(completion: str) -> str | None:
-    """Returns the answer as it is written, or None where the completion gives none."""
+    """Returns the answer as it is written, or None if the completion gives none."""
     text = scope(completion)
     found = boxes(text)
     if found is not None:
@@ -42,7 +42,7 @@ def answer(completion: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """Returns what follows the last "answer is" or "answer:", to the end of the sentence; None where nothing does."""
+    """Returns the text after the last "answer is" or "answer:", to the end of the sentence; None without any."""
     last = next(reversed(list(_STATED.finditer(text))), None)
     if last is None:
         return None
@@ -50,9 +50,9 @@ def stated(text: str) -> str | None:
 
 
 def boxes(text: str) -> str | None:
-    r"""Returns what the last box holds, with the boxes before it that belong to the same answer; None without a box.
+    r"""Returns the content of the last box, with earlier boxes that belong to the same answer; None without a box.
 
-    Empty where the last box is empty or never closes.
+    The result is empty if the last box is empty or never closes.
     """
     held: list[str] = []
     end = len(text)
@@ -74,7 +74,7 @@ def boxes(text: str) -> str | None:
 
 
 def _content(text: str, start: int) -> tuple[str | None, int]:
-    """Returns the content of a box whose command ends at `start`, and where it ends; None where it never does."""
+    """Returns the content of a box whose command ends at `start`, and the end of the box; None if it never closes."""
     opening = re.compile(r"\s{0,3}\{").match(text, start)
     if opening is None:
         word = re.compile(r"\s{0,3}([^\s$]{0,200})").match(text, start)

@@ -1,6 +1,6 @@
-"""The functions of expressions at rational and real arguments: exact where the value is rational.
+"""Computes the functions of expressions at rational and real arguments, exactly if the value is rational.
 
-What would be too large to compute is refused, also where an exponent or a factorial makes it so.
+Values too large to compute are refused, also if an exponent or a factorial makes them so large.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class TooLarge(ArithmeticError):
 
 
 def real(value: Value) -> Value:
-    """Returns a number of mpmath; Fractions are rounded to the precision."""
+    """Returns the value as a number of mpmath; Fractions are rounded to the current precision."""
     if isinstance(value, Fraction):
         return mpmath.mpf(value.numerator) / value.denominator
     return value
@@ -34,7 +34,7 @@ def real(value: Value) -> Value:
 def power(base: Value, exponent: Value) -> Value:
     """Computes base ** exponent.
 
-    Exact where it is rational, the real root of a negative number under an odd index.
+    The power is exact if it is rational. For a negative base and an odd root it is the real root.
     """
     if isinstance(exponent, Fraction) and exponent.denominator == 1 and isinstance(base, Fraction):
         size = max(base.numerator.bit_length(), base.denominator.bit_length())
@@ -61,7 +61,7 @@ def power(base: Value, exponent: Value) -> Value:
 
 
 def _exact_root(value: Fraction, index: int) -> Fraction | None:
-    """Returns the rational root, or None where it is irrational."""
+    """Returns the root if it is rational, else None."""
     if index > 64:
         return None
     parts = []

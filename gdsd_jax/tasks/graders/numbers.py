@@ -1,4 +1,4 @@
-r"""The one number that answers a word problem, however it is written: `$9{,}500`, 18 dollars every 2 weeks, 18½.
+r"""Finds the one number that answers a word problem, however it is written: `$9{,}500`, 18 dollars every 2 weeks, 18½.
 
 The answer is found as for mathematics (`extract`), or behind the last `####`. It is read as mathematics first. A
 sentence is not mathematics: its number is the first one, or the first one behind its last "is" or "=".
@@ -22,7 +22,7 @@ _LATEX = (
     (re.compile(r"\\times|\\cdot"), "*"),
     (re.compile(r"[{}]|\*\*|__|`"), ""),
 )
-# A sign belongs to a number where nothing that it could be subtracted from stands in front.
+# A sign belongs to the number if nothing before it could be the minuend of a subtraction.
 _NUMBER = re.compile(
     r"(?P<minus>(?<![0-9A-Za-z)\]])-\s?)?(?:\$(?P<inner>-)?)?"
     r"(?P<whole>[0-9]{1,3}(?:[, ][0-9]{3})+(?![0-9])|[0-9]{1,400})"
@@ -34,7 +34,7 @@ _RAISED = re.compile(r"(?<=[A-Za-z)])\s?\^\s?[0-9]+|(?<=[A-Za-z])[23](?![0-9])")
 
 
 def equal(gold: str, completion: str) -> bool:
-    """Returns whether the completion's number is the gold."""
+    """Returns whether the completion's number equals the gold."""
     text = answer(completion)
     return text is not None and says(gold, text)
 
@@ -56,7 +56,7 @@ def answer(completion: str) -> str | None:
 
 
 def _last_sentence(text: str) -> str | None:
-    """Returns the last line with a digit; of several sentences, the last one with a digit."""
+    """Returns the last line with a digit or, if it has several sentences, the last of them with a digit."""
     for line in reversed(text.splitlines()[-20:]):
         for sentence in reversed(re.split(r"(?<=[a-z0-9)])[.!?]\s+(?=[A-Z])", line[-MAX_LINE:])):
             if re.search("[0-9]", sentence):
@@ -77,15 +77,15 @@ def says(gold: str, text: str) -> bool:
 
 
 def _without_remark(text: str) -> str:
-    """Returns the text without a remark in parentheses behind a number: 18 (= 9 * 2)."""
+    """Returns the text without a remark in parentheses after a number: 18 (= 9 * 2)."""
     found = _REMARK.search(text)
     return text[: found.start()] if found and re.search("[0-9]", text[: found.start()]) else text
 
 
 def _typed(text: str) -> Answer | None:
-    """Returns the answer as mathematics, where it is a claim about numbers alone.
+    """Returns the answer as mathematics, if it is a claim about numbers only.
 
-    No reading as a sentence may mend such a claim.
+    If such a claim is wrong, it is not read again as a sentence.
     """
     try:
         found = read(text)
@@ -97,7 +97,7 @@ def _typed(text: str) -> Answer | None:
 
 
 def _mentions(found: object) -> bool:
-    """Returns whether words or symbols are in it."""
+    """Returns whether the answer contains words or symbols."""
     if isinstance(found, Opaque):
         return True
     if isinstance(found, Relation):
@@ -108,7 +108,7 @@ def _mentions(found: object) -> bool:
 
 
 def first_number(text: str) -> str | None:
-    """Returns the number of a sentence, as plain text; None where it has none, or it is part of an operation."""
+    """Returns the number of a sentence, as plain text; None if there is none, or if it is part of an operation."""
     text = translate(text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)

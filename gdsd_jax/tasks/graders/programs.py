@@ -1,8 +1,8 @@
-r"""The program of a completion: of its fenced blocks the one that defines what is asked for, else unfenced code.
+r"""Finds the program of a completion: the fenced block that defines the requested names, else unfenced code.
 
 Fences are runs of ``` or ~~~ at the start of a line, indented or not, with any name of Python or none. A fence inside a
-docstring does not end a block: the block goes on to the first fence that leaves a program which parses. Everything runs
-in a worker, because parsing alone may take seconds or gigabytes.
+docstring does not end a block: the block ends at the first fence that leaves a program that parses. Everything runs in
+a worker, because parsing alone may take seconds or gigabytes.
 """
 
 import ast
@@ -25,19 +25,19 @@ _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 
 
 class Block(NamedTuple):
-    """Where a piece of code lies in the normalised text."""
+    """The position of a piece of code in the normalised text."""
 
     start: int
     end: int
 
 
 def normal(completion: str) -> str:
-    """Returns the completion with one kind of line end."""
+    """Returns the completion with uniform line ends."""
     return completion[-MAX_TEXT:].replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parses(text: str) -> bool:
-    """Returns whether a text is Python of the version that runs here."""
+    """Returns whether a text is valid Python for this interpreter."""
     try:
         ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -46,13 +46,13 @@ def parses(text: str) -> bool:
 
 
 def locate(completion: str, names: tuple[str, ...], prompt: str) -> dict[str, float]:
-    """Returns where the program of a completion lies: start, end, whether it is fenced, and whether it parses.
+    """Returns the position of a completion's program: start, end, whether it is fenced, and whether it parses.
 
     Args:
-      names: what the tests call; the last block that defines one of them is the program.
-      prompt: what a body alone continues; empty where there is none.
+      names: the names that the tests call; the last block that defines one of them is the program.
+      prompt: the text that a bare body continues; empty if there is none.
 
-    For a worker: positions in `normal(completion)` as numbers, start -1 where there is no code.
+    All values are numbers, as a worker returns them. Positions are in `normal(completion)`; start is -1 without code.
     """
     text = normal(completion)
     found = _blocks(text)
@@ -66,9 +66,10 @@ def locate(completion: str, names: tuple[str, ...], prompt: str) -> dict[str, fl
 
 
 def complete(code: str, names: tuple[str, ...], prompt: str) -> str:
-    """Returns the program that a piece of code stands for: without common indentation, a body behind its prompt.
+    """Returns a piece of code as a whole program: without common indentation, and a bare body after its prompt.
 
-    A program of a prompt's function gets the prompt's imports and helpers in front; `from __future__` stays first.
+    A program that defines the prompt's function gets the prompt's imports and helpers in front; `from __future__`
+    imports stay first.
     """
     program = textwrap.dedent(code).strip("\n")
     if not prompt:
@@ -129,13 +130,13 @@ def _choose(text: str, blocks: list[Block], names: set[str]) -> Block:
 
 
 def _unfenced(text: str, prompt: str) -> Block | None:
-    """Finds code without a fence: between markers, or from the first line of code on as far as it parses."""
+    """Finds code without a fence: between markers, or from the first line of code as far as it parses."""
     marked = _MARKED.search(text)
     if marked:
         return Block(marked.start(1), marked.end(1))
     first = _CODE_LINE.search(text)
     if first is None:
-        # A body alone, or code of another form such as an assignment.
+        # A bare body, or code of another form such as an assignment.
         return Block(0, len(text)) if text.strip() else None
     start, end = first.start(), len(text)
     if prompt and text[:start].strip() and re.match(r"[ \t]+\S", text):

@@ -1,6 +1,6 @@
-"""Whether two numbers are the same answer: their units, percent signs and decimals, and then their values.
+"""Decides whether two numbers are the same answer, by their units, percent signs, decimals and values.
 
-`75%` answers 75, and 3/4 where the fraction is asked for; `7500%` does not answer 75. Decimals are exact, except that a
+`75%` answers 75, and 3/4 if the fraction is asked for; `7500%` does not answer 75. Decimals are exact, except that a
 fraction whose decimals never end may be rounded at enough of them.
 """
 

@@ -1,6 +1,6 @@
 r"""Sets of real numbers, from intervals, inequalities and memberships: (5, \infty), x > 5, x \in (5, \infty) are one.
 
-Only solved forms are read: a symbol alone between bounds, or alone in an absolute value. `2x > 10` is a question.
+Only solved forms are read: a symbol alone between bounds, or alone in an absolute value. `2x > 10` is not solved.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 class RealSet(NamedTuple):
-    """Disjoint intervals from left to right, and the name of the symbol that lies in them, empty where it has none."""
+    """Disjoint intervals from left to right, and the name of the symbol that lies in them, which may be empty."""
 
     intervals: tuple[Interval, ...]
     name: str = ""
@@ -49,7 +49,7 @@ def infinite(tree: Tree) -> int:
 
 
 def equal(one: RealSet, other: RealSet) -> bool:
-    """Returns whether both are the same set, of the same symbol where both name one."""
+    """Returns whether both are the same set and, if both name a symbol, whether they name the same one."""
     if one.name and other.name and one.name != other.name:
         return False
     ends = [[bound for interval in each.intervals for bound in interval] for each in (one, other)]
@@ -63,7 +63,7 @@ def _same_end(one: Bound, other: Bound) -> bool:
 
 
 def read(answer: Answer) -> RealSet | None:
-    """Returns the set that an answer describes, or None."""
+    """Returns the set that an answer describes, or None if it describes none."""
     if answer == REALS:
         return RealSet((Interval(_LEAST, _MOST),))
     if answer == EMPTY or answer == Opaque("emptyset"):
@@ -163,7 +163,7 @@ def _name(answer: Answer) -> str | None:
 
 
 def _half(side: Answer, sign: str, bound: Answer) -> RealSet | None:
-    """Returns the x with `x sign bound`, or `|x - c| sign bound`."""
+    """Returns the set of x with `x sign bound`, or with `|x - c| sign bound`."""
     end = _constant(bound, sign in ("<=", ">=", "=", "!="))
     if end is None:
         return None
@@ -216,7 +216,7 @@ def _complement(one: RealSet) -> RealSet:
 def _combine(parts: list[RealSet], rule: Callable[[list[bool]], bool]) -> RealSet:
     """Returns the points x for which `rule` holds of [x in part for each part].
 
-    The rule is asked at every end and between two ends.
+    The rule is evaluated at every end and between neighbouring ends.
     """
     ends: dict[Any, Tree] = {}
     for part in parts:

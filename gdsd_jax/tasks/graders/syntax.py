@@ -1,4 +1,4 @@
-r"""The grammar of expressions: tokens to a tree, with nothing computed.
+r"""Parses the tokens of an expression into a tree, without computing anything.
 
 Juxtaposition multiplies, `2\frac{1}{2}` and `2 1/2` are mixed numbers, f, g and h before a parenthesis are functions.
 """
@@ -19,9 +19,9 @@ _END = Token("end", "")
 
 
 def parse(tokens: list[Token]) -> list[Tree]:
-    """Returns the tree of an expression, or two where it has plus-minus signs: with the upper and with the lower ones.
+    """Returns the tree of an expression or, if it has plus-minus signs, two: with the upper and with the lower signs.
 
-    Raises Unreadable where the tokens are no expression.
+    Raises Unreadable if the tokens are no expression.
     """
     parser = _Parser(tokens, upper=True)
     trees = [parser.whole()]
@@ -88,7 +88,7 @@ class _Parser:
         return tree
 
     def symbol(self) -> str:
-        """Returns + or -, of a plus-minus sign the upper or the lower one."""
+        """Returns + or -; for a plus-minus sign, the upper or the lower sign."""
         text = self.take().text
         if text in ("pm", "mp"):
             self.has_signs = True
@@ -211,7 +211,7 @@ class _Parser:
         return ("number", Fraction(text) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**decimals), None)
 
     def mixed(self) -> Fraction | None:
-        """Returns the proper fraction behind a whole number, which belongs to it: 1/2, or that with `frac`."""
+        """Returns the proper fraction that follows a whole number and belongs to it: 1/2, or one with `frac`."""
         start = self.index
         if self.is_command("frac"):
             self.take()
@@ -261,7 +261,7 @@ class _Parser:
         return ("function", "root", self.base(), degree)
 
     def named(self, name: str) -> Tree:
-        """Returns a symbol with its subscript and primes; a call where it is a function's name."""
+        """Returns a symbol with its subscript and primes, or a call if it is a function's name."""
         if self.is_sign("_"):
             self.take()
             name = f"{name}_{self.subscript()}"

@@ -1,7 +1,7 @@
-r"""From an answer as it is written, LaTeX or plain text, to tokens: one spelling for what differs in looks alone.
+r"""Splits an answer, in LaTeX or plain text, into tokens, with one spelling for whatever differs only in appearance.
 
 Unicode signs, styling commands, spaces, thousands separators and delimiters of mathematics are gone after this step.
-Words inside `\text{}` stay words; letters of mathematics become symbols. Linear in the length of the text.
+Words inside `\text{}` stay words; letters of mathematics become symbols. The time is linear in the length of the text.
 """
 
 import re
@@ -11,7 +11,7 @@ MAX_LENGTH = 2_000
 
 
 class Unreadable(ValueError):
-    """The text is no answer that can be read: too long, unbalanced, or not of the language."""
+    """Raised if an answer cannot be read: it is too long or unbalanced, or does not follow the grammar."""
 
 
 class Token(NamedTuple):
@@ -56,7 +56,7 @@ _TABLE = str.maketrans(
     | dict(zip("０１２３４５６７８９", "0123456789", strict=True))
 )
 
-# Separators of thousands that are nothing else, and those that may be a list's comma or a space.
+# Separators that only separate thousands, and those that may also be a list's comma or a space.
 _THIN = r"(?:,\\!(?:\s|\\\s)?|\{,\}|\\text\{,\}|\\[,:; ]|~)"
 _LOOSE = r"(?:,\\!(?:\s|\\\s)?|\{,\}|\\text\{,\}|\\[,:; ]|~|,|\x20)"
 _GROUPS = {
@@ -109,7 +109,7 @@ _PLAIN = {
     "inf": "infty",
 }  # fmt: skip
 _GREEK_NAMES = set(_GREEK.values())
-# Letters without a backslash that are a name all the same; shorter Greek names are products of letters.
+# Names that are read as one symbol even without a backslash; shorter Greek names are products of letters.
 _SPELLED = {"pi", "theta", "alpha", "beta", "gamma", "lambda", "sigma", "omega"}
 _NUMBER_WORDS = {"percent": "%", "percents": "%", "degree": "degree", "degrees": "degree"}
 UNITS = {
@@ -131,14 +131,14 @@ _ORDINAL = re.compile(
 )
 _MODULUS = re.compile(r"\(\s*\\?(?:text\{\s*)?mod(?:\s*\})?[\s~]*([0-9]{1,9})\s*\)")
 _TEMPERATURE = re.compile(rf"\\degree\s*(?:{_STYLE}([CFK])\s*\}}|([CFK])(?![A-Za-z]))")
-# The letter x for a multiplication sign: 1.6 x 10^8.
+# The letter x as a multiplication sign: 1.6 x 10^8.
 _TIMES = re.compile(r"(?<=[0-9])(\s{0,3})[xX](?=\s{0,3}10\s?(?:\^|\*\*))")
 _DOTS = re.compile(r"\.\s?\.\s?\.")
 _BRACED_SIGN = re.compile(r"\{\s*([,:;])\s*\}")
 
 
 def translate(text: str) -> str:
-    """Returns the text with signs of Unicode spelled in LaTeX."""
+    """Returns the text with Unicode signs spelled in LaTeX."""
     for signs, mark in ((_RAISED, "^"), (_LOWERED, "_")):
         run = f"[{''.join(signs)}]+"
         text = re.sub(run, lambda found: f"{mark}{{{''.join(signs[c] for c in found[0])}}}", text)  # noqa: B023
@@ -153,7 +153,7 @@ def tokenize(text: str, loose: bool = True) -> list[Token]:
     Args:
       loose: "1,000" and "1 000" are one number; otherwise a plain comma or space always separates.
 
-    Raises Unreadable for a text beyond `MAX_LENGTH` characters or braces that do not match.
+    Raises Unreadable for a text of more than `MAX_LENGTH` characters, and for braces that do not match.
     """
     if len(text) > MAX_LENGTH:
         raise Unreadable("too long")
@@ -203,7 +203,7 @@ class _Lexer:
         self.tokens.append(Token(kind, text, "text" in self.braces))
 
     def command(self, name: str, position: int) -> int:
-        """Takes a command; returns where to go on, which is behind an argument without meaning."""
+        """Reads a command and returns the position to continue from, which is after any argument without meaning."""
         name = _ALIASES.get(name, name)
         if name in _TEXT or name in _ROMAN:
             self.waiting = "text" if name in _TEXT else "roman"

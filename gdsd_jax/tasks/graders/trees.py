@@ -1,4 +1,4 @@
-"""Trees of expressions.
+"""Defines the trees of expressions.
 
 A tree is a tuple: ("number", Fraction, decimals), ("symbol", name), ("constant", name), (operator, tree, tree) for
 + - * / ^, ("function", name, trees...), ("unknown", name, trees...) for f(x), ("degree", tree). `decimals` counts the
@@ -17,7 +17,7 @@ MAX_EXPONENT = 400  # of scientific notation such as 1e9
 
 
 def number(text: str) -> Tree:
-    """Returns the tree of a number as it is written: digits, a point, an exponent of ten."""
+    """Returns the tree of a written number: digits, with a point or an exponent of ten."""
     mantissa, _, exponent = text.lower().partition("e")
     if len(mantissa) > MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_EXPONENT:
         raise Unreadable("too large")
@@ -26,7 +26,7 @@ def number(text: str) -> Tree:
 
 
 def symbols(tree: Any) -> set[str]:
-    """Names of the symbols in a tree, functions included."""
+    """Returns the names of the symbols in a tree, including unknown functions."""
     if not isinstance(tree, tuple) or not tree:
         return set()
     own = {tree[1]} if tree[0] in ("symbol", "unknown") else set()

@@ -1,7 +1,7 @@
-r"""Units behind a number, and words that are part of the number: percent, thousand, a dozen.
+r"""Separates a number from its unit, and reads words that are part of the number: percent, thousand, a dozen.
 
-A unit is the words behind a number up to the end: `5 \text{ cm}^2`, `$36`, `18 dollars per day`. Two different units
-are two different answers; an answer without a unit has that of the question.
+A unit is the words after a number up to the end: `5 \text{ cm}^2`, `$36`, `18 dollars per day`. Two different units
+make two different answers; an answer without a unit has the unit of the question.
 """
 
 from fractions import Fraction
@@ -38,7 +38,7 @@ _BETWEEN = {"^", "/", "(", ")", "{", "}", "-", ".", "*", "'", "["}
 
 
 class Measured(NamedTuple):
-    """A number's tokens and its unit in one spelling, empty where it has none that says something."""
+    """A number's tokens and its unit in one spelling; the unit is empty if there is none with a meaning."""
 
     tokens: list[Token]
     unit: str = ""
@@ -47,7 +47,7 @@ class Measured(NamedTuple):
 
 
 def split(tokens: list[Token]) -> Measured:
-    """Returns a number apart from its unit; the tokens as they are where they do not end in one."""
+    """Returns a number separated from its unit, or the unchanged tokens if they do not end in a unit."""
     money = [token.text.partition(":")[2] for token in tokens if token.text.startswith("currency:")]
     tokens = [token for token in tokens if not token.text.startswith("currency:")]
     start = next((index for index, token in enumerate(tokens) if index and _begins(tokens, index)), len(tokens))
@@ -69,12 +69,12 @@ def split(tokens: list[Token]) -> Measured:
 
 
 def agree(one: str, other: str) -> bool:
-    """Returns whether the units do not contradict each other; none is every unit."""
+    """Returns whether the units do not contradict each other; an absent unit agrees with every unit."""
     return one == other or one in _GENERIC or other in _GENERIC
 
 
 def _begins(tokens: list[Token], index: int) -> bool:
-    """Returns whether a unit begins here: a word or a letter written as text, behind a number."""
+    """Returns whether a unit begins here: a word, or a letter written as text, after a number."""
     token, before = tokens[index], tokens[index - 1]
     if token.kind == "word":
         return True

@@ -1,8 +1,8 @@
-"""Values of expressions, exact where they are rational, and whether two expressions are equal.
+"""Computes values of expressions, exactly if they are rational, and decides whether two expressions are equal.
 
 Rational arithmetic is exact. Other numbers are computed to more digits than the expressions' own numbers have, and
-expressions with symbols are compared at fixed rational points: two different ones agree at none, or hardly any. What
-would be too large to compute is refused, so that every comparison is short.
+expressions with symbols are compared at fixed rational points: two different ones agree at none, or hardly any.
+Values too large to compute are refused, so that every comparison is short.
 """
 
 import random
@@ -28,17 +28,17 @@ from gdsd_jax.tasks.graders.functions import (
 from gdsd_jax.tasks.graders.trees import Tree, symbols
 
 MAX_PRECISION = 10_000
-# Bits times nodes of the trees, beyond which a higher precision would take seconds.
+# The bound on bits times nodes of the trees, beyond which a higher precision would take seconds.
 MAX_WORK = 1_000_000
 PRECISION = 250
 POINTS = 5
 TRIES = 20
-# Share of the bits in which two equal numbers agree at least.
+# The share of the bits in which two equal numbers agree at least.
 _TOLERANCE = 2 / 3
 
 
 class _Evaluator:
-    """Values at one point. `bits` is the size of the largest number met: results need a precision beyond it."""
+    """Computes values at one point. `bits` is the size of the largest number so far; results need more precision."""
 
     def __init__(self, point: Mapping[str, Fraction]):
         self.point = point
@@ -105,7 +105,7 @@ def _in_degrees(tree: Tree) -> tuple[bool, Tree]:
 
 
 def exact(tree: Tree) -> Fraction | None:
-    """Returns the rational value of a tree without symbols, or None where it has none that this arithmetic finds."""
+    """Returns the rational value of a tree without symbols, or None if this arithmetic finds none."""
     try:
         with mp.workprec(PRECISION):
             value = None if symbols(tree) else _Evaluator({}).value(tree)
@@ -137,7 +137,7 @@ def points(names: set[str]) -> list[dict[str, Fraction]]:
 
 
 def values_at(trees: list[Tree], point: Mapping[str, Fraction]) -> list[Value]:
-    """Values of the trees at a point, to a precision beyond the size of every number in them.
+    """Returns the trees' values at a point, and the precision in bits, which exceeds the size of every number in them.
 
     Raises Undefined or TooLarge.
     """
@@ -204,7 +204,7 @@ def equal(left: Tree, right: Tree) -> bool:
 
 
 def proportional(left: Tree, right: Tree) -> Value | None:
-    """Returns the constant c with right = c * left at all points, or None where there is none or it is 0."""
+    """Returns the constant c with right = c * left at all points, or None if there is none or it is 0."""
     names = symbols(left) | symbols(right)
     first, agreed = None, 0
     for point in points(names):

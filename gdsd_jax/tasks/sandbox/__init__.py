@@ -1,19 +1,19 @@
-"""Runs programs that nobody has read, against tests, and says what became of each test.
+"""Runs programs that nobody has read against tests, and returns a verdict for each test.
 
 `judge` is all that callers need. A program and its tests run in namespaces of their own, made by bubblewrap (`bwrap`)
 or, where that is absent or fails, by `unshare` of util-linux: no network (not even a loopback), the system's programs
 and libraries read-only and nothing else of the machine's files, a small private `/tmp`, an environment of four
 variables, a filter of system calls, limits on time, memory, processes, files and disk, and every process ended after
-every test. Started as root, the sandbox first becomes three users without rights: process 1, testers and programs.
-The modules of `sandbox.guest` are what runs inside.
+every test. If started as root, the sandbox first becomes three users without rights: process 1, testers and programs.
+The modules of `sandbox.guest` run inside.
 
-What a verdict is worth. Tests and program run in two processes, and only the one that runs the tests can report. What
-the program returns arrives there as bytes, is read as plain data and compared by that process with its own types; any
-other object of the program can be called and asked, but equals nothing of the test. `docs/tasks.md` has the threat
-model: what is promised and what is not.
+What a verdict is worth: tests and program run in two processes, and only the one that runs the tests can report. Values
+that the program returns arrive there as bytes, are read as plain data and are compared by that process with its own
+types. Any other object of the program can be called and asked for attributes, but equals no value of the test.
+`docs/tasks.md` has the threat model: what is promised and what is not.
 
-A sandbox serves many programs. Its own limits are compared before each test, and an honest program is judged when it
-starts and after every program that had to be ended; where that does not pass, sandbox and verdicts are made anew.
+A sandbox serves many programs. Its own limits are checked before each test. An honest program is judged when the
+sandbox starts and after every program that had to be ended; if it does not pass, sandbox and verdicts are made anew.
 
 The programs run under worker processes (`gdsd_jax.tasks.workers`): started afresh, without JAX, replaced when they die.
 """
@@ -45,9 +45,9 @@ def judge(
     Args:
       backend: "bwrap" or "unshare"; "none" runs the programs without a sandbox, under resource limits alone; None:
         the first sandbox that proves its limits on this machine (see `find`).
-      processes: programs at a time; None: one per core.
+      processes: the number of programs that run at a time; None for one per core.
 
-    Raises UserError where there is no sandbox. Never raises on account of a program.
+    Raises UserError if there is no sandbox. No program makes this function raise.
     """
     backend = backend or find()
     pool = workers.shared(_pool_limits(processes))
@@ -65,7 +65,7 @@ def judge(
 
 @functools.cache
 def find() -> str:
-    """Returns the first back end that proves every limit on this machine; raises UserError where there is none."""
+    """Returns the first back end that proves every limit on this machine; raises UserError if there is none."""
     failures = []
     for backend in BACKENDS:
         failure = check(backend)
@@ -80,9 +80,9 @@ def find() -> str:
 
 
 def check(backend: str) -> str | None:
-    """Returns why this back end cannot be used here (absent, did not start, a limit does not hold); None where it can.
+    """Returns why this back end cannot be used here (absent, did not start, a limit does not hold); None if it can.
 
-    Every limit is tried by a program that goes against it.
+    A program tries to break each limit.
     """
     needed = [name for name in executables(backend) if shutil.which(name) is None]
     if needed:

@@ -15,12 +15,12 @@ BACKENDS = ("bwrap", "unshare")
 UNSAFE = "none"
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
-_FIRST_USER = 64321  # of three user and group ids that no system gives away
+_FIRST_USER = 64321  # the first of three user and group ids that no system assigns
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _MOUNTED = "/mnt"
 _DEVICES = ["--tmpfs", "/dev", "--symlink", "/proc/self/fd", "/dev/fd"]
 _DEVICES += [word for name in ("null", "random", "urandom") for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
-# Runs SETTINGS NAME SOURCE ...: the sources as modules, of which the last has `main`. Programs do not see the modules.
+# Runs SETTINGS NAME SOURCE ...: loads the sources as modules, the last of which has `main`. Programs cannot see them.
 _START = """
 import json, sys, types
 settings, *named = sys.argv[1:]
@@ -80,7 +80,7 @@ def prefix() -> str:
 
 @functools.cache
 def read_only() -> list[tuple[str, str | None]]:
-    """Returns (path, target where it is a link, else None) of everything that a sandbox shows of this machine."""
+    """Returns (path, target if it is a link, else None) for everything of this machine that a sandbox shows."""
     found = [(path, os.readlink(path) if os.path.islink(path) else None) for path in _SYSTEM if os.path.lexists(path)]
     if not prefix().startswith("/usr"):
         found.append((prefix(), None))

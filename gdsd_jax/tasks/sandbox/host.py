@@ -50,7 +50,7 @@ class _Sandbox:
             )
 
     def verdicts(self, program: Program, seconds: float) -> list[int]:
-        """Returns the verdict of each test under this limit; RuntimeError, after it ended, where it does not answer."""
+        """Returns each test's verdict under this limit. Without an answer, ends the sandbox and raises RuntimeError."""
         header = {"tests": len(program.tests), "shadowed": program.shadowed, "seconds": seconds}
         texts = [text for test in program.tests for text in ("\n".join([*program.imports, test]), program.source)]
         frames = [json.dumps(header).encode(), *(text.encode("utf-8", "surrogatepass") for text in texts)]
@@ -64,14 +64,14 @@ class _Sandbox:
             raise RuntimeError(f"{self.backend}: {self.end()[-300:] or repr(error)}") from error
 
     def check(self) -> None:
-        """Raises RuntimeError, after it ended, where an honest program does not pass."""
+        """Ends the sandbox and raises RuntimeError if an honest program does not pass."""
         canary = Program(_CANARY, (f"assert f(1, {self.limits.processes > _ALWAYS}) == 2",))
         verdicts = self.verdicts(canary, max(self.limits.seconds, _CANARY_SECONDS))
         if verdicts != [Verdict.PASSED]:
             raise RuntimeError(f"an honest program is judged {verdicts}: {self.end()[-300:]}")
 
     def end(self) -> str:
-        """Ends it and returns its standard error."""
+        """Ends the sandbox and returns its standard error."""
         with contextlib.suppress(ProcessLookupError):  # nothing is left of it
             os.killpg(self.process.pid, signal.SIGKILL)
         self.connection.close()
@@ -82,15 +82,15 @@ _running: dict[tuple[str, Limits], _Sandbox] = {}
 
 
 def run(backend: str, program: Program, limits: Limits) -> Mapping[str, float]:
-    """Returns {number of the test: verdict}. Raises RuntimeError where the sandbox does not come up.
+    """Returns {number of the test: verdict}. Raises RuntimeError if the sandbox does not start.
 
-    A program that was ended, or took the sandbox with it, may have suffered from an earlier one: then an honest program
-    is judged too, and where that does not pass, both sandbox and verdicts are made anew.
+    A program that was ended, or that ended the sandbox, may have suffered from an earlier program. Then an honest
+    program is judged too; if it does not pass, both sandbox and verdicts are made anew.
     """
     verdicts = []
     for _ in range(2):
         sandbox = _current(backend, limits)
-        alone = sandbox.served == 1  # but for the honest program at its start
+        alone = sandbox.served == 1  # not counting the honest program at its start
         verdicts = [Verdict.CRASHED] * len(program.tests)
         try:
             verdicts = sandbox.verdicts(program, limits.seconds)
@@ -129,7 +129,7 @@ def _settings(backend: str, limits: Limits) -> dict:
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_SIGPENDING": 256,
     }
-    if backend != UNSAFE:  # without a user namespace of its own, the limit would count all the user's processes
+    if backend != UNSAFE:  # without its own user namespace, the limit would count all processes of the user
         rlimits["RLIMIT_NPROC"] = limits.processes
     return {
         "backend": backend,

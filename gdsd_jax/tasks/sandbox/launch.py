@@ -1,8 +1,8 @@
 """Starts a sandbox for root: `python launch.py INTERPRETER MOUNTED FIRST_USER COMMAND ...`. Standard library only.
 
-Gives up being root before the command runs, in a user namespace where process 1, testers and programs are three users,
-none of which the machine knows. Only root can make such a namespace; a sandbox that an ordinary user starts has one.
-The interpreter may live where only root can look, so it is bound, for this sandbox alone, to a place that all can read.
+Gives up being root before the command runs, in a user namespace where process 1, testers and programs are three users
+that the machine does not know. Only root can make such a namespace; a sandbox started by an ordinary user has one user.
+The interpreter may be where only root can read, so it is bound, for this sandbox only, to a place that all can read.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ def main(interpreter: str, mounted: str, first: str, *command: str) -> None:
     _check(_LIBC.mount(interpreter.encode(), mounted.encode(), None, ctypes.c_ulong(_BIND), None), "bind of Python")
     ready, go = os.pipe()
     helper = os.fork()
-    if helper == 0:  # it stays root of the machine, which maps the users of the other's namespace
+    if helper == 0:  # it stays root of the machine and maps the users of its parent's new namespace
         os.close(go)
         os.read(ready, 1)
         for kind in ("uid_map", "gid_map"):
@@ -36,7 +36,7 @@ def main(interpreter: str, mounted: str, first: str, *command: str) -> None:
     os.setresuid(0, 0, 0)
     for descriptor in (ready, go):
         os.close(descriptor)
-    os.execv(command[0], command)  # a path: what a search imports can no longer be read
+    os.execv(command[0], command)  # a path, because a search would import modules that can no longer be read
 
 
 def _check(result: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Tries each limit of a sandbox by a program that goes against it: a back end is used only where all hold."""
+"""Tests each limit of a sandbox by a program that tries to break it. A back end is used only if all limits hold."""
 
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def kernel():
 
 
 def probes(port: int, secret: str, limits: Limits) -> dict[str, tuple[str, Verdict]]:
-    """Returns {limit: (test on `PROBE`, the verdict where the limit holds)}."""
+    """Returns {limit: (test on `PROBE`, the verdict if the limit holds)}."""
     passed = Verdict.PASSED
     hidden = [secret, str(Path(__file__).resolve()), str(Path.home() / ".bashrc"), "/etc/passwd"]
     read_only = ["/", "/usr", "/dev", "/dev/shm", "/proc", "/etc", command.prefix()]

@@ -15,17 +15,17 @@ class Verdict(enum.IntEnum):
     TIMED_OUT = tester.TIMED_OUT
     OUT_OF_MEMORY = tester.OUT_OF_MEMORY
     CRASHED = tester.CRASHED
-    REFUSED = tester.CRASHED + 1  # the sandbox did not come up for it
+    REFUSED = tester.CRASHED + 1  # the sandbox did not start
 
 
 class Program(NamedTuple):
     """Holds one program and its tests.
 
-    source: Python; executed afresh before each test, whose names are the program's, the tests' and the builtins.
-    tests: Python statements; one that runs to its end has passed.
+    source: Python, executed anew before each test. A test sees the names of program and tests, and the builtins.
+    tests: Python statements; a test that runs to its end has passed.
     shadowed: names under which the program may replace a builtin in the tests (a tested function named `sum`).
-    imports: import statements that run before each test, in the tests' own process (`test_imports` of MBPP); what they
-      name is never the program's. A module of the standard library that a test uses without importing it is safe too.
+    imports: import statements that run before each test, in the tests' own process (`test_imports` of MBPP); a name
+      that they define is never the program's. Nor is a module of the standard library that a test uses unimported.
     """
 
     source: str
@@ -39,7 +39,7 @@ class Limits:
     """Limits the resources of one test.
 
     Attributes:
-      seconds: wall clock of program and test together.
+      seconds: wall-clock time of program and test together.
       megabytes: address space of each process; `total_megabytes`: resident memory of all.
       processes: processes and threads, the tester's two included.
       disk_megabytes, files: of the private /tmp; `file_megabytes`: of each file.

@@ -14,12 +14,12 @@ _MS_NOEXEC = 8
 _CLONE_NEWNET = 0x40000000
 _PIVOT_ROOT, _KEYCTL = {"x86_64": 155, "aarch64": 41}, {"x86_64": 250, "aarch64": 219}
 _JOIN_SESSION_KEYRING = 1
-_made = None  # when /tmp was mounted: its time of change as long as nothing was written there
+_made = None  # the time of change of /tmp right after it was mounted, which any later write alters
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 24, 38, 47
 
 
 def enter(settings):
-    """Takes process 1 out of what it came from, and from what it could be told to do by signals."""
+    """Separates process 1 from the machine that it came from, and protects it from signals."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a signal that process 1 does not handle cannot be sent from inside
     lower("RLIMIT_CORE", 1)  # with 0, the kernel still starts a handler where it has one
     if settings["backend"] != "none":
@@ -27,11 +27,12 @@ def enter(settings):
             _build_root(settings["read_only"])
         _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2")
         with open("/proc/sys/user/max_user_namespaces", "w") as file:
-            file.write("0")  # no capabilities by another user namespace, and so no mounts of a program's own
+            file.write("0")  # a program cannot gain capabilities in a new user namespace, and so cannot mount anything
         _read_only("/proc")
-        _check(_LIBC.unshare(_CLONE_NEWNET), "network namespace")  # one whose loopback is down
+        _check(_LIBC.unshare(_CLONE_NEWNET), "network namespace")  # in the new namespace even the loopback is down
         _check(_LIBC.sethostname(b"sandbox", 7), "name of the host")
-        # The keys of whoever started the sandbox are in the session keyring; kernels without keys refuse, rightly.
+        # The session keyring has the keys of whoever started the sandbox, so process 1 joins a new one. A kernel
+        # without keys refuses the call, which does no harm.
         _LIBC.syscall(_KEYCTL[os.uname().machine], _JOIN_SESSION_KEYRING, None)
         _mount_tmp(settings)
         _give_up_for_all()
@@ -39,7 +40,7 @@ def enter(settings):
 
 
 def renew(settings):
-    """Puts an empty /tmp in place of one that was written to."""
+    """Replaces /tmp by an empty one if something was written to it."""
     global _made
     if os.stat("/tmp").st_ctime_ns == _made:
         return
@@ -57,7 +58,7 @@ def _mount_tmp(settings):
 
 
 def _give_up_for_all():
-    """Gives up here, once, what process 1 and all that it starts do without: new privileges, and most system calls."""
+    """Gives up capabilities, new privileges and many system calls, for process 1 and all processes that it starts."""
     capability = 0
     while _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1
@@ -66,7 +67,7 @@ def _give_up_for_all():
 
 
 def lower(name, value):
-    """Sets a resource limit of this process for good: to the value, or what it may not go beyond already."""
+    """Sets a resource limit of this process for good: to the value, or to the present hard limit if that is lower."""
     number = getattr(resource, name)
     _, hard = resource.getrlimit(number)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -74,9 +75,9 @@ def lower(name, value):
 
 
 def give_up_privileges(user, seen):
-    """Leaves this process a user of its own (None: the one it has) and no capability.
+    """Changes this process to another user (None keeps the present one) and drops all capabilities.
 
-    Its memory and descriptors stay out of reach of other processes unless they may be `seen`.
+    Its memory and descriptors stay out of reach of other processes unless `seen` is true.
     """
     if user is not None:
         os.setgroups([])
@@ -90,7 +91,7 @@ def give_up_privileges(user, seen):
 
 
 def _build_root(read_only):
-    """Replaces the root by one of read-only system directories, three devices and /proc."""
+    """Replaces the root by one that has only read-only system directories, three devices and /proc."""
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     for source, link in read_only:

@@ -1,15 +1,15 @@
 """Runs inside a sandbox as process 1, and for each test a tester and the program. Standard library only.
 
 `gdsd_jax.tasks.sandbox` starts this module as process 1 of fresh namespaces and talks to it over standard input and
-output, in frames (4 bytes of length, then that many bytes). An item is a header (JSON) and for each of its tests the
-test and the program; its answer is the list of verdicts. For each test process 1 forks
+output, in frames (4 bytes of length, then that many bytes). An item is a header (JSON) and, for each of its tests,
+the test and the program; its answer is the list of verdicts. For each test process 1 forks
 
 - the tester, which reads the test, runs it and reports a verdict over a pipe that only it and process 1 hold, and
 - the program, which never reads a test and never shares an interpreter with one (`guest.tester`).
 
-Neither can be traced, both are without privileges and under a filter of system calls; where the sandbox has more than
-one user, each is another one. After each test process 1 kills whatever else there is and looks whether its own limits
-are as they were; after each item it empties /tmp. It ends, and all with it, when the other side of its socket closes.
+Neither can be traced; both are without privileges and under a filter of system calls. If the sandbox has more than one
+user, each of the two is a different one. After each test process 1 kills all other processes and checks that its own
+limits are unchanged; after each item it empties /tmp. When the other side of its socket closes, everything ends.
 Process 1 itself reads neither tests nor programs, so that no later program finds them in its memory.
 """
 
@@ -30,7 +30,7 @@ from gdsd_jax.tasks.sandbox.guest.wire import dump, exactly, load
 
 _ALONE = os.getpid() == 1  # every other process that is seen from here belongs to the sandbox
 _POLL_SECONDS = 0.02
-_SOCKET_BYTES = 212992  # what a socket may have on its way where nobody sets its size (net.core.wmem_default)
+_SOCKET_BYTES = 212992  # the bytes that a socket may have in transit if nobody sets its size (net.core.wmem_default)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,10 +43,10 @@ def main(settings):
     limits = _own_limits()
     for _ in range(
         20
-    ):  # what ran before the fork runs faster after it: Python rewrites a function that is often called
+    ):  # code that ran before the fork runs faster after it: Python specialises functions that are often called
         load(dump(("call", (object, 1, "a"), {"b": [0.5, None]}), id), id)
     gc.collect()
-    gc.freeze()  # what is here already is no garbage: collections in forked processes would copy all of it
+    gc.freeze()  # objects made so far are no garbage; collections in forked processes would copy all of them
     while True:
         try:
             header = json.loads(_frame(0))
@@ -56,7 +56,7 @@ def main(settings):
         for _ in range(header["tests"]):
             verdicts.append(_judge(header, settings))
             if _own_limits() != limits:
-                return  # somebody changed them: what comes next would be judged under other limits
+                return  # somebody changed them, so later programs would be judged under other limits
         if settings["backend"] != "none":
             renew(settings)
         answer = json.dumps(verdicts).encode()
@@ -97,13 +97,13 @@ def _fork(function, settings, *arguments):
     process = os.fork()
     if process == 0:
         try:
-            os.setsid()  # a signal to its group must not reach what started the sandbox
+            os.setsid()  # a signal to its group must not reach the process that started the sandbox
             function(write_ready, settings, *arguments)
         finally:
             os._exit(1)
     os.close(write_ready)
     _readable(ready, None, process)
-    # Without the text off standard input, the next process would take it for its own.
+    # If the text were not read from standard input, the next process would take it for its own.
     if not os.read(ready, 1):
         os._exit(1)
     os.close(ready)
@@ -111,7 +111,7 @@ def _fork(function, settings, *arguments):
 
 
 def _readable(descriptor, seconds, *processes):
-    """Waits for something to read, at most this long. Ends everything where the other side of the sandbox is gone."""
+    """Waits at most this long for something to read; returns whether there is. Ends all if the other side is gone."""
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     poller.register(0, select.POLLRDHUP)
@@ -132,7 +132,7 @@ def _program(write_ready, settings, connection):
 
 
 def _text(write_ready, settings, kind, *keep):
-    """Returns the text for a forked process, which then keeps these descriptors alone and no privileges."""
+    """Returns the text for this forked process, which from then on has only these descriptors and no privileges."""
     text = _frame(0).decode("utf-8", "surrogatepass")
     os.write(write_ready, b"r")
     _silence(keep)
@@ -143,7 +143,7 @@ def _text(write_ready, settings, kind, *keep):
 
 
 def _kill(*processes):
-    """Ends all other processes of the sandbox, without one these; returns {process: signal that ended it}."""
+    """Ends all other processes of the sandbox or, without a sandbox, these; returns {process: signal that ended it}."""
     ended = {}
     while True:
         for process in (-1,) if _ALONE else processes:
@@ -160,7 +160,7 @@ def _kill(*processes):
 
 
 def _used_bytes():
-    """Returns the memory of all processes here, with the most that their unix sockets may have waiting."""
+    """Returns the bytes of memory of all processes here, plus the most that their unix sockets may hold."""
     pages = 0
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -175,7 +175,7 @@ def _used_bytes():
 
 
 def _silence(keep):
-    """Points the standard streams to nowhere and closes every other descriptor but these."""
+    """Redirects the standard streams to /dev/null and closes all other descriptors except these."""
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)

@@ -14,7 +14,7 @@ from gdsd_jax.tasks.sandbox.guest import wire
 
 
 def serve(program, connection):
-    """Executes the program in a fresh namespace, then answers the tester until that is gone."""
+    """Executes the program in a fresh namespace, then answers the tester until the tester is gone."""
     namespace, objects = {"__name__": "program"}, {}
 
     def keep(value):
@@ -66,7 +66,7 @@ def _plain(value):
     return value
 
 
-# By the methods of the plain types: an honest object that changes what int() or iter() do is still copied as it is.
+# The methods of the plain types are called directly: an honest object that overrides int() or iter() is copied as is.
 _COPIES = {
     str: str.__str__,
     bytes: lambda value: bytes.__getitem__(value, slice(None)),
@@ -83,7 +83,7 @@ _COPIES = {
 
 
 def _fields(value):
-    """Returns (class, {field: value}) of an object that compares by value, None of one that compares by identity."""
+    """Returns (class, {field: value}) of an object that compares by value, or None if it compares by identity."""
     kind = type(value)
     if not isinstance(kind.__eq__, types.FunctionType):
         return None

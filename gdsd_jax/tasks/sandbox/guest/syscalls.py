@@ -1,10 +1,11 @@
 """Assembles the seccomp filter that refuses system calls inside a sandbox. Standard library only.
 
-Process 1 puts itself under it, once, and so all that it starts: to do so in each costs more than a short test. It keeps
-mount and umount2, which it needs for /tmp and which nobody else has the capability for.
+Process 1 installs the filter once, for itself and for all processes that it starts, because installing it in each costs
+more than a short test. The filter allows mount and umount2, which process 1 needs for /tmp and for which no other
+process has the capability.
 
-Numbers below 424 are a closed list of each machine, on which everything is allowed but what `_REFUSED` names and what
-breaks a rule of `_RULES`. From 424 on Linux goes on adding, so there everything is refused but `_ALLOWED_NEW`.
+Numbers below 424 are a closed list on each machine; of these all calls are allowed except those in `_REFUSED` and those
+that break a rule of `_RULES`. Linux adds new calls from 424 on; of these all are refused except `_ALLOWED_NEW`.
 Classic BPF: an instruction is (code, jump if true, jump if false, operand) of 8 bytes (linux/filter.h).
 """
 
@@ -66,7 +67,7 @@ _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 
 
 def assemble():
-    """Returns the filter of this machine; OSError on one whose numbers are not known here."""
+    """Returns the filter for this machine; raises OSError on a machine whose numbers are not known here."""
     machine = os.uname().machine
     if machine not in _MACHINES:
         raise OSError(f"no list of system calls for {machine}")
@@ -86,7 +87,7 @@ def assemble():
 
 
 def install(code):
-    """Puts this process, which has no_new_privs, and all that come from it under the filter."""
+    """Puts this process, which must have no_new_privs, and all its descendants under the filter."""
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)

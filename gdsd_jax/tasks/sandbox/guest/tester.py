@@ -27,11 +27,11 @@ _VIEWS = {"keys", "items", "values"}
 
 
 class Gone(BaseException):
-    """Ends a test whose program answers no more, or outside the protocol. No test can catch it by accident."""
+    """Ends a test whose program no longer answers, or answers outside the protocol. No test catches it by accident."""
 
 
 class ProgramError(Exception):
-    """Stands in the test for an exception of the program that is no builtin one."""
+    """Represents, in the test, an exception of the program that is no builtin exception."""
 
 
 def run_test(test, shadowed, connection):
@@ -69,8 +69,8 @@ class _Names(dict):
 
 
 def _module(name, test):
-    """Returns the module of this name where a test uses the name as that module's and in no other way, else None."""
-    ast = importlib.import_module("ast")  # which few tests need, and every process forked would have
+    """Returns the module of this name if a test uses the name only as that module's, else None."""
+    ast = importlib.import_module("ast")  # few tests need it, and every forked process would carry it
     nodes = list(ast.walk(ast.parse(test)))
     named = [node for node in nodes if isinstance(node, ast.Name) and node.id == name]
     read = [node.attr for node in nodes if isinstance(node, ast.Attribute) and node.value in named]
@@ -96,7 +96,7 @@ class _Asker:
         return result
 
     def of(self, operation, remote, /, *arguments, **named):
-        """Returns the answer about one remote object: the one already given where that must still hold."""
+        """Returns the answer about one remote object, or the earlier answer if that must still hold."""
         if operation not in _LASTING:
             self._known.clear()
             return self(operation, remote, *arguments, **named)
@@ -132,7 +132,7 @@ def _update(old, new):
 
 
 def _outward(value):
-    """Returns what goes to the program for an object that is not plain data; raises TypeError where nothing can."""
+    """Returns what represents an object that is not plain data to the program; raises TypeError if nothing can."""
     if type(value) is Remote:
         return _handle(value)
     if isinstance(value, _ITERATORS):
@@ -193,7 +193,7 @@ class Remote:
         return getattr(value, name) if isinstance(value, dict) else _asker(self).of("getattr", self, name)
 
     def __exit__(self, kind, error, trace):
-        """Ends the context; it swallows no exception of the test, which may be its failure."""
+        """Ends the context. It never suppresses an exception of the test, which may be the test's failure."""
         builtin = kind is None or vars(builtins).get(kind.__name__) is kind
         _asker(self).of("exit", self, kind if builtin else Exception, str(error))
 
@@ -207,7 +207,7 @@ def _handle(remote):
 
 
 def _copied(value):
-    """Returns the plain value that a remote object extends: asked for once, or after calls where it can change."""
+    """Returns the plain value that a remote object extends, asked for once or, if it can change, again after calls."""
     if type(value) is not Remote:
         return value
     try:
@@ -221,7 +221,7 @@ def _copied(value):
 
 
 def _counted(remote):
-    """Yields what an object of the program yields. Where it has a length, it must not stop before that."""
+    """Yields what an object of the program yields. If the object has a length, it must not stop earlier."""
     try:
         count = len(remote)
     except Exception:
@@ -239,7 +239,7 @@ def _counted(remote):
 
 
 def _same(left, right):
-    """Returns True for one and the same object, and for two of one class that compares by value with equal fields."""
+    """Returns True for one and the same object, and for two of a class that compares by value with equal fields."""
     if _handle(left) == _handle(right):
         return True
     ours, theirs = (_asker(left).of("fields", each) for each in (left, right))
@@ -251,7 +251,7 @@ def _forwarded(operation):
 
 
 def _on_copy(name, function):
-    """Returns a method that works on the plain value; the program is asked where the object extends none."""
+    """Returns a method that works on the plain value, or asks the program if the object extends none."""
 
     def method(self, *arguments):
         value = _copied(self)
@@ -261,7 +261,7 @@ def _on_copy(name, function):
 
 
 def _binary(name, reflected=False):
-    """Returns an operator on the plain values, or of the program where both operands are its objects.
+    """Returns an operator on the plain values, or the program's operator if both operands are its objects.
 
     An object of the program never meets a value of the test: its `__sub__` or `__lt__` would be told the answer.
     """

@@ -1,9 +1,8 @@
 """Writes plain data as bytes, reads it back, and moves frames over a socket. Standard library only.
 
-A value is one tag and what belongs to it, read by the functions below and nothing else: the constructors of `_BUILT`
-are the only things called, and only with parts of the types that stand beside them. So the worst that the bytes of a
-hostile program can be is a value of these types. A value of any other type, a subclass of these included, travels as a
-number under which its owner keeps it.
+A value is one tag and its parts, read only by the functions below. They call nothing but the constructors of `_BUILT`,
+and only with parts of the types listed there. So the worst that a hostile program can send is a value of these types. A
+value of any other type, including a subclass of these, travels as a number under which its owner keeps it.
 """
 
 import builtins
@@ -87,7 +86,7 @@ def _learn(module):
 
 
 class Malformed(ValueError):
-    """Reports bytes that are no value."""
+    """Raised for bytes that encode no value."""
 
 
 def dump(value, other):
@@ -102,7 +101,7 @@ def dump(value, other):
 
 
 def load(data, kept, named=None):
-    """Returns the value of bytes that nobody vouches for; raises Malformed where they are none.
+    """Returns the value that untrusted bytes encode; raises Malformed if they encode none.
 
     `kept(number)` gives what a number means, and `named(name)` what a name means that is not one of a plain type.
     """
@@ -170,7 +169,7 @@ def _put_sized(put, tag, data):
 
 def _write_items(tag, items, other, put, depth):
     kinds = set(map(type, items))
-    if kinds == {int} or kinds == {float}:  # in one go where all are small: long lists are common
+    if kinds == {int} or kinds == {float}:  # all at once if all are small, because long lists are common
         code = b"q" if kinds == {int} else b"d"
         try:
             put(tag + code + struct.pack("!I", len(items)) + struct.pack(f"!{len(items)}{code.decode()}", *items))
