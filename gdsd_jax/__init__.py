@@ -8,6 +8,6 @@ import sys
 
 __version__ = "0.1.0"
 
-# `python -m gdsd_jax.COMMAND`: an interrupt while the command is still being imported shows no traceback either.
+# For `python -m gdsd_jax.COMMAND`: an interrupt shows no traceback even while the command is still being imported.
 if "-m" in sys.orig_argv and "".join(sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]).startswith("gdsd_jax."):
     sys.excepthook = lambda *error: importlib.import_module("gdsd_jax.runtime.front").hook(*error)

@@ -1,17 +1,19 @@
-"""Methods side by side: the same start, prompts, rollout budget and evaluation for all, several seeds, one table.
+"""Compares methods from one start, with the same prompts, rollout budget and evaluation, over several seeds.
 
     python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,espo,spg --seeds 3
 
-Each run is `gdsd_jax.train` in `WORKDIR/METHOD/seedN`, N counting from `config.seed`, and is evaluated on the test
-split; runs of one seed see the same prompts in the same order, which is why differences are taken seed by seed. All
-runs share one process and its compiled sampler. The first seed of every method comes first, and after each run
-`table.json`, `table.md` and `curves.png` are written anew: an interrupted bench leaves a true partial result, and the
-same command goes on where it stopped. A run that diverges counts as collapsed, and the bench goes on.
+Each run is `gdsd_jax.train` in `WORKDIR/METHOD/seedN`, where N counts from `config.seed`, and is evaluated on the test
+split. Runs of one seed see the same prompts in the same order, so differences between methods are taken seed by seed.
+All runs share one process and its compiled sampler. The first seed of every method is run before the second seed of
+any. After each evaluation `table.json`, `table.md` and `curves.png` are written anew, so an interrupted bench leaves a
+valid partial result, and the same command continues it. A run that diverges counts as collapsed, and the bench goes on
+with the next run.
 
-The config's learning rate is that of all methods, unless `--rates gdsd=5e-4,espo=2e-3` names some of their own; with
-`--rate_factor 10` all are multiplied, to see what a method bears. Each such bench has a workdir of its own.
+All methods use the config's learning rate, unless `--rates gdsd=5e-4,espo=2e-3` gives some of them another one.
+`--rate_factor 10` multiplies all learning rates, which shows how large a rate each method tolerates. Each such bench
+needs a workdir of its own.
 
-Several hosts on one file system can share a bench, `--host_count` of them, each with its `--host_index`.
+Several hosts on one file system can share a bench: `--host_count` is their number, `--host_index` the host's own.
 """
 
 from __future__ import annotations
@@ -56,15 +58,15 @@ def compare(
     """Runs (or resumes) this host's share of the bench and returns what `table.json` holds.
 
     Args:
-      methods: names as `config.method` takes them; differences are to the first.
-      seeds: how many, from `config.seed` on.
-      metric: one of the task's metrics; None: its last.
-      rates: learning rates of methods, `NAME=RATE,...`; the others have the config's.
-      rate_factor: multiplies all learning rates.
+      methods: names that `config.method` accepts; differences are taken to the first method.
+      seeds: number of seeds, counted from `config.seed`.
+      metric: one of the task's metrics; None selects the task's last metric.
+      rates: learning rates of single methods, `NAME=RATE,...`; all other methods use the config's.
+      rate_factor: a factor for all learning rates.
 
     Raises:
       UserError: an unknown method or metric, a method that does not fit the config, no seeds, or a workdir whose runs
-        have another config or start. All of it before anything is trained.
+        have another config or start. All of this is checked before the first run.
     """
     require_runnable(config, methods, seeds, host_index, host_count)
     own_rates = parse_rates(rates, methods)
@@ -111,7 +113,7 @@ def compare(
 
 
 def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, host_index: int, host_count: int) -> None:
-    """Raises UserError for what cannot be run as asked."""
+    """Raises UserError if the bench cannot run with these methods, seeds and numbers of hosts."""
     if not methods:
         raise UserError("no method is named: give --methods NAME,NAME,...")
     if len(set(methods)) < len(methods):
@@ -128,7 +130,7 @@ def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, ho
 
 
 def parse_rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
-    """Reads `NAME=RATE,...`; raises UserError on another form, a rate that is not positive, a method not compared."""
+    """Reads `NAME=RATE,...`; raises UserError for another form, a rate not above 0, or a method not compared."""
     found = {}
     for part in text.split(",") if text else []:
         name, _, rate = (piece.strip() for piece in part.partition("="))
@@ -142,7 +144,7 @@ def parse_rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
 
 
 def run_config(config: TrainConfig, method: str, seed: int, learning_rate: float | None = None) -> TrainConfig:
-    """One run of the bench; settings of other methods are left out, so that they can change without invalidating it."""
+    """Returns the config of one run, without other methods' settings, whose changes shall not invalidate the run."""
     settings = {method: dict(config.settings.get(method, {}))}
     rate = config.optimizer.learning_rate if learning_rate is None else learning_rate
     optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
@@ -150,15 +152,15 @@ def run_config(config: TrainConfig, method: str, seed: int, learning_rate: float
 
 
 def require_same(plan: list[tuple[TrainConfig, Path]], base: str) -> None:
-    """Raises UserError if a run that is there already was started with another config or base."""
+    """Raises UserError if a run that exists already was started with another config or base."""
     for run, directory in plan:
         if record_path(directory).exists():
-            # A bench compares runs of one length.
+            # A bench compares runs of equal length.
             require_same_run(directory, run, fixed=("iterations",), base=base)
 
 
 def evaluated_start(config: TrainConfig, output: Path) -> dict[str, Any]:
-    """The metrics of the start on the test split, evaluated on first use."""
+    """Returns the metrics of the start on the test split, and evaluates the start on first use."""
     found = read_result(config, output, checkpoint=config.checkpoint)
     if found is None:
         evaluate.run(config, checkpoint=config.checkpoint, lengths=_length(config), output=output)
@@ -167,7 +169,7 @@ def evaluated_start(config: TrainConfig, output: Path) -> dict[str, Any]:
 
 
 def _length(config: TrainConfig) -> tuple[int]:
-    """Methods are compared at the length that they were trained at."""
+    """Returns the completion length at which methods are compared: the length at which they were trained."""
     return (config.sampler.completion_length,)
 
 

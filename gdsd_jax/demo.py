@@ -1,9 +1,10 @@
-"""The whole walk on the embedded model: random weights -> SFT -> GDSD on adapters -> evaluation -> exports -> reload.
+"""Runs every stage on the embedded model: random weights, SFT, GDSD on adapters, evaluation, exports, reload.
 
     python -m gdsd_jax.demo --config configs/tiny_sudoku.py --workdir runs/demo
 
-Prints accuracy on the 256 test puzzles before and after, and leaves in the workdir: `metrics.jsonl`, `curves.png`,
-`samples.md`, `export/merged`, `export/adapter` and `summary.json`. It goes on where an interrupted one stopped.
+Prints the accuracy on the 256 test puzzles before and after GDSD, and writes to the workdir: `metrics.jsonl`,
+`curves.png`, `samples.md`, `export/merged`, `export/adapter` and `summary.json`. The same command continues a demo that
+was interrupted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SAMPLES = 16
 
 
 def demo(config: TrainConfig, workdir: Path) -> dict:
-    """Runs everything and returns what `summary.json` holds."""
+    """Runs all stages and returns what `summary.json` holds."""
     start = time.perf_counter()
     console = rich.console.Console()
     config = dataclasses.replace(config, checkpoint=str(workdir / "start" / "merged"))
@@ -71,7 +72,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
 
 
 def accuracy(config: TrainConfig, output: Path, **policy: str | Path) -> dict[str, float]:
-    """Means of the task's metrics on the test split, greedy."""
+    """Returns the means of the task's metrics on the test split under greedy decoding."""
     metrics = evaluate.run(config, output=output, **policy)["results"][0]["metrics"]
     return {name: metrics[name]["mean"] for name in TASKS[config.task.name].metrics_named}
 
@@ -81,7 +82,7 @@ def percent(metrics: dict[str, float]) -> str:
 
 
 def write_samples(workdir: Path) -> None:
-    """The first test puzzles with the completions before and after, as a Markdown table."""
+    """Writes the first test puzzles, with their completions before and after GDSD, as a Markdown table."""
     read = lambda name: read_objects(workdir / name / reports.COMPLETIONS)  # noqa: E731
     lines = ["| puzzle | solution | before | after |", "|---|---|---|---|"]
     for before, after in list(zip(read("before"), read("after"), strict=True))[:SAMPLES]:

@@ -1,20 +1,22 @@
-"""Evaluation of a run, a checkpoint or an adapter: the task's metrics with their standard errors, by completion length.
+"""Evaluates a run, a checkpoint or an adapter: the task's metrics with standard errors, by completion length.
 
     python -m gdsd_jax.evaluate --config configs/RECIPE.py --workdir runs/gsm8k [--best]
     python -m gdsd_jax.evaluate --config ... --checkpoint DIR [--adapter DIR] --output DIR --tasks gsm8k,sudoku=FILE
     python -m gdsd_jax.evaluate --config ... --workdir runs/b --compare runs/a/evaluation
     python -m gdsd_jax.evaluate --config ... --workdir runs/gsm8k --compare-decoding
 
-Without further flags the newest checkpoint of the run in `--workdir` completes the test rows of the config's task under
-the papers' protocol: the task's evaluation prompt, lengths 128, 256 and 512, one step for two tokens, temperature 0,
-256 planning problems, or all rows there are. `config.evaluation` changes it, and the flags below. `--tasks` names
-others, each with a local file of rows where one is given; `config.task` (file, settings) holds for its own task alone.
+Without further flags, the newest checkpoint of the run in `--workdir` completes the test rows of the config's task
+under the papers' protocol: the task's evaluation prompt, lengths 128, 256 and 512, one step for every two tokens,
+temperature 0, and 256 rows of a planning task or all rows of any other. `config.evaluation` and the flags below change
+the protocol. `--tasks` names other tasks, each with a local file of rows if one is given; `config.task` (file,
+settings) applies to its own task alone.
 
 Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and `evaluation.jsonl` (the completions) to `--output`, by
-default `WORKDIR/evaluation`, over those of an earlier evaluation. Completions are kept as they come: a killed
-evaluation started again with the same settings goes on and ends with the same files; with other settings it is refused.
-With `--samples` above 1 and a temperature, `--pass_at 1,4` estimates how often that many samples hold a right one. With
-`--compare DIR` nothing is sampled: the evaluation in the output directory is held against the one in DIR, item by item.
+default `WORKDIR/evaluation`, and replaces the files of an earlier evaluation. Completions are saved as they are made: a
+killed evaluation that is started again with the same settings continues and ends with the same files; with other
+settings it is refused. With `--samples` above 1 and a temperature, `--pass_at 1,4` estimates how often at least one of
+that many samples is right. With `--compare DIR` nothing is sampled: the evaluation in the output directory is compared
+with the one in DIR, item by item.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ from gdsd_jax.runtime.errors import UserError
 
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...]:
-    """`"128,256"` as numbers.
+    """Returns the numbers in a text such as `"128,256"`.
 
     Raises:
-      UserError: something in it is no positive whole number.
+      UserError: a part of the text is not a positive whole number.
     """
     parts = text.split(",") if text else []
     if not all(part.strip().isdecimal() and int(part) for part in parts):

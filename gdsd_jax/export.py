@@ -2,9 +2,9 @@
 
     python -m gdsd_jax.export --config configs/tiny_sudoku.py --workdir runs/demo --output runs/demo/export
 
-`--format both`, the default, writes `OUTPUT/merged` and `OUTPUT/adapter`; `merged` or `adapter` write OUTPUT itself.
-With `--adapter DIR` (and `--checkpoint DIR`) instead of a run, `--format merged` merges that adapter into its base.
-Merged weights have the dtypes of the source.
+`--format both`, the default, writes `OUTPUT/merged` and `OUTPUT/adapter`; `--format merged` and `--format adapter`
+write to OUTPUT itself. With `--adapter DIR` (and `--checkpoint DIR`) instead of a run, `--format merged` merges that
+adapter into its base. Merged weights have the dtypes of the source checkpoint.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ def run(
     adapter: str | None = None,
     best: bool = False,
 ) -> dict[str, Path]:
-    """Exports one policy; returns the directories written, by "merged" and "adapter".
+    """Exports one policy and returns the directories that it writes, by the names "merged" and "adapter".
 
     Args:
       workdir, checkpoint, adapter, best: see `load_policy`.
-      output: must not hold what is about to be written.
+      output: directory of the export; each directory that is written must be absent or empty.
       format: one of `FORMATS`.
 
     Raises:
-      UserError: an unknown format; no adapter to export; something stands where the output would; no disk space.
+      UserError: the format is unknown, there is no adapter to export, a directory to write is not empty, or the disk
+        has no room.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
@@ -66,7 +67,7 @@ def run(
 
 
 def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:
-    """What the model card says of a run: method and settings as they were, and the last metrics up to `iteration`."""
+    """Returns what the model card says about a run: its recorded settings, and the last metrics up to `iteration`."""
     config = read_record(workdir)["config"]
     settings = config["settings"].get(config["method"], {})
     facts = {

@@ -3,9 +3,9 @@
     python -m gdsd_jax.generate --config configs/tiny_sudoku.py --workdir runs/demo --rows 3
     python -m gdsd_jax.generate --config ... --checkpoint DIR --prompt "..." --watch
 
-`--prompt` is the user's turn as it is; the task's system turn and assistant prefix go with it. `--watch` shows each
-text appear out of its masks: the sampler runs once, as one compiled program, and its steps are replayed from the record
-of when each token was committed. Where the output is no terminal, a few frames are printed as lines.
+`--prompt` is the user's turn, taken literally; the task's system turn and assistant prefix are added to it. `--watch`
+shows each text appear out of its masks: the sampler runs once, as one compiled program, and its steps are then replayed
+from the record of when each token was committed. If the output is not a terminal, a few frames are printed as lines.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ LONGEST_PAUSE = 0.25  # seconds between two frames
 class Generated(NamedTuple):
     """Completions with what is needed to replay them.
 
-    rollout: on the host.
-    rows: of the task, or none for a prompt of the user's.
-    rewards: `[B]`, components and metrics by name; none without rows.
+    rollout: the rollout, on the host.
+    rows: rows of the task; empty for a user's own prompt.
+    rewards: the reward and the task's metrics by name, `[B]` each; empty without rows.
     """
 
     prompts: list[str]
@@ -67,7 +67,7 @@ def run(
     """Samples one completion of `prompt`, or of each of the first `rows` test rows.
 
     Raises:
-      UserError: both or neither are given, or they do not fit the model.
+      UserError: both or neither of `prompt` and `rows` are given, or a prompt does not fit the model.
     """
     if (prompt is None) == (rows is None):
         raise UserError("give either --prompt TEXT or --rows N")
@@ -90,20 +90,20 @@ def run(
 
 
 def prompt_messages(task: Task, prompt: str) -> list[dict]:
-    """The chat of a user's own prompt, under the task's system turn."""
+    """Returns the chat of a user's own prompt, behind the task's system turn if the task has one."""
     system = [{"role": "system", "content": task.system}] if task.system else []
     return [*system, {"role": "user", "content": prompt}]
 
 
 def frames(policy: Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -> list[tuple[int, Text]]:
-    """`(steps taken, text)` before the first step and after each that wrote something in this row."""
+    """Returns `(steps taken, text)` before the first step and after each step that wrote something in this row."""
     single = Rollout(*(None if value is None else np.asarray(value)[row : row + 1] for value in rollout))
     length, limit = single.commit_step.shape[1], step_limit(policy.model, sampler)
     steps = [-1, *np.unique(single.commit_step[single.commit_step < limit]).tolist()]
     pictures = []
     before = np.full(length, policy.model.mask_token_id)
     for step in steps:
-        # The last frame is the result itself, with what `stop_at_eos` filled in.
+        # The last frame is the result itself, which includes the tokens that `stop_at_eos` filled in.
         until = limit if step == steps[-1] else step
         after = np.asarray(replay(single, policy.model, until))[0, -length:]
         pictures.append((step + 1, _picture(policy, before, after)))
@@ -112,7 +112,7 @@ def frames(policy: Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -
 
 
 def _picture(policy: Policy, before: np.ndarray, after: np.ndarray) -> Text:
-    """The completion `[L]` with masks as dim blocks and what has just been committed highlighted."""
+    """Returns the completion `[L]` as text: masks and ends are dim, tokens that were just committed are highlighted."""
     text = Text()
     mask, ends = policy.model.mask_token_id, policy.model.ends
     kinds = [
@@ -137,7 +137,7 @@ def show(
     watch: bool = False,
     seconds: float = 5.0,
 ) -> None:
-    """Prints prompt, completion and rewards; with `watch` each completion takes about `seconds` to appear."""
+    """Prints prompts, completions and rewards; with `watch`, each completion takes up to about `seconds` to appear."""
     for row, (prompt, text) in enumerate(zip(generated.prompts, generated.texts, strict=True)):
         console.rule(style="dim")
         console.print(Text(prompt, "cyan"))

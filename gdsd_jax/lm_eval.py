@@ -1,4 +1,4 @@
-"""Our sampler as a model of lm-evaluation-harness, whose tasks and prompts then run through it.
+"""Offers our sampler to lm-evaluation-harness as a model, so that the harness's tasks and prompts run through it.
 
     python -m gdsd_jax.lm_eval --model gdsd_jax --model_args checkpoint=DIR,adapter=DIR --tasks gsm8k --batch_size 32
     python -m gdsd_jax.lm_eval --model gdsd_jax --model_args checkpoint=DIR --tasks mmlu --apply_chat_template ...
@@ -8,14 +8,14 @@
 Registers the model "gdsd_jax" and hands over to lm-eval's own command line. `--model_args` are the arguments of
 `MaskedDiffusion`. Needs lm-eval, an optional install: `pip install -r requirements-lm-eval.txt`.
 
-Generation: the completion has a fixed length, `length` or else the task's `max_gen_toks`, rounded up to whole blocks;
-it ends at the model's EOS and before the task's first stop string. Likelihoods are Monte-Carlo evidence lower bounds
+A completion is sampled at a fixed length, `length` or else the task's `max_gen_toks`, rounded up to whole blocks; its
+text ends at the model's EOS or before the task's first stop string. Likelihoods are Monte-Carlo evidence lower bounds
 (`gdsd_jax.diffusion.likelihood`), never the likelihood itself: rankings of answers are comparable with those published
-for masked diffusion models, perplexities are upper bounds.
+for masked diffusion models, and perplexities are upper bounds.
 
-Programs are never run by lm-eval: let it generate (`--predict_only --log_samples`); `judge FILE ...` then runs what its
-filters made of the answers against the tests in the samples, as the task "code" does, in its sandbox (`--task` names
-another). The result stands beside each file, as `FILE.judged.json`.
+Generated programs are never run by lm-eval: let it only generate (`--predict_only --log_samples`). `judge FILE ...`
+then takes the answers as lm-eval's filters left them and runs them against the tests in the samples, in the sandbox of
+the task "code" (`--task` names another task). It writes the result beside each file, as `FILE.judged.json`.
 """
 
 from __future__ import annotations
@@ -59,27 +59,27 @@ SHORTEST_BUCKET = 32
 
 
 def bucket(length: int, shortest: int, longest: int) -> int:
-    """The power of two that holds `length`, between two bounds: prompts of all lengths share a few programs."""
+    """Returns the least power of two that holds `length`, between two bounds, so that few programs are compiled."""
     return min(max(shortest, 1 << max(length - 1, 0).bit_length()), longest)
 
 
 @register_model("gdsd_jax")
 class MaskedDiffusion(TemplateLM):
-    """A checkpoint, with or without an adapter, as lm-eval calls it.
+    """A checkpoint, with or without an adapter, in the form that lm-eval calls.
 
     Args:
       checkpoint, adapter: directories.
-      dtype: compute dtype.
-      length, steps: of completions; None: the task's `max_gen_toks`, and one step for two tokens.
-      block_length, strategy: see `gdsd_jax.diffusion.SamplerConfig`; block_length 0 for no blocks.
-      draws: views per likelihood.
-      seed: of sampling and of the draws.
-      add_bos_token: every text begins with the tokenizer's BOS, unless it does so already.
-      batch_size: rows at a time, lm-eval's `--batch_size`.
-      max_batch_size, device: lm-eval passes them to every model; JAX has its own devices.
+      dtype: dtype of the computation.
+      length, steps: those of completions; None means the task's `max_gen_toks`, and one step for every two tokens.
+      block_length, strategy: see `gdsd_jax.diffusion.SamplerConfig`; a block_length of 0 means no blocks.
+      draws: number of masked views per likelihood.
+      seed: seed of the sampling and of the draws.
+      add_bos_token: whether to begin every text with the tokenizer's BOS, unless it begins with it already.
+      batch_size: number of rows that are computed together, lm-eval's `--batch_size`.
+      max_batch_size, device: ignored; lm-eval passes them to every model, and JAX chooses its own devices.
 
     Raises:
-      UserError: a directory that does not load, settings that do not fit together.
+      UserError: a directory cannot be loaded, or the settings do not fit together.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class MaskedDiffusion(TemplateLM):
         return self.tokenizer.eos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Special tokens that are written in the text are read; only `add_bos_token` adds one, whatever is asked."""
+        """Returns a text's ids; special tokens in the text are recognised, and only `add_bos_token` adds one."""
         return self.tokenizer.encode([string], add_bos=self.add_bos_token)[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a chat; without `add_generation_prompt` its last message is how the answer opens."""
+        """Returns the prompt of a chat; without `add_generation_prompt`, the last message is the answer's beginning."""
         if add_generation_prompt:
             return self.tokenizer.render(chat_history)
         return self.tokenizer.render(chat_history[:-1], chat_history[-1]["content"])
@@ -139,7 +139,7 @@ class MaskedDiffusion(TemplateLM):
     # ----------------------------------------------------------------------------------------------------- generation
 
     def sampler(self, wanted: int, temperature: float) -> SamplerConfig:
-        """For completions of at least `wanted` tokens."""
+        """Returns the sampler for completions of `length`, or else `wanted`, tokens, rounded up to whole blocks."""
         length = self.length or wanted
         block = self.block_length or length
         length = -(-length // block) * block
@@ -152,7 +152,7 @@ class MaskedDiffusion(TemplateLM):
         )
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Completions of `(context, gen_kwargs)`, cut before the first stop string."""
+        """Returns a completion of each request's `(context, gen_kwargs)`, cut before the first stop string."""
         groups: dict[tuple[SamplerConfig, int], list[int]] = {}
         stops = []
         for index, request in enumerate(requests):
@@ -196,14 +196,18 @@ class MaskedDiffusion(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, greedy: bool = True
     ) -> list[tuple[float, bool]]:
-        """(lower bound in nats, whether greedy unmasking writes it) of `(strings, context ids, continuation ids)`."""
+        """Returns, for each `(strings, context ids, continuation ids)`, two values about the continuation.
+
+        They are the lower bound of its log-likelihood in nats, and whether greedy unmasking writes it (False without
+        `greedy`).
+        """
         pairs = [(context, continuation) for _, context, continuation in requests]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         batches = list(self._batches(pairs))
         with Progress(len(batches), label="likelihood", enabled=not disable_tqdm) as progress:
             for done, (indices, tokens, real, width) in enumerate(batches, start=1):
                 arrays = put((tokens, real))
-                # A single token has a single view.
+                # A continuation of a single token has only one masked view.
                 draws = self.draws if width > 1 else 1
                 bound = lower_bound(self.model, self.base, self.lora, *arrays, self.key, width=width, draws=draws)
                 same = is_greedy(self.model, self.base, self.lora, *arrays, width=width) if greedy else None
@@ -218,7 +222,7 @@ class MaskedDiffusion(TemplateLM):
     def _batches(
         self, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, int]]:
-        """Indices, tokens `[B, P + width]`, their mask, and width; few shapes, each with `batch_rows` rows."""
+        """Yields indices, tokens `[B, P + width]`, their mask and the width, in few shapes, with B = `batch_rows`."""
         longest = self.model.max_length
         groups: dict[tuple[int, int], list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
@@ -236,7 +240,7 @@ class MaskedDiffusion(TemplateLM):
                 tokens = np.full((self.batch_rows, size + width), self.model.pad_token_id, np.int32)
                 real = np.zeros(tokens.shape, bool)
                 for row in range(self.batch_rows):
-                    # The last batch is filled up with its own first row.
+                    # The last batch is filled up with copies of its own first row.
                     context, continuation = pairs[indices[row] if row < len(indices) else indices[0]]
                     context = context[-size:]
                     first, last = size - len(context), size + len(continuation)
@@ -245,7 +249,10 @@ class MaskedDiffusion(TemplateLM):
                 yield indices, tokens, real, width
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Lower bounds of whole texts: windows of half the model's length, each given the one before."""
+        """Returns lower bounds of whole texts, summed over windows of half the model's length.
+
+        Each window is conditioned on the one before it.
+        """
         window = self.model.max_length // 2
         pieces, owners = [], []
         for owner, request in enumerate(requests):
@@ -263,13 +270,13 @@ class MaskedDiffusion(TemplateLM):
 
 
 def judge(path: Path, task: Task) -> dict[str, Any]:
-    """The task's metrics of the answers in a samples file, with standard errors over its documents.
+    """Returns the task's metrics of the answers in a samples file, with standard errors over its documents.
 
     Args:
-      path: JSONL as lm-eval's `--log_samples` writes it; the task reads its documents as rows.
+      path: a JSONL file that lm-eval's `--log_samples` wrote; the task reads its documents as rows.
 
     Raises:
-      UserError: it is no such file, or the task cannot read a document.
+      UserError: `path` is not such a file, or the task cannot read a document.
     """
     try:
         samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -291,12 +298,12 @@ def judge(path: Path, task: Task) -> dict[str, Any]:
 
 
 def _texts(answers: Any) -> list[str]:
-    """The texts in lists of any depth, which is how filters return them."""
+    """Returns the texts in nested lists of any depth, which is the form in which filters return answers."""
     return [answers] if isinstance(answers, str) else [text for part in answers for text in _texts(part)]
 
 
 def judge_files(arguments: list[str]) -> None:
-    """The command `judge`."""
+    """Runs the command `judge`."""
     parser = argparse.ArgumentParser(prog="python -m gdsd_jax.lm_eval judge")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--task", default="code")

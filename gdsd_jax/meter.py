@@ -1,4 +1,4 @@
-"""How far a method's likelihood is from the sampler's: bias, log-ratios, gradients, and the distance to its target.
+"""Measures how far a method's likelihood is from the sampler's: bias, log-ratios, gradients, distance to its target.
 
     python -m gdsd_jax.meter --config configs/tiny_sudoku.py --checkpoint runs/start/merged --output runs/meter
     python -m gdsd_jax.meter --config ... --workdir runs/tiny [--best] [--methods gdsd,espo] [--noenumerated]
@@ -6,16 +6,18 @@
 Rollouts of the policy, under the config's sampler, are scored by each method and by the exact likelihood of what the
 sampler did (`gdsd_jax.diffusion.trajectory_log_prob`). The table says for each method:
 
-    bias, spread  mean and standard deviation over completions of its estimate less the exact log-probability, in nats,
-                  averaged over `--draws` draws of masks; noise: deviation between such draws
-    rank          Spearman's correlation of the two inside groups of completions of one prompt
-    error at d    of its log-ratio against the exact one, relative, after moving the policy along the exact policy
-                  gradient until the exact log-ratio is d; medians over completions
-    cosine        between its gradient before any update and the exact policy gradient, with one draw of masks and
-                  with the mean of all
+    bias, spread  mean and standard deviation over completions of the difference, in nats, between its estimate,
+                  averaged over `--draws` draws of masks, and the exact log-probability
+    noise         standard deviation of its estimate between such draws, in nats
+    rank          Spearman's correlation of estimate and exact log-probability, inside groups of completions of a prompt
+    error at d    relative error of its log-ratio after the policy has been moved along the exact policy gradient until
+                  the exact log-ratio is d; all log-ratios and errors are medians of absolute values over completions
+    cosine        cosine of the angle between its gradient before any update and the exact policy gradient, with one
+                  draw of masks and with the mean of all draws
 
-The exact likelihood is that of completion and order. Then, in a toy language that can be enumerated, every method makes
-64 inner updates on one batch, and `KL(pi_theta || pi*)` to its optimum `pi* ~ pi_old exp(psi A)` is followed.
+The exact likelihood is that of the completion together with the order of its commits. Then, in a toy language whose
+completions can be enumerated, every method makes 64 inner updates on one batch, and the meter follows the distance
+`KL(pi_theta || pi*)` to the optimum `pi* ~ pi_old exp(psi A)`.
 
 Writes `meter.json`, `meter.md` and `meter.png` to `--output`, by default `WORKDIR/meter`.
 """
@@ -73,7 +75,7 @@ def main(
     if params is None:
         params = policy.base
         if config.lora.rank:
-            # Young adapters have no gradient but through their second factor, as in a run's first update.
+            # A fresh adapter has a gradient only through its second factor, as in a run's first update.
             settings = {"rank": config.lora.rank, "alpha": config.lora.alpha, "targets": config.lora.targets}
             params = init_lora(policy.model, jax.random.key(config.seed), **settings)
     table = measure(
@@ -89,7 +91,7 @@ def main(
 
 
 def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tuple[list[str], tuple[float, ...]]:
-    """The rows of the table and the distances that the flags name; UserError where they are out of range."""
+    """Returns the table's rows and the distances that the flags name; raises UserError if the flags are not valid."""
     names = [part.strip() for part in (methods or ",".join(NAMES)).split(",")]
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
@@ -106,7 +108,7 @@ def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tu
 
 
 def name_of(label: str) -> str:
-    """The method of a row of the table."""
+    """Returns the name of the method in a row of the table."""
     return SUBJECTS[label][0]
 
 

@@ -1,22 +1,23 @@
-"""What a run would take on TPUs that are not here: memory, FLOPs, collectives, roofline time, and whether it fits.
+"""Plans a run on TPUs that are not at hand: memory, FLOPs, collectives, roofline time, and whether it fits.
 
     python -m gdsd_jax.plan --config configs/FILE_pod.py:v5p-64_countdown --topology v5p:2x4x4
         [--mesh data=1,fsdp=32,tensor=1] [--json FILE] [--programs sampler,update] [--search] [--top 5]
 
 Compiles the run's own programs at their real size for the named chips, on any machine with libtpu (`make venv-tpu`,
-then `.venv-tpu/bin/python`), without a weight and without a TPU. Minutes per program. `config.checkpoint` need not be
-there if its last part is the name of a published model.
+then `.venv-tpu/bin/python`), without weights and without a TPU. Each program takes minutes. `config.checkpoint` need
+not exist if its last part is the name of a published model.
 
     sampler   a whole rollout
     score     the old policy's scores of one micro-batch
     update    a later inner update on the whole rollout: scores of old policy and reference, gradient, optimizer
 
-All figures are per chip. FLOPs, bytes and collectives are counted in the optimised program, loops by how often they
-run; kernels count by the shapes that they are called with; `ratio` compares with the FLOPs that follow from the
-equations (`gdsd_jax.planning.flops`), recomputation included. `peak` is the compiler's figure for the program, and what
-lives beside it. The roofline time is the longest of FLOPs, HBM bytes and bytes sent over the chip's published figures:
-nothing runs faster, and this is no forecast. `--top N` names the N largest movers of HBM bytes and of network bytes of
-each program, each by the operation that it belongs to. Leaves with exit code 1 if something does not fit.
+All figures are per chip. FLOPs, bytes and collectives are counted in the optimised program: the body of a loop counts
+as often as the loop runs, and kernels count by the shapes that they are called with. `ratio` is the counted FLOPs over
+those that follow from the equations (`gdsd_jax.planning.flops`), recomputation included. `peak` is the compiler's
+figure for the program plus the arrays that are in memory beside it. The roofline time is the longest of three times:
+FLOPs, HBM bytes and bytes sent, each divided by the chip's published rate. No program can run faster, and the roofline
+time is not a forecast. `--top N` names the N largest movers of HBM bytes and of network bytes of each program, each by
+the operation that it belongs to. The command exits with code 1 if a program does not fit.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from gdsd_jax.planning.search import search as search_sizes
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import AXES, MeshConfig, make_mesh
 
-COMPILATIONS = 8  # of a search
+COMPILATIONS = 8  # the most that one search may make
 
 
 def parse_mesh(text: str, default: MeshConfig) -> MeshConfig:
-    """`data=1,fsdp=32,tensor=1` over the config's own mesh.
+    """Returns the config's own mesh with the sizes that a text such as `data=1,fsdp=32,tensor=1` gives.
 
     Raises:
-      UserError: an unknown axis, or no whole number.
+      UserError: an axis is unknown, or a size is not a whole number.
     """
     sizes = {}
     for part in text.split(","):
@@ -57,7 +58,7 @@ def parse_mesh(text: str, default: MeshConfig) -> MeshConfig:
 
 
 def suggestion(config: TrainConfig, topology: Slice) -> TrainConfig:
-    """The config with the mesh, micro-batch and rollout that `search` finds, each trial printed.
+    """Returns the config with the mesh, micro-batch and rollout that `search` finds, and prints each trial.
 
     Raises:
       UserError: no mesh fits.
@@ -102,7 +103,7 @@ def main(
     if not set(wanted) <= set(PROGRAMS):
         raise UserError(f"--programs {programs!r}: choose from {','.join(PROGRAMS)}")
     where = chips.parse_topology(topology)
-    # The chips are named; what this machine has is not asked.
+    # The topology names the chips, so this machine's own devices are not used.
     jax.config.update("jax_platforms", "cpu")
     if mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(mesh, config.mesh))

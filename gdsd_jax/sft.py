@@ -1,12 +1,13 @@
-"""Supervised start: masked-diffusion cross-entropy on a task's reference completions, of all parameters or an adapter.
+"""Trains a supervised start by masked-diffusion cross-entropy on reference completions: all parameters or an adapter.
 
     python -m gdsd_jax.sft --config configs/tiny_sudoku.py --workdir runs/sft [--config.sft.steps=500 ...]
 
-Per row `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`; each completion token is masked with probability `t`; the loss is
-the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens (arXiv 2502.09992, Eq. 5).
-The tail after EOS is trained on too: the model must learn to end. Writes `WORKDIR/merged`, a Hugging Face directory to
-start reinforcement learning from. An autoregressive checkpoint whose tensors a family shares (Qwen2, Qwen3) becomes a
-masked denoiser first, in `WORKDIR/adapted`, with a mask token of its own.
+Each row draws `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`, and each of its completion tokens is masked with
+probability `t`. The loss is the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens
+(arXiv 2502.09992, Eq. 5). The tail after EOS is trained on too, because the model must learn to end. The command writes
+`WORKDIR/merged`, a Hugging Face directory from which reinforcement learning can start. An autoregressive checkpoint
+whose tensors are those of one of our families (Qwen2, Qwen3) is first turned into a masked denoiser with a mask token
+of its own, in `WORKDIR/adapted`.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ MIN_RATIO = 1e-3
 
 
 def encode_answers(tokenizer: Tokenizer, texts: list[str], length: int, eos_token_id: int) -> np.ndarray:
-    """Reference completions as `[B, L]` int32, ended and filled up by EOS.
+    """Returns reference completions as `[B, L]` int32 ids, each ended and padded by EOS.
 
     Raises:
-      UserError: one that does not fit.
+      UserError: a completion does not fit.
     """
     out = np.full((len(texts), length), eos_token_id, np.int32)
     for row, ids in zip(out, tokenizer.encode_text(texts), strict=True):
@@ -72,9 +73,9 @@ def encode_answers(tokenizer: Tokenizer, texts: list[str], length: int, eos_toke
 
 
 def draw_views(key: jax.Array, rows: int, prompt_length: int, length: int) -> Views:
-    """Masks completions at ratios spread evenly over the rows; the weights make their loss one per completion token."""
+    """Masks completions at ratios spread evenly over the rows, and weights them for a loss per completion token."""
     ratio_key, mask_key = jax.random.split(key)
-    # One offset and an even spread over the rows: uniform for each row, and far less noisy for the batch.
+    # One random offset and an even spread over the rows: each row's ratio is uniform, the batch is far less noisy.
     u = (jax.random.uniform(ratio_key) + jnp.arange(rows) / rows) % 1.0
     t = ((1 - MIN_RATIO) * u + MIN_RATIO)[:, None]
     masked = masking.bernoulli(mask_key, t, rows, length)
@@ -90,7 +91,11 @@ def make_sft_update(
     shardings: TrainState,
     microbatch_rows: int,
 ) -> Any:
-    """Compiles `update(state, base, tokens, prompt_mask) -> (state, metrics)`; the state, which lies so, is donated."""
+    """Compiles `update(state, base, tokens, prompt_mask) -> (state, metrics)`, which donates the state.
+
+    Args:
+      shardings: the placement of the new state.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(state: TrainState, base: Any, tokens: jax.Array, prompt_mask: jax.Array) -> tuple[TrainState, dict]:
@@ -127,11 +132,11 @@ def make_sft_update(
 def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     """Trains the base of `config.checkpoint` and exports it to `workdir / "merged"`; returns that directory.
 
-    Its checkpoints lie in `workdir / "sft"` until then. A run that was killed goes on from the last one, and ends with
-    the same parameters, bit for bit. SIGTERM and SIGINT save one and end the process.
+    Until the export, checkpoints are in `workdir / "sft"`. A run that was killed continues from its last checkpoint and
+    ends with the same parameters, bit for bit. SIGTERM and SIGINT save a checkpoint and end the process.
 
     Raises:
-      UserError: the directory is taken, the disk is full, or whatever a bad checkpoint, task or config raises.
+      UserError: the directory is in use or not empty, the disk is full, or the checkpoint, task or config is not valid.
     """
     merged = workdir / "merged"
     refuse_existing(merged)
@@ -166,7 +171,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
 
     state, places = start_state(setup.model, optimizer, config.sft.seed, trained_part, setup.base)
     update = make_sft_update(setup.model, optimizer, length, chunk, places, piece)
-    # What is trained as a whole needs no second copy.
+    # A base that is trained as a whole needs no second, frozen copy.
     frozen = setup.base if config.sft.adapter else None
     task = evaluated_task(config)
     held_out = encode_prompts(
@@ -176,7 +181,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     greedy, key = greedy_sampler(config), stream_of_seed(config.sft.seed, Stream.EVALUATION)
 
     def accuracy(params: Any) -> float:
-        """The task's last metric on the validation rows."""
+        """Returns the task's last metric on the validation rows."""
         found = evaluate_policy(
             setup.model, *policy(setup.base, params), held_out, greedy, task, setup.tokenizer,
             batch_rows=config.evaluation.batch_rows, key=key,
@@ -229,7 +234,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
 
 
 def own_settings(config: TrainConfig) -> TrainConfig:
-    """Leaves out what supervised training does not look at, so that it may change while a start is half done."""
+    """Returns the config with defaults for what supervised training ignores, which may thus change during a start."""
     used = (
         "task", "model", "lora", "sampler", "evaluation", "sft", "tiny", "mesh", "hosts", "eos_token_id",
         "prompt_buckets", "overlong_prompts", "keep", "dry_run",
@@ -239,10 +244,10 @@ def own_settings(config: TrainConfig) -> TrainConfig:
 
 
 def demonstrations(task: Task, rows: list[dict], config: SFTConfig) -> list[dict]:
-    """The rows as they are imitated: with `config.careless`, as a careless demonstrator writes them.
+    """Returns the rows to imitate: with `config.careless` above 0, as a careless demonstrator writes them.
 
     Raises:
-      UserError: the share is not in [0, 1], or the task does not say how one is careless there.
+      UserError: the share is not in [0, 1], or the task does not define careless demonstrations.
     """
     if not 0.0 <= config.careless <= 1.0:
         raise UserError(f"config.sft.careless {config.careless} must lie in [0, 1]")
@@ -265,7 +270,7 @@ def adapted(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def embedded_start(config: TrainConfig) -> None:
-    """Makes the checkpoint of a config that embeds a tiny model, where it is not there yet; does nothing otherwise.
+    """Makes the checkpoint of a config that embeds a tiny model, unless it exists; does nothing for other configs.
 
     Raises:
       UserError: the checkpoint is not called "merged", which is what `run` writes.

@@ -1,11 +1,11 @@
-"""Reinforcement learning of a masked denoiser. Start reading here: this file is the walk, top to bottom.
+"""Trains a masked denoiser by reinforcement learning. Start reading here: this file is a run from top to bottom.
 
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/demo [--config.method=gdsd_tlc ...]
 
-Each iteration: prompts -> completions -> rewards -> `inner_updates` of the policy. The rooms: `tasks` for prompts and
-rewards, `diffusion.sample` for completions, `methods` for the objective, `training.update` for the gradient. A run can
-be killed at any time; started again with the same workdir it goes on from its last checkpoint, and repeats what an
-uninterrupted run would have done, bit for bit.
+Each iteration draws prompts, samples completions, rewards them, and makes `inner_updates` updates of the policy. The
+parts are in `tasks` (prompts and rewards), `diffusion.sample` (completions), `methods` (the objective) and
+`training.update` (the gradient). A run can be killed at any time; started again with the same workdir, it continues
+from its last checkpoint and repeats what an uninterrupted run would have done, bit for bit.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     first = checkpoints.latest or 0
     best = Best(workdir, first, best_metric)
     plan = read_plan(workdir, config)
-    # Without a checkpoint the files start anew, with one they are cut back to it.
+    # Without a checkpoint the metric files start anew; with one they are cut back to its iteration.
     writer = hosts.first_only(MetricWriter, workdir, trackers=config.tracker_names, resume_step=first or -1)
     progress = hosts.first_only(Progress, config.iterations, start=first, label=config.method)
     profile = hosts.first_only(Profile, workdir, config.profile)
     warned: set[str] = set()
-    # The signals outermost: one that comes while the others close, and save, must not end that.
+    # StopSignal is outermost: a signal that arrives while the others close and save must not interrupt them.
     with StopSignal() as stop, writer, checkpoints, best, progress, profile, jax.transfer_guard("disallow"):
         if checkpoints.note and first:
             progress.note(checkpoints.note)
@@ -132,7 +132,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                 state = finish(state)
 
             # --------------------------------------------------------------------------------- metrics
-            # First what the host knows already, while the devices are at the update.
+            # First come the metrics that the host knows already, while the devices still compute the update.
             with phase("log completions"):
                 metrics = reward_metrics(rewarded)
                 writer.completions(iteration, logged_completions(rewarded, tokenizer, config.completions_logged))
@@ -174,10 +174,10 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
 
 
 def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainState], dict[str, float]], str]:
-    """Returns the evaluation while training, as a function of the state, and the name of its decisive metric.
+    """Returns the evaluation during training, as a function of the state, and the metric that the best one is kept by.
 
     Raises:
-      UserError: the task has no such metric.
+      UserError: the task lacks the metric of `config.evaluation.best`.
     """
     task, watched = evaluated_task(config), config.evaluation
     rows = task_rows(config.task, task, watched.split, count=watched.count)
@@ -201,10 +201,10 @@ def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainS
 
 
 def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:
-    """Sums up an iteration's inner updates: the largest value of a name in `_max`, of others the mean.
+    """Summarises an iteration's inner updates: the maximum of metrics whose names end in `_max`, the mean of others.
 
-    The first update clips nothing, as it compares the policy with itself: `policy/clipped` is the mean of the others,
-    and `clipped/update_N` the share of each.
+    The first update clips nothing, because it compares the policy with itself. `policy/clipped` is therefore the mean
+    over the later updates, and `clipped/update_N` is the clipped share of the later update N.
     """
     of = lambda name: np.max if name.endswith("_max") else np.mean  # noqa: E731
     metrics = {name: float(of(name)([report[name] for report in reports])) for name in reports[0]}
@@ -215,7 +215,11 @@ def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def time_metrics(rewarded: Rewarded, seconds: dict[str, float], length: float) -> dict[str, float]:
-    """Returns the seconds of an iteration's parts, and tokens (through EOS, `length` a row) and rewards per second."""
+    """Returns the seconds of an iteration's parts, and tokens and rewards per second.
+
+    Args:
+      length: mean number of tokens in a completion, EOS included.
+    """
     metrics = {f"time/{name}": value for name, value in seconds.items()}
     metrics["time/tokens_per_second"] = len(rewarded.rewards) * length / rewarded.seconds["rollout"]
     metrics["time/rewards_per_second"] = len(rewarded.rewards) / rewarded.seconds["reward"]
@@ -228,13 +232,13 @@ def due(iteration: int, every: int) -> bool:
 
 
 def logged_completions(rewarded: Rewarded, tokenizer: hub.Tokenizer, limit: int) -> list[dict]:
-    """Returns the first completions with their rewards, and every completion on which a reward failed."""
+    """Returns the first `limit` completions with their rewards, and every completion on which a reward failed."""
     failed = np.any([np.isnan(value) for value in rewarded.components.values()], axis=0)
     return completion_records(rewarded, tokenizer, [i for i in range(len(failed)) if i < limit or failed[i]])
 
 
 def main(config: TrainConfig, workdir: Path | None) -> None:
-    """Makes the start of an embedded model where it is missing, and trains; or runs one iteration in small."""
+    """Makes the start of an embedded model if it is missing, and trains; a dry run makes one iteration in small."""
     if not config.dry_run:
         checked_method(config)
         embedded_start(config)

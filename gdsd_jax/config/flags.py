@@ -1,4 +1,4 @@
-"""What the commands share: flags, one-line errors, and the model, tokenizer and task that a config and flags name."""
+"""Defines how every command starts: its flags, its config file with overrides, and one-line errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gdsd_jax.runtime.errors import UserError
 
 
 class Option(NamedTuple):
-    """A flag of one command. `kind` is str, int, float or bool; `written`: it names what the command writes."""
+    """A flag of one command. `kind` is str, int, float or bool; `written` says that the flag names an output path."""
 
     kind: type
     default: Any
@@ -44,15 +44,15 @@ def launch(
 ) -> None:
     """Runs `main(config, workdir, **values of the options)` with absl flags and a config file.
 
-    Errors end the process as `gdsd_jax.runtime.front` says. `--help` shows the docstring of main's module and the
+    Errors end the process as `gdsd_jax.runtime.front` describes. `--help` shows the docstring of main's module and the
     flags.
 
     Args:
-      needs_workdir: False where `main` also takes None.
-      dry_run: whether `main` can do a `config.dry_run`, which needs no workdir.
-      argv: the command line, program name first; None is that of the process.
+      needs_workdir: False if `main` also accepts None as the workdir.
+      dry_run: whether `main` supports `config.dry_run`, which needs no workdir.
+      argv: the command line, program name first; None means that of the process.
     """
-    # Read when transformers is first imported, which happens late: it would announce that PyTorch is absent.
+    # transformers reads this when it is first imported; by default it would announce that PyTorch is absent.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Orbax warns of its own defaults.
     logging.set_verbosity(logging.ERROR)
@@ -76,7 +76,7 @@ def launch(
 
 
 def _shared(config: TrainConfig) -> dict[str, str]:
-    """What all processes of a job must have been given alike, by setting."""
+    """Returns the settings that must be the same in all processes of a job, by name."""
     plain = to_dict(config)
     plain["hosts"] = {name: value for name, value in plain["hosts"].items() if name in ("processes", "stall_seconds")}
     return {f"config.{name}": repr(value) for name, value in plain.items()}
@@ -91,11 +91,11 @@ def enable_compilation_cache() -> None:
 
 
 def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, Path | None, dict[str, Any]]:
-    """The frozen config, the workdir and the options' values.
+    """Returns the frozen config, the workdir and the options' values.
 
-    Settings of methods and tasks (`--config.settings.gdsd.psi=3`) have no fixed names, and ml_collections clears no
-    setting that has a value (`--config.sampler.threshold=None`), so these are taken out before it sees them and put
-    into the config that it made.
+    Settings of methods and tasks (`--config.settings.gdsd.psi=3`) have no fixed names, and ml_collections cannot set a
+    setting that has a value to None (`--config.sampler.threshold=None`). Both kinds of overrides are therefore kept
+    from ml_collections and applied to the config that it makes.
     """
     known, free = [argv[0]], []
     for argument in argv[1:]:
@@ -132,7 +132,7 @@ def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig,
 
 
 def _require_path(name: str, value: str | None) -> None:
-    """Raises UserError unless a path to write to is absent or a usable path on a disk."""
+    """Raises UserError if a path to write to is blank, holds a zero byte or is a URL; None is allowed."""
     if value is None:
         return
     if not value.strip() or "\0" in value:
@@ -142,7 +142,7 @@ def _require_path(name: str, value: str | None) -> None:
 
 
 def _underscored(argument: str, options: Mapping[str, Option]) -> str:
-    """A flag's name may be written with dashes for its underscores."""
+    """Returns an argument with underscores for the dashes in its flag's name, if the flag is one of the options."""
     name, equals, value = argument.partition("=")
     plain = name.lstrip("-").replace("-", "_")
     known = plain in options or plain.removeprefix("no") in options
@@ -150,15 +150,16 @@ def _underscored(argument: str, options: Mapping[str, Option]) -> str:
 
 
 def _override(argument: str) -> list[str] | None:
-    """`["a", "b"]` of `--config.a.b=...`, None for any other argument."""
+    """Returns `["a", "b"]` for `--config.a.b=...`, and None for any other argument."""
     name = argument.partition("=")[0].lstrip("-")
     return name.split(".")[1:] if argument.startswith("-") and name.startswith(("config.", "noconfig.")) else None
 
 
 def _is_free(path: list[str], text: str) -> bool:
-    """Whether ml_collections has to be spared it: a key of a mapping, or None for what may be None.
+    """Returns whether to keep an override from ml_collections: it sets a key of a mapping, or an optional to None.
 
-    Raises UserError where the path leads nowhere.
+    Raises:
+      UserError: the path names no setting.
     """
     kind: Any = TrainConfig
     for depth, name in enumerate(path):
@@ -175,12 +176,12 @@ def _is_free(path: list[str], text: str) -> bool:
 
 
 def _set_free(config: dict[str, Any], argument: str) -> None:
-    """Sets what an override of free settings says in nested dictionaries."""
+    """Applies an override that was kept from ml_collections to the nested dictionaries of the config."""
     path, (_, equals, text) = _override(argument), argument.partition("=")
     if not equals:
         raise UserError(f"{argument} has no value: write {argument}=VALUE")
     if path[0] == "settings" and len(path) > 3:
-        # A user's own method is called package.module:NAME.
+        # The name of a user's own method, package.module:NAME, has dots of its own.
         path = [path[0], ".".join(path[1:-1]), path[-1]]
     for name in path[:-1]:
         config = config.setdefault(name, {})
@@ -190,7 +191,7 @@ def _set_free(config: dict[str, Any], argument: str) -> None:
 
 
 def _literal(text: str) -> Any:
-    """A Python literal, a float such as inf, or else the text itself."""
+    """Returns the Python literal or the float, such as inf, that a text spells, or else the text itself."""
     for read in (ast.literal_eval, float):
         try:
             return read(text)
@@ -200,10 +201,10 @@ def _literal(text: str) -> Any:
 
 
 def _config_file(argv: Iterable[str]) -> str:
-    """The file that `--config` names.
+    """Returns the file that `--config` names.
 
     Raises:
-      UserError: no such flag or no such file.
+      UserError: the flag or the file is missing.
     """
     given = ""
     arguments = iter(argv)
@@ -221,7 +222,7 @@ def _config_file(argv: Iterable[str]) -> str:
 
 
 def _place(error: BaseException | None, file: str) -> str | None:
-    """`FILE, line N: what happened` for an exception that came out of the config file, however it was wrapped."""
+    """Returns `FILE, line N: what happened` if an exception came out of the config file, wrapped or not, else None."""
     while error is not None:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if isinstance(error, SyntaxError) and error.filename == file:

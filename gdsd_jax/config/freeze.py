@@ -27,7 +27,7 @@ from gdsd_jax.runtime.errors import UserError
 
 
 def default(checkpoint: str = "") -> ConfigDict:
-    """A locked ConfigDict with every field of `TrainConfig` at its default, to be edited by a config file."""
+    """Returns a locked ConfigDict with every field of `TrainConfig` at its default, for a config file to edit."""
     config = TrainConfig(
         checkpoint=checkpoint,
         task=TaskConfig(),
@@ -45,14 +45,14 @@ def default(checkpoint: str = "") -> ConfigDict:
 
 
 def with_open_settings(config: ConfigDict) -> ConfigDict:
-    """Returns the config, locked except where keys are free: the settings of methods, task and optimizers."""
+    """Unlocks the parts of a config whose keys are free, the settings of methods, task and optimizers; returns it."""
     for part in (config, config.task, config.optimizer, config.sft.optimizer):
         part.settings.unlock()
     return config
 
 
 def _type_optionals(config: ConfigDict, kind: Any) -> None:
-    """Gives fields that are None their type, without which ml_collections takes no override for them."""
+    """Gives fields that are None a type, because ml_collections accepts no override of a field without a type."""
     for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
             _type_optionals(config[name], hint)
@@ -64,7 +64,7 @@ def freeze(kind: Any, values: Any, where: str = "config") -> Any:
     """Builds the dataclass `kind` from a ConfigDict or mapping, nested dataclasses included.
 
     Raises:
-      UserError: a key that is unknown or missing, or a value of another type; the message names it in full.
+      UserError: a key is unknown or missing, or a value has the wrong type; the message gives the setting's full name.
     """
     if not isinstance(values, (Mapping, ConfigDict)):
         raise UserError(f"{where} is {values!r}: it has settings of its own, {where}.NAME")
@@ -81,7 +81,7 @@ def freeze(kind: Any, values: Any, where: str = "config") -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A frozen config as plain JSON-able values."""
+    """Returns a frozen config as plain values that JSON can hold."""
     return _plain(dataclasses.asdict(config))
 
 

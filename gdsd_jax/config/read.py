@@ -14,10 +14,10 @@ from gdsd_jax.runtime.errors import UserError
 
 
 def neighbours(file: str | Path) -> None:
-    """Lets a config file, and what it names as `module:NAME`, be a module of the config file's own directory.
+    """Lets a config file import modules of its own directory, and name their contents as `module:NAME`.
 
-    The directory goes to the end of Python's path, so that it hides no installed package. Worker processes get the path
-    of the process that starts them.
+    The directory goes to the end of Python's path, so that it hides no installed package. Worker processes inherit the
+    path of the process that starts them.
     """
     directory = str(Path(file).resolve().parent)
     if directory not in sys.path:
@@ -28,7 +28,7 @@ def config_module(file: str | Path) -> ModuleType:
     """Returns a config file as a module.
 
     Raises:
-      UserError: there is no such file.
+      UserError: the file does not exist or is not a Python file.
     """
     path = Path(file)
     if not path.is_file():
@@ -43,9 +43,9 @@ def config_module(file: str | Path) -> ModuleType:
 
 
 def read_config(name: str | Path) -> ConfigDict:
-    """Returns the ConfigDict of `FILE.py`, or of `FILE.py:RUN` as `--config` takes it, for editing and `freeze`.
+    """Returns the ConfigDict of `FILE.py`, or of `FILE.py:RUN` as `--config` accepts it, for editing and `freeze`.
 
-    Settings of methods and tasks have no fixed names, so those two mappings are left open for new ones.
+    The settings of methods, task and optimizers have no fixed names, so their mappings accept new keys.
     """
     file, colon, run = str(name).partition(":")
     get_config = config_module(file).get_config

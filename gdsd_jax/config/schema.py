@@ -111,7 +111,7 @@ class TaskConfig:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def path(self, split: str) -> str | None:
-        """The local file of a split."""
+        """Returns the path of a split's local file, or None if the config names no file."""
         return {"train": self.train_path, "validation": self.validation_path, "test": self.eval_path}.get(split)
 
 
@@ -310,25 +310,25 @@ class TrainConfig:
 
     @property
     def tracker_names(self) -> tuple[str, ...]:
-        """The trackers that are asked for, each once."""
+        """Returns the names of the trackers that the config asks for, each once."""
         short = (name for name in ("tensorboard", "wandb") if getattr(self, name))
         return tuple(dict.fromkeys((*self.trackers, *short)))
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """`checkpoint_overrides` as the loaders of `gdsd_jax.hub` take them."""
+        """Returns `checkpoint_overrides` in the form that the loaders of `gdsd_jax.hub` accept."""
         return dataclasses.asdict(self.checkpoint_overrides)
 
     @property
     def method_settings(self) -> dict[str, Any]:
-        """The settings of the run's method."""
+        """Returns the settings of the run's method."""
         return dict(self.settings.get(self.method, {}))
 
 
 def greedy_sampler(config: TrainConfig, length: int | None = None, steps: Count | None = None) -> SamplerConfig:
-    """The run's sampler as it is evaluated, for another length or number of steps where given.
+    """Returns the run's sampler as evaluation uses it, for another length or number of steps if these are given.
 
-    A sampler without blocks stays without; a threshold, factor or cache is for rollouts and left out.
+    A sampler without blocks stays without blocks; a threshold, factor or cache serves rollouts only and is left out.
     """
     sampler = config.sampler
     length = length or sampler.completion_length

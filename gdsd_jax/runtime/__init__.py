@@ -1,1 +1,1 @@
-"""The machine below the model: errors, device meshes, the hosts of a job, transfers and files."""
+"""The layer below the model: errors, device meshes, the hosts of a job, transfers and files."""

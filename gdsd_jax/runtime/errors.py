@@ -4,7 +4,7 @@
 class UserError(ValueError):
     """A bad input; the message is one line that names the cause and the setting or file to change.
 
-    Commands print it without a traceback and leave with exit code 2.
+    Commands print the message without a traceback and exit with code 2.
     """
 
 

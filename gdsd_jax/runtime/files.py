@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and checks of directories before anything is computed."""
+"""Writes files whole or not at all, reads files that may be damaged, and checks directories before work starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gdsd_jax.runtime.errors import UserError
 _MISUNDERSTOOD = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error
 )  # fmt: skip
-MOST_BYTES = 1 << 30  # of a file that is read whole
+MOST_BYTES = 1 << 30  # the largest size of a file that is read whole
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, writer: str = "") -> Iterator[Path]:
-    """Yields the path of a draft beside `path`, which takes its name when the block ends without an error.
+    """Yields the path of a draft beside `path`; the draft is renamed to `path` when the block ends without an error.
 
-    A reader sees the old file or the new one, never a part. The draft's name keeps the suffix of `path`.
+    A reader sees the old file or the new one, never a part of it. The draft's name keeps the suffix of `path`.
 
     Args:
       writer: distinguishes the drafts of several processes that write the same file.
@@ -40,16 +40,16 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, as a whole or not at all; half of a surrogate pair becomes a question mark."""
+    """Writes a text file in UTF-8, whole or not at all; half of a surrogate pair becomes a question mark."""
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager
 def understood(path: object, advice: str) -> Iterator[None]:
-    """Turns whatever goes wrong while the contents of `path` are taken apart into one UserError that gives `advice`.
+    """Turns the errors that can occur while the contents of `path` are parsed into one UserError that gives `advice`.
 
-    For files that anybody may have written: wrong types, absent keys, numbers without end, nesting without end.
+    It is meant for files that anybody may have written, with wrong types, missing keys, huge numbers or deep nesting.
     """
     try:
         yield
@@ -63,9 +63,9 @@ def understood(path: object, advice: str) -> Iterator[None]:
 
 
 def require_regular(path: Path, most: int = MOST_BYTES) -> None:
-    """Raises UserError if `path` is there and is no regular file, or one of more than `most` bytes.
+    """Raises UserError if `path` exists and is not a regular file, or if it has more than `most` bytes.
 
-    What is opened without this check may be a pipe, which blocks, or a device, which has no end.
+    Without this check, the path to be opened may be a pipe, which blocks, or a device, which has no end.
     """
     try:
         found = path.stat()
@@ -89,7 +89,7 @@ def read_object(path: Path, advice: str = "restore it or remove it") -> dict[str
     """Returns the object in a JSON file.
 
     Raises:
-      UserError: the file is absent, does not parse, or holds something else than an object; the message gives `advice`.
+      UserError: the file is absent, cannot be parsed, or holds anything but an object; the message gives `advice`.
     """
     with understood(path, advice):
         content = json.loads(read_text(path))
@@ -99,7 +99,7 @@ def read_object(path: Path, advice: str = "restore it or remove it") -> dict[str
 
 
 def read_objects(path: Path, advice: str = "restore it or remove it") -> list[dict[str, Any]]:
-    """Returns the objects of a JSONL file, one a line; errors as for `read_object`."""
+    """Returns the objects of a JSONL file, one per line; raises the same errors as `read_object`."""
     with understood(path, advice):
         lines = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
     if not all(isinstance(line, dict) for line in lines):
@@ -113,9 +113,9 @@ def is_free(path: Path) -> bool:
 
 
 class Lock:
-    """Holds a directory, which is made if absent, for this process alone, until it is closed or the process dies.
+    """Reserves a directory, which is made if absent, for this process, until the lock is closed or the process dies.
 
-    The kernel releases it, whatever ends the process; the file `.lock` says who holds it.
+    The kernel releases the lock however the process ends; the file `.lock` names the process that holds it.
 
     Raises:
       UserError: another process holds the directory.
@@ -125,7 +125,7 @@ class Lock:
         self._path = directory / ".lock"
         directory.mkdir(parents=True, exist_ok=True)
         while True:
-            # A file object, which is closed, and the directory free again, when nobody refers to it any more.
+            # When nothing refers to this file object any more, Python closes it, and the directory is free again.
             self._file = self._path.open("ab+", buffering=0)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,9 +134,9 @@ class Lock:
                 self._file.close()
                 raise UserError(f"{directory} is in use by {holder}: wait for it, or choose another {flag}") from None
             except OSError:
-                # A file system without locks; the run goes on without one.
+                # The file system has no locks, so the run goes on without one.
                 break
-            # The one who held it before may have removed the file in between.
+            # The previous holder may have removed the file in the meantime.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
                     break
@@ -151,14 +151,14 @@ class Lock:
         self.close()
 
     def close(self) -> None:
-        """Gives the directory back."""
+        """Releases the directory."""
         if not self._file.closed:
             self._path.unlink(missing_ok=True)
             self._file.close()
 
 
 def check_disk(directory: Path, needed: int, purpose: str) -> None:
-    """Raises UserError if the disk of `directory` has less than `needed` bytes."""
+    """Raises UserError if the disk of `directory` has fewer than `needed` free bytes."""
     while not directory.exists():
         directory = directory.absolute().parent
     free = shutil.disk_usage(directory).free
@@ -170,6 +170,6 @@ def check_disk(directory: Path, needed: int, purpose: str) -> None:
 
 
 def refuse_existing(directory: Path, flag: str = "--workdir") -> None:
-    """Raises UserError if `directory` holds something."""
+    """Raises UserError unless `directory` is absent or empty."""
     if not is_free(directory):
         raise UserError(f"{directory} is not empty: choose another {flag} or remove it")

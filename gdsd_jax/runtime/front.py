@@ -1,11 +1,11 @@
-"""The front door: how a command ends when something goes wrong, whatever the command.
+"""Defines how every command ends when something goes wrong.
 
     what a user can change        one line on stderr, exit code 2
     Ctrl-C                        "interrupted", exit code 130
     a reader that has gone away   nothing, exit code 141, as after SIGPIPE
     a defect of this package      one line that names a saved report, exit code 1
 
-Imports nothing that takes time: it must be there while the rest is still being imported.
+This module imports nothing that takes time, because it must work while the rest is still being imported.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _log = logging.getLogger(__name__)
 
 BUG, BAD_INPUT, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
-# Outcomes of a disk or a path, wherever they strike.
+# Errors that come from a disk or a path, wherever they occur.
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
     errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
 }  # fmt: skip
-# Of what JAX reports: a text in it, and what can be done.
+# Texts in the errors that JAX reports, each with what the user can do.
 _DEVICE_ERRORS = {
     "RESOURCE_EXHAUSTED": "the memory of the devices is too small: lower config.microbatch_rows, "
     "config.prompts_per_iteration or config.evaluation.batch_rows, or take more devices",
@@ -47,11 +47,11 @@ _DEVICE_ERRORS = {
 def run(main: Callable[[], Any]) -> None:
     """Runs a command; an exception ends the process as the table above says."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that lacks a character shows another one.
+        # A terminal that lacks a character shows a replacement.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    # What libraries print of their own accord, from threads and callbacks. Who waits for a result of theirs meets the
-    # exception again, and that one ends the command.
+    # These hooks silence what libraries print about exceptions in threads and callbacks. Code that waits for the result
+    # of a thread or callback gets its exception again, and that one ends the command.
     sys.excepthook = lambda kind, error, frames: _log.debug("in a callback", exc_info=(kind, error, frames))
     threading.excepthook = lambda found: _log.debug("in a thread", exc_info=found.exc_value)
     sys.unraisablehook = lambda found: _log.debug("%s", found.err_msg, exc_info=found.exc_value)
@@ -66,19 +66,19 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def hook(kind: type[BaseException], error: BaseException, frames: Any) -> None:
-    """Does the same for what happens while a command is still being imported; a `sys.excepthook`."""
+    """Ends the process in the same way while a command is still being imported; it is a `sys.excepthook`."""
     os._exit(settle(error))
 
 
 def settle(error: BaseException) -> int:
-    """Says on stderr what happened, and returns the exit code."""
+    """Reports an error on stderr as the table above says, and returns the exit code."""
     if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         say("interrupted")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        # What is still in the buffers goes nowhere, without a complaint at exit.
+        # The contents of the buffers are discarded, so that flushing them at exit raises no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return NO_READER
     reason = fault_of_the_user(error)
@@ -89,7 +89,7 @@ def settle(error: BaseException) -> int:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an exception and those that led to it."""
+    """Yields an exception and the exceptions that led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -98,7 +98,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def fault_of_the_user(error: BaseException) -> str | None:
-    """Returns what the user can act on, or None where the error is a defect of this package."""
+    """Returns a message that the user can act on, or None if the error is a defect of this package."""
     if isinstance(error, UserError):
         return str(error)
     if disk_is_full(error):
@@ -114,7 +114,7 @@ def fault_of_the_user(error: BaseException) -> str | None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Returns whether an error, or one that led to it, is that of a disk without room."""
+    """Returns whether an error, or one that led to it, says that a disk is full."""
     return any(
         (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT))
         or any(text in str(cause) for text in ("No space left on device", "Disk quota exceeded"))
@@ -123,12 +123,12 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the beginning of what an exception says, on one line."""
+    """Returns the beginning of an exception's message on one line, or its type if it has no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def say(text: str) -> None:
-    """Prints one line on stderr, if anybody still reads it."""
+    """Prints one line on stderr, and ignores it if nobody reads stderr any more."""
     with contextlib.suppress(OSError):
         print(" ".join(text.split()), file=sys.stderr, flush=True)
 
@@ -152,7 +152,7 @@ def _bug(error: BaseException) -> int:
 
 
 def write_report(error: BaseException) -> Path:
-    """Writes `crash-DATE.txt`, in the current directory or else where temporary files go."""
+    """Writes `crash-DATE-PROCESS.txt` to the current directory, or else that of temporary files; returns its path."""
     jax = sys.modules.get("jax")
     text = "\n".join(
         [

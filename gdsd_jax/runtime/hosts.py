@@ -1,8 +1,9 @@
-"""Several processes as one job: how it starts, who does what on the host, and how it ends when one of them fails.
+"""Runs several processes as one job: how it starts, which process does what, and how it ends when one of them fails.
 
-Every process runs the same program over one mesh, walks the same global order of prompts, and knows every number that
-the others know. What is done once, text in and numbers out, is shared out by whole groups and gathered; only the first
-process writes files. One process is the case that needs none of this, and pays nothing for it.
+Every process runs the same program over one mesh, follows the same global order of prompts, and ends up with the same
+numbers. Work of the hosts that turns texts into numbers, such as rewards, is divided among the processes by whole
+groups, and its results are gathered. Only the first process writes files. A single process skips all of this at no
+cost.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _last_progress = time.monotonic()
 
 
 def initialize(config: HostsConfig) -> None:
-    """Joins the other processes of the job, before any device is touched; nothing where there is one process.
+    """Joins the other processes of the job before any device is touched; does nothing if there is only one process.
 
     Raises:
-      UserError: an incomplete description of the job.
+      UserError: the description of the job is incomplete, or its processes do not find each other.
     """
     environment = os.environ.get
     coordinator = config.coordinator or environment("JAX_COORDINATOR_ADDRESS")
@@ -53,7 +54,7 @@ def initialize(config: HostsConfig) -> None:
                 raise UserError(f"config.hosts.{setting} is not given: set it, or JAX_{name.upper()}")
             arguments[name] = int(text)
         arguments["coordinator_address"] = coordinator
-    # The walk itself asks in every iteration whether a process has been told to stop.
+    # The training loop itself asks in every iteration whether a process has been told to stop.
     jax.config.update("jax_enable_preemption_service", False)
     bound = config.heartbeat_seconds
     try:
@@ -67,12 +68,12 @@ def initialize(config: HostsConfig) -> None:
 
 
 def several() -> bool:
-    """Whether this process is one of several."""
+    """Returns whether this process is one of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def progressed() -> None:
-    """Says that the job is alive: a result of the devices or of the other processes has arrived."""
+    """Records that the job is alive, because a result of the devices or of the other processes has arrived."""
     global _last_progress
     _last_progress = time.monotonic()
 
@@ -84,7 +85,7 @@ def _watch(bound: float) -> None:
 
 
 def leave(reason: object) -> NoReturn:
-    """Ends this process, and by that the job, because of something that starting again may mend."""
+    """Ends this process, and thereby the job, for a reason that a new start may mend."""
     who = f"process {jax.process_index()} of {jax.process_count()}"
     advice = "start the job again with the same --workdir: it goes on from its last checkpoint"
     print(f"error: {who} leaves the job: {' '.join(str(reason).split())[:500]}; {advice}", file=sys.stderr, flush=True)
@@ -94,8 +95,8 @@ def leave(reason: object) -> NoReturn:
 def end(code: int) -> NoReturn:
     """Ends this process with an exit code.
 
-    In a job of several at once, without the farewell that would wait for the others while they wait for this one: they
-    notice that it is gone within `config.hosts.heartbeat_seconds`.
+    In a job of several processes it ends at once, without an orderly shutdown, which would wait for the others while
+    they wait for this one. They notice within `config.hosts.heartbeat_seconds` that this process is gone.
     """
     if several():
         os._exit(code)
@@ -103,17 +104,17 @@ def end(code: int) -> NoReturn:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes files."""
+    """Returns whether this process is the one that writes files."""
     return jax.process_index() == 0
 
 
 def first_only(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`make(*args, **kwargs)` in the first process, `Silent` in the others."""
+    """Returns `make(*args, **kwargs)` in the first process and a `Silent` in the others."""
     return make(*args, **kwargs) if first() else Silent()
 
 
 class Silent:
-    """Stands in, in the other processes, for an object that only the first one has: every method does nothing."""
+    """Replaces, in the other processes, an object that only the first process has; its methods do nothing."""
 
     def __enter__(self) -> Silent:
         return self
@@ -126,8 +127,8 @@ class Silent:
 
 
 def gather(values: np.ndarray) -> np.ndarray:
-    """`[n, ...]` of every process, of one shape in all, as `[processes * n, ...]` in the order of the processes."""
-    # The hosts' own exchange; it moves arrays in ways that a transfer guard takes for accidents.
+    """Concatenates the `[n, ...]` of all processes, equal in shape, to `[processes * n, ...]` in order of process."""
+    # This exchange between the hosts moves arrays in ways that a transfer guard would refuse as accidental.
     with jax.transfer_guard("allow"):
         gathered = multihost_utils.process_allgather(values, tiled=True)
     progressed()
@@ -135,7 +136,7 @@ def gather(values: np.ndarray) -> np.ndarray:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is set in one of the processes; every process must ask."""
+    """Returns whether `flag` is set in at least one process; every process must call this function."""
     return bool(gather(np.array([flag])).any()) if several() else flag
 
 
@@ -143,7 +144,7 @@ def agree(settings: Mapping[str, str]) -> None:
     """Checks that all processes were started with the same settings.
 
     Raises:
-      UserError: another process has other settings; the message names the first that differs.
+      UserError: a process has other settings than the first one; the message names the first setting that differs.
     """
     if not several():
         return
@@ -157,7 +158,7 @@ def agree(settings: Mapping[str, str]) -> None:
 
 
 def wait() -> None:
-    """Returns when every process has come here: what the first one wrote before, all can read."""
+    """Waits until every process has called it; what the first process wrote before, all of them can then read."""
     any_process(False)
 
 
@@ -168,7 +169,11 @@ def share_out(
     *,
     group_size: int = 1,
 ) -> dict[str, np.ndarray]:
-    """`function(values, rows)`, float32 columns of one entry a row, each process working on whole groups of its own."""
+    """Returns `function(values, rows)`, to which each process contributes whole groups of its own.
+
+    Args:
+      function: returns columns by name, each float32 with one entry per row.
+    """
     if not several():
         return dict(function(values, rows))
     count = len(rows)

@@ -9,7 +9,7 @@ from gdsd_jax.runtime.errors import UserError
 
 
 def is_plugin(name: str) -> bool:
-    """Returns whether a name is of the form `package.module:NAME`."""
+    """Returns whether a name has the form `package.module:NAME`."""
     return ":" in name
 
 

@@ -20,7 +20,7 @@ LARGEST_FLOAT, LARGEST_INT = 3.4028234e38, 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`; without the ends themselves where `above` or `below` say so."""
+    """The numbers from `least` to `most` (None: the largest int32 or float32); `above` and `below` exclude an end."""
 
     least: float = 0.0
     most: float | None = None
@@ -41,13 +41,13 @@ class Range:
 
 
 Count = Annotated[int, Range(1)]
-# Of masked views and the like, each of which becomes a part of the compiled program.
+# A number of masked views or the like, each of which becomes a part of the compiled program.
 Few = Annotated[int, Range(1, 100_000)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(above=True)]
 Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, below=True)]
-# A bound that may be open.
+# A bound that may be infinite, which means that there is none.
 Bound = Annotated[float, Range(0, math.inf)]
 
 
@@ -58,10 +58,10 @@ def hints(kind: type) -> dict[str, Any]:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Returns a value as its annotation wants it: ints become floats and lists tuples where it says so.
+    """Returns a value in the type of its annotation: ints become floats, and lists tuples, if the annotation says so.
 
     Raises:
-      UserError: another type, or a number out of its range; the message begins with `where`.
+      UserError: the value has another type, or is a number out of its range; the message begins with `where`.
     """
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         options = typing.get_args(hint)
@@ -112,10 +112,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def check(settings: Any, where: str) -> None:
-    """Checks every field of a dataclass, nested ones too.
+    """Checks every field of a dataclass, including the fields of nested dataclasses.
 
     Raises:
-      UserError: as for `convert`; the message names the field in full, behind `where`.
+      UserError: as for `convert`; the message gives the field's full name, which begins with `where`.
     """
     for name, hint in hints(type(settings)).items():
         convert(hint, getattr(settings, name), f"{where}.{name}" if where else name)
@@ -125,7 +125,7 @@ def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """Returns the dataclass `kind` with these values of its fields, each converted and checked.
 
     Raises:
-      UserError: as for `convert`, or what the dataclass itself refuses.
+      UserError: as for `convert`, or for a value that the dataclass itself refuses.
     """
     known = hints(kind)
     made = kind(**{name: convert(known[name], value, f"{where}.{name}") for name, value in values.items()})

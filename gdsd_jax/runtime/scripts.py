@@ -9,10 +9,10 @@ ELSEWHERE = {"plots": "telemetry.plots"}
 
 
 def main() -> None:
-    """Runs the command that the name of the script says; the entry point of all of them.
+    """Runs the command that the script is named after; all installed commands have this entry point.
 
-    The current directory goes onto Python's path, as `python -m` puts it there, so that a method, task or tracker of
-    the user's own can be named `module:NAME`.
+    The current directory is put on Python's path, as `python -m` does, so that a user's own method, task or tracker can
+    be named `module:NAME`.
     """
     name = Path(sys.argv[0]).stem.removeprefix("gdsd-").replace("-", "_")
     sys.path.insert(0, os.getcwd())

@@ -1,11 +1,11 @@
-"""Where arrays live: the axes of the device mesh, one table from logical to mesh axes, and constraints by name.
+"""Defines where arrays live: the axes of the device mesh, a table from logical to mesh axes, and constraints by name.
 
-    data    copies of the model, each on rows of its own; the only axis that crosses between slices
-    fsdp    rows too, and every matrix is cut along the model dimension and gathered where it is used
-    tensor  heads, the hidden layer of the MLP and the vocabulary
+    data    holds copies of the model, each of which has rows of its own; the only axis that crosses between slices
+    fsdp    divides the rows too, and cuts every matrix along the model dimension; matrices are gathered for their use
+    tensor  cuts the heads, the hidden layer of the MLP and the vocabulary
 
-Everything above names the axes of its arrays and leaves the rest to this file. The current mesh is JAX's own
-(`jax.set_mesh`); without one, or on a single device, constraints vanish, so that one CPU runs the same code.
+Other modules name the logical axes of their arrays and leave the rest to this file. The current mesh is JAX's own
+(`jax.set_mesh`); without one, or on a single device, constraints do nothing, so that one CPU runs the same code.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gdsd_jax.runtime.ranges import Count, Range
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. `embed` is the model dimension of parameters, `residual` that of activations. The rank of
-# an adapter's matrix is `lora_rank` beside `embed`, and `lora_rank_split` where the other side leaves fsdp free.
+# Logical axis -> mesh axes. `embed` is the model dimension of parameters, `residual` that of activations. The rank axis
+# of an adapter's matrix is `lora_rank` if the other axis is `embed`, and `lora_rank_split` if that leaves fsdp unused.
 RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "embed": ("fsdp",),
@@ -45,7 +45,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "tokens": (),
     "residual": (),
     "head_dim": (),
-    # Where a token is drawn, each device has the whole vocabulary for some of the positions.
+    # While tokens are drawn, each device has the whole vocabulary for some of the positions.
     "positions": ("tensor",),
     "candidates": (),
 }
@@ -72,7 +72,7 @@ class MeshConfig:
 
 
 class Dimension(NamedTuple):
-    """A size that the mesh must divide: of logical axis `axis`, and what to call it in a message."""
+    """A size of the logical axis `axis` that the mesh must divide, and its name in error messages."""
 
     axis: str
     size: int
@@ -85,11 +85,11 @@ class Dimension(NamedTuple):
 def make_mesh(
     config: MeshConfig, devices: Sequence[Any] | None = None, *, dimensions: Iterable[Dimension] = ()
 ) -> Mesh:
-    """The mesh of a run, axes `AXES`, over `devices` (None: all of the job).
+    """Returns the mesh of a run, with the axes `AXES`, over `devices` (None: all devices of the job).
 
     Raises:
-      UserError: sizes that do not multiply to the devices, or do not divide a dimension; the message names the nearest
-        mesh that does both.
+      UserError: the sizes do not multiply to the number of devices, or do not divide a dimension; the message names the
+        nearest mesh that does both.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = _resolve(config, len(devices), tuple(dimensions))
@@ -97,7 +97,7 @@ def make_mesh(
         arrange = functools.partial(mesh_utils.create_device_mesh, shape, devices)
     else:
         inside = (shape[0] // config.slices, *shape[1:])
-        # Devices that know no slices, CPUs, stand in for them by process.
+        # CPU devices do not belong to slices; there, each process counts as a slice.
         by_process = not hasattr(devices[0], "slice_index")
         arrange = functools.partial(
             mesh_utils.create_hybrid_device_mesh, inside, (config.slices, 1, 1), devices, process_is_granule=by_process
@@ -105,7 +105,7 @@ def make_mesh(
     try:
         arranged = arrange()
     except NotImplementedError:
-        # No size is a product of the slice's own, such as 16 x 4 on 8 x 8 chips: a row of chips has to be cut.
+        # The sizes are no products of the slice's own, such as 16 x 4 on 8 x 8 chips: a row of chips must be split.
         arranged = arrange(allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -128,7 +128,7 @@ def _resolve(config: MeshConfig, count: int, dimensions: tuple[Dimension, ...]) 
 
 
 def _problem(shape: tuple[int, ...], count: int, slices: int, dimensions: tuple[Dimension, ...]) -> str | None:
-    """What stands against a mesh of this shape."""
+    """Returns the reason why a mesh cannot have this shape, or None if it can."""
     if math.prod(shape) != count:
         return f"the sizes multiply to {math.prod(shape)}"
     if shape[0] % slices:
@@ -149,10 +149,10 @@ def _text(shape: Iterable[int]) -> str:
 
 
 def spec(axes: Sequence[str]) -> PartitionSpec:
-    """The mesh axes of an array with these logical axes.
+    """Returns the mesh axes of an array with these logical axes.
 
     Raises:
-      ValueError: an unknown logical axis, or two that claim one mesh axis.
+      ValueError: a logical axis is unknown, or two of them use the same mesh axis.
     """
     unknown = [axis for axis in axes if axis not in RULES]
     if unknown:
@@ -165,48 +165,48 @@ def spec(axes: Sequence[str]) -> PartitionSpec:
 
 
 def fitted_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-    """`spec` for one shape: a dimension is cut along the leading ones of its mesh axes as far as they divide it.
+    """Returns `spec` for one shape: each dimension is cut along the leading mesh axes of its own that divide it.
 
-    Four key/value heads on a tensor axis of eight are so kept whole on each device: right, at the price of memory.
-    What must be cut is checked by `make_mesh`.
+    Four key/value heads on a tensor axis of eight, for example, are kept whole on each device, which is correct and
+    costs memory. `make_mesh` checks the dimensions that must be cut.
     """
     spec(axes)
     return PartitionSpec(*(_leading(mesh, RULES[axis], size) or None for axis, size in zip(axes, shape, strict=True)))
 
 
 def _leading(mesh: Mesh | AbstractMesh, names: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """As many of the mesh axes `names`, from the first on, as divide `size`."""
+    """Returns as many of the mesh axes `names`, from the first on, as together divide `size`."""
     fits = lambda count: size % math.prod(mesh.shape[name] for name in names[:count]) == 0  # noqa: E731
     return names[: max(filter(fits, range(len(names) + 1)))]
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
-    """The sharding of one array."""
+    """Returns the sharding of one array."""
     return NamedSharding(mesh, fitted_spec(mesh, axes, shape))
 
 
 def shardings(mesh: Mesh, axes: Any, arrays: Any) -> Any:
-    """A sharding for every leaf of `arrays`.
+    """Returns a sharding for every leaf of `arrays`.
 
     Args:
-      axes: tuples of logical axes, such as `denoiser.logical_axes` gives, in the structure of `arrays`.
+      axes: tuples of logical axes, such as those of `denoiser.logical_axes`, in the structure of `arrays`.
       arrays: arrays or their shapes.
     """
     return jax.tree.map(lambda array, names: named_sharding(mesh, names, array.shape), arrays, axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def place(arrays: Any, places: Any) -> Any:
-    """Arrays of the host, whole in every process, on the devices; each process sends what its own devices hold."""
+    """Sends arrays that every process holds whole to the devices; each process sends what its own devices hold."""
 
     def one(array: Any, place: NamedSharding) -> jax.Array:
         array = np.asarray(array)
         pieces = place.addressable_devices_indices_map(array.shape)
-        # By hand, because make_array_from_callback is no explicit transfer in the eyes of a transfer guard.
+        # Made by hand, because a transfer guard does not regard make_array_from_callback as an explicit transfer.
         parts = [jax.device_put(array[index], device) for device, index in pieces.items()]
         return jax.make_array_from_single_device_arrays(array.shape, place, parts)
 
@@ -214,7 +214,7 @@ def place(arrays: Any, places: Any) -> Any:
 
 
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Fixes how an intermediate result lies on the current mesh; the identity where there is none."""
+    """Fixes how an intermediate result lies on the current mesh; does nothing without a mesh of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -222,22 +222,23 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 
 def gathered(weights: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Parameters with these logical axes, whole along fsdp: for the product that reads them next.
+    """Gathers parameters with these logical axes along fsdp, for the product that reads them next.
 
-    A matrix that is cut along the axis that a product contracts makes the TPU compiler pass shards around in a loop,
-    which reads and writes the whole result once for each shard and adds partial sums in the result's dtype.
+    If a matrix is cut along the axis that a product contracts, the TPU compiler passes shards around in a loop, which
+    reads and writes the whole result once for each shard and adds partial sums in the result's dtype.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return weights
-    # First as they lie, and so in the gradient last: what is summed over the shards is scattered over them again.
+    # The first constraint keeps the parameters as they lie. In the backward pass it comes last and scatters the
+    # gradient, which is summed over the shards, over them again.
     weights = jax.lax.with_sharding_constraint(weights, fitted_spec(mesh, axes, weights.shape))
     kept = ([n for n in _leading(mesh, RULES[a], s) if n != "fsdp"] for a, s in zip(axes, weights.shape, strict=True))
     return jax.lax.with_sharding_constraint(weights, PartitionSpec(*(tuple(names) or None for names in kept)))
 
 
 def pieces(axis: str, size: int) -> int:
-    """Into how many pieces the current mesh cuts a dimension of logical axis `axis`."""
+    """Returns the number of pieces into which the current mesh cuts a dimension of logical axis `axis`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1

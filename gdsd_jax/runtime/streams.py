@@ -1,7 +1,7 @@
-"""Streams of random numbers: every draw of the project takes its key from here, and no two draws take the same.
+"""Streams of random numbers: every draw of a run takes its key from here, and no two draws take the same key.
 
-A key is that of the seed, folded with a stream and then with a count (of updates, iterations, batches). What a draw
-splits its key into stays below it, so that keys of different streams or counts never meet.
+A key is the key of the seed, folded with a stream and then with a count (of updates, iterations or batches). A draw may
+split its key further; the keys of different streams or counts never coincide.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gdsd_jax.runtime.transfer import seed_key
 
 
 class Stream(enum.IntEnum):
-    """What is drawn, and what its count counts."""
+    """The kinds of draws; the comment on each says what its count counts."""
 
     ROLLOUT = 0  # iterations
     MASKS = 1  # updates
@@ -30,7 +30,7 @@ class Stream(enum.IntEnum):
 
 
 def stream_key(key: Array, stream: Stream, count: int | Int[Array, ""] = 0) -> Array:
-    """Returns the key of one draw of a run whose seed's key is `key`."""
+    """Returns the key of one draw of a run; `key` is the key of the run's seed."""
     return jax.random.fold_in(jax.random.fold_in(key, int(stream)), count)
 
 

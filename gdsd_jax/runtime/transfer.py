@@ -1,4 +1,4 @@
-"""Transfers between the host and the devices, and the keys that start there."""
+"""Transfers arrays between the host and the devices, and makes random keys on the devices."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gdsd_jax.runtime.sharding import named_sharding, place, replicated
 
 
 def fetch(tree: Any) -> Any:
-    """The only way from device to host: training and evaluation bring back results through here and nowhere else.
+    """Brings results from the devices to the host; training and evaluation bring them back in no other way.
 
-    In a job of several processes each gets the whole of every array.
+    In a job of several processes, each process gets every array whole.
     """
     if hosts.several():
         tree = _everywhere(jax.sharding.get_mesh())(tree)
@@ -32,7 +32,10 @@ def _everywhere(mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def put(tree: Any) -> Any:
-    """The only way from host to device: arrays with rows in front, whole in every process, are cut over the mesh."""
+    """Sends arrays that every process holds whole to the devices, and cuts their first axis, the rows, over the mesh.
+
+    Training and evaluation send their inputs in no other way.
+    """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put(tree)
@@ -41,18 +44,18 @@ def put(tree: Any) -> Any:
 
 
 def seed_key(seed: int) -> jax.Array:
-    """The PRNG key of a seed, on every device of the mesh."""
+    """Returns the PRNG key of a seed, on every device of the mesh."""
     mesh = jax.sharding.get_mesh()
     return jax.jit(lambda: jax.random.key(seed), out_shardings=None if mesh.empty else replicated(mesh))()
 
 
 @jax.jit
 def checksum(params: Any) -> list[jax.Array]:
-    """One number per array that changes with any of its bits; exact however the array is spread over devices."""
+    """Returns one number per array, which changes with any of its bits and not with its spread over devices."""
 
     def one(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32).ravel()
-        # Odd factors, so that a change anywhere and an exchange of two values both show; the sum wraps around.
+        # The factors are odd and differ, so a change of any value and an exchange of two both show; the sum wraps.
         return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
     return [one(x) for x in jax.tree.leaves(params)]

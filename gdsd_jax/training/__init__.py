@@ -1,1 +1,1 @@
-"""What the commands share: state, rollouts, updates, checkpoints and metrics."""
+"""The parts of training that commands share: state, rollouts, updates, checkpoints and metrics."""

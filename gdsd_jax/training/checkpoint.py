@@ -1,7 +1,7 @@
-"""Checkpoints of a run: what is trained, the optimizer, the counters, the key and the data position, through Orbax.
+"""Saves and restores a run's trained parameters, optimizer, counters, key and data position, through Orbax.
 
-The frozen base is not saved again; where it came from and its fingerprint are, and another base is refused. What one
-mesh and number of processes saved, any other resumes: the processes of a job share the workdir.
+The frozen base is not saved again; its source and its fingerprint are, and another base is refused. A run can be
+resumed with another mesh and number of processes than those that saved it. The processes of a job share the workdir.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from gdsd_jax.training.state import TrainState
 
 BEST = "best"
 
-# Orbax measures how long it has waited by the wall clock: one that is set forward would end a save at once, and leave
-# threads behind that never end. These two modules of it wait.
+# Orbax measures how long it has waited by the wall clock. Setting the clock forward would end a save at once, and leave
+# threads behind that never end. The two modules of Orbax that wait therefore get a monotonic clock.
 for _name in ("future", "signaling_client"):
     with contextlib.suppress(ImportError):
         _module = importlib.import_module(f"orbax.checkpoint._src.futures.{_name}")
@@ -40,10 +40,12 @@ for _name in ("future", "signaling_client"):
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    """Saves in the background. A run has two that save at once: processes that meet for one must not meet the other.
+    """Returns a manager that saves in the background.
+
+    A run has two managers, which may save at once; the prefix keeps a barrier of one from being met by the other.
 
     Raises:
-      UserError: a file has the name of the directory.
+      UserError: the directory's name is that of a file.
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is no directory, checkpoints would go there: move it away")
@@ -57,10 +59,10 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 
 
 class _Saver:
-    """Saves arrays and a few plain values beside them, sealed so that a reader notices any change of either.
+    """Saves arrays and a few plain values, with checksums that let a reader notice any change of either.
 
-    What goes wrong in the background shows at the next save or at the end, and is tried once more there; but a full
-    disk is no reason to try again.
+    A save that fails in the background is noticed at the next save or at the end, and is tried once more there, unless
+    the disk is full.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -83,7 +85,7 @@ class _Saver:
 
     def _start(self) -> None:
         iteration, arrays, values = self._last
-        # Orbax copies to the host in ways that a transfer guard takes for accidents.
+        # Orbax copies to the host in ways that a transfer guard would refuse as accidental.
         with jax.transfer_guard_device_to_host("allow"):
             items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(values))
             self.manager.save(iteration, args=items)
@@ -122,17 +124,17 @@ class _Saver:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, which this process holds alone while they are open.
+    """The checkpoints of one workdir, which no other job can use while they are open.
 
     Attributes:
-      note: a line for the user where the run goes on with settings that round otherwise, else None.
+      note: a line for the user if the run continues with settings that change its rounding, else None.
 
     Args:
-      state: a state of the run, for its shapes and for where a restored one shall lie.
+      state: a state of the run, which gives the shapes and the placement of a restored one.
 
     Raises:
-      UserError: another process trains in the workdir, it belongs to another config or base, or the disk has no room
-        for `keep + 1` checkpoints.
+      UserError: another job trains in the workdir, the workdir belongs to another config or base, or the disk has no
+        room for `keep + 1` checkpoints.
     """
 
     def __init__(self, workdir: Path, config: TrainConfig, state: TrainState):
@@ -142,7 +144,7 @@ class Checkpoints:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._template))
         saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
         self.note = None
-        # The best parameters, and the next best until it is written.
+        # Room for the best parameters, and for their successors while these are written.
         best = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
         self._lock = None
         if hosts.first():
@@ -162,7 +164,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Iteration of the newest checkpoint, None if there is none."""
+        """Returns the iteration of the newest checkpoint, or None if there is none."""
         return self._saver.manager.latest_step()
 
     def save(self, iteration: int, state: TrainState, position: int) -> None:
@@ -204,7 +206,7 @@ class Checkpoints:
         try:
             self.close()
         except Exception:
-            # What ended the run says more than what it brought about.
+            # The error that ended the run tells more than the errors that follow from it.
             if kind is None:
                 raise
 
@@ -217,11 +219,11 @@ class Checkpoints:
 
 
 class Best:
-    """The trained parameters that did best in the evaluations of a run: `workdir/best/ITERATION`, and no others.
+    """The trained parameters that did best in the evaluations of a run, saved alone in `workdir/best/ITERATION`.
 
     Args:
-      iteration: finished iterations of the run; what a killed run did best after them, it will do again.
-      metric: what "best" means; what did best by another metric gives way to the next evaluation.
+      iteration: finished iterations of the run; parameters of later iterations are deleted, as the run repeats these.
+      metric: the metric that decides; the next evaluation replaces parameters that did best by another metric.
     """
 
     def __init__(self, workdir: Path, iteration: int, metric: str):
@@ -243,7 +245,7 @@ class Best:
                 manager.delete(latest)
 
     def offer(self, iteration: int, params: Any, value: float) -> None:
-        """Starts saving `params` in the background if their `value` of the metric is above all before."""
+        """Starts saving `params` in the background if `value`, their value of the metric, exceeds all before it."""
         if value > self._value:
             self._value = value
             self._saver.save(iteration, {"params": params}, {"metric": self._metric, "value": value})
@@ -263,35 +265,35 @@ class Best:
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns plain values with a checksum of themselves."""
+    """Returns plain values together with a checksum of them."""
     return values | {"seal": zlib.crc32(json.dumps(values, sort_keys=True).encode())}
 
 
 def require_intact(values: dict[str, Any], arrays: Any = None) -> None:
-    """Raises ValueError if sealed values, or the arrays whose checksums they hold, are not those that were saved."""
+    """Raises ValueError if sealed values, or the arrays whose checksums they hold, differ from what was saved."""
     values = dict(values)
     # Runs of earlier versions have no seal.
     if "seal" in values and values.pop("seal") != zlib.crc32(json.dumps(values, sort_keys=True).encode()):
         raise ValueError("its data differ from what was saved")
     if arrays is not None and "checksums" in values:
         found = [int(x) for x in fetch(checksum(arrays))]
-        # Parameters come first among what a state holds.
+        # The parameters are the first arrays of a state, so their checksums are the first ones.
         if found != values["checksums"][: len(found)]:
             raise ValueError("its arrays differ from what was saved")
 
 
 def newest_intact(steps: Iterable[int], read: Callable[[int], Any], directory: Path) -> tuple[Any, int]:
-    """Reads the newest checkpoint that can be read, and says which ones cannot.
+    """Reads the newest checkpoint that is intact, reports those that are not, and returns it with its iteration.
 
     Raises:
-      UserError: none can.
+      UserError: no checkpoint is intact.
     """
     reason = "there is none"
     for step in sorted(steps, reverse=True):
         found, problem = None, None
         try:
             found = read(step)
-        except Exception as error:  # whatever a damaged file makes of the libraries that read it
+        except Exception as error:  # a damaged file can make the libraries that read it raise anything
             problem = front.first_line(error)
         if not hosts.any_process(problem is not None):
             return found, step
@@ -303,11 +305,11 @@ def newest_intact(steps: Iterable[int], read: Callable[[int], Any], directory: P
 def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) -> tuple[Any, int]:
     """Returns the trained parameters of the newest intact checkpoint of `workdir`, and its iteration.
 
-    Nothing else of it is read.
+    No other arrays of the checkpoint are read.
 
     Args:
       shapes, places: shapes and dtypes of the parameters, and their shardings.
-      best: of the checkpoint that did best in the run's evaluations instead.
+      best: reads the checkpoint that did best in the run's evaluations instead.
 
     Raises:
       UserError: there is no checkpoint, or none that is intact.
@@ -334,5 +336,5 @@ def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) 
 
 
 def _raw(state: TrainState) -> TrainState:
-    """The state with its key as plain integers, which every checkpoint format can hold."""
+    """Returns the state with its key as plain integers, which every checkpoint format can hold."""
     return state.replace(key=jax.random.key_data(state.key))

@@ -21,9 +21,9 @@ def diverged(workdir: Path, iteration: int, rewarded: Rewarded, tokenizer: Token
     (texts, reward components).
 
     Args:
-      latest: iteration of the last good checkpoint, None if there is none.
+      latest: the iteration of the last good checkpoint, or None if there is none.
     """
-    # Late: what the other commands do without.
+    # Imported late, because only a run that diverges needs these.
     from gdsd_jax.runtime.transfer import fetch
     from gdsd_jax.training.rollout import completion_records
 

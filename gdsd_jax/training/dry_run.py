@@ -1,15 +1,15 @@
-"""A training run in small: every step of a config's run, with its method and sampler, on a model made for the occasion.
+"""Shrinks a training run: every step of a config's run, with its method and sampler, on a tiny model made for it.
 
     python -m gdsd_jax.train --config configs/RECIPE.py --config.dry_run [--workdir DIR]
 
-One iteration of the real training code on random weights of the checkpoint's family, with its tokenizer replaced by one
-of characters. Needs neither the checkpoint nor a network, and takes under a minute on a CPU. It shows that the settings
-fit together and the pieces run; it says nothing about memory, speed or the checkpoint itself.
+A dry run makes one iteration of the real training code on random weights of the checkpoint's family, with a tokenizer
+of characters. It needs neither the checkpoint nor a network, and takes under a minute on a CPU. It shows that the
+settings fit together and the pieces run; it says nothing about memory, speed or the checkpoint itself.
 
-What stays: method and its settings, sampler strategy, schedule and block, optimizer, targets of the adapter, numerics.
-What shrinks: the model, the completion (two blocks, or 64 tokens without blocks), steps in proportion, prompts (the
-last 64 tokens), rows (two prompts of two completions), inner updates (two), the adapter's rank. Rows are those of a
-local file where the config names one, else the task's few worked examples.
+These stay: the method and its settings, the sampler's strategy, schedule and block, the optimizer, the targets of the
+adapter, and the numerics. These shrink: the model, the completion (two blocks, or 64 tokens without blocks), the steps
+in proportion, prompts (the last 64 tokens), rows (two prompts of two completions), inner updates (two), and the
+adapter's rank. The rows come from a local file if the config names one, else they are the task's few worked examples.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PROMPT, COMPLETION = 64, 64
 
 
 def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
-    """The config in small; its checkpoint is made in `directory`, which must be absent or empty.
+    """Returns the config in small, and makes its checkpoint in `directory`, which must be absent or empty.
 
     Raises:
-      UserError: the checkpoint is not there and its name says no family.
+      UserError: the checkpoint does not exist and its name does not tell its family.
     """
     sampler = config.sampler
     length = min(sampler.completion_length, COMPLETION)

@@ -1,4 +1,4 @@
-"""The optimizer of a run: clipped AdamW, or any of optax by name, and its learning-rate schedule."""
+"""The optimizer of a run, with clipped gradients: AdamW or any other by name, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ADAMW = "optax:adamw"
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Builds gradient clipping, the optimizer of `config.name` behind it, and its learning-rate schedule.
+    """Builds gradient clipping followed by the optimizer `config.name`, and the learning-rate schedule.
 
     Args:
-      updates: those of the run, over which the schedule decays unless `config.schedule_updates` says otherwise.
+      updates: number of updates in the run, over which the schedule decays unless `config.schedule_updates` is set.
 
     Raises:
-      UserError: an unknown schedule or optimizer, or settings that the optimizer does not take.
+      UserError: an unknown schedule or optimizer, or settings that the optimizer does not accept.
     """
     schedule = make_schedule(config, config.schedule_updates or updates)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), _inner(config, schedule)), schedule
@@ -42,7 +42,7 @@ def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
     }
     if config.schedule not in shapes:
         raise UserError(f"optimizer schedule {config.schedule!r} is not one of {', '.join(shapes)}")
-    # The count is that of finished updates; a warm-up from zero would waste the first one.
+    # The schedule's argument is the number of finished updates; a warm-up from zero would waste the first update.
     warmup, rate = config.warmup_updates, config.learning_rate
     ramp = optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup - 1, 1))
     return optax.join_schedules([ramp, shapes[config.schedule]], [config.warmup_updates])
@@ -60,7 +60,7 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
         raise UserError(
             f"config.optimizer.name {config.name!r} is not package.module:NAME of an optimizer: {error}"
         ) from None
-    # What an optimizer asks about our parameters, which no config file could say.
+    # Arguments of optimizers that describe our parameters, which no config file could give.
     ours = {"mask": decayed, "weight_decay_mask": decayed, "muon_weight_dimension_numbers": matrices}
     settings = {name: value for name, value in ours.items() if name in known} | settings
     try:
@@ -81,9 +81,9 @@ def decayed(params: Any) -> Any:
 
 
 def matrices(params: Any) -> Any:
-    """Returns for every parameter the axes that Muon orthogonalises; None, where Adam takes over: tables, vectors.
+    """Returns for every parameter the axes that Muon orthogonalises, or None for tables and vectors, which Adam trains.
 
-    The first axis of a layer's matrix counts the layers, each of which is a matrix of its own (Muon: Jordan et al.
+    The first axis of a layer's matrix counts the layers, each of which has a matrix of its own (Muon: Jordan et al.
     2024, https://kellerjordan.github.io/posts/muon).
     """
     from optax.contrib import MuonDimensionNumbers

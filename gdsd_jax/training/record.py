@@ -13,8 +13,8 @@ from gdsd_jax.config import TrainConfig, default, freeze, to_dict
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import read_object, understood, write_text
 
-# Settings that may differ between the run that saved and the run that resumes: those that change nothing of what is
-# computed, those that change the order of its sums and so their rounding, and those of the run's length.
+# Settings that may differ between the run that saved and the run that resumes: those that do not change what is
+# computed, those that change only the order of sums and so their rounding, and those of the run's length.
 FREE_TO_CHANGE = (
     "save_every", "keep", "completions_logged", "trackers", "tensorboard", "wandb", "profile", "evaluation", "hosts",
     "dry_run", "adapter_base", "sft.save_every",
@@ -35,7 +35,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     """Reads the record of a training run.
 
     Raises:
-      UserError: there is none, or it does not parse.
+      UserError: there is no record, or it is damaged.
     """
     path = record_path(workdir)
     if not path.is_file():
@@ -50,10 +50,10 @@ def read_record(workdir: Path) -> dict[str, Any]:
 
 
 def keep_record(workdir: Path, config: TrainConfig) -> str | None:
-    """Writes the record of a new run; compares the record of an old run with the config that resumes it.
+    """Writes the record of a new run, or compares the record of an old run with the config that resumes it.
 
     Returns:
-      A line for the user where the run goes on within rounding only.
+      A line for the user if the run continues equal within rounding only, else None.
 
     Raises:
       UserError: the workdir belongs to a run with another config or base, or to another kind of run.
@@ -79,9 +79,10 @@ def _within_rounding(workdir: Path, config: TrainConfig) -> str | None:
 
 
 def with_first_schedule(config: TrainConfig, workdir: Path) -> TrainConfig:
-    """Fixes the length of the learning rate's schedule: that of the run in `workdir` as it was first started, if any.
+    """Fixes the length of the learning rate's schedule, unless the config sets it, and returns the config.
 
-    Without this, a run that is extended would go back to an earlier and higher point of a decaying schedule.
+    The length is that with which the run in `workdir` was first started, or the config's own for a new run. Without
+    this, a run that is extended would go back to an earlier and higher point of a decaying schedule.
     """
     if config.optimizer.schedule_updates is not None:
         return config
@@ -95,8 +96,8 @@ def require_same_run(workdir: Path, config: TrainConfig, *, fixed: Iterable[str]
     """Compares a config with the record in `workdir`.
 
     Args:
-      fixed: settings free to change that may not differ here.
-      base: fingerprint of the base, where the caller has it already.
+      fixed: settings that are otherwise free to change and must not differ here.
+      base: the fingerprint of the base, if the caller knows it already.
 
     Raises:
       UserError: a setting or the base differs; the message names it.
@@ -115,7 +116,7 @@ def _under(name: str, settings: Iterable[str]) -> bool:
 
 
 def _changed(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Returns the dotted names that differ; a record that is older than a setting has the setting's default."""
+    """Returns the dotted names of settings that differ; one that an older record lacks counts as its default there."""
     return _differences(_completed(saved, to_dict(freeze(TrainConfig, default()))), wanted)
 
 

@@ -1,4 +1,4 @@
-"""From prompts to rewarded completions."""
+"""Turns prompts into rewarded completions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gdsd_jax.telemetry.profile import phase
 
 
 def completion_mask(completions: np.ndarray, ends: int | Sequence[int]) -> np.ndarray:
-    """Returns `[B, L]` float32, 1 up to and including the first id that ends a completion; all ones without one."""
+    """Returns `[B, L]` float32: 1 up to and including the first id that ends a completion, everywhere without one."""
     is_end = np.isin(completions, ends)
     return ((np.cumsum(is_end, axis=1) - is_end) == 0).astype(np.float32)
 
@@ -36,7 +36,7 @@ class Prompts(NamedTuple):
     rows: list[dict]
 
     def pick(self, chosen: Sequence[int], buckets: Sequence[int]) -> Prompts:
-        """Returns some of the prompts, in the smallest bucket that holds these."""
+        """Returns the chosen prompts, in the smallest bucket that holds them."""
         tokens, mask = self.tokens[chosen], self.mask[chosen]
         longest = int(mask.sum(axis=1).max())
         length = min((bucket for bucket in buckets if longest <= bucket <= tokens.shape[1]), default=tokens.shape[1])
@@ -46,7 +46,7 @@ class Prompts(NamedTuple):
 def encode_prompts(
     task: Task, tokenizer: Tokenizer, rows: Sequence[dict], *, buckets: tuple[int, ...], overlong: str
 ) -> Prompts:
-    """Renders and pads the prompts of task rows."""
+    """Renders the prompts of task rows and pads them to a common length."""
     texts = [tokenizer.render(task.messages(row), task.assistant_prefix) for row in rows]
     return Prompts(*tokenizer.prompts(texts, buckets=buckets, overlong=overlong), list(rows))
 
@@ -54,10 +54,11 @@ def encode_prompts(
 class Rewarded(NamedTuple):
     """Rewarded completions.
 
-    batch: what the method sees, on the device.
-    completions: `[B, L]` ids, EOS from the first one on.
-    rewards, components: `[B]` float32, and per component of the task.
-    seconds: of the rollout and of the reward.
+    batch: the batch that the method sees, on the devices.
+    completions: `[B, L]` ids on the host, EOS behind the first id that ends a completion.
+    rewards: `[B]` float32.
+    components: the components of the task's reward by name, `[B]` float32 each.
+    seconds: duration of "rollout" and of "reward".
     """
 
     batch: Batch
@@ -80,13 +81,13 @@ def roll_out(
     group_size: int,
     part_rows: int | None = None,
 ) -> Rewarded:
-    """Samples `group_size` completions of each prompt and rewards them. Rows of a group stand together.
+    """Samples `group_size` completions of each prompt and rewards them; the rows of a group are consecutive.
 
-    Every process decodes and rewards groups of its own, and learns what the others made of theirs.
+    Every process decodes and rewards groups of its own, and receives the rewards of the others.
 
     Args:
-      part_rows: rows that are sampled at a time, whole groups; None: all. A part is rewarded while the devices sample
-        the next one. The number of parts changes no draw.
+      part_rows: rows that are sampled together, in whole groups; None samples all. A part is rewarded while the devices
+        sample the next one. The number of parts changes no draw.
     """
     rows = [row for row in prompts.rows for _ in range(group_size)]
     size, seconds = part_rows or len(rows), {"rollout": 0.0, "reward": 0.0}
@@ -104,7 +105,7 @@ def roll_out(
     for first in range(0, len(rows), size):
         start = time.perf_counter()
         with phase("rollout"):
-            # The devices have the next part before this one is waited for.
+            # The devices receive the next part before the host waits for this one.
             parts.append(launch(first + size))
             completions = fetch(parts[-2][0].tokens)[:, prompts.tokens.shape[1] :]
         sampled = time.perf_counter()
@@ -144,12 +145,12 @@ def roll_out(
 
 @jax.jit
 def _joined(parts: list[Any]) -> Any:
-    """One pytree of the rows of all parts, in their order, cut over the mesh as a whole."""
+    """Concatenates the rows of all parts in their order, and spreads the result over the mesh."""
     return jax.tree.map(lambda *arrays: constrain(jnp.concatenate(arrays), ("rows", "tokens")), *parts)
 
 
 def require_finite(components: Mapping[str, np.ndarray], task: Task) -> None:
-    """Raises UserError, naming the reward, where one is infinite; NaN is a completion that could not be scored."""
+    """Raises UserError, which names the reward, if one is infinite; NaN marks a completion that could not be scored."""
     for name, values in components.items():
         if np.isinf(values).any():
             infinite = np.isinf(values)
@@ -162,10 +163,10 @@ def require_finite(components: Mapping[str, np.ndarray], task: Task) -> None:
 def token_rewards(
     task: Task, tokenizer: Tokenizer, completions: np.ndarray, seen: np.ndarray, rows: list[dict], *, group_size: int
 ) -> np.ndarray:
-    """Returns what the task's `token_score` gives each token, `[B, L]` float32: 0 behind the EOS.
+    """Returns the rewards that the task's `token_score` gives to the tokens, `[B, L]` float32, with 0 behind the EOS.
 
     Raises:
-      UserError: it gives another number of rewards than there are tokens, or one that is not finite.
+      UserError: `token_score` gives another number of rewards than there are tokens, or one that is not finite.
     """
     length = completions.shape[1]
 
@@ -188,9 +189,10 @@ def token_rewards(
 
 
 def reward_metrics(rewarded: Rewarded) -> dict[str, float]:
-    """Reward mean and spread, its components, share of groups without spread, lengths, diversity inside groups.
+    """Returns mean and spread of the reward, its components, the share of groups without spread, and the diversity.
 
-    A reward is NaN where a reward function failed on that completion; NaN counts as 0 in the weighted sum.
+    Diversity is the share of distinct completions inside groups, from 0 (all equal) to 1. A component is NaN if its
+    reward function failed on that completion; NaN counts as 0 in the weighted sum.
     """
     size = rewarded.batch.group_size
     groups = rewarded.rewards.reshape(-1, size)
@@ -209,7 +211,7 @@ def reward_metrics(rewarded: Rewarded) -> dict[str, float]:
 
 
 def completion_records(rewarded: Rewarded, tokenizer: Tokenizer, chosen: Sequence[int]) -> list[dict]:
-    """Text, reward and components of some rows; None where a component failed."""
+    """Returns text, reward and components of the chosen rows, with None for a component that failed."""
     texts = tokenizer.decode(rewarded.completions[list(chosen)])
     return [
         {"completion": text, "reward": float(rewarded.rewards[i])}
@@ -219,5 +221,5 @@ def completion_records(rewarded: Rewarded, tokenizer: Tokenizer, chosen: Sequenc
 
 
 def length_metrics(batch: Batch) -> dict[str, jax.Array]:
-    """Mean completion length, EOS included, as a device scalar."""
+    """Returns the mean completion length, EOS included, as a device scalar."""
     return {"completion/length": jnp.mean(jnp.sum(batch.completion_mask, axis=1))}

@@ -25,7 +25,7 @@ from gdsd_jax.training.state import start_state
 
 
 class Setup(NamedTuple):
-    """What every command needs of a run."""
+    """The model, its base parameters, the tokenizer and the task of a run, which every command needs."""
 
     model: DenoiserConfig
     base: Any
@@ -34,7 +34,7 @@ class Setup(NamedTuple):
 
 
 def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig:
-    """The denoiser's config with the run's numerics."""
+    """Returns the denoiser's config with the run's numerics."""
     settings = dataclasses.asdict(compute)
     del settings["vocab_chunk"]
     return dataclasses.replace(config, **settings)
@@ -43,10 +43,10 @@ def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig
 def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) -> Setup:
     """Loads the base checkpoint, its tokenizer and the task; every input error surfaces here, before work starts.
 
-    The mesh of the config becomes JAX's current one, and the base lies on it.
+    The mesh of the config becomes JAX's current mesh, and the base is placed on it.
 
     Args:
-      rows: numbers of rows, by name, that must be spread evenly over the mesh.
+      rows: numbers of rows, by the names of their settings, that must be spread evenly over the mesh.
     """
     task = resolve_task(config)
     tokenizer = hub.load_tokenizer(config.checkpoint, config.overrides)
@@ -62,10 +62,10 @@ def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) ->
 
 
 def require_room(config: TrainConfig, model: DenoiserConfig, rows: Mapping[str, int]) -> None:
-    """Refuses counts that no memory holds, before a weight is loaded.
+    """Raises UserError for counts that no memory can hold, before any weight is loaded.
 
-    Counted is only what is there at one time whatever the method: the residual stream of the rows that are sampled, a
-    mask of each view, the adapter with its gradient and moments.
+    It counts only what is in memory at one time with every method: the residual stream of the rows that are sampled,
+    one mask for each view, and the adapter with its gradient and moments.
     """
     there, tokens = memory.of_devices(), max(config.prompt_buckets) + config.sampler.completion_length
     width = model.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
@@ -84,7 +84,7 @@ def require_room(config: TrainConfig, model: DenoiserConfig, rows: Mapping[str, 
 
 
 def with_tokens(config: DenoiserConfig, tokenizer: hub.Tokenizer) -> DenoiserConfig:
-    """Returns the denoiser's config with the tokenizer's ids: what ends the rewarded text ends the completion."""
+    """Returns the denoiser's config with the tokenizer's ids, so that completions end where the rewarded text ends."""
     return dataclasses.replace(
         config,
         eos_token_id=tokenizer.eos_token_id,
@@ -94,23 +94,23 @@ def with_tokens(config: DenoiserConfig, tokenizer: hub.Tokenizer) -> DenoiserCon
 
 
 def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:
-    """The config's task; its rows are a few worked examples in a dry run, unless a local file is named."""
+    """Returns the config's task; in a dry run its rows are a few worked examples, unless a local file is named."""
     task = tasks.resolve(config.task.name, evaluation=evaluation, grader=config.task.grader, **config.task.settings)
     return dataclasses.replace(task, source=lambda *_: list(task.examples)) if config.dry_run else task
 
 
 def evaluated_task(config: TrainConfig) -> Task:
-    """The task as it is evaluated; `config.task.settings` hold over its evaluation prompt too."""
+    """Returns the task as evaluation uses it; `config.task.settings` override its evaluation prompt too."""
     return resolve_task(config, evaluation=config.evaluation.evaluation_prompt)
 
 
 def task_rows(
     config: TaskConfig, task: Task, split: str, *, count: int | None = None, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """The rows of a split: of its local file where there is one, else the task's own.
+    """Returns the rows of a split: those of its local file if there is one, else the task's own.
 
     Without a `validation_path`, a task that divides its training set (`Task.held_out`) takes the validation rows out of
-    the training file, and trains on the others.
+    the training file and trains on the others.
     """
     memory.require((count or 0) * 300, memory.of_host(), f"{count} rows of task {task.name}", "the count")
     path, divided = config.path(split), False
@@ -121,7 +121,7 @@ def task_rows(
 
 
 def known_metric(task: Task, metric: str | None, setting: str) -> str:
-    """`metric`, or the task's last one; UserError, which names the setting, if the task has no such metric."""
+    """Returns `metric`, or the task's last one for None; raises UserError, naming the setting, if it is unknown."""
     known = task.metrics_named
     if metric is not None and metric not in known:
         raise UserError(f"task {task.name} has no metric {metric!r}: {setting} is one of {', '.join(known)}")
@@ -129,7 +129,7 @@ def known_metric(task: Task, metric: str | None, setting: str) -> str:
 
 
 def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension]:
-    """What a mesh must divide: the model, and numbers of rows by the name of their setting."""
+    """Returns the sizes that a mesh must divide: those of the model, and numbers of rows by the names of settings."""
     return [
         Dimension("embed", model.hidden_size, "the model's hidden size"),
         Dimension("heads", model.num_heads, "the model's heads"),
@@ -139,7 +139,7 @@ def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension
 
 
 def checked_method(config: TrainConfig) -> Method:
-    """Builds the run's method and checks it against the contract, before anything is loaded."""
+    """Builds the run's method and checks it against the contract of methods, before anything is loaded."""
     method, task = build(config.method, **config.method_settings), resolve_task(config)
     check(
         method, name=config.method, prompt_length=max(config.prompt_buckets),

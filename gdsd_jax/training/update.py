@@ -1,8 +1,8 @@
-"""One inner update: draws views, scores the old policy and the reference, and accumulates the gradient.
+"""Makes one inner update: draws views, scores the old policy and the reference, and accumulates the gradient.
 
-The whole update is one compiled program; `inner_update` reads top to bottom, and each step of it is one function. Old,
-reference and new policy see the same views in micro-batches of the same shape, because a log-ratio of 4e-4 nats summed
-over a completion drowns in the rounding of any other arrangement.
+The whole update is one compiled program; `inner_update` reads top to bottom, and each of its steps is one function.
+Old, reference and new policy see the same views in micro-batches of the same shape, because in any other arrangement
+rounding errors would exceed a log-ratio of 4e-4 nats summed over a completion.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from gdsd_jax.training.state import TrainState, parameter_axes, policy
 
 
 class Recipe(NamedTuple):
-    """Holds what is static in an update: the model, the objective, the optimizer and the sizes of the pieces.
+    """The static parts of an update: the model, the objective, the optimizer and the sizes of the pieces.
 
     microbatch_rows: rows per micro-batch.
     vocab_chunk: vocabulary entries whose logits exist at one time.
-    inner_updates: updates per rollout, which number them.
+    inner_updates: updates per rollout, by which the updates on one rollout are numbered.
     """
 
     config: DenoiserConfig
@@ -53,7 +53,7 @@ def make_inner_update(
 ) -> Callable[[TrainState, Any, Any, Batch], tuple[TrainState, dict]]:
     """Compiles `update(state, base, old_params, batch, by_component=False) -> (state, metrics)`; see `inner_update`.
 
-    The state is donated, `by_component` is static.
+    The state is donated, and `by_component` is static.
 
     Args:
       shardings: the placement of the state, as `state_shardings` gives it; None leaves it to the compiler.
@@ -74,9 +74,10 @@ def inner_update(
     """Returns the state after one update on the whole batch, and its metrics as device scalars.
 
     Args:
-      base: the frozen base; what is trained is in the state.
-      old_params: trained part of the policy that made the rollout. None says that the policy has not moved since: old
-        is then the stop-gradient of new, and no forward is spent on it (unless the method couples rows through it).
+      base: the frozen base; the trained parameters are in the state.
+      old_params: trained part of the policy that made the rollout. None means that the policy has not moved since: the
+        old score is then the stop-gradient of the new one, and costs no forward pass (unless the method couples rows
+        through it).
       by_component: adds `grad/NAME`, the gradient norm of each component of the loss. Each component beyond the first
         costs a backward pass and memory for one more gradient.
     """
@@ -123,10 +124,10 @@ def score(
     dropout_key: jax.Array | None = None,
     extra: tuple = (),
 ) -> tuple[Scores, dict]:
-    """Scores one micro-batch and returns its reads too; `params` None is the reference, the base alone.
+    """Scores one micro-batch and returns its reads too; None for `params` means the reference, which is the base alone.
 
     Args:
-      extra: reads beside those of the method.
+      extra: reads in addition to those of the method.
     """
     weights, lora = (base, None) if params is None else policy(base, params)
     reads = read_views(
@@ -141,8 +142,8 @@ def score_all(
 ) -> Scores:
     """Scores all micro-batches without a gradient and returns the scores of the whole batch, rows first.
 
-    With `dropout` the adapter drops what it drops in this update's gradient, so that a ratio of the two policies
-    measures how far they are apart and not what each of them dropped.
+    With `dropout` the adapter uses the dropout masks of this update's gradient, so that a ratio of two policies
+    measures how far apart they are and not a difference of their dropout.
     """
 
     def one(inputs: tuple) -> Scores:
@@ -156,7 +157,7 @@ def score_all(
 
 
 def dropout_key(recipe: Recipe, state: TrainState, index: jax.Array) -> jax.Array:
-    """Returns the key of what the adapter drops in one micro-batch of an update."""
+    """Returns the key of the adapter's dropout in one micro-batch of an update."""
     return jax.random.fold_in(
         stream_key(state.key, Stream.DROPOUT, state.updates), index * recipe.microbatch_rows
     )
@@ -165,7 +166,7 @@ def dropout_key(recipe: Recipe, state: TrainState, index: jax.Array) -> jax.Arra
 def prepare(
     recipe: Recipe, state: TrainState, base: Any, old_params: Any, batch: Batch, pieces: tuple[Batch, Views]
 ) -> Any:
-    """Scores the policies that the method compares with, and returns its constants for the whole batch."""
+    """Scores the policies that the method's constants need, and returns these constants for the whole batch."""
     method, before = recipe.method, state.params if old_params is None else old_params
     old = ref = current = None
     if method.old == "own_masks":
@@ -240,7 +241,7 @@ def piece_losses(
     key = dropout_key(recipe, state, index)
     new, reads = score(recipe, base, params, *piece, dropout_key=key, extra=("entropy_value",))
     losses, metrics = recipe.method.objective(new, constants)
-    # A token that its view shows is no prediction.
+    # A token that is visible in its view is not predicted, so it does not count.
     counted = hidden_where_read(piece[1]) * piece[0].completion_mask
     metrics |= {"entropy_total": jnp.sum(reads["entropy_value"] * counted, axis=(0, 2))}
     metrics |= {"hidden_total": jnp.sum(counted, axis=(0, 2))}
@@ -248,7 +249,7 @@ def piece_losses(
 
 
 def summaries(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sums up the rows of a batch: the largest value of a name in `_max`, the spread of one in `_std`, else the mean.
+    """Summarises the rows of a batch: the maximum of names that end in `_max`, the deviation of `_std`, else the mean.
 
     Args:
       metrics: `[micro-batches, rows]` each; "entropy_total" and "hidden_total" become "entropy", per hidden token.
@@ -262,8 +263,8 @@ def summaries(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def signal_to_noise(norm: jax.Array, square_sum: jax.Array, pieces: int) -> jax.Array:
     """Estimates the squared norm of the expected gradient over the variance of its estimate, from independent pieces.
 
-    The squared norm of a mean of noise is its variance, so that much is taken off: pure noise gives 0 on average, and
-    so every other value is negative there.
+    The expected squared norm of a mean of pure noise is its variance, so the variance is subtracted. Pure noise then
+    gives about 0 on average, and its single values are negative about half of the time.
 
     Args:
       norm: norm of the sum of the pieces.
@@ -285,7 +286,7 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def micro_batches(tree: Any, rows: int, axis: int = 0) -> Any:
-    """Cuts every array of a pytree into `B / rows` micro-batches of consecutive rows, in front of its other axes.
+    """Cuts every array of a pytree into `B / rows` micro-batches of consecutive rows, along a new first axis.
 
     Args:
       axis: the axis of the rows.
@@ -300,10 +301,10 @@ def micro_batches(tree: Any, rows: int, axis: int = 0) -> Any:
 
 
 def in_place(recipe: Recipe, gradient: Any) -> Any:
-    """Keeps a gradient where its parameters lie."""
+    """Constrains a gradient to the placement of its parameters."""
     return jax.tree.map(constrain, gradient, parameter_axes(recipe.config, gradient))
 
 
 def total(parts: dict[str, Any]) -> Any:
-    """Returns the sum of pytrees of one structure."""
+    """Returns the sum of pytrees that have the same structure."""
     return jax.tree.map(lambda *values: sum(values), *parts.values())
