@@ -39,7 +39,7 @@ from gdsd_jax.evaluation.enumerated import compare_to_optimum
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
 from gdsd_jax.evaluation.probe import SUBJECTS, measure
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.transfer import seed_key
+from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.training.rollout import Prompts, roll_out
 from gdsd_jax.training.setup import encoded_rows, task_rows
 
@@ -66,7 +66,7 @@ def main(
     policy = load_policy(config, workdir, **flags)
     rows = task_rows(config.task, policy.task, "train", count=config.task.train_rows, seed=config.seed)[:prompts]
     asked = encoded_rows(config, policy.task, policy.tokenizer, rows)
-    key = seed_key(config.seed)
+    key = stream_of_seed(config.seed, Stream.ROLLOUT)
     rewarded = roll_out(
         policy.model, policy.base, policy.lora, Prompts(*asked), key, config.sampler, policy.task, policy.tokenizer,
         group_size=config.group_size,

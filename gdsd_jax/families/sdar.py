@@ -46,7 +46,7 @@ def _published(hidden_size: int, num_layers: int, num_heads: int, intermediate_s
         mask_token_id=151669,
         eos_token_id=151643,
         pad_token_id=151643,
-        head_size=128,
+        head_size=None if hidden_size == 128 * num_heads else 128,
         block_size=BLOCK_SIZE,
         **QUIRKS,
     )

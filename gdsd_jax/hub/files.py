@@ -51,7 +51,7 @@ class Stored(NamedTuple):
 
 
 # The exponent bits of each float format. Only NaN and the infinities have all of them set.
-_EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+_EXPONENTS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
 
 def require_finite(data: np.ndarray, name: str, where: object) -> None:

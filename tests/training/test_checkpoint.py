@@ -50,7 +50,7 @@ def test_memory_settings_may_change_and_others_may_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize("named", [None, 80])
 def test_an_extended_run_keeps_its_schedule(tmp_path, named):
     """It would go back to half of the first rate, at the update after the one with the last and lowest."""
-    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(config())}))
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(config()), "base": ""}))
     longer = dataclasses.replace(config(), iterations=80)
     longer = dataclasses.replace(longer, optimizer=dataclasses.replace(longer.optimizer, schedule_updates=named))
     longer = with_first_schedule(longer, tmp_path)
