@@ -73,16 +73,19 @@ def timeline(planes: Iterable[Any]) -> list[Phase]:
     """Finds the phases in the planes of a `jax.profiler.ProfileData`, in order of time.
 
     A device is busy while one of its operations runs: on TPU and GPU the events of planes named `/device:...`, on CPUs
-    those of XLA's own threads. With several devices, a moment counts as busy if at least one of them is busy.
+    those that name an operation of a program, on whichever thread XLA runs it (short programs run on the caller's).
+    With several devices, a moment counts as busy if at least one of them is busy.
     """
     phases, operations = [], []
     for plane in planes:
         for line in plane.lines:
-            spans = [(e.start_ns, e.start_ns + e.duration_ns, e.name) for e in line.events]
-            if plane.name.startswith("/device:") or line.name.startswith("tf_XLA"):
-                operations += [(start, end) for start, end, _ in spans]
-            else:
-                phases += [span for span in spans if span[2].startswith(PREFIX)]
+            of_device = plane.name.startswith("/device:") or line.name.startswith("tf_XLA")
+            for event in line.events:
+                span = (event.start_ns, event.start_ns + event.duration_ns)
+                if event.name.startswith(PREFIX):
+                    phases.append((*span, event.name))
+                elif of_device or any(name == "hlo_op" for name, _ in event.stats):
+                    operations.append(span)
     busy = _union(operations)
     phases.sort()
     return [

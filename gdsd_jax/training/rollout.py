@@ -101,12 +101,12 @@ def roll_out(
         return sample(config, base, lora, tokens, mask, key, sampler, numbers), mask
 
     judge = lambda completions, rows: task.rewards(tokenizer.decode(completions), rows)  # noqa: E731
-    parts, found, judged, by_token = [launch(0)], [], [], []
+    parts, found, judged, by_token = [], [], [], []
     for first in range(0, len(rows), size):
         start = time.perf_counter()
         with phase("rollout"):
             # The devices receive the next part before the host waits for this one.
-            parts.append(launch(first + size))
+            parts += [launch(at) for at in ((0, size) if first == 0 else (first + size,))]
             completions = fetch(parts[-2][0].tokens)[:, prompts.tokens.shape[1] :]
         sampled = time.perf_counter()
         seen = completion_mask(completions, config.ends)

@@ -113,7 +113,7 @@ def test_a_profiled_iteration_leaves_its_timeline(workdir):
     busy = {name: float(share.rstrip("%")) for name, *_, share in cells[2:]}
     # The update runs from its sending on, and may be over before it is awaited.
     update = max(busy[name] for name in ("send update", "log completions", "await update"))
-    assert busy["rollout"] > 10 and update > 0, "XLA's threads were not found in the profile"
+    assert busy["rollout"] > 0 and update > 0, "XLA's operations were not found in the profile"
     assert all(0 <= share <= 100 for share in busy.values())
 
 

@@ -1,4 +1,4 @@
-"""The timeline of an iteration: phases and busy devices as they stand in a record, and a run that makes one."""
+"""The timeline of an iteration: phases and busy devices as a record holds them, and a run that makes one."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,9 @@ import pytest
 from gdsd_jax.telemetry.profile import PREFIX, markdown, timeline
 
 
-def line(name, *spans):
-    """Spans are (name, start, end) in milliseconds."""
-    events = [SimpleNamespace(name=n, start_ns=1e6 * a, duration_ns=1e6 * (b - a)) for n, a, b in spans]
+def line(name, *spans, stats=()):
+    """Makes a line of events from spans (name, start, end) in milliseconds, all with the same stats."""
+    events = [SimpleNamespace(name=n, start_ns=1e6 * a, duration_ns=1e6 * (b - a), stats=stats) for n, a, b in spans]
     return SimpleNamespace(name=name, events=events)
 
 
@@ -26,8 +26,9 @@ OPERATIONS = (("loop", 120, 220), ("inside", 130, 200), ("next", 280, 310))
     [
         [plane("/host:CPU", PHASES), plane("/device:TPU:0", line("XLA Ops", *OPERATIONS))],
         [plane("/host:CPU", PHASES, line("tf_XLAPjRtCpuClient/1", *OPERATIONS))],
+        [plane("/host:CPU", PHASES, line("python", *OPERATIONS, stats=[("hlo_module", "jit_f"), ("hlo_op", "loop")]))],
     ],
-    ids=["tpu", "cpu"],
+    ids=["tpu", "cpu", "on the caller's thread"],
 )
 def test_a_device_is_busy_where_any_operation_runs(planes):
     phases = timeline(planes)
