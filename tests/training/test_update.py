@@ -12,7 +12,7 @@ import pytest
 
 from gdsd_jax.config import OptimizerConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora
-from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.scoring import Views, hidden_where_read
 from gdsd_jax.methods import METHODS, Batch, build
 from gdsd_jax.runtime.errors import UserError
@@ -61,7 +61,19 @@ def adapter():
 
 
 @functools.cache
-def batch():
+def batch(name="gdsd"):
+    """Completions of random tokens; for a method of the sampler's own steps, what the policy sampled."""
+    random = random_batch()
+    if "step_log_prob" not in method(name).reads:
+        return random
+    # A step that no policy would take has a log-probability of its own size, and a gradient beyond every tolerance.
+    prompts, key = random.tokens[:, :PROMPT], jax.random.key(2)
+    found = sample(CONFIG, base(), adapter(), prompts, random.prompt_mask, key, random.sampler)
+    return random.replace(tokens=found.tokens, commit_step=found.commit_step, confidence=found.confidence)
+
+
+@functools.cache
+def random_batch():
     rng = np.random.default_rng(1)
     ends = np.array([6, 4, 6, 2, 6, 6, 5, 1])
     return Batch(
@@ -99,7 +111,7 @@ def inner_update(name, microbatch_rows, by_component=False, beta=0.1):
     def compiled(has_old, lora):
         params = fresh(adapter() if lora else base())
         old = adapter() if has_old else None
-        return update.lower(params, base(), old, batch(), by_component).compile(UNOPTIMISED)
+        return update.lower(params, base(), old, batch(name), by_component).compile(UNOPTIMISED)
 
     def run(state, base, old, batch):
         return compiled(old is not None, isinstance(state.params, LoRA))(state, base, old, batch)
@@ -117,7 +129,7 @@ def updated(name, microbatch_rows, old, **settings):
     """Result of one update from `adapter()`, with no old policy ("none"), itself ("same") or another ("moved")."""
     old_params = {"none": None, "same": adapter(), "moved": jax.tree.map(lambda x: 0.7 * x, adapter())}[old]
     update = inner_update(name, microbatch_rows, **settings)
-    state, metrics = update(fresh(adapter()), base(), old_params, batch())
+    state, metrics = update(fresh(adapter()), base(), old_params, batch(name))
     return jax.device_get((state.params, metrics, state.updates, state.iteration))
 
 
