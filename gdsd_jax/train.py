@@ -11,6 +11,7 @@ from its last checkpoint and repeats what an uninterrupted run would have done, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import numpy as np
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.config.flags import launch
+from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.evaluation.completions import evaluate_policy
 from gdsd_jax.runtime import hosts
@@ -42,7 +44,9 @@ from gdsd_jax.training.checkpoint import Best, Checkpoints
 from gdsd_jax.training.divergence import diverged
 from gdsd_jax.training.dry_run import shrink
 from gdsd_jax.training.record import with_first_schedule
+from gdsd_jax.training.refill import further_prompts, refilled, selection
 from gdsd_jax.training.rollout import (
+    Prompts,
     Rewarded,
     completion_records,
     length_metrics,
@@ -70,6 +74,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     # ------------------------------------------------------------------------------------------ set-up
     config = with_first_schedule(config, workdir)
     method = checked_method(config)
+    selection(config.refill.select)
     setup = load_setup(config, rows=spread_rows(config))
     model, base, tokenizer, task = setup
     sampler = dataclasses.replace(config.sampler, record=config.sampler.record or method.records)
@@ -83,7 +88,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     rollout_key = jax.jit(lambda state: stream_key(state.key, Stream.ROLLOUT, state.iteration))
     finish = jax.jit(lambda state: state.replace(iteration=state.iteration + 1), out_shardings=places)
     snapshot = jax.jit(lambda params: jax.tree.map(lambda x: x + 0, params), out_shardings=places.params)
-    lengths = jax.jit(length_metrics)
+    lengths, count = jax.jit(length_metrics), config.prompts_per_iteration
 
     rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
     prompts = encoded_rows(config, task, tokenizer, rows)
@@ -111,13 +116,14 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             start = time.perf_counter()
 
             # ---------------------------------------------------------------- prompts, rollout, reward
-            chosen = [order[position + i] for i in range(config.prompts_per_iteration)]
-            position += config.prompts_per_iteration
+            chosen = [order[position + i] for i in range(count + further_prompts(config.refill, count))]
             asked = prompts.pick(chosen, config.prompt_buckets)
-            rewarded = roll_out(
-                model, *policy(base, state.params), asked, rollout_key(state), sampler, task, tokenizer,
-                group_size=config.group_size, part_rows=config.rollout_rows,
-            )  # fmt: skip
+            sample_some = functools.partial(
+                sample_and_reward, config, setup, sampler, policy(base, state.params), rollout_key(state)
+            )
+            # `rewarded` is what the update sees, and `sampled` all that was sampled for it.
+            rewarded, sampled, used, refill_metrics = refilled(config.refill, count, asked, sample_some)
+            position += used
 
             # ---------------------------------------------------------------------------------- update
             update_start = time.perf_counter()
@@ -134,14 +140,14 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             # --------------------------------------------------------------------------------- metrics
             # First come the metrics that the host knows already, while the devices still compute the update.
             with phase("log completions"):
-                metrics = reward_metrics(rewarded)
-                writer.completions(iteration, logged_completions(rewarded, tokenizer, config.completions_logged))
+                metrics = reward_metrics(sampled) | refill_metrics
+                writer.completions(iteration, logged_completions(sampled, tokenizer, config.completions_logged))
             with phase("await update"):
                 reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
             now = time.perf_counter()
-            seconds = rewarded.seconds | {"update": now - update_start, "iteration": now - start}
+            seconds = sampled.seconds | {"update": now - update_start, "iteration": now - start}
             metrics |= {name: float(value) for name, value in lengths_now.items()}
-            metrics |= update_metrics(reports) | time_metrics(rewarded, seconds, metrics["completion/length"])
+            metrics |= update_metrics(reports) | time_metrics(sampled, seconds, metrics["completion/length"])
             metrics |= beside_plan(plan, rollout=seconds["rollout"], update=seconds["update"] / config.inner_updates)
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 with phase("evaluate"):
@@ -198,6 +204,22 @@ def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainS
 
 
 # ----------------------------------------------------------------------------------------------- in each iteration
+
+
+def sample_and_reward(
+    config: TrainConfig,
+    setup: Setup,
+    sampler: SamplerConfig,
+    weights: tuple[Any, Any],
+    key: jax.Array,
+    prompts: Prompts,
+    first_row: int,
+) -> Rewarded:
+    """Samples and rewards completions of `prompts` with the policy `weights`, a base and its adapter."""
+    return roll_out(
+        setup.model, *weights, prompts, key, sampler, setup.task, setup.tokenizer,
+        group_size=config.group_size, part_rows=config.rollout_rows, first_row=first_row,
+    )  # fmt: skip
 
 
 def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:

@@ -11,13 +11,12 @@ from gdsd_jax.config.schema import (
     EvalConfig,
     LoRAConfig,
     ModelConfig,
-    OptimizerConfig,
-    SFTConfig,
     TaskConfig,
     TinyConfig,
     TrainConfig,
     greedy_sampler,
 )
+from gdsd_jax.config.updates import OptimizerConfig, RefillConfig, SFTConfig
 from gdsd_jax.runtime.hosts import HostsConfig
 from gdsd_jax.runtime.sharding import MeshConfig
 
@@ -29,6 +28,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RefillConfig",
     "SFTConfig",
     "TaskConfig",
     "TinyConfig",

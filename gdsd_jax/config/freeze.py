@@ -15,12 +15,11 @@ from gdsd_jax.config.schema import (
     EvalConfig,
     LoRAConfig,
     ModelConfig,
-    OptimizerConfig,
-    SFTConfig,
     TaskConfig,
     TinyConfig,
     TrainConfig,
 )
+from gdsd_jax.config.updates import OptimizerConfig, SFTConfig
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError

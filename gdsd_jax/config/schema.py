@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gdsd_jax.config.updates import OptimizerConfig, RefillConfig, SFTConfig
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.hosts import HostsConfig
-from gdsd_jax.runtime.ranges import BelowOne, Count, Positive, Seed, Share
+from gdsd_jax.runtime.ranges import BelowOne, Count, Positive, Seed
 from gdsd_jax.runtime.sharding import MeshConfig
 
 
@@ -53,35 +54,6 @@ class LoRAConfig:
     alpha: Positive = 64.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     dropout: BelowOne = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Gradient clipping and AdamW, or another optimizer of optax.
-
-    Attributes:
-      learning_rate: its largest value.
-      b1, b2, weight_decay: AdamW's own.
-      clip_norm: largest norm of the gradient; longer ones are shortened to it.
-      warmup_updates: updates over which the learning rate rises from zero.
-      schedule: after the warm-up "constant", "linear" or "cosine" (both to zero at the last update).
-      schedule_updates: updates over which it decays, warm-up included; None: those of the run as it was first started,
-        so that a run which is extended later ends its schedule where it would have ended.
-      name: `package.module:NAME` of a function that takes `learning_rate` and `settings`. `b1`, `b2` and
-        `weight_decay` are AdamW's alone.
-      settings: further arguments of that function.
-    """
-
-    learning_rate: float = 3e-6
-    b1: BelowOne = 0.9
-    b2: BelowOne = 0.99
-    weight_decay: float = 0.01
-    clip_norm: Positive = 0.2
-    warmup_updates: int = 1
-    schedule: str = "constant"
-    schedule_updates: int | None = None
-    name: str = "optax:adamw"
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,38 +113,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig:
-    """The supervised start: masked-diffusion cross-entropy, weighted 1/t, all parameters trained.
-
-    Attributes:
-      seed: its own, so that runs of several seeds can share one start.
-      careless: share of each demonstration that is wrong, in the way that the task says (`Task.careless`).
-      until: stops early, once the task's last metric reaches this on `config.evaluation.count` validation rows; 0:
-        never. Learning speed depends on rounding; stopping at a target accuracy makes starts comparable across
-        machines.
-      check_every: steps from one look at that metric to the next.
-      steps: updates, if it does not stop early.
-      batch_rows: rows of an update.
-      adapter: trains the adapter of `config.lora` instead of all parameters.
-      microbatch_rows: rows of a micro-batch; None: all rows of an update at once.
-      save_every: updates from one checkpoint to the next; SIGTERM writes one too.
-    """
-
-    seed: Seed = 0
-    adapter: bool = False
-    microbatch_rows: Count | None = None
-    save_every: Count = 500
-    careless: Share = 0.0
-    until: Share = 0.0
-    check_every: Count = 50
-    steps: Count = 1000
-    batch_rows: Count = 64
-    optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=1e-3, clip_norm=1.0, warmup_updates=50, schedule="cosine"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
 class CheckpointOverrides:
     """What is set or replaced in a checkpoint's `config.json`, for what its files do not declare; None: nothing.
 
@@ -217,6 +157,7 @@ class TrainConfig:
     Attributes:
       checkpoint: Hugging Face directory of the base model.
       checkpoint_overrides: what is set or replaced in its `config.json`.
+      refill: replaces groups that teach nothing by groups of further prompts.
       mesh, hosts: how devices are arranged, see `gdsd_jax.runtime.sharding`, and the processes that hold them.
       method: name of the method, or `package.module:NAME`.
       settings: settings of methods, by the method's name.
@@ -257,6 +198,7 @@ class TrainConfig:
     evaluation: EvalConfig
     sft: SFTConfig
     tiny: TinyConfig
+    refill: RefillConfig = RefillConfig()
     checkpoint_overrides: CheckpointOverrides = CheckpointOverrides()
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
@@ -297,6 +239,12 @@ class TrainConfig:
                 f"config.rollout_rows {self.rollout_rows} is no multiple of config.group_size {self.group_size} that "
                 f"divides the {rows} rows of an iteration (prompts_per_iteration {self.prompts_per_iteration} x "
                 "group_size)"
+            )
+        further = self.refill.prompts if self.refill.rounds else None
+        if further and self.rollout_rows and further * self.group_size % self.rollout_rows:
+            raise UserError(
+                f"config.rollout_rows {self.rollout_rows} does not divide the {further * self.group_size} rows of "
+                f"config.refill.prompts {further}"
             )
         if rows % self.microbatch_rows:
             raise UserError(

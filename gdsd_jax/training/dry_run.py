@@ -61,6 +61,8 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
         group_size=2,
         microbatch_rows=2,
         inner_updates=min(config.inner_updates, 2),
+        refill=dataclasses.replace(config.refill, rounds=min(config.refill.rounds, 1), prompts=None),
+        rollout_rows=None,
         trackers=(),
         tensorboard=False,
         wandb=False,

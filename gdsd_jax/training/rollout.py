@@ -42,6 +42,10 @@ class Prompts(NamedTuple):
         length = min((bucket for bucket in buckets if longest <= bucket <= tokens.shape[1]), default=tokens.shape[1])
         return Prompts(tokens[:, -length:], mask[:, -length:], [self.rows[i] for i in chosen])
 
+    def part(self, start: int, end: int) -> Prompts:
+        """Returns the prompts from `start` to before `end`, of the same length."""
+        return Prompts(*(values[start:end] for values in self))
+
 
 def encode_prompts(
     task: Task, tokenizer: Tokenizer, rows: Sequence[dict], *, buckets: tuple[int, ...], overlong: str
@@ -80,6 +84,7 @@ def roll_out(
     *,
     group_size: int,
     part_rows: int | None = None,
+    first_row: int = 0,
 ) -> Rewarded:
     """Samples `group_size` completions of each prompt and rewards them; the rows of a group are consecutive.
 
@@ -88,11 +93,12 @@ def roll_out(
     Args:
       part_rows: rows that are sampled together, in whole groups; None samples all. A part is rewarded while the devices
         sample the next one. The number of parts changes no draw.
+      first_row: number of the first row; rollouts with the same key draw apart where the numbers of their rows differ.
     """
     rows = [row for row in prompts.rows for _ in range(group_size)]
     size, seconds = part_rows or len(rows), {"rollout": 0.0, "reward": 0.0}
     by_row = [np.repeat(array, group_size, axis=0) for array in (prompts.tokens, prompts.mask)]
-    by_row.append(np.arange(len(rows), dtype=np.int32))
+    by_row.append(np.arange(first_row, first_row + len(rows), dtype=np.int32))
 
     def launch(first: int) -> tuple[Rollout, jax.Array] | None:
         if first >= len(rows):

@@ -151,10 +151,15 @@ def checked_method(config: TrainConfig) -> Method:
 
 def spread_rows(config: TrainConfig) -> dict[str, int]:
     """Returns the numbers of rows that are spread over the mesh, by the names of their settings."""
+    prompts = config.refill.prompts if config.refill.rounds else None
+    optional = {
+        "config.rollout_rows": config.rollout_rows,
+        "config.refill.prompts x config.group_size": prompts and prompts * config.group_size,
+    }
     return {
         "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
         "config.microbatch_rows": config.microbatch_rows,
-    } | ({"config.rollout_rows": config.rollout_rows} if config.rollout_rows else {})
+    } | {name: rows for name, rows in optional.items() if rows}
 
 
 def fresh_state(config: TrainConfig, setup: Setup) -> tuple:

@@ -1,0 +1,32 @@
+"""A task on which four groups of five teach nothing, and a selection of one's own for what replaces them.
+
+    python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/refill \
+        --config.task.name=examples.refill:TASK --config.refill.rounds=8 --config.refill.select=examples.refill:widest
+
+The task is Sudoku in which four puzzles of five earn nothing, whatever the answer. Without refill four fifths of the
+rows of an update have no advantage. With it, further prompts are sampled until every group has one, or until eight
+further rounds have been sampled; `refill/rows_sampled` and `refill/rows_dropped` say what that cost.
+"""
+
+import dataclasses
+import zlib
+
+from gdsd_jax.tasks import TASKS
+
+
+def pays(row: dict) -> bool:
+    """Returns whether a puzzle earns anything: one in five does."""
+    return zlib.crc32(row["puzzle"].encode()) % 5 == 0
+
+
+def score(completion: str, row: dict) -> dict[str, float]:
+    """Returns Sudoku's reward, or 0 for a puzzle that does not pay."""
+    return {name: value * pays(row) for name, value in TASKS["sudoku"].score(completion, row).items()}
+
+
+TASK = dataclasses.replace(TASKS["sudoku"], name="sudoku_few", score=score)
+
+
+def widest(candidates):
+    """Returns the spread of each group: groups of the widest spread come first, and those without any come last."""
+    return candidates.rewards.std(axis=1)
