@@ -101,7 +101,8 @@ def test_a_selection_of_ones_own():
 @pytest.mark.parametrize(
     ("name", "message"),
     [("best", "config.refill.select 'best' is not one of spread"), ("no_such:NAME", "cannot be imported"),
-     ("math:floor", "'math:floor' failed with TypeError"), ("builtins:len", "must return one finite number for each of")],
+     ("math:floor", "'math:floor' failed with TypeError"),
+     ("builtins:len", "must return one finite number for each of")],
 )  # fmt: skip
 def test_a_selection_that_is_none(name, message):
     with pytest.raises(UserError, match=message):
