@@ -5,7 +5,7 @@
 Everything but the sampler is configs/compare_tiny.py. Completions of 20 tokens in blocks of 5, at most one token a
 step: `exact` takes 20 full passes, `dual` keeps keys and values outside the block and takes 4 full passes and 16 of
 the block, `threshold` commits at once what is above 0.9. The final accuracy is that of exact greedy decoding for all.
-An interrupted study goes on where it stopped. Writes `table.json`, `table.md` and `curves.png`.
+An interrupted study continues with what is missing. Writes `table.json`, `table.md` and `curves.png`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from gdsd_jax import compare
+from gdsd_jax.compare import compare
 from gdsd_jax.config import TrainConfig, freeze, read_config
 from gdsd_jax.config.flags import enable_compilation_cache
+from gdsd_jax.evaluation.comparison import CURVES, TABLE_JSON, TABLE_MD, draw, markdown, summarise
 from gdsd_jax.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -37,15 +38,15 @@ def study(config: TrainConfig, workdir: Path, ways: list[str], seeds: int) -> di
     tables, curves = {}, {}
     for way in ways:
         run = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **WAYS[way]))
-        tables[way] = compare.compare(run, workdir / way, ["gdsd"], seeds)
+        tables[way] = compare(run, workdir / way, ["gdsd"], seeds)
         curves[way] = [read_metrics(workdir / way / "gdsd" / f"seed{config.seed + n}") for n in range(seeds)]
     first = tables[ways[0]]
-    rows = compare.summarise({way: table["methods"][0]["runs"] for way, table in tables.items()})
+    rows = summarise({way: table["methods"][0]["runs"] for way, table in tables.items()})
     counts = {name: sum(table[name] for table in tables.values()) for name in ("runs", "runs_in")}
     table = first | counts | {"methods": rows}
-    (workdir / compare.TABLE_JSON).write_text(json.dumps(table, indent=1) + "\n")
-    (workdir / compare.TABLE_MD).write_text(compare.markdown(table))
-    compare.draw(workdir / compare.CURVES, table, curves, config.evaluation.split)
+    (workdir / TABLE_JSON).write_text(json.dumps(table, indent=1) + "\n")
+    (workdir / TABLE_MD).write_text(markdown(table))
+    draw(workdir / CURVES, table, curves, config.evaluation.split)
     return table
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     flags = parser.parse_args()
     enable_compilation_cache()
-    print(compare.markdown(study(base_config(), flags.workdir, flags.ways.split(","), flags.seeds)))
+    print(markdown(study(base_config(), flags.workdir, flags.ways.split(","), flags.seeds)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "gdsd_jax"
-# Rooms from the lowest to the highest, then the commands; a command may start those that stand before it.
+# Rooms from the lowest to the highest, then the commands; a command may start those before it.
 LAYERS = (
     "runtime",
     "denoiser",

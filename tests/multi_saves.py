@@ -14,8 +14,7 @@ def main(file: Path, workdir: Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from gdsd_jax.config import HostsConfig, TrainConfig, freeze
-    from gdsd_jax.planning.pods import load
+    from gdsd_jax.config import HostsConfig, TrainConfig, freeze, read_config
     from gdsd_jax.runtime import hosts
     from gdsd_jax.training.checkpoint import Best, Checkpoints
     from gdsd_jax.training.state import TrainState
@@ -28,7 +27,7 @@ def main(file: Path, workdir: Path) -> None:
         params = {"w": jax.lax.with_sharding_constraint(jnp.arange(8000.0).reshape(8, -1), jax.P("fsdp"))}
         return TrainState(params, (), jnp.int32(0), jnp.int32(0), jax.random.key(0))
 
-    config, state = freeze(TrainConfig, load(file).get_config()), make()
+    config, state = freeze(TrainConfig, read_config(file)), make()
     with Checkpoints(workdir, config, state) as checkpoints, Best(workdir, 0) as best:
         for iteration in range(1, SAVES + 1):
             best.offer(iteration, state.params, "eval/reward", float(iteration))

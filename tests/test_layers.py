@@ -1,11 +1,15 @@
 """The layout of the package: its layers, the length of its files, the number of its commands."""
 
+import ast
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import layers
+import pytest
 
 
 def test_no_import_climbs():
@@ -45,3 +49,32 @@ def test_every_name_is_defined():
         if line[: entry["location"]["column"] - 1].count('"') % 2 == 0:
             undefined.append(f"{entry['filename']}:{entry['location']['row']} {entry['message']}")
     assert undefined == []
+
+
+@pytest.mark.parametrize("folder", ["gdsd_jax", "tests", "benchmarks", "examples", "configs", "docs"])
+def test_everything_taken_from_a_module_of_the_package_exists(folder):
+    """Catches names that moved: imports inside functions, and `module.name`, that no fast test executes."""
+    missing = []
+    for path in sorted((layers.ROOT / folder).rglob("*.py")):
+        tree, modules = ast.parse(path.read_text()), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gdsd_jax":
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}"
+                    if hasattr(module, "__path__") and importlib.util.find_spec(name):
+                        importlib.import_module(name)
+                    found = getattr(module, alias.name, missing)
+                    if found is missing:
+                        missing.append(f"{path}:{node.lineno} {name}")
+                    elif isinstance(found, ModuleType):
+                        modules[alias.asname or alias.name] = found
+        bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        bound |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        missing += [
+            f"{path}:{node.lineno} {node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            if node.value.id in modules.keys() - bound and not hasattr(modules[node.value.id], node.attr)
+        ]
+    assert missing == []

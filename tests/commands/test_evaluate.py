@@ -20,6 +20,7 @@ from gdsd_jax import evaluate, train
 from gdsd_jax.config.flags import _parse
 from gdsd_jax.evaluation import reports, statistics
 from gdsd_jax.evaluation.policy import load_policy
+from gdsd_jax.evaluation.run import UNFINISHED
 from gdsd_jax.runtime import transfer
 
 FILES = (reports.SUMMARY, reports.TABLE, reports.COMPLETIONS)
@@ -134,7 +135,7 @@ def killed(arguments: list[object], output: Path) -> int:
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path})
     try:
-        end, part = time.monotonic() + 600, output / evaluate.UNFINISHED
+        end, part = time.monotonic() + 600, output / UNFINISHED
         while not (part.exists() and part.read_bytes().count(b"\n") >= 3):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)
@@ -148,7 +149,7 @@ def killed(arguments: list[object], output: Path) -> int:
 def test_killed_and_resumed_ends_with_the_same_files(config_file, base, tmp_path, capsys):
     arguments = [*base, "--count=200", "--config.evaluation.batch_rows=1", "--lengths=4,8"]
     assert killed(arguments, tmp_path / "killed") == -signal.SIGKILL
-    part = tmp_path / "killed" / evaluate.UNFINISHED
+    part = tmp_path / "killed" / UNFINISHED
     assert not (tmp_path / "killed" / reports.SUMMARY).exists()
     left = part.read_bytes()
     assert left.count(b"\n") < 1 + 2 * 200
