@@ -1,4 +1,4 @@
-"""What `benchmarks.accelerator` measures in its own process: steps, update and disk on one set of random weights."""
+"""The measurements of `benchmarks.accelerator` in its own process: steps, update and disk, on one set of weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gdsd_jax.training.update import make_inner_update
 
 
 class Sizes(NamedTuple):
-    """What is measured; `model` replaces fields of the published config."""
+    """Holds the measured shapes; `model` replaces fields of the published config."""
 
     model: dict[str, Any]
     rows: int

@@ -1,4 +1,4 @@
-"""How much of a small adapter survives bfloat16, and what it costs to keep it.
+"""Measures how much of a small adapter survives bfloat16, and the cost of keeping it.
 
     python -m benchmarks.adapter_slope [--layers 6] [--width 256] [--updates 1,8,24,64] [--rows 32] [--products]
 

@@ -45,7 +45,7 @@ class Job(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """What a contestant does.
+    """Holds the functions of one contestant.
 
     work: one turn, which waits for its own results.
     warm_up: compiles and fills caches; None does so by a turn.
@@ -102,7 +102,7 @@ def main(bench: Bench) -> None:
     for workload, temperature in itertools.product(flags.workloads, temperatures):
         jobs = [Job(workload, variant, temperature) for variant in (*flags.references, *flags.variants)]
         rows += race(bench, jobs, flags.references, threads=flags.threads, turns=flags.turns)
-        # What is measured stays when a later workload fails.
+        # Earlier measurements are kept when a later workload fails.
         if flags.json:
             flags.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))

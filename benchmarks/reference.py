@@ -1,8 +1,7 @@
 """The PyTorch counterpart: Hugging Face's Llama under full attention, sampled and trained the plain way.
 
 Plain is what the public trainers do (logits of all positions, a Gumbel number for each, a top-k for each row), without
-their float64 noise, which nothing here needs and which stands apart. Lean is what an advocate of PyTorch would change
-first.
+their float64 noise, which nothing here needs. Lean has the changes that an advocate of PyTorch would make first.
 """
 
 from __future__ import annotations

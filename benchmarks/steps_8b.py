@@ -6,8 +6,8 @@ Each step is compiled by libtpu at the real size (320 completions, prompt 400, c
 LoRA rank 128, the head on the block alone) and held against the chip's published figures, as `gdsd_jax.plan` does: no
 step can be faster than the slowest of compute, HBM and network. A prefix step computes half of the completion, which
 is the mean over its blocks; a cached step reads keys and values of a refresh at each block's start, whose full step
-`cycle` spreads over the 32 steps of a block, at one token a step. The update stands below them as docs/pods_plan.json
-has it, on the mesh of the slice's config. Nothing here has run on a TPU.
+`cycle` spreads over the 32 steps of a block, at one token a step. The table ends with the update from
+docs/pods_plan.json, on the mesh of the slice's config. Nothing here has run on a TPU.
 """
 
 from __future__ import annotations

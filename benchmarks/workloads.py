@@ -1,4 +1,4 @@
-"""What is measured: shapes of model and rollout, random weights that both sides share, and prompts."""
+"""The measured workloads: shapes of model and rollout, random weights that both sides share, and prompts."""
 
 from __future__ import annotations
 

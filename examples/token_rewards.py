@@ -3,7 +3,7 @@
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/tokens \
         --config.task.name=examples.token_rewards:TASK --config.method=examples.token_rewards:TOKENS
 
-The task is Sudoku with a reward of 1 for each digit of the grid that stands in its place. The method is a policy
+The task is Sudoku with a reward of 1 for each digit of the grid that is right. The method is a policy
 gradient on the coupled views of GDSD: every token is pulled by its own advantage, its reward less the mean reward that
 its place earns in the group,
 

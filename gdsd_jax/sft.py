@@ -6,8 +6,8 @@ Each row draws `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`, and each of its com
 probability `t`. The loss is the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens
 (arXiv 2502.09992, Eq. 5). The tail after EOS is trained on too, because the model must learn to end. The command writes
 `WORKDIR/merged`, a Hugging Face directory from which reinforcement learning can start. An autoregressive checkpoint
-whose tensors are those of one of our families (Qwen2, Qwen3) is first turned into a masked denoiser with a mask token
-of its own, in `WORKDIR/adapted`.
+whose tensors are those of one of our families is first turned into a masked denoiser with a mask token of its own, in
+`WORKDIR/adapted`.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def layer(name: str) -> int:
-    """Returns the place of a module's layer; the package itself imports nothing and stands first.
+    """Returns the place of a module's layer; the package itself imports nothing and is first.
 
     Raises:
       ValueError: the layer is not declared.

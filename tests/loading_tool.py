@@ -23,7 +23,7 @@ DEVICES = 8
 
 @dataclasses.dataclass
 class Random:
-    """Stands for a bfloat16 parameter that is drawn when it is asked for, so that none is ever held: +-[0.5, 1)."""
+    """Represents a bfloat16 parameter that is drawn when it is asked for, so that none is ever held: +-[0.5, 1)."""
 
     shape: tuple
     seed: int

@@ -5,7 +5,7 @@
 
 DIRECTORY holds HumanEval.jsonl.gz and mbpp.jsonl. Every reference program must pass all tests, and fail some once each
 of its functions returns a fixed text instead; rows that do otherwise are named with their verdicts. `--trivial` judges
-that many one-line programs with one test each. Time is wall clock, so the load of the machine stands beside it.
+that many one-line programs with one test each. Time is wall clock, so the load of the machine is printed beside it.
 """
 
 import argparse

@@ -276,7 +276,7 @@ def test_fast_dllm_sampler(name):
         wanted = data["x_history"][:, row, start:]
         ours, theirs = (distinct(np.where(np.isin(x, (-1, case["pad_id"])), case["mask_id"], x))
                         for x in (found[:, row, : wanted.shape[1]], wanted))  # fmt: skip
-        # A row that has ended loses what stands after its end.
+        # A row that has ended loses the tokens after its end.
         gone = np.flatnonzero(((theirs[1:] == case["mask_id"]) & (theirs[:-1] != case["mask_id"])).any(axis=1))
         theirs = theirs[: gone[0] + 1] if len(gone) else theirs
         # Where the prompt fills its blocks, that code appends the first token before it looks at the text.

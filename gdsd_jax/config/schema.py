@@ -114,7 +114,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOverrides:
-    """What is set or replaced in a checkpoint's `config.json`, for what its files do not declare; None: nothing.
+    """Sets or replaces fields of a checkpoint's `config.json`, for what its files do not declare; None changes nothing.
 
     Attributes:
       mask_token_id, eos_token_id, pad_token_id: token ids.

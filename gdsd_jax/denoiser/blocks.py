@@ -23,7 +23,7 @@ from gdsd_jax.denoiser.model import KeyValues
 
 
 class Grid(NamedTuple):
-    """Where the tokens of left-padded rows lie so that blocks are the same columns in every row.
+    """Places the tokens of left-padded rows so that a block occupies the same columns in every row.
 
     Attributes:
       size: columns of a block.

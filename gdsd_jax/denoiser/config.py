@@ -1,4 +1,4 @@
-"""What a masked denoiser is: sizes, token ids and the quirks of its family, as `gdsd_jax.families` reads them.
+"""The description of a masked denoiser: sizes, token ids and the quirks of its family, read by `gdsd_jax.families`.
 
 All are Llama-like decoders. They differ in biases, norms of queries and keys, grouped heads, in which tokens attend to
 which, and in whether the logits at position `i` predict token `i` or token `i + 1`.

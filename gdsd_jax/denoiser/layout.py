@@ -1,4 +1,4 @@
-"""Which columns of a block-causal pass attend to which, as functions of their indices: no `[T, T]` array is stored."""
+"""The attention pattern of a block-causal pass, as functions of column indices: no `[T, T]` array is stored."""
 
 from __future__ import annotations
 

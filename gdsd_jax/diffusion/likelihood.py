@@ -1,4 +1,4 @@
-"""How likely a given completion is: a Monte-Carlo bound, and whether greedy unmasking would write it.
+"""Scores given completions: a Monte-Carlo bound on the likelihood, and whether greedy unmasking writes them.
 
 Completions of different lengths share a program: each is left-aligned in the last `width` tokens and followed by pads.
 B rows, T = P + width tokens.

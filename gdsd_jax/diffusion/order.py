@@ -150,7 +150,7 @@ def _behind(score: Array, bound: Bound) -> Array:
 
 
 class Rule(NamedTuple):
-    """What a threshold or a factor requires of the confidences.
+    """Holds the conditions that a threshold or a factor imposes on the confidences.
 
     possible: `[...]`, whether one step can commit the committed candidates together.
     lead: `[..., S]`, those of the committed candidates that may be the first in rank.

@@ -21,7 +21,7 @@ LOWEST = jnp.finfo(jnp.float32).min
 
 
 class Strategy(NamedTuple):
-    """How a strategy schedules, scores and selects.
+    """Describes how a strategy schedules, scores and selects.
 
     timed: commits per step follow the time schedule linspace(1, eps); otherwise they are split evenly over the steps.
     score: a function of the proposal's probabilities [..., V] and the candidate's probability there [...] that gives
@@ -117,9 +117,9 @@ class SamplerConfig:
         end is looked for when a block is finished.
     hide_pads: a block-causal denoiser forgets pad tokens that it has written: they are not attended to and take no
         position.
-    cache: what keeps its keys and values while a block is decoded, an approximation. "none": nothing; "prefix": what
-        stands before the block; "dual": all that stands outside it. A block-causal denoiser keeps finished blocks in
-        any case, exactly, and with "dual" also the rest of its own block while a part of it is decoded.
+    cache: tokens whose keys and values are kept while a block is decoded, an approximation. "none": no tokens;
+        "prefix": those before the block; "dual": all outside the block. A block-causal denoiser keeps finished blocks
+        in any case, exactly, and with "dual" also the rest of its own block while a part of it is decoded.
     refresh_every: steps of a block from one full pass to the next, which refreshes the cache; None: only the first
         step of a block is one. 1 makes every step exact.
     stop_at_eos: stop once every row has committed an EOS with nothing masked before it; what is masked then becomes

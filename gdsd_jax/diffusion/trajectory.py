@@ -33,7 +33,7 @@ STEP_READS = ("step_log_prob", "proposal_log_prob", "log_prob", "entropy", "entr
 
 @flax.struct.dataclass
 class StepViews(Views):
-    """What a sampler saw before some of its steps; each view is a single pass, read by itself.
+    """Holds the states that a sampler saw before some of its steps; each state is a view that one pass reads.
 
     Reads are those of `STEP_READS`. "step_log_prob", summed over positions, is the log-probability of the step.
     "proposal_log_prob" is the log-probability at which a committed token is drawn, with temperature and cuts. The

@@ -75,7 +75,7 @@ class Batch:
 
 
 class Scores(NamedTuple):
-    """What an objective compares between policies; rows first.
+    """Holds the values that an objective compares between policies; rows first.
 
     guided: the quantity that the method moves relative to its value under the old policy.
     normalised: the likelihood-like quantity that the KL to the reference compares.

@@ -92,7 +92,7 @@ def test_scripts_are_short_and_executable():
 
 
 def test_dry_run_starts_nothing(tmp_path):
-    """With an empty PATH but for bash's own needs, a dry run still succeeds: it asks no tool for anything."""
+    """With a PATH that holds only what bash itself needs, a dry run still succeeds: it asks no tool for anything."""
     for tool in ("bash", "dirname", "date", "id"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     for name, (arguments, *_) in ARGUMENTS.items():

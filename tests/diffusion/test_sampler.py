@@ -208,7 +208,7 @@ def test_every_token_of_a_thin_tail_can_be_drawn():
 
 @pytest.mark.parametrize("size", [5, 128, 300])
 def test_best_token_and_its_probability(size):
-    """Of equal logits the first, in whichever group it stands; never a banned one."""
+    """Takes the first of equal logits, in whichever group it is; never a banned one."""
     logits = np.random.default_rng(size).integers(0, 4, (50, size)).astype(np.float32)
     logits[:, 2] = 9.0
     banned = jax.jit(lambda logits: proposals.ban(logits, (2,)))(logits)
@@ -271,7 +271,7 @@ def test_sliced_head_proposes_the_same(base, monkeypatch):
 @pytest.mark.parametrize("masked", [0, 1, 2, 3, 5, 8])
 @pytest.mark.parametrize("guided", [False, True])
 def test_candidates_at_masked_positions_are_those_of_all(base, masked, guided):
-    """However many are left: what stands elsewhere is not looked at, and every position keeps its random number."""
+    """Other positions are not looked at, however many are left, and every position keeps its random number."""
     run = settings(temperature=0.8, cfg_scale=0.5 * guided)
     draws = np.random.default_rng(masked)
     hidden = jnp.asarray(draws.standard_normal((1 + guided, 2, 8, TINY.hidden_size)), jnp.float32)

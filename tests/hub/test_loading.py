@@ -68,7 +68,7 @@ def test_each_byte_is_read_once_whatever_the_mesh(small, tmp_path):
         assert report["bytes_read"] == report["file_bytes"] == report["header_bytes"] + report["held_bytes"]
         assert report["as_ruled"] and report["differing"] == []
         assert same_weights(small, tmp_path / f"out-{number}")
-    # Cut eight ways the devices hold the checkpoint once, but for the norms; as eight copies they hold it eight times.
+    # Cut eight ways, the devices hold the checkpoint once (norms excepted); as eight copies they hold it eight times.
     arrays = {tuple(report["mesh"]): report["array_bytes"] for report in found}
     assert arrays[8, 1, 1] == 8 * found[0]["held_bytes"] and arrays[1, 8, 1] < 1.01 * found[0]["held_bytes"]
 
