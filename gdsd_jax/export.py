@@ -3,12 +3,16 @@
     python -m gdsd_jax.export --config configs/tiny_sudoku.py --workdir runs/demo --output runs/demo/export
 
 `--format both`, the default, writes `OUTPUT/merged` and `OUTPUT/adapter`; `--format merged` and `--format adapter`
-write to OUTPUT itself. With `--adapter DIR` (and `--checkpoint DIR`) instead of a run, `--format merged` merges that
-adapter into its base. Merged weights have the dtypes of the source checkpoint.
+write to OUTPUT itself. An export that was killed starts anew with the same command. With `--adapter DIR` (and
+`--checkpoint DIR`) instead of a run, `--format merged` merges that adapter into its base. Merged weights have the
+dtypes of the source checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,14 @@ from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
+from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import refuse_existing
+from gdsd_jax.runtime.files import Lock, refuse_existing
 from gdsd_jax.telemetry.metrics import METRICS, read_metrics
 from gdsd_jax.training.record import read_record
 
 FORMATS = ("merged", "adapter", "both")
+UNFINISHED = ".export.part"  # marks a directory to which an export of both kinds writes
 
 
 def run(
@@ -50,20 +56,37 @@ def run(
     if format not in FORMATS:
         raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
     paths = {kind: output / kind for kind in ("merged", "adapter")} if format == "both" else {format: output}
-    for path in paths.values():
-        refuse_existing(path, "--output")
+    if not (output / UNFINISHED).exists():
+        for path in paths.values():
+            refuse_existing(path, "--output")
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     if policy.lora is None and "adapter" in paths:
         raise UserError("there is no adapter to export, all parameters were trained: use --format merged")
     training = None if policy.iteration is None else training_facts(workdir, policy.iteration)
-    if "merged" in paths:
-        base = jax.tree.map(lambda x, dtype: x.astype(dtype), policy.base, policy.stored)
-        hub.export_checkpoint(
-            paths["merged"], policy.model, base, lora=policy.lora, source=policy.source, training=training
-        )
-    if "adapter" in paths:
-        hub.export_adapter(paths["adapter"], policy.model, policy.lora, source=policy.source, training=training)
+    with contextlib.ExitStack() as held:
+        if format == "both":
+            held.enter_context(hosts.first_only(Lock, output, "--output"))
+            held.enter_context(hosts.first_only(marked, output, paths.values()))
+        if "merged" in paths:
+            base = jax.tree.map(lambda x, dtype: x.astype(dtype), policy.base, policy.stored)
+            hub.export_checkpoint(
+                paths["merged"], policy.model, base, lora=policy.lora, source=policy.source, training=training
+            )
+        if "adapter" in paths:
+            hub.export_adapter(paths["adapter"], policy.model, policy.lora, source=policy.source, training=training)
     return paths
+
+
+@contextlib.contextmanager
+def marked(output: Path, paths: Iterable[Path]) -> Iterator[None]:
+    """Marks `output` until both of its directories are complete; removes what a marked, killed export left of them."""
+    mark = output / UNFINISHED
+    if mark.exists():
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+    mark.touch()
+    yield
+    mark.unlink()
 
 
 def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:

@@ -33,11 +33,12 @@ import jax
 import numpy as np
 
 from gdsd_jax import hub
-from gdsd_jax.config import ModelConfig
+from gdsd_jax.config import ModelConfig, TrainConfig
 from gdsd_jax.config.flags import enable_compilation_cache
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.likelihood import is_greedy, lower_bound
 from gdsd_jax.evaluation.completions import complete
+from gdsd_jax.evaluation.policy import require_base
 from gdsd_jax.evaluation.statistics import mean_and_error
 from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import PackageError, UserError
@@ -74,6 +75,7 @@ class MaskedDiffusion(TemplateLM):
       block_length, strategy: see `gdsd_jax.diffusion.SamplerConfig`; a block_length of 0 means no blocks.
       draws: number of masked views per likelihood.
       seed: seed of the sampling and of the draws.
+      adapter_base: what becomes of an adapter of another base, see `config.adapter_base`.
       add_bos_token: whether to begin every text with the tokenizer's BOS, unless it begins with it already.
       batch_size: number of rows that are computed together, lm-eval's `--batch_size`.
       max_batch_size, device: ignored; lm-eval passes them to every model, and JAX chooses its own devices.
@@ -93,6 +95,7 @@ class MaskedDiffusion(TemplateLM):
         strategy: str = "low_confidence",
         draws: int = 128,
         seed: int = 0,
+        adapter_base: str = TrainConfig.adapter_base,
         add_bos_token: bool = False,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -110,7 +113,10 @@ class MaskedDiffusion(TemplateLM):
         if add_bos_token and self.tokenizer.bos_token_id is None:
             raise UserError(f"{checkpoint} has no BOS token: leave add_bos_token out of --model_args")
         self.add_bos_token = bool(add_bos_token)
-        self.lora = None if adapter is None else hub.load_adapter(adapter, self.model)
+        self.lora = None
+        if adapter is not None:
+            require_base(adapter, checkpoint, adapter_base, "adapter_base of --model_args")
+            self.lora = hub.load_adapter(adapter, self.model)
         self.length, self.steps, self.draws = length, steps, draws
         self.block_length, self.strategy = block_length, strategy
         self.key = jax.random.key(seed)

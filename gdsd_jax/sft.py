@@ -37,7 +37,7 @@ from gdsd_jax.hub import tiny
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import check_disk, refuse_existing
+from gdsd_jax.runtime.files import Lock, check_disk, refuse_existing
 from gdsd_jax.runtime.signals import StopSignal
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch, put
@@ -139,6 +139,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
       UserError: the directory is in use or not empty, the disk is full, or the checkpoint, task or config is not valid.
     """
     merged = workdir / "merged"
+    if ended(workdir):
+        return merged
     refuse_existing(merged)
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
@@ -228,9 +230,21 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     trained = jax.tree.map(lambda x, stored: x.astype(stored.dtype), base, setup.base)
     facts = {"method": "masked-diffusion SFT", "task": config.task.name} | to_dict(config.sft)
     hub.export_checkpoint(merged, setup.model, trained, lora=lora, source=config.checkpoint, training=facts)
-    if hosts.first():
-        shutil.rmtree(workdir / "sft")
+    ended(workdir)
     return merged
+
+
+def ended(workdir: Path) -> bool:
+    """Returns whether the training in `workdir` has exported its result, and removes the checkpoints it then has left.
+
+    A run that is killed between its export and its end leaves both behind.
+    """
+    found = (workdir / "merged" / "config.json").is_file() and (workdir / "sft").is_dir()
+    hosts.wait()
+    if found and hosts.first():
+        with Lock(workdir / "sft"):
+            shutil.rmtree(workdir / "sft")
+    return found
 
 
 def own_settings(config: TrainConfig) -> TrainConfig:
@@ -276,7 +290,10 @@ def embedded_start(config: TrainConfig) -> None:
       UserError: the checkpoint is not called "merged", which is what `run` writes.
     """
     checkpoint = Path(config.checkpoint)
-    if not config.tiny.family or checkpoint.exists():
+    if not config.tiny.family:
+        return
+    if checkpoint.exists():
+        ended(checkpoint.parent)
         return
     if checkpoint.name != "merged":
         raise UserError(f"config.checkpoint {checkpoint} of an embedded model must be a directory named merged")

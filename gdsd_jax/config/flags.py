@@ -63,6 +63,7 @@ def launch(
             print(_usage(main, options or {}))
             return
         config, workdir, values = _parse(argv, options or {})
+        front.workdir = workdir
         if config.dry_run and not dry_run:
             raise UserError("config.dry_run is for gdsd_jax.train")
         if needs_workdir and workdir is None and not config.dry_run:

@@ -251,10 +251,8 @@ class TrainConfig:
                 f"config.microbatch_rows {self.microbatch_rows} does not divide the {rows} rows of an iteration "
                 f"(prompts_per_iteration {self.prompts_per_iteration} x group_size {self.group_size})"
             )
-        if self.adapter_base not in ("fingerprint", "strict", "any"):
-            raise UserError(f"config.adapter_base {self.adapter_base!r} is not one of fingerprint, strict, any")
-        if self.overlong_prompts not in ("error", "keep_last"):
-            raise UserError(f"config.overlong_prompts {self.overlong_prompts!r} is neither 'error' nor 'keep_last'")
+        ranges.require_one_of(self.adapter_base, ranges.ADAPTER_BASES, "config.adapter_base")
+        ranges.require_one_of(self.overlong_prompts, ("error", "keep_last"), "config.overlong_prompts")
 
     @property
     def tracker_names(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_lora
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.ranges import ADAPTER_BASES, require_one_of
 from gdsd_jax.runtime.sharding import place
 from gdsd_jax.tasks import Task
 from gdsd_jax.training.record import read_record
@@ -76,7 +77,7 @@ def load_policy(
     lora, iteration = None, None
     if adapter is not None:
         lora = hub.load_adapter(adapter, model)
-        _check_base(config, adapter)
+        require_base(adapter, config.checkpoint, config.adapter_base)
         lora = place(lora, parameter_shardings(model, lora))
     elif record is not None:
         # Imported only here, because Orbax takes seconds to import and only runs need it.
@@ -95,14 +96,20 @@ def load_policy(
     return Policy(model, base, lora, tokenizer, task, config.checkpoint, stored, iteration)
 
 
-def _check_base(config: TrainConfig, adapter: str) -> None:
-    """Warns if an adapter belongs to another base, or raises UserError, depending on `config.adapter_base`."""
-    found = hub.another_base(adapter, config.checkpoint)
+def require_base(adapter: str, checkpoint: str, rule: str, setting: str = "config.adapter_base") -> None:
+    """Warns if an adapter belongs to another base, or raises UserError, depending on the rule.
+
+    Args:
+      rule: a value of `config.adapter_base`.
+      setting: what the message calls it.
+    """
+    require_one_of(rule, ADAPTER_BASES, setting)
+    found = hub.another_base(adapter, checkpoint)
     if found is None:
         return
     text, certain = found
-    if config.adapter_base == "strict" or (certain and config.adapter_base == "fingerprint"):
-        raise UserError(f"{text}: name its base as --checkpoint, or set config.adapter_base to any")
+    if rule == "strict" or (certain and rule == "fingerprint"):
+        raise UserError(f"{text}: name its base as the checkpoint, or set {setting} to any")
     front.say(f"note: {text}")
 
 

@@ -114,19 +114,16 @@ def compare(directory: Path, other: Path) -> str:
         with understood(place / SUMMARY, "evaluate anew"):
             values.append(_values(place, summary))
             describe(summary)
-            if not all(np.isfinite(value).all() for found in values[-1].values() for value in found.values()):
+            if not all(np.isfinite(value).all() for _, found in values[-1].values() for value in found.values()):
                 raise ValueError("a value is no number")
     shared = [key for key in values[0] if key in values[1]]
     if not shared:
         raise UserError(f"{directory} and {other} have no task and length in common")
     found = []
-    for (task, length), entry in zip(values[0], summaries[0]["results"], strict=True):
-        if (task, length) not in shared:
-            continue
-        twin = summaries[1]["results"][list(values[1]).index((task, length))]
-        if entry["items"] != twin["items"]:
+    for task, length in shared:
+        (items, ours), (others, theirs) = (each[task, length] for each in values)
+        if items != others:
             raise UserError(f"{directory} and {other} were not evaluated on the same rows of {task}")
-        ours, theirs = values[0][task, length], values[1][task, length]
         for name in (name for name in ours if name in theirs):
             means = {"this": float(ours[name].mean()), "other": float(theirs[name].mean())}
             test = paired(ours[name], theirs[name])
@@ -157,15 +154,16 @@ def _read(directory: Path) -> dict[str, Any]:
     return read_object(path, "evaluate anew")
 
 
-def _values(directory: Path, summary: dict[str, Any]) -> dict[tuple[str, int], dict[str, np.ndarray]]:
-    """Reads, by task and length, each metric's mean over the samples of every item."""
+def _values(directory: Path, summary: dict[str, Any]) -> dict[tuple[str, int], tuple[str, dict[str, np.ndarray]]]:
+    """Reads, by task and length, the digest of the items and each metric's mean over the samples of every item."""
     records = read_objects(directory / COMPLETIONS, "evaluate anew")
     found = {}
     for entry in summary["results"]:
         key = entry["task"], entry["completion_length"]
         own = [record for record in records if (record["task"], record["completion_length"]) == key]
         names = [name for name in entry["metrics"] if name in own[0]]
-        found[key] = {
+        means = {
             name: np.array([record[name] for record in own]).reshape(entry["count"], -1).mean(axis=1) for name in names
         }
+        found[key] = entry["items"], means
     return found

@@ -161,7 +161,7 @@ def _read_adapter(directory: epath.Path, file: epath.Path, peft: Mapping[str, An
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in peft]
     if missing:
         raise UserError(f"{file} lacks the key {missing[0]!r}: export the adapter again")
-    targets = names.matched_targets(config, peft["target_modules"])
+    targets = names.matched_targets(config, peft["target_modules"], f"{file}: target_modules")
     if not targets:
         raise UserError(f"{file}: target_modules {peft['target_modules']!r} names no module of this model")
     rank = ranges.convert(ranges.Count, peft["r"], f"{file}: r")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from gdsd_jax.denoiser import TARGETS, DenoiserConfig
 from gdsd_jax.families import family_of
+from gdsd_jax.hub.patterns import matching
 
 
 class Slot(NamedTuple):
@@ -93,13 +94,20 @@ def target_modules(config: DenoiserConfig, targets: Sequence[str]) -> list[str] 
     return rf"{re.escape(prefix)}\d+\.(?:{inner})"
 
 
-def matched_targets(config: DenoiserConfig, spec: Sequence[str] | str) -> tuple[str, ...]:
-    """Returns our names of the block matrices that PEFT's `target_modules` selects, in the order that it gives."""
+def matched_targets(
+    config: DenoiserConfig, spec: Sequence[str] | str, where: str = "target_modules"
+) -> tuple[str, ...]:
+    """Returns our names of the block matrices that PEFT's `target_modules` selects, in the order that it gives.
+
+    Raises:
+      UserError: a string that is no regular expression, or one that takes too long.
+    """
     modules = {target: module(config, target, 0) for target in TARGETS}
     if spec == "all-linear":
         return TARGETS
     if isinstance(spec, str):
-        chosen = [target for target, name in modules.items() if re.fullmatch(spec, name)]
+        found = matching(spec, list(modules.values()), where)
+        chosen = [target for target, name in modules.items() if name in found]
         order = spec
     else:
         chosen = [t for t, name in modules.items() if any(name == s or name.endswith(f".{s}") for s in spec)]

@@ -29,6 +29,8 @@ from gdsd_jax.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
 
+workdir: Path | None = None  # of the run, once the command line is known
+
 BUG, BAD_INPUT, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 # Errors that come from a disk or a path, wherever they occur.
@@ -152,7 +154,11 @@ def _bug(error: BaseException) -> int:
 
 
 def write_report(error: BaseException) -> Path:
-    """Writes `crash-DATE-PROCESS.txt` to the current directory, or else that of temporary files; returns its path."""
+    """Writes `crash-DATE-PROCESS.txt` and returns its path.
+
+    The file goes to the run's workdir if that exists already, else to the current directory, else to the directory of
+    temporary files.
+    """
     jax = sys.modules.get("jax")
     text = "\n".join(
         [
@@ -164,10 +170,12 @@ def write_report(error: BaseException) -> Path:
         ]
     )
     name = f"crash-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
-    for directory in (Path.cwd(), Path(tempfile.gettempdir())):
+    for directory in (workdir, Path.cwd(), Path(tempfile.gettempdir())):
+        if directory is None or not directory.is_dir():
+            continue
         try:
             (directory / name).write_text(text, encoding="utf-8", errors="replace")
-            return directory / name
+            return (directory / name).absolute()
         except OSError:
             continue
     return Path(os.devnull)

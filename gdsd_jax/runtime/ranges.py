@@ -49,6 +49,8 @@ Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, below=True)]
 # A bound that may be infinite, which means that there is none.
 Bound = Annotated[float, Range(0, math.inf)]
+# Values of `config.adapter_base` and of the like arguments of other programs.
+ADAPTER_BASES = ("fingerprint", "strict", "any")
 
 
 @functools.cache
@@ -109,6 +111,12 @@ def convert(hint: Any, value: Any, where: str) -> Any:
                 convert(Any, item, f"{where}.{key}")
         return value
     raise UserError(f"{where} is {value!r}, not of type {_name(hint)}")
+
+
+def require_one_of(value: str, allowed: Sequence[str], where: str) -> None:
+    """Raises UserError, whose message begins with `where`, unless a value is one of those allowed."""
+    if value not in allowed:
+        raise UserError(f"{where} {value!r} is not one of {', '.join(allowed)}")
 
 
 def check(settings: Any, where: str) -> None:

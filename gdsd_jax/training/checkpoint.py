@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import math
 import shutil
 import time
 import types
-import zlib
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, check_disk
 from gdsd_jax.runtime.transfer import checksum, fetch
+from gdsd_jax.training.intact import newest_intact, require_intact, sealed, structure
 from gdsd_jax.training.record import keep_record
 from gdsd_jax.training.state import TrainState
 
@@ -76,7 +74,8 @@ class _Saver:
           UserError: the disk is full.
         """
         self._settle()
-        values = sealed(values | {"checksums": [int(x) for x in fetch(checksum(arrays))]})
+        sums = [int(x) for x in fetch(checksum(arrays))]
+        values = sealed(values | {"checksums": sums, "structure": structure(arrays)})
         self._last = iteration, arrays, values
         try:
             self._start()
@@ -187,7 +186,7 @@ class Checkpoints:
             require_intact(data, state)
             return state.replace(key=jax.random.wrap_key_data(state.key)), data["position"]
 
-        found, iteration = newest_intact(manager.all_steps(), read, self._workdir / "checkpoints")
+        found, iteration = newest_intact(manager, read, self._template, self._workdir / "checkpoints")
         later = [step for step in manager.all_steps() if step > iteration]
         if later and hosts.first():
             aside = self._workdir / "damaged"
@@ -261,47 +260,6 @@ class Best:
                 raise
 
 
-# ------------------------------------------------------------------------------------------------------ what is intact
-
-
-def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns plain values together with a checksum of them."""
-    return values | {"seal": zlib.crc32(json.dumps(values, sort_keys=True).encode())}
-
-
-def require_intact(values: dict[str, Any], arrays: Any = None) -> None:
-    """Raises ValueError if sealed values, or the arrays whose checksums they hold, differ from what was saved."""
-    values = dict(values)
-    # Runs of earlier versions have no seal.
-    if "seal" in values and values.pop("seal") != zlib.crc32(json.dumps(values, sort_keys=True).encode()):
-        raise ValueError("its data differ from what was saved")
-    if arrays is not None and "checksums" in values:
-        found = [int(x) for x in fetch(checksum(arrays))]
-        # The parameters are the first arrays of a state, so their checksums are the first ones.
-        if found != values["checksums"][: len(found)]:
-            raise ValueError("its arrays differ from what was saved")
-
-
-def newest_intact(steps: Iterable[int], read: Callable[[int], Any], directory: Path) -> tuple[Any, int]:
-    """Reads the newest checkpoint that is intact, reports those that are not, and returns it with its iteration.
-
-    Raises:
-      UserError: no checkpoint is intact.
-    """
-    reason = "there is none"
-    for step in sorted(steps, reverse=True):
-        found, problem = None, None
-        try:
-            found = read(step)
-        except Exception as error:  # a damaged file can make the libraries that read it raise anything
-            problem = front.first_line(error)
-        if not hosts.any_process(problem is not None):
-            return found, step
-        reason = problem or "another process cannot read it"
-        front.say(f"note: the checkpoint {directory / str(step)} is damaged ({reason}): the one before it is used")
-    raise UserError(f"{directory} holds no intact checkpoint ({reason}): restore one, or choose another --workdir")
-
-
 def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) -> tuple[Any, int]:
     """Returns the trained parameters of the newest intact checkpoint of `workdir`, and its iteration.
 
@@ -318,8 +276,7 @@ def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) 
     if not directory.is_dir():
         raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        steps = manager.all_steps()
-        if not steps:
+        if not manager.all_steps():
             raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
         target = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
@@ -332,7 +289,7 @@ def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) 
             require_intact(restored["data"], params)
             return params
 
-        return newest_intact(steps, read, directory)
+        return newest_intact(manager, read, {"params": shapes}, directory)
 
 
 def _raw(state: TrainState) -> TrainState:

@@ -27,6 +27,7 @@ def ended(error: BaseException, capfd) -> tuple[int, list[str]]:
 @pytest.fixture(autouse=True)
 def signals(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(front, "workdir", None)
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
@@ -70,6 +71,17 @@ def test_a_report_goes_elsewhere_where_the_directory_cannot_be_written(capfd, tm
     monkeypatch.setattr(front.Path, "cwd", lambda: Path("/proc/self"))
     code, lines = ended(KeyError("x"), capfd)
     assert code == 1 and str(tmp_path) in lines[0]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_report_goes_to_the_workdir_if_there_is_one(there, capfd, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(front, "workdir", run)
+    if there:
+        run.mkdir()
+    _, lines = ended(KeyError("x"), capfd)
+    (report,) = (run if there else tmp_path).glob("crash-*.txt")
+    assert str(report) in lines[0] and run.exists() == there
 
 
 def test_a_terminal_of_another_encoding(monkeypatch):

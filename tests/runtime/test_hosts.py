@@ -83,6 +83,22 @@ def test_an_incomplete_description_of_the_job_is_refused(described, setting):
         hosts.initialize(HostsConfig(**described))
 
 
+def test_processes_with_other_settings_are_refused(monkeypatch):
+    """The message names the setting and the process, in every process of the job."""
+
+    def work():
+        own = {"config.seed": "3" if jax.process_index() == 2 else "1", "config.method": "gdsd"}
+        try:
+            hosts.agree(own)
+        except UserError as error:
+            return str(error)
+
+    _, found = pretend(monkeypatch, 3, work)
+    assert found == ["process 2 was started with another config.seed than process 0: give all the same"] * 3
+    _, found = pretend(monkeypatch, 3, lambda: hosts.agree({"config.seed": "1"}))
+    assert found == [None] * 3
+
+
 def test_a_stall_ends_the_process(monkeypatch):
     said = []
     monkeypatch.setattr(hosts, "leave", said.append)

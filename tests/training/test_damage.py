@@ -13,7 +13,7 @@ import pytest
 from test_checkpoint import config
 
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.training import record
+from gdsd_jax.training import checkpoint, record
 from gdsd_jax.training.checkpoint import BEST, Best, Checkpoints, load_params
 from gdsd_jax.training.state import TrainState
 
@@ -131,6 +131,29 @@ def test_no_checkpoint_is_intact(saved, tmp_path):
     with pytest.raises(UserError, match=r"holds no intact checkpoint \(its data differ"):
         read(workdir)
     assert not (workdir / ".lock").exists()
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["its own record", "that of Orbax"])
+def test_another_version_is_told_from_damage(saved, tmp_path, monkeypatch, recorded):
+    """A state with other moments is refused by name, nothing is moved away, and the parameters alone can be read."""
+    workdir = tmp_path / "run"
+    if recorded:
+        shutil.copytree(saved, workdir)
+    else:
+        with monkeypatch.context() as patch, Checkpoints(workdir, config(), state(0.0)) as checkpoints:
+            patch.setattr(checkpoint, "structure", lambda arrays: {})
+            checkpoints.save(2, state(2.0), 20)
+    other = state(0.0)
+    other = other.replace(opt_state={"c": other.opt_state["a"], "b": other.opt_state["b"]})
+    said = r"checkpoints/2 was written by another version.*opt_state/a .*absent"
+    with Checkpoints(workdir, config(), other) as checkpoints, pytest.raises(UserError, match=said):
+        checkpoints.restore()
+    assert (workdir / "checkpoints" / "2").is_dir() and not (workdir / "damaged").exists()
+    assert parameters(workdir) == (2.0, 2)
+    shapes = jax.eval_shape(lambda: {"a": jnp.zeros((3, 5)), "b": jnp.zeros(5)})
+    places = jax.tree.map(lambda x: x.sharding, state(0.0).params)
+    with pytest.raises(UserError, match=r"its params/a is float32\[3, 4\] and would be float32\[3, 5\]"):
+        load_params(workdir, shapes, places)
 
 
 def test_a_file_in_the_place_of_the_checkpoints(saved, tmp_path):

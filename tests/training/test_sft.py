@@ -10,6 +10,8 @@ import tiny_run
 
 from gdsd_jax import hub, sft
 from gdsd_jax.config import TrainConfig, freeze
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import Lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -54,6 +56,25 @@ def test_interrupted_and_resumed(config, whole, tmp_path, monkeypatch, asked):
     saved = sorted(int(path.name) for path in (tmp_path / "sft/checkpoints").glob("[0-9]*"))
     assert saved[-1] == (3 if asked else 4)
     assert trained(config, tmp_path) == whole
+
+
+def test_killed_after_its_export(config, whole, tmp_path, monkeypatch):
+    """The next start finds the result, and removes the checkpoints."""
+
+    def killed(directory):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft.shutil, "rmtree", killed)
+        trained(config, tmp_path)
+    assert (tmp_path / "sft").is_dir()
+    assert trained(config, tmp_path) == whole
+
+
+def test_two_at_once_in_one_workdir(config, tmp_path):
+    with Lock(tmp_path / "sft"), pytest.raises(UserError, match="in use by process"):
+        trained(config, tmp_path)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_micro_batches_and_adapter(config, whole, tmp_path):

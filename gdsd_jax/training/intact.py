@@ -1,0 +1,92 @@
+"""Tells checkpoints that are intact from damaged ones, and both from those that another version wrote."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from gdsd_jax.runtime import front, hosts
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.transfer import checksum, fetch
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns plain values together with a checksum of them."""
+    return values | {"seal": zlib.crc32(json.dumps(values, sort_keys=True).encode())}
+
+
+def require_intact(values: dict[str, Any], arrays: Any = None) -> None:
+    """Raises ValueError if sealed values, or the arrays whose checksums they hold, differ from what was saved."""
+    values = dict(values)
+    # Runs of earlier versions have no seal.
+    if "seal" in values and values.pop("seal") != zlib.crc32(json.dumps(values, sort_keys=True).encode()):
+        raise ValueError("its data differ from what was saved")
+    if arrays is not None and "checksums" in values:
+        found = [int(x) for x in fetch(checksum(arrays))]
+        # The parameters are the first arrays of a state, so their checksums are the first ones.
+        if found != values["checksums"][: len(found)]:
+            raise ValueError("its arrays differ from what was saved")
+
+
+def structure(arrays: Any) -> dict[str, str]:
+    """Returns the shape and dtype of every array of a pytree, by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    return {name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves if hasattr(x, "shape")}
+
+
+def other_structure(manager: ocp.CheckpointManager, step: int, wanted: Any) -> str | None:
+    """Returns how the arrays of a checkpoint differ from `wanted`, a part of them, or None if they do not.
+
+    None is also returned if that cannot be told because the checkpoint is damaged.
+    """
+    try:
+        data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        require_intact(data)
+        # Earlier versions did not record the structure; Orbax did.
+        found = data.get("structure") or structure(manager.item_metadata(step)["state"])
+    except Exception:
+        return None
+    ours, parts = structure(wanted), {path.partition("/")[0] for path in structure(wanted)}
+    found = {path: kind for path, kind in found.items() if path.partition("/")[0] in parts}
+    for path in sorted(set(ours) | set(found)):
+        if ours.get(path) != found.get(path):
+            return f"its {path} is {found.get(path, 'absent')} and would be {ours.get(path, 'absent')}"
+    return None
+
+
+def newest_intact(
+    manager: ocp.CheckpointManager, read: Callable[[int], Any], wanted: Any, directory: Path
+) -> tuple[Any, int]:
+    """Reads the newest checkpoint that is intact, reports those that are not, and returns it with its iteration.
+
+    Args:
+      wanted: arrays, or their shapes, with the paths that they have in a checkpoint.
+
+    Raises:
+      UserError: no checkpoint is intact, or the newest intact one has other arrays.
+    """
+    reason = "there is none"
+    for step in sorted(manager.all_steps(), reverse=True):
+        found, problem = None, None
+        try:
+            found = read(step)
+        except Exception as error:  # a damaged file can make the libraries that read it raise anything
+            problem = front.first_line(error)
+        if not hosts.any_process(problem is not None):
+            return found, step
+        other = other_structure(manager, step, wanted)
+        if other is not None:
+            raise UserError(
+                f"{directory / str(step)} was written by another version of gdsd_jax or of an optimizer, {other}: go "
+                "on with that version, or choose another --workdir"
+            )
+        reason = problem or "another process cannot read it"
+        front.say(f"note: the checkpoint {directory / str(step)} is damaged ({reason}): the one before it is used")
+    raise UserError(f"{directory} holds no intact checkpoint ({reason}): restore one, or choose another --workdir")
