@@ -155,9 +155,13 @@ def checked_directory(directory: str | os.PathLike) -> epath.Path:
     """Returns the directory as a path, local or in a bucket, after checking that it is there.
 
     Raises:
-      UserError: the path does not exist or is no directory, or buckets cannot be read on this machine.
+      UserError: the path does not exist or is no directory, names no kind of bucket, or buckets cannot be read on this
+        machine.
     """
-    path = epath.Path(directory)
+    try:
+        path = epath.Path(directory)
+    except KeyError:
+        raise UserError(f"{directory} is on no disk and in no bucket: give a directory, or gs:// or s3://") from None
     try:
         found = path.is_dir()
     except ImportError as error:

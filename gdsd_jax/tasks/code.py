@@ -96,8 +96,7 @@ def found_program(completion: str, row: Row) -> tuple[float, Program]:
     (outcome,) = workers.shared(_LOCATING).map(programs.locate, [(completion, names, prompt)])
     place = outcome.values or {"start": 0.0, "end": 0.0, "fenced": float(_FENCE in completion), "parses": 0.0}
     form = place["fenced"] * (1.0 if place["parses"] else 0.5)
-    code = programs.normal(completion)[int(place["start"]) : int(place["end"])] if place["start"] >= 0 else ""
-    return form, program(programs.complete(code, names, prompt), row)
+    return form, program(programs.complete(programs.joined(completion, place), names, prompt), row)
 
 
 def called(tests: list[str]) -> tuple[str, ...]:

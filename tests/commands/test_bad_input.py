@@ -132,6 +132,7 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ("--config.method=reinforce", "config.method"),
         ("--config.lora.targets=head", "targets"),
         ("--config.checkpoint=nowhere", "nowhere"),
+        ("--config.checkpoint=http://a/b", "http://a/b is on no disk"),
         ("--config.task.train_path=nowhere.csv", "nowhere.csv"),
         ("--cofnig.seed=1", "cofnig"),
         ("seed=1", "seed=1"),

@@ -12,6 +12,17 @@ from gdsd_jax.tasks.graders.arithmetic import right
 
 # The right number, a completion, and 1 where it gives that number.
 NUMBERS = [
+    ("9500", "<answer>9.5k</answer>", 1),
+    ("9500", "<answer>about 9.5 thousand people</answer>", 1),
+    ("9500", "<answer>9'500</answer>", 1),
+    ("9500", "<answer>nine thousand five hundred dollars</answer>", 1),
+    ("9500", "<answer>9500 km</answer>", 1),
+    ("72", "\\boxed{\\text{seventy-two}}", 1),
+    ("72", "<answer>The answer is seventy-two clips.</answer>", 1),
+    ("70", "<answer>seventy-two</answer>", 0),
+    ("9", "<answer>9k</answer>", 0),
+    ("9", "<answer>about 9 thousand people</answer>", 0),
+    ("2", "<answer>half of the two</answer>", 0),
     ("9500", "\\boxed{9{,}500}", 1),
     ("9500", "9,\\!500", 1),
     ("9500", "<answer>9\\,500</answer>", 1),
@@ -179,7 +190,15 @@ OF_22 = [
     ("3,*5+7", 0),
     ("-3*5+7", 0),
     ("3*5+7/1", 0),
-    ("3*5 plus 7", 0),
+    ("3*5 plus 7", 1),
+    ("7 plus 3 multiplied by 5", 1),
+    ("7 minus 3 times 5", 0),
+    ("3•5+7", 1),
+    ("• 3*5+7", 1),
+    ("3*5+7=22 (each number once)", 1),
+    ("3*5 (first) + 7", 1),
+    ("3*5 (+7)", 0),
+    ("3*5+8 (nearly)", 0),
 ]
 OF_24 = [
     ("\\frac{60}{10}*4", 1),
@@ -193,6 +212,7 @@ OF_24 = [
     ("4*\\left(\\frac{60}{10}\\right)", 1),
     ("4 \\frac{60}{10}", 1),
     ("24 = \\frac{60}{10} \\cdot 4", 1),
+    ("60 divided by 10 times 4 (done)", 1),
 ]
 # Whole completions, for 22.
 WHOLE = [
@@ -271,6 +291,23 @@ def test_programs(frame, change):
     assert namespace["add"](2, 3) == 5
 
 
+@pytest.mark.parametrize("more", ["", "\nUse:\n```python\nprint(add(1, 2))\n```"])
+def test_earlier_blocks_give_what_a_program_lacks(more):
+    helpers = ["def low(a):\n    return a", "def plus(a, b):\n    return low(a) + b"]
+    blocks = [*helpers, "def add(a, b):\n    return plus(a, b)"]
+    namespace = {}
+    exec(located("\n\n".join(f"```python\n{block}\n```" for block in blocks) + more, ("add",), ""), namespace)
+    assert namespace["add"](2, 3) == 5
+    # What it does not use, and what does not parse, is left out.
+    others = ["x = input()", "def plus(a, b) return", "def add(a, b):\n    return plus"]
+    text = "\n\n".join(f"```python\n{block}\n```" for block in others)
+    assert located(text, ("add",), "") == others[-1]
+
+
+def test_a_program_between_single_back_ticks():
+    assert located("Use `add` as in `def add(a, b): return a + b`.", ("add",), "") == "def add(a, b): return a + b"
+
+
 def test_a_fence_in_a_docstring_ends_no_block():
     inner = '    """Adds.\n\n    ```\n    add(1, 2)\n    ```\n    """\n'
     namespace = {}
@@ -300,8 +337,7 @@ def test_a_prompt_gives_imports_helpers_and_the_head_of_a_body(completion):
 
 def located(completion, names, prompt):
     place = code.programs.locate(completion, names, prompt)
-    text = code.programs.normal(completion)[int(place["start"]) : int(place["end"])]
-    return code.programs.complete(text, names, prompt)
+    return code.programs.complete(code.programs.joined(completion, place), names, prompt)
 
 
 def test_rows_of_an_array_with_imports_for_their_tests(tmp_path):

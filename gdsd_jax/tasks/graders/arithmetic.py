@@ -85,7 +85,14 @@ _COMMANDS = (
     (re.compile(r"\\(?:text|mathrm|mathbf|textbf|boldsymbol|boxed|fbox)\s?(?=\{)"), " "),
     (re.compile(r"\\[{]"), "{"),
     (re.compile(r"\\[}]"), "}"),
-    (re.compile(r"(?<=[0-9)}\]])(\s{0,3})[xX](\s{0,3})(?=[0-9({\[])"), r"\1*\2"),
+    (re.compile(r"(?<=[0-9)}\]])(\s{0,3})[xX•∙](\s{0,3})(?=[0-9({\[])"), r"\1*\2"),
+    (re.compile(r"(?<=[0-9)}\]])\s{1,3}(?i:times|multiplied by)\s{1,3}(?=[0-9({\[])"), "*"),
+    (re.compile(r"(?<=[0-9)}\]])\s{1,3}(?i:divided by)\s{1,3}(?=[0-9({\[])"), "/"),
+    (re.compile(r"(?<=[0-9)}\]])\s{1,3}(?i:plus)\s{1,3}(?=[0-9({\[])"), "+"),
+    (re.compile(r"(?<=[0-9)}\]])\s{1,3}(?i:minus)\s{1,3}(?=[0-9({\[])"), "-"),
+    # A remark in parentheses, without a number.
+    (re.compile(r"(?<=[0-9)}\] ])\([^()0-9]{0,80}[A-Za-z][^()0-9]{0,80}\)"), " "),
+    (re.compile(r"(\\[dtc]?frac)\s{0,3}([0-9])\s{0,3}([0-9])(?![0-9])"), r"\1{\2}{\3}"),
     (re.compile(r"(?i)\b(?:is equal to|equals(?: to)?|equal to)\b|≈|\\approx"), "="),
     (re.compile(r"\(\s{0,3}=\s{0,3}([0-9.]{1,30})\s{0,3}\)"), r"=\1"),
 )

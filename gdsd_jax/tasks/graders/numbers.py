@@ -25,9 +25,17 @@ _LATEX = (
 # A sign belongs to the number if nothing before it could be the minuend of a subtraction.
 _NUMBER = re.compile(
     r"(?P<minus>(?<![0-9A-Za-z)\]])-\s?)?(?:\$(?P<inner>-)?)?"
-    r"(?P<whole>[0-9]{1,3}(?:[, ][0-9]{3})+(?![0-9])|[0-9]{1,400})"
+    r"(?P<whole>[0-9]{1,3}(?:[, ][0-9]{3})+(?![0-9])|[0-9]{1,3}(?:['’][0-9]{3})+(?![0-9])|[0-9]{1,400})"
     r"(?P<point>\.[0-9]{1,400})?(?P<fraction>\s[0-9]{1,20}/[0-9]{1,20}|/[0-9]{1,20})?"
 )
+_LEAD = re.compile(r"^(?:the answer is|answer:|\$|\s)+")
+_LOW = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORDS = {word: number for number, word in enumerate(f"{_LOW} eighteen nineteen".split())}
+_WORDS |= {word: 10 * number for number, word in enumerate(_TENS.split(), start=2)}
+_SEPARATORS = str.maketrans("", "", ", '’")
+_SCALE = re.compile(r"\s?(?:(?P<k>[kK]|thousand)|(?P<m>million)|(?P<b>billion))\b")
+_POWERS = {"k": 1000, "m": 1000**2, "b": 1000**3}
 _VERB = re.compile(r"(?i)\b(?:is|are|equals?|was)\b|=|:")
 _REMARK = re.compile(r"\s+\((?=[^()]{0,200}\)[\s.]{0,4}$)")
 _RAISED = re.compile(r"(?<=[A-Za-z)])\s?\^\s?[0-9]+|(?<=[A-Za-z])[23](?![0-9])")
@@ -72,7 +80,7 @@ def says(gold: str, text: str) -> bool:
     typed = _typed(text)
     if typed is not None:
         return False
-    number = first_number(text)
+    number = first_number(text) or spelled(text)
     return number is not None and compare.equal(gold, number)
 
 
@@ -107,6 +115,27 @@ def _mentions(found: object) -> bool:
     return isinstance(found, tuple) and any(_mentions(part) for part in found if isinstance(part, tuple))
 
 
+def spelled(text: str) -> str | None:
+    """Returns the number in words with which a text without digits begins, such as "seventy-two clips", as digits."""
+    if re.search("[0-9]", text):
+        return None
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    total = part = 0
+    found = False
+    for word in re.split(r"[\s-]+", _LEAD.sub("", text.strip().lower()))[:20]:
+        word = word.rstrip(".,;:!")
+        if word in _WORDS:
+            part, found = part + _WORDS[word], True
+        elif word == "hundred" and found:
+            part *= 100
+        elif word in ("thousand", "million") and found:
+            total, part = total + part * (1000 if word == "thousand" else 10**6), 0
+        elif word != "and" or not found:
+            break
+    return str(total + part) if found else None
+
+
 def first_number(text: str) -> str | None:
     """Returns the number of a sentence, as plain text; None if there is none, or if it is part of an operation."""
     text = translate(text)
@@ -123,5 +152,8 @@ def first_number(text: str) -> str | None:
         return None
     if before[-1:] == "-" and found["minus"] is None:
         return None
+    scale = _SCALE.match(text, found.end())
+    factor = f"*{_POWERS[scale.lastgroup]}" if scale else ""
     sign = "-" if bool(found["minus"]) != bool(found["inner"]) else ""
-    return f"{sign}{found['whole'].replace(',', '').replace(' ', '')}{found['point'] or ''}{found['fraction'] or ''}"
+    number = f"{sign}{found['whole'].translate(_SEPARATORS)}{found['point'] or ''}{found['fraction'] or ''}"
+    return f"({number}){factor}" if factor else number

@@ -1,18 +1,21 @@
 r"""Finds the program of a completion: the fenced block that defines the requested names, else unfenced code.
 
 Fences are runs of ``` or ~~~ at the start of a line, indented or not, with any name of Python or none. A fence inside a
-docstring does not end a block: the block ends at the first fence that leaves a program that parses. Everything runs in
-a worker, because parsing alone may take seconds or gigabytes.
+docstring does not end a block: the block ends at the first fence that leaves a program that parses. Earlier blocks that
+define what it uses and lacks come in front of it. Everything runs in a worker, because parsing alone may take seconds
+or gigabytes.
 """
 
 import ast
 import re
 import textwrap
+from collections.abc import Mapping
 from typing import NamedTuple
 
 MAX_TEXT = 50_000
 MAX_FENCES = 64
 MAX_PARSES = 60
+MAX_HELPERS = 8
 _FENCE = re.compile(
     r"^[ \t]{0,12}(?:[-*+>]\s|\d{1,2}[.)]\s)?[ \t]{0,8}(?P<fence>`{3,}|~{3,})[ \t]*(?P<name>[\w+#.-]*)[^\n`]*$",
     re.MULTILINE,
@@ -21,6 +24,7 @@ _LANGUAGES = {"", "py", "python", "python2", "python3", "py3", "python3.11", "co
 _MARKED = re.compile(r"\[BEGIN\][ \t]*\n?(.*?)(?:\[DONE\]|\[END\]|\Z)", re.DOTALL)
 _CODE_LINE = re.compile(r"^(?:def |async def |class |import |from \w[\w.]* import |@\w)", re.MULTILINE)
 _DEFINITION = re.compile(r"^[ \t]*(?:async +def|def|class)[ \t]+(\w+)", re.MULTILINE)
+_INLINE = re.compile(r"`((?:def|class) [^`\n]+)`")
 _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 
 
@@ -62,7 +66,20 @@ def locate(completion: str, names: tuple[str, ...], prompt: str) -> dict[str, fl
         return {"start": -1.0, "end": -1.0, "fenced": float(fenced), "parses": 0.0}
     is_python = parses(complete(text[chosen.start : chosen.end], names, prompt))
     place = {"start": float(chosen.start), "end": float(chosen.end)}
+    for number, block in enumerate(_helpers(text, found, chosen) if is_python else ()):
+        place |= {f"start{number}": float(block.start), f"end{number}": float(block.end)}
     return {**place, "fenced": float(fenced), "parses": float(is_python)}
+
+
+def joined(completion: str, place: Mapping[str, float]) -> str:
+    """Returns the code at a position that `locate` has returned, behind the earlier blocks that it needs."""
+    text = normal(completion)
+    pieces = [text[int(place["start"]) : int(place["end"])]] if place["start"] >= 0 else []
+    number = 0
+    while f"start{number}" in place:
+        pieces.append(text[int(place[f"start{number}"]) : int(place[f"end{number}"])])
+        number += 1
+    return "\n".join(textwrap.dedent(piece).strip("\n") for piece in reversed(pieces)) if number else "".join(pieces)
 
 
 def complete(code: str, names: tuple[str, ...], prompt: str) -> str:
@@ -114,6 +131,36 @@ def _blocks(text: str) -> list[Block]:
     return found
 
 
+def _helpers(text: str, blocks: list[Block], chosen: Block) -> list[Block]:
+    """Returns the earlier blocks that define names which the chosen one uses and lacks, from the last to the first."""
+    found: list[Block] = []
+    needed = _lacking(text, chosen)
+    for block in reversed([block for block in blocks if block.end <= chosen.start][-MAX_HELPERS:]):
+        if needed & set(_DEFINITION.findall(text, block.start, block.end)) and parses(_code(text, block)):
+            found.append(block)
+            needed |= _lacking(text, block)
+            needed -= set(_DEFINITION.findall(text, block.start, block.end))
+    return found
+
+
+def _code(text: str, block: Block) -> str:
+    return textwrap.dedent(text[block.start : block.end]).strip("\n")
+
+
+def _lacking(text: str, block: Block) -> set[str]:
+    """Returns the names that a block reads and never sets."""
+    try:
+        nodes = list(ast.walk(ast.parse(_code(text, block))))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    set_here = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    set_here |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    set_here |= {node.asname or node.name.partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    set_here |= set(_DEFINITION.findall(text, block.start, block.end))
+    return {node.id for node in names} - set_here
+
+
 def _is_python(fence: re.Match) -> bool:
     return fence["name"].lower() in _LANGUAGES
 
@@ -136,6 +183,10 @@ def _unfenced(text: str, prompt: str) -> Block | None:
         return Block(marked.start(1), marked.end(1))
     first = _CODE_LINE.search(text)
     if first is None:
+        inline = [Block(*found.span(1)) for found in _INLINE.finditer(text)]
+        whole = [block for block in inline[:MAX_FENCES] if parses(text[block.start : block.end])]
+        if whole and not prompt:
+            return whole[-1]
         # A bare body, or code of another form such as an assignment.
         return Block(0, len(text)) if text.strip() else None
     start, end = first.start(), len(text)
