@@ -17,7 +17,11 @@ import pytest
 from gdsd_jax.diffusion import SamplerConfig, masking
 from gdsd_jax.methods import Batch, Scores, agrpo, build
 
-HERE = Path(os.environ.get("GDSD_GOLDEN_METHODS2", Path(__file__).parent / "golden" / "methods2"))
+OWN = Path(__file__).parent / "golden" / "methods2"
+HERE = Path(os.environ.get("GDSD_GOLDEN_METHODS2", OWN))
+# The bound of the negative side is an option of the authors' that fixtures do not name. In our copy it is "mix", but
+# for these cases; no other option comes nearer to their gradients than 4e-3.
+BOUNDS = {"stabledrl_2": "eubo"}
 ARRAYS = np.load(HERE / "golden_methods2.npz")
 CASES: dict[str, dict] = {}
 for key in ARRAYS.files:
@@ -107,8 +111,8 @@ def test_stable_drl(name):
         method = build("stable_drl", **options, negative=negative)
         return loss_and_gradient(method, batch, method.views(masked, batch), log_prob, old)
 
-    # The bound of the negative side is an option of the authors' that the fixture does not name.
-    value, gradient = min((found(n) for n in ("mix", "eubo")), key=lambda f: abs(float(f[0]) - float(case["loss"])))
+    bounds = (BOUNDS.get(name, "mix"),) if HERE == OWN else ("mix", "eubo")
+    value, gradient = min(map(found, bounds), key=lambda f: abs(float(f[0]) - float(case["loss"])))
     agree((value, np.swapaxes(gradient, 0, 1)), case)
 
 

@@ -301,10 +301,13 @@ def _log(mass: Array, rest: Array, of_nothing: float = -jnp.inf) -> Array:
 
 def _scorer(walk: Walk, found: Proposal, settings: SamplerConfig) -> Callable[[Array, Array], Array]:
     """Returns the function `(q, confidence) -> score` of candidates, which are `[..., S]` or `[..., S, v]`."""
-    if settings.strategy not in ("topk_margin", "entropy"):
+    leftmost = STRATEGIES[settings.strategy].leftmost
+    if not leftmost and settings.strategy not in ("topk_margin", "entropy"):
         return (lambda q, c: q) if settings.strategy == "maskgit_plus" else (lambda q, c: c)
     keep = lambda z: jnp.where(z >= found.cut[..., None], jnp.exp(z - found.normaliser[..., None]), 0.0)  # noqa: E731
-    if settings.strategy == "topk_margin":
+    if leftmost:
+        value = jnp.broadcast_to(-jnp.arange(found.plain.shape[-1], dtype=found.plain.dtype), found.plain.shape)
+    elif settings.strategy == "topk_margin":
         two = keep(found.best)
         value = two[..., 0] - two[..., 1]
     else:

@@ -152,6 +152,11 @@ def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[
     return token, confidence, score, drawn, entropy
 
 
+def banned_tokens(config: DenoiserConfig, settings: SamplerConfig) -> tuple[int, ...]:
+    """Returns the ids that are never proposed: those suppressed, the mask, and ids that the tokenizer does not have."""
+    return (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask, *config.padding_tokens)
+
+
 def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S V"]:
     """Gives these tokens probability zero."""
     if not tokens:
@@ -175,7 +180,7 @@ def propose(
     The states `hidden` [1 or 2, B, S, D] are the conditional and, with guidance, the unconditional ones; the random
     numbers `uniform` are [B, S, 2].
     """
-    banned = (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask, *config.padding_tokens)
+    banned = banned_tokens(config, settings)
 
     def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, ...]:
         hidden, uniform = slices

@@ -43,11 +43,10 @@ class Views:
         """Reads views of this kind; the arguments are those of `read_views`."""
         return _read_chosen(*arguments, **options)
 
-
-def hidden_where_read(views: Views) -> Bool[Array, "R B L"]:
-    """Returns where a token is masked in the pass in which it is read; elsewhere that pass shows it to the model."""
-    masked = views.masked[:, :, -views.weights.shape[-1] :]
-    return jnp.stack([jnp.any(masked[jnp.array(source)], axis=0) for source in views.sources])
+    def predicted(self) -> Bool[Array, "R B L"]:
+        """Returns where a token is masked in the pass in which it is read; elsewhere that pass shows it to the model."""
+        masked = self.masked[:, :, -self.weights.shape[-1] :]
+        return jnp.stack([jnp.any(masked[jnp.array(source)], axis=0) for source in self.sources])
 
 
 def read_views(

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.order import NEVER, Walk, drawn_log_prob, proposal, step_log_prob
+from gdsd_jax.diffusion.proposals import banned_tokens
 from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig, scheduled_count, time_shares
 from gdsd_jax.diffusion.sampler import Rollout, passes
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, Views, chunk_logits, over_chunks
@@ -55,6 +56,10 @@ class StepViews(Views):
     def read(self, *arguments: Any, **options: Any) -> dict:
         check_attention(arguments[0])
         return _read_steps(*arguments, **options)
+
+    def predicted(self) -> Array:
+        """Returns where a token is read, `[K, B, L]` bool: where the view's step commits it."""
+        return self.commit_step == self.step[..., None]
 
 
 def step_views(
@@ -110,7 +115,7 @@ def trajectory_log_prob(
             f"rollout.commit_step has shape {rollout.commit_step.shape}, the settings expect {expected}; "
             "pass the SamplerConfig that the rollout was sampled with"
         )
-    return _compiled(config, base, lora, rollout, prompt_mask, settings, chunk, steps_at_once)
+    return compiled_log_prob(config, base, lora, rollout, prompt_mask, settings, chunk, steps_at_once)
 
 
 def check_attention(config: DenoiserConfig) -> None:
@@ -130,6 +135,14 @@ def check_defined(settings: SamplerConfig) -> None:
             STRATEGIES[settings.strategy].plan is not None or settings.floor or settings.grow or settings.lead,
             f"no exact log-probability is computed for strategy {settings.strategy!r} with floor, grow or lead; set "
             "config.sampler.strategy to low_confidence and the others to False",
+        ),
+        (
+            STRATEGIES[settings.strategy].independent
+            and bool(settings.suppress_confidence)
+            and settings.threshold is None
+            and settings.factor is None,
+            f"with strategy {settings.strategy!r} and suppress_confidence a step that commits nothing depends on the "
+            "policy too, and such steps are not read; set config.sampler.suppress_confidence=()",
         ),
         (
             not settings.forbid_mask,
@@ -152,7 +165,7 @@ def check_defined(settings: SamplerConfig) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "chunk", "steps_at_once"))
-def _compiled(
+def compiled_log_prob(
     config: DenoiserConfig,
     base: Any,
     lora: LoRA | None,
@@ -162,6 +175,7 @@ def _compiled(
     chunk: int,
     steps_at_once: int,
 ) -> Array:
+    """Computes what `trajectory_log_prob` does, without its checks: this is the jitted program itself."""
     rows = rollout.commit_step.shape[0]
     prompt_length = rollout.tokens.shape[1] - settings.completion_length
     steps = jnp.broadcast_to(jnp.arange(settings.step_limit)[:, None], (settings.step_limit, rows))
@@ -318,7 +332,7 @@ def vocabulary_walk(
     """
     head = head_weights(config, base)
     precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
-    banned = jnp.asarray((*settings.suppress, *[config.mask_token_id] * settings.forbid_mask), jnp.int32)
+    banned = jnp.asarray(banned_tokens(config, settings), jnp.int32)
     wide = hidden.astype(jnp.float32)
 
     def walk(step: Any, start: Any) -> Any:

@@ -24,6 +24,13 @@ def of_batch(batch: Batch, method: str) -> Int[Array, "B L"]:
     return batch.commit_step
 
 
+def sampled(batch: Batch) -> Bool[Array, "B L"]:
+    """Returns False on tokens that no step wrote, such as the tail that `stop_at_eos` fills with EOS."""
+    if batch.commit_step is None or batch.sampler is None:
+        return jnp.ones(batch.completion_mask.shape, bool)
+    return batch.commit_step < batch.sampler.step_limit
+
+
 def masks_before(batch: Batch, step: Int[Array, "M B"]) -> Bool[Array, "M B T"]:
     """Returns the tokens masked before each step; none where the step is `NONE` or committed nothing."""
     commits = batch.commit_step

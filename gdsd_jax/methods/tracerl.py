@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
-from gdsd_jax.methods import common
+from gdsd_jax.methods import common, steps
 from gdsd_jax.methods.method import Batch, Method, Scores
 from gdsd_jax.runtime.ranges import Bound, Count
 
@@ -47,13 +47,6 @@ def trajectory_groups(commit_step: jax.Array, shrink: Count) -> jax.Array:
     return rank // shrink
 
 
-def sampled(batch: Batch) -> jax.Array:
-    """Returns `[B, L]` bool: False on tokens that no step wrote, such as the tail that `stop_at_eos` fills with EOS."""
-    if batch.commit_step is None or batch.sampler is None:
-        return jnp.ones(batch.completion_mask.shape, bool)
-    return batch.commit_step < batch.sampler.step_limit
-
-
 def make(settings: Settings) -> Method:
     def trajectory(batch: Batch) -> jax.Array:
         """Builds one mask `[B, T]` per group, the last group first."""
@@ -73,7 +66,7 @@ def make(settings: Settings) -> Method:
         masked = masked if given else trajectory(batch)
         # Nested masks number the groups: a token of group g is masked in the views of groups 0 to g.
         count = jnp.sum(masked[:, :, batch.prompt_length :], axis=0)
-        scored = (count > 0) & sampled(batch)
+        scored = (count > 0) & steps.sampled(batch)
         members = jnp.sum((count[:, :, None] == count[:, None, :]) & scored[:, None, :], axis=2)
         weights = jnp.where(scored, 1 / jnp.maximum(members, 1), 0.0).astype(jnp.float32)
         # As the last group's view is the first, the first view that masks a token is that of its own group.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from gdsd_jax.denoiser import DenoiserConfig
-from gdsd_jax.diffusion.scoring import Views, hidden_where_read, read_views
+from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.methods import Batch, Method, Scores
 from gdsd_jax.runtime.sharding import constrain
 from gdsd_jax.runtime.streams import Stream, stream_key
@@ -241,8 +241,8 @@ def piece_losses(
     key = dropout_key(recipe, state, index)
     new, reads = score(recipe, base, params, *piece, dropout_key=key, extra=("entropy_value",))
     losses, metrics = recipe.method.objective(new, constants)
-    # A token that is visible in its view is not predicted, so it does not count.
-    counted = hidden_where_read(piece[1]) * piece[0].completion_mask
+    # A token that is visible in its view, or that a step does not commit, is not predicted, so it does not count.
+    counted = piece[1].predicted() * piece[0].completion_mask
     metrics |= {"entropy_total": jnp.sum(reads["entropy_value"] * counted, axis=(0, 2))}
     metrics |= {"hidden_total": jnp.sum(counted, axis=(0, 2))}
     return {name: jnp.sum(value) for name, value in losses.items()}, metrics

@@ -4,7 +4,11 @@ import collections
 import dataclasses
 import functools
 import itertools
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +62,15 @@ CASES = {
     "entropy": {"strategy": "entropy", "top_p": 0.9, "steps": 3, "block_length": 4},
     "entropy, alg_temp, held": {"strategy": "entropy", "alg_temp": 0.5, "suppress_confidence": (0, 2)},
     "entropy, alg_temp, factor": {"strategy": "entropy", "alg_temp": 0.5, "factor": 1.3, "block_length": 4},
+    "sequential": {"strategy": "sequential", "steps": 3, "block_length": 4},
+    "sequential, held": {"strategy": "sequential", "steps": 2, "block_length": 4, "suppress_confidence": (0, 2)},
+    "sequential, threshold": {"strategy": "sequential", "threshold": 0.35, "suppress_confidence": (1,)},
+    "sequential, factor": {"strategy": "sequential", "factor": 1.3, "temperature": 1.4},
     "origin": {"strategy": "origin", "steps": 3, "block_length": 4},
     "origin, blocks": {"strategy": "origin", "temperature": 1.4},
     "origin, threshold": {"strategy": "origin", "threshold": 0.35},
 }  # fmt: skip
-FAST = ("low_confidence, factor", "random, threshold, held")
+FAST = ("low_confidence, factor", "random, threshold, held", "sequential")
 
 
 def settings(**changes) -> SamplerConfig:
@@ -118,6 +126,15 @@ def test_all_trajectories_add_up_to_one(policy, name):
     assert np.sum(np.exp(found.sum(axis=1))) == pytest.approx(1, abs=1e-6)
 
 
+def test_ids_that_no_tokenizer_knows_have_no_probability():
+    """The sampler never proposes them, so that the others' probabilities still add up to one."""
+    config = dataclasses.replace(TINY, vocab_size=V + 3, known_tokens=V)
+    base = init_base(config, jax.random.key(0))
+    base = base | {"embedding": 50 * base["embedding"], "head": 30 * base["head"]}
+    found = log_probs((config, base, None), settings(steps=2, block_length=4))
+    assert np.sum(np.exp(found.sum(axis=1))) == pytest.approx(1, abs=1e-6)
+
+
 def counts(policy, config: SamplerConfig, draws: int) -> np.ndarray:
     """How often the sampler takes each of `trajectories`."""
     prompts, mask = (np.repeat(x, draws, axis=0) for x in (PROMPT, PROMPT_MASK))
@@ -135,7 +152,7 @@ def counts(policy, config: SamplerConfig, draws: int) -> np.ndarray:
 
 
 CHECKED = ("low_confidence", "low_confidence, factor", "random, threshold, held", "maskgit_plus, both cuts",
-           "maskgit_plus, alg_temp", "topk_margin", "entropy", "origin")  # fmt: skip
+           "maskgit_plus, alg_temp", "topk_margin", "entropy", "origin", "sequential, threshold")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -213,6 +230,8 @@ def brute_force(logits, target, committed, eligible, config: SamplerConfig) -> f
                          (drawn, jax.nn.softmax(each)))  # fmt: skip
     kind = remasking.STRATEGIES[config.strategy]
     score = confidence if kind.score is None else np.asarray(kind.score(drawn, jnp.asarray(probs)))
+    if kind.leftmost:
+        score = np.broadcast_to(-np.arange(tokens.shape[1], dtype=np.float32), tokens.shape)
     held = np.isin(tokens, config.suppress_confidence)
     score, confidence = (np.where(held, remasking.LOWEST, x) for x in (score, confidence))
     live = jnp.broadcast_to(jnp.asarray(eligible), tokens.shape)
@@ -225,7 +244,7 @@ def brute_force(logits, target, committed, eligible, config: SamplerConfig) -> f
     return float(np.sum(np.prod(np.where(eligible, probs, 1), axis=1, dtype=np.float64) * fits))
 
 
-STEPS = ("low_confidence, factor, held", "maskgit_plus, factor", "topk_margin, threshold")
+STEPS = ("low_confidence, factor, held", "maskgit_plus, factor", "topk_margin, threshold", "sequential, threshold")
 
 
 @pytest.mark.parametrize("name", slow_unless(STEPS[:1], STEPS))
@@ -278,6 +297,16 @@ def test_micro_batches_of_steps_and_rows_change_nothing(policy, name):
     assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(whole)) > 1e-3
 
 
+@pytest.mark.slow
+def test_shards_change_nothing():
+    """Eight devices, cut along rows, model dimension and heads, against one."""
+    script = Path(__file__).parent.parent / "sharded_likelihood.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["devices"] == 8 and found["finite"] and found["largest_gradient"] > 1e-2
+    assert found["log_prob"] < 1e-5 and found["gradient"] < 1e-5
+
+
 def test_what_the_rollout_records_is_what_the_views_read(policy):
     config = settings(temperature=1.3, top_k=3, steps=4, record=True)
     rollout, mask = rolled_out(policy, config)
@@ -307,6 +336,7 @@ def test_steps_after_the_last_row_has_ended_were_not_taken(policy):
     [
         ({"forbid_mask": False}, "forbid_mask=False lets a position be written again"),
         ({"temperature": 0.0}, "temperature 0 draws nothing"),
+        ({"strategy": "origin", "suppress_confidence": (0,)}, "a step that commits nothing depends on the policy too"),
         ({"cache": "dual"}, "cache='dual' decodes from keys and values of earlier steps"),
         ({"completion_length": 8}, "pass the SamplerConfig that the rollout was sampled with"),
     ],

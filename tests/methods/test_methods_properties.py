@@ -463,6 +463,18 @@ def test_tracerl_leaves_out_what_no_step_wrote():
     assert used.sum() == 2 and views.masked[used, 0, P + 2 :].all()
 
 
+@pytest.mark.parametrize("name", ["exact_pg", "just_grpo", "agrpo", "egspo"])
+def test_methods_of_steps_leave_out_what_no_step_wrote(name):
+    sampler = SamplerConfig(L, L, L, "low_confidence", temperature=1.0, stop_at_eos=True)
+    steps = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L)).at[0, 2:].set(sampler.step_limit)
+    one = dataclasses.replace(batch(), commit_step=steps, sampler=sampler, entropy=jnp.ones((B, L)))
+    method = method_named(name)
+    views = method.views(method.masks(jax.random.key(0), one), one)
+    # In the loss every token counts by what it reads; these count everything but the first row's last tokens alike.
+    counted = jnp.sum(views.weights, axis=0) if name != "exact_pg" else jnp.sum(views.predicted(), axis=0)
+    assert not counted[0, 2:].any() and counted[0, :2].any() and counted[1:].any(axis=1).all()
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_kl_of_the_teacher_is_one_to_the_reference(level):
     """Of log-probabilities, not of centred logits, which a constant on all logits moves apart."""

@@ -13,7 +13,7 @@ import pytest
 from gdsd_jax.config import OptimizerConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora
 from gdsd_jax.diffusion import SamplerConfig, sample
-from gdsd_jax.diffusion.scoring import Views, hidden_where_read
+from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import METHODS, Batch, build
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
@@ -240,7 +240,7 @@ def test_entropy_is_that_of_masked_tokens():
     """UniGRPO masks a part of the completion: the tokens that its view shows are no predictions."""
     masked = jnp.zeros((2, 3, 5), bool).at[0, :, 2].set(True).at[1, 0, 4].set(True)
     views = Views(masked, jnp.ones((1, 3, 4)), ((0, 1),))
-    np.testing.assert_array_equal(hidden_where_read(views)[0], [[0, 1, 0, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(views.predicted()[0], [[0, 1, 0, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
     rows = {"entropy_total": jnp.array([[6.0], [2.0]]), "hidden_total": jnp.array([[3.0], [1.0]])}
     found = summaries(rows | {"kl": jnp.array([[1.0], [3.0]]), "kl_max": jnp.array([[1.0], [3.0]])})
     assert found == {"entropy": 2.0, "kl": 2.0, "kl_max": 3.0}
