@@ -10,6 +10,7 @@ not exist if its last part is the name of a published model.
     sampler   a whole rollout
     score     the old policy's scores of one micro-batch
     update    a later inner update on the whole rollout: scores of old policy and reference, gradient, optimizer
+    exact     the exact log-probability of one micro-batch of rollouts, a pass a step; only where --programs names it
 
 All figures are per chip. FLOPs, bytes and collectives are counted in the optimised program: the body of a loop counts
 as often as the loop runs, and kernels count by the shapes that they are called with. `ratio` is the counted FLOPs over
@@ -34,7 +35,7 @@ from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.planning import chips
 from gdsd_jax.planning.chips import Slice
 from gdsd_jax.planning.programs import make_plan
-from gdsd_jax.planning.report import PROGRAMS, gib, measure, report_of, table
+from gdsd_jax.planning.report import PROGRAMS, USUAL, gib, measure, report_of, table
 from gdsd_jax.planning.search import search as search_sizes
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import AXES, MeshConfig, make_mesh
@@ -121,7 +122,7 @@ def main(
 OPTIONS = {
     "topology": Option(str, None, "The slice, CHIP:SIZE in chips, such as v5e:2x4 or v5p:2x4x4."),
     "mesh": Option(str, None, "Mesh over it, such as data=1,fsdp=32,tensor=1, instead of config.mesh."),
-    "programs": Option(str, ",".join(PROGRAMS), "Which programs to compile."),
+    "programs": Option(str, ",".join(USUAL), f"Which programs to compile, of {','.join(PROGRAMS)}."),
     "json": Option(str, None, "File for the report.", written=True),
     "search": Option(bool, False, "Look for the mesh and the largest rollout and micro-batch that fit."),
     "top": Option(int, 0, "Largest movers of HBM and network bytes to name for each program."),

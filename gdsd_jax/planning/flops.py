@@ -78,6 +78,17 @@ def sampler(model: Model, settings: SamplerConfig, rows: int, prompt_length: int
     return settings.blocks * settings.steps_per_block * step
 
 
+def exact(model: Model, settings: SamplerConfig, rows: int, prompt_length: int) -> float:
+    """Computes the FLOPs of the exact log-probability of rollouts that take all their steps.
+
+    Each step runs all layers, and the head on one block, once for the normaliser and once for the mass behind the ranks
+    of what was committed. Cuts, and strategies that need more walks over the vocabulary, are not counted.
+    """
+    passes = 2 if settings.cfg_scale > 0 else 1
+    step = model.forward(passes * rows, prompt_length + settings.completion_length)
+    return settings.blocks * settings.steps_per_block * (step + 2 * model.head(passes * rows * settings.block_length))
+
+
 def walks_vocabulary(reads: Sequence) -> bool:
     """Returns whether these reads need every logit; "centred" does not, as it averages the head's rows first."""
     return any(read != "centred" for read in reads)

@@ -22,7 +22,7 @@ from gdsd_jax.config import TrainConfig, freeze
 from gdsd_jax.config.flags import enable_compilation_cache
 from gdsd_jax.config.read import config_module
 from gdsd_jax.planning import chips
-from gdsd_jax.planning.report import PROGRAMS, gib, report_of
+from gdsd_jax.planning.report import USUAL, gib, report_of
 from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import read_object
@@ -82,7 +82,7 @@ def row_config(row: Row) -> TrainConfig:
 
 def line(report: dict[str, Any]) -> str:
     """Returns one row of the table, as a line of Markdown."""
-    parts = [report[name] for name in PROGRAMS]
+    parts = [report[name] for name in USUAL]
     known = all(part["flops"] is not None for part in parts)
     rollout, update = parts[0]["seconds_roofline"], parts[2]["seconds_roofline"]
     if known:
@@ -117,7 +117,7 @@ def main(store: Path, page: Path, chosen: list[str]) -> None:
     for row in rows():
         if row.name not in reports and (not chosen or row.name in chosen):
             print(f"planning {row.name}", flush=True)
-            report = report_of(row_config(row), chips.parse_topology(row.topology), list(PROGRAMS))
+            report = report_of(row_config(row), chips.parse_topology(row.topology), list(USUAL))
             reports[row.name] = report | {"commit": at}
             store.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
         draw(reports, page, versions)

@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora, logical_axes
+from gdsd_jax.diffusion import Rollout
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.diffusion.scoring import read_views
+from gdsd_jax.diffusion.trajectory import check_attention, check_defined, compiled_log_prob
 from gdsd_jax.methods import Batch, Method, Scores, build
 from gdsd_jax.planning import flops
 from gdsd_jax.runtime import sharding
@@ -52,9 +54,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
-    """Plans the programs of a run on a mesh: sampler, scorer and a later inner update.
+    """Plans the programs of a run on a mesh: sampler, scorer, a later inner update, and the exact likelihood.
 
-    A later update also scores the old policy and the reference.
+    A later update also scores the old policy and the reference. The exact likelihood is that of one micro-batch of
+    rollouts; traced where it is not defined, it raises UserError.
 
     Raises:
       UserError: the model, method or schedule is unknown.
@@ -81,6 +84,15 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
             prompt_mask=rows.prompt_mask, chunk=config.model.vocab_chunk,
         )  # fmt: skip
         return method.score(reads, seen)
+
+    def exact() -> jax.stages.Lowered:
+        check_defined(config.sampler)
+        check_attention(model)
+        few = lambda x: place(mesh, jax.ShapeDtypeStruct((some, *x.shape[1:]), x.dtype), ("rows", "tokens"))  # noqa: E731
+        rollout = Rollout(few(batch.tokens), few(batch.commit_step), few(batch.confidence))
+        arguments = model, weights, lora, rollout, few(batch.prompt_mask), config.sampler, config.model.vocab_chunk, 1
+        with jax.set_mesh(mesh):
+            return compiled_log_prob.lower(*arguments)
 
     def on_mesh(lower: Callable, *arguments: Any) -> Callable[[], jax.stages.Lowered]:
         def lowered() -> jax.stages.Lowered:
@@ -131,6 +143,12 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
             steps * (scored + new),
             0,
             f"old policy, reference and gradient on {rows} completions in {steps} micro-batches",
+        ),
+        "exact": Program(
+            exact,
+            flops.exact(counted, config.sampler, some, batch.prompt_length),
+            beside,
+            f"exact log-probability of {some} completions of {batch.completion_length} tokens in {denoising} steps",
         ),
     }
     stored = bytes_per_chip(state.params) + bytes_per_chip(base)

@@ -15,7 +15,8 @@ from gdsd_jax.planning.programs import Program, make_plan
 from gdsd_jax.runtime.sharding import make_mesh
 from gdsd_jax.training.setup import dimensions
 
-PROGRAMS = ("sampler", "score", "update")
+PROGRAMS = ("sampler", "score", "update", "exact")
+USUAL = PROGRAMS[:3]  # those of every run; exact log-probabilities are computed where somebody asks for them
 
 
 def measure(config: TrainConfig, program: Program, topology: Slice, *, top: int = 0) -> dict[str, Any]:
