@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gdsd_jax.runtime.files import replacing, write_text
 
 JSON, TABLE, FIGURE = "meter.json", "meter.md", "meter.png"
@@ -26,15 +28,22 @@ def markdown(table: dict[str, Any]) -> str:
     about = (
         f"{table['rows']} rollouts of {table['source']}, mean reward {table['reward']:.3f}, mean exact log-probability "
         f"{table['log_prob']:.2f} nats; {100 * table['impossible']:.2g} % cannot be replayed (rounding). "
-        f"{table['draws']} draws of masks."
+        f"{table['draws']} draws of masks.\n\n"
+        + "\n".join(
+            f"Moved to a smooth log-ratio of {d}: the exact one of {100 * table['jumped'][d]:.0f} % of the rollouts has "
+            f"jumped, and its median size is {table['log_ratio'][d]:.3g}."
+            for d in distances
+        )
     )
-    header = ["method", "bias", "spread", "noise", "rank", *(f"error at {d}" for d in distances), "cosine", "of mean"]
+    header = ["method", "bias", "spread", "noise", "rank", *(f"error at {d}" for d in distances)]
+    header += [*(f"corr. at {d}" for d in distances), "cosine", "of mean"]
     lines = [
         [
             label,
             *(f"{row[name]:+.2f}" if name == "bias" else f"{row[name]:.2f}" for name in ("bias", "spread", "noise")),
             f"{row['rank_correlation']:.2f}",
-            *(f"{100 * row['log_ratio_error'][d]:.0f} %" for d in distances),
+            *(_number(row["log_ratio"][d]["error"], 100, ".0f") for d in distances),
+            *(_number(row["log_ratio"][d]["correlation"], 1, ".2f") for d in distances),
             f"{row['cosine']:.3f}",
             f"{row['cosine_of_mean']:.3f}",
         ]
@@ -57,6 +66,10 @@ def markdown(table: dict[str, Any]) -> str:
         ]
         parts.append(_grid(header, lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _number(value: float | None, scale: float, form: str) -> str:
+    return "-" if value is None else format(scale * value, form) + (" %" if scale == 100 else "")
 
 
 def _grid(header: list[str], lines: list[list[str]]) -> str:
@@ -85,7 +98,8 @@ def draw(path: Path, table: dict[str, Any]) -> None:
     left.invert_yaxis()
     left.axvline(0, color="0.5", linewidth=1)
     for distance in map(str, table["distances"]):
-        errors = [max(100 * row["log_ratio_error"][distance], 1e-2) for row in rows]
+        found = (row["log_ratio"][distance]["error"] for row in rows)
+        errors = [np.nan if error is None else max(100 * error, 1e-2) for error in found]
         middle.plot(errors, heights, "o", label=f"at {distance}")
     middle.set(title="Error of the log-ratio (%)", xscale="log")
     middle.legend(fontsize=8)

@@ -22,6 +22,8 @@ from gdsd_jax.methods import Batch, Method, Scores, build
 from gdsd_jax.training.state import policy
 
 NO_KL = {"beta": 0.0}
+NEAR = 2e-3  # nats; a log-ratio far above rounding, and so near that few ranks swap
+FEWEST = 8  # rows, below which a log-ratio's error says nothing
 # Method and settings of each row of the table; without KL, so that a gradient is that of the objective alone.
 SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact_pg": ("exact_pg", {}),
@@ -120,26 +122,62 @@ def rank_correlation(estimate: np.ndarray, truth: np.ndarray, group_size: int) -
     return float(np.mean(found)) if found else float("nan")
 
 
-def moved_to(
-    distance: float, params: Any, direction: Any, log_ratio: Callable[[Any], np.ndarray], *, halvings: int = 8
-) -> tuple[Any, np.ndarray]:
-    """Moves `params` along `direction` until the median size of the exact log-ratio is `distance`.
+class Line(NamedTuple):
+    """A straight line through the parameters, from those of a policy along the exact policy gradient.
 
-    Returns the moved parameters and the log-ratios there. The distance is a median, since the log-probability jumps
-    where ranks swap or a token crosses a threshold, and the jumps of a few rows would dominate a mean square. The
-    search doubles the step until it is too long, then halves the bracket.
+    at: the parameters at a length.
+    slope: `[B]`, how fast each exact log-probability grows with the length, at the start; NaN where it is not finite.
+    """
+
+    at: Callable[[float], Any]
+    slope: np.ndarray
+
+    def length(self, distance: float) -> float:
+        """Returns the length at which the median size of the log-ratios is `distance`, without their jumps."""
+        return distance / float(np.nanmedian(np.abs(self.slope)))
+
+    def smooth(self, distance: float, ratio: np.ndarray) -> np.ndarray:
+        """Tells which log-ratios `[B]` at a distance are near their tangent: the others have jumped on the way."""
+        return np.abs(ratio - self.slope * self.length(distance)) <= distance / 2
+
+
+def line_along(direction: Any, params: Any, log_ratio: Callable[[Any], np.ndarray]) -> Line:
+    """Returns the line from `params` along `direction`; slopes are differences over a median log-ratio of `NEAR`.
+
+    The exact log-probability jumps where two candidates swap ranks or a token crosses the threshold. On a trained
+    policy jumps make up most of the log-ratio long before its smooth part is 0.1, so that neither a mean nor a median
+    of log-ratios measures how far a policy has moved; the slope at the start does.
     """
     flat, unravel = ravel_pytree(params)
     unit = direction / jnp.linalg.norm(direction)
     at = lambda length: unravel(flat + length * unit)  # noqa: E731
-    size = lambda ratio: float(np.median(np.abs(ratio[np.isfinite(ratio)])))  # noqa: E731
-    low, high = 0.0, 1e-4 * float(jnp.linalg.norm(flat))
-    while size(log_ratio(at(high))) < distance:
-        low, high = high, 2 * high
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        low, high = (low, middle) if size(log_ratio(at(middle))) > distance else (middle, high)
-    return at(high), log_ratio(at(high))
+    finite = lambda ratio: np.where(np.isfinite(ratio), ratio, np.nan)  # noqa: E731
+    length = 1e-5 * float(jnp.linalg.norm(flat))
+    for _ in range(2):
+        ratio = finite(log_ratio(at(length)))
+        slope, length = ratio / length, length * NEAR / max(float(np.nanmedian(np.abs(ratio))), 1e-9)
+    return Line(at, slope)
+
+
+def agreement(estimate: np.ndarray, exact: np.ndarray, valid: np.ndarray) -> dict[str, float | None]:
+    """Compares estimated log-ratios `[D, B]` with exact ones `[B]`, over the valid rows.
+
+    Returns:
+      error: the median size of the differences over that of the exact log-ratios; None where too few rows are valid.
+      correlation: of the two over rows, averaged over the draws; None likewise.
+    """
+    if valid.sum() < FEWEST:
+        return {"error": None, "correlation": None}
+    estimate, exact = estimate[:, valid], exact[valid]
+    error = np.median(np.abs(estimate - exact)) / np.median(np.abs(exact))
+    with np.errstate(invalid="ignore"):
+        found = [np.corrcoef(draw, exact)[0, 1] for draw in estimate]
+    return {"error": float(error), "correlation": float(np.mean(found))}
+
+
+def median_size(ratio: np.ndarray) -> float:
+    """Returns the median size of the log-ratios that are finite."""
+    return float(np.median(np.abs(ratio[np.isfinite(ratio)])))
 
 
 def cosine(x: Array, y: Array) -> float:
@@ -163,7 +201,8 @@ def measure(
     """Measures parts (a), (b) and (c) of the meter on one batch of rewarded rollouts.
 
     Every method is measured on the same rollouts and on the same moved policies. For each of `distances`, a policy is
-    moved along the exact policy gradient until its log-ratio has that median size over rows.
+    moved along the exact policy gradient until the smooth part of its log-ratios has that median size over rows.
+    Methods are then compared on the rows whose log-ratio has not jumped.
     """
     truth_of = lambda params: np.asarray(exact(config, base, params, batch, chunk), np.float64)  # noqa: E731
     truth = truth_of(params)
@@ -173,7 +212,10 @@ def measure(
     trajectory = jax.jit(reference.method.masks)(key, batch)
     ascent = -reference.gradient(params, batch, trajectory)
     report("exact gradient")
-    moved = {d: moved_to(d, params, ascent, lambda p: truth_of(p) - truth) for d in distances}
+    line = line_along(ascent, params, lambda p: truth_of(p) - truth)
+    moved = {d: line.at(line.length(d)) for d in distances}
+    ratios = {d: truth_of(there) - truth for d, there in moved.items()}
+    smooth = {d: fine & line.smooth(d, ratio) for d, ratio in ratios.items()}
     report("moved policies")
     rows = {}
     for subject in subjects:
@@ -191,12 +233,8 @@ def measure(
             "rank_correlation": rank_correlation(mean, np.where(fine, truth, truth[fine].min()), batch.group_size),
             "cosine": float(np.mean([cosine(-g, ascent) for g in gradients])),
             "cosine_of_mean": cosine(-sum(gradients), ascent),
-            "log_ratio_error": {},
+            "log_ratio": {str(d): agreement(at(moved[d]) - start, ratios[d], smooth[d]) for d in distances},
         }
-        for distance, (there, ratio) in moved.items():
-            valid = fine & np.isfinite(ratio)
-            error = (at(there) - start - ratio)[:, valid]
-            row["log_ratio_error"][str(distance)] = float(np.median(np.abs(error)) / np.median(np.abs(ratio[valid])))
         rows[subject] = row
         report(subject)
     return {
@@ -204,6 +242,8 @@ def measure(
         "impossible": float(1 - fine.mean()),
         "log_prob": float(truth[fine].mean()),
         "distances": list(distances),
+        "jumped": {str(d): float(1 - smooth[d][fine].mean()) for d in distances},
+        "log_ratio": {str(d): median_size(ratios[d]) for d in distances},
         "draws": draws,
         "methods": rows,
     }

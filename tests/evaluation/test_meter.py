@@ -30,12 +30,31 @@ def test_scores_become_nats_of_a_completion():
     np.testing.assert_allclose(probe.in_nats("spg", {}, Scores(None, jnp.array([-1.0, -2.0])), batch), [-4, -4])
 
 
-def test_a_policy_is_moved_until_its_log_ratio_has_the_distance():
+def test_a_policy_is_moved_as_far_as_the_smooth_part_of_its_log_ratio_says():
     params = {"w": jnp.array([1.0, 0.0])}
-    direction = jnp.array([0.0, 2.0])
-    there, ratio = probe.moved_to(0.3, params, direction, lambda p: np.array([3.0, -3.0, -np.inf]) * float(p["w"][1]))
-    np.testing.assert_allclose(there["w"], [1.0, 0.1], rtol=0.01)
-    assert np.median(np.abs(ratio[:2])) == pytest.approx(0.3, rel=0.01)
+    slope = np.array([3.0, -3.0, 6.0, -np.inf])
+
+    def log_ratio(p):
+        moved = float(p["w"][1])
+        # The third row jumps on the way, by far more than it moves.
+        return slope * moved + np.array([0.0, 0.0, -50.0, 0.0]) * (moved > 0.01)
+
+    line = probe.line_along(jnp.array([0.0, 2.0]), params, log_ratio)
+    np.testing.assert_allclose(line.slope, [3, -3, 6, np.nan], rtol=1e-3)
+    length = line.length(0.3)
+    np.testing.assert_allclose(line.at(length)["w"], [1.0, 0.1], rtol=1e-3)
+    there = log_ratio(line.at(length))
+    np.testing.assert_array_equal(line.smooth(0.3, there), [True, True, False, False])
+
+
+def test_agreement_is_that_of_the_valid_rows():
+    exact = np.linspace(-1, 1, 10)
+    estimate = np.stack([2 * exact, 2 * exact])
+    estimate[:, 0] = 1e3
+    valid = np.arange(10) > 0
+    found = probe.agreement(estimate, exact, valid)
+    assert found == pytest.approx({"error": 1.0, "correlation": 1.0})
+    assert probe.agreement(estimate, exact, np.arange(10) < 7) == {"error": None, "correlation": None}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +83,10 @@ def test_the_exact_gradient_and_the_bounds_on_a_toy(toy):
     )  # fmt: skip
     same, bound = table["methods"]["exact_pg"], table["methods"]["espo"]
     assert same["bias"] == pytest.approx(0, abs=1e-4) and same["cosine"] == pytest.approx(1, abs=1e-4)
-    assert same["log_ratio_error"]["0.1"] < 1e-3 and same["rank_correlation"] == pytest.approx(1)
+    assert same["log_ratio"]["0.1"]["error"] < 1e-3 and same["rank_correlation"] == pytest.approx(1)
     assert table["impossible"] == 0
     # A bound of the completion alone, which is log 4! = 3.18 nats more likely than with a random order.
-    assert -3 < bound["bias"] < 3.2 and bound["log_ratio_error"]["0.1"] > 0.02 and 0 < bound["cosine"] < 1
+    assert -3 < bound["bias"] < 3.2 and bound["log_ratio"]["0.1"]["error"] > 0.02 and 0 < bound["cosine"] < 1
 
 
 @pytest.mark.slow
@@ -85,11 +104,13 @@ def test_the_report_is_written_whole(tmp_path):
     row = {"bias": 1.0, "spread": 2.0, "noise": 0.1, "rank_correlation": 0.5, "cosine": 0.3, "cosine_of_mean": 0.4}
     run = {"method": "gdsd", "strategy": "random", "trained": True, "clip": False}
     run |= {"update": [0, 1], "kl": [0.2, 0.1], "reward": [0.3, 0.4]}
+    ratio = {"error": 0.25, "correlation": None}
     table = {"rows": 8, "impossible": 0.0, "log_prob": -3.0, "distances": [0.1], "draws": 2, "source": "X"}
-    table |= {"reward": 0.5, "methods": {"gdsd": row | {"log_ratio_error": {"0.1": 0.25}}}, "enumerated": [run]}
+    table |= {"reward": 0.5, "methods": {"gdsd": row | {"log_ratio": {"0.1": ratio}}}, "enumerated": [run]}
+    table |= {"jumped": {"0.1": 0.5}, "log_ratio": {"0.1": 0.7}}
     meter_report.write(tmp_path, table)
     text = (tmp_path / meter_report.TABLE).read_text()
-    assert "| gdsd   | +1.00 | 2.00   | 0.10  | 0.50 | 25 %" in text and "0.200 | 0.100 | 0.100" in text
+    assert "| gdsd   | +1.00 | 2.00   | 0.10  | 0.50 | 25 %         | -" in text and "50 % of the rollouts has jumped" in text and "0.200 | 0.100 | 0.100" in text
     assert json.loads((tmp_path / meter_report.JSON).read_text()) == table
     assert (tmp_path / meter_report.FIGURE).stat().st_size > 10_000
 
