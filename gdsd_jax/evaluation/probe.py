@@ -236,7 +236,8 @@ def measure(
             "log_ratio": {str(d): agreement(at(moved[d]) - start, ratios[d], smooth[d]) for d in distances},
         }
         rows[subject] = row
-        report(subject)
+        shown = {name: value for name, value in row.items() if name != "log_ratio"} | row["log_ratio"]
+        report(f"{subject}: {shown}")
     return {
         "rows": int(len(truth)),
         "impossible": float(1 - fine.mean()),
