@@ -10,10 +10,10 @@ sampler did (`gdsd_jax.diffusion.trajectory_log_prob`). The table says for each 
                   averaged over `--draws` draws of masks, and the exact log-probability
     noise         standard deviation of its estimate between such draws, in nats
     rank          Spearman's correlation of estimate and exact log-probability, inside groups of completions of a prompt
-    error at d    relative error of its log-ratio, with one draw of masks, after the policy has been moved along the exact
-                  policy gradient until the smooth part of the exact log-ratio is d; medians over completions. The exact
-                  log-ratio also jumps, where candidates swap ranks or cross a threshold; completions whose log-ratio
-                  has jumped are counted and left out
+    error at d    relative error of its log-ratio, with one draw of masks, after the policy has been moved along the
+                  exact policy gradient until the smooth part of the exact log-ratio is d; medians over completions. The
+                  exact log-ratio also jumps, where candidates swap ranks or cross a threshold; completions whose
+                  log-ratio has jumped are counted and left out
     corr. at d    correlation of both log-ratios over these completions
     cosine        cosine of the angle between its gradient before any update and the exact policy gradient, with one
                   draw of masks and with the mean of all draws

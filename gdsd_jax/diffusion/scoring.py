@@ -44,7 +44,7 @@ class Views:
         return _read_chosen(*arguments, **options)
 
     def predicted(self) -> Bool[Array, "R B L"]:
-        """Returns where a token is masked in the pass in which it is read; elsewhere that pass shows it to the model."""
+        """Returns where a token is masked in the pass in which it is read; elsewhere that pass shows it."""
         masked = self.masked[:, :, -self.weights.shape[-1] :]
         return jnp.stack([jnp.any(masked[jnp.array(source)], axis=0) for source in self.sources])
 

@@ -30,8 +30,8 @@ def markdown(table: dict[str, Any]) -> str:
         f"{table['log_prob']:.2f} nats; {100 * table['impossible']:.2g} % cannot be replayed (rounding). "
         f"{table['draws']} draws of masks.\n\n"
         + "\n".join(
-            f"Moved to a smooth log-ratio of {d}: the exact one of {100 * table['jumped'][d]:.0f} % of the rollouts has "
-            f"jumped, and its median size is {table['log_ratio'][d]:.3g}."
+            f"Moved to a smooth log-ratio of {d}: the exact one of {100 * table['jumped'][d]:.0f} % of the rollouts "
+            f"has jumped, and its median size is {table['log_ratio'][d]:.3g}."
             for d in distances
         )
     )
