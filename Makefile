@@ -34,7 +34,7 @@ test: .venv/.installed
 	.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: .venv-slow/.installed
-	.venv-slow/bin/python -m pytest -m "slow and not libtpu" $(PYTEST_ARGS)
+	.venv-slow/bin/python -m pytest -m "slow and not libtpu" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	$(MAKE) test-plan types docs
 
 test-plan: .venv-tpu/.installed

@@ -62,7 +62,7 @@ def prepare_ours(job: measure.Job) -> measure.Contest:
     shape = WORKLOADS[job.workload]
     config = ours.denoiser(shape)
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=RATE, clip_norm=CLIP), updates=1)
-    method = build("gdsd", beta=0.0, views=1, eps_low=1.0, eps_high=1e9)
+    method = build("gdsd", psi=1.0, beta=0.0, views=1, eps_low=1.0, eps_high=1e9)
     update = make_inner_update(
         config, method, optimizer, schedule, microbatch_rows=shape.rows, vocab_chunk=DEFAULT_CHUNK
     )
