@@ -224,5 +224,5 @@ def test_judge_reads_what_the_filters_made_of_the_answers(tmp_path, monkeypatch,
     assert "2 documents, passed 0.750" in capsys.readouterr().out
     file.write_text("{}\n")
     with pytest.raises(SystemExit):
-        main()
+        front.run(main)
     assert "no samples file of lm-eval" in capsys.readouterr().err
