@@ -18,9 +18,10 @@ sampler did (`gdsd_jax.diffusion.trajectory_log_prob`). The table says for each 
     cosine        cosine of the angle between its gradient before any update and the exact policy gradient, with one
                   draw of masks and with the mean of all draws
 
-The exact likelihood is that of the completion together with the order of its commits. Then, in a toy language whose
-completions can be enumerated, every method makes 64 inner updates on one batch, and the meter follows the distance
-`KL(pi_theta || pi*)` to the optimum `pi* ~ pi_old exp(psi A)`.
+The exact likelihood is that of the completion together with the order of its commits. Some methods share an estimate:
+`wd1` has that of `diffu_grpo`, `stable_drl` that of `spg`, `rspo` and `trafl` that of `espo`. Then, in a toy language
+whose completions can be enumerated, every method makes 64 inner updates on one batch, and the meter follows the
+distance `KL(pi_theta || pi*)` to the optimum `pi* ~ pi_old exp(psi A)`.
 
 Writes `meter.json`, `meter.md` and `meter.png` to `--output`, by default `WORKDIR/meter`.
 """
