@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import pytest
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
@@ -14,6 +15,7 @@ from gdsd_jax.config.flags import _parse
 from gdsd_jax.families import FAMILIES
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS
+from gdsd_jax.training.optimizer import make_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -68,6 +70,16 @@ def test_numbers_of_the_recipe(name):
     dream_sudoku = {"top_k": 8, "eps_low": 0.2, "eps_high": 0.2, "masking": "rollout_order_random"}
     given = {key: settings[key] for key in dream_sudoku if key in settings}
     assert given == (dream_sudoku if name == "dream_7b_sudoku" else {})
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [("lion", "optax:lion"), ("muon", "optax.contrib:muon")])
+def test_recipes_of_other_optimizers(name, optimizer):
+    config = read(f"tiny_sudoku_{name}")
+    assert config.optimizer.name == optimizer and config.iterations == read("tiny_sudoku").iterations
+    change, _ = make_optimizer(config.optimizer, 10)
+    factor = {"layers": {"q": {"a": jnp.ones((1, 4, 2))}}}
+    step, _ = change.update(factor, change.init(factor), factor)
+    assert 0 < abs(float(step["layers"]["q"]["a"][0, 0, 0])) <= 2 * config.optimizer.learning_rate
 
 
 ONE_DEVICE = {"qwen3": "a2d-qwen3", "coder": "a2d-qwen2", "sdar": "sdar", "fastdllm": "fast_dllm_qwen"}
