@@ -1,12 +1,15 @@
 """Measures how much of a small adapter survives bfloat16, and the cost of keeping it.
 
-    python -m benchmarks.adapter_slope [--layers 6] [--width 256] [--updates 1,8,24,64] [--rows 32] [--products]
+    python -m benchmarks.adapter_slope [--layers 6] [--width 256] [--updates 1,8,24,64] [--rows 32]
+                                       [--products] [--merged]
 
 A fresh adapter takes steps of the learning rate along the sign of a float32 gradient, as Adam's first ones are. After
 so many updates the slope is the regression of what bfloat16 sees of the change of every token's log-probability on what
 float32 sees of it: 1 where nothing is lost, 0 where the adapter does not exist. The error beside it is that of the
 regression. Each row is another way to add the adapter's product to the base's (`WAYS`); the first one is the library's.
-With `--products` also the time of one wide product with an adapter, and of a forward pass of the model, in each way.
+With `--merged` the adapter is merged into the weights instead, as an export does it: the rows are then the dtype of the
+export and that of the computation. With `--products` also the time of one wide product with an adapter, and of a
+forward pass of the model, in each way.
 """
 
 from __future__ import annotations
@@ -79,10 +82,8 @@ def slope(seen: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     return float(found), float(np.sqrt(np.mean((y - found * x) ** 2) / (x @ x)))
 
 
-def slopes(
-    layers: int, width: int, rows: int, updates: Sequence[int], rate: float, ways: Sequence[str] = tuple(WAYS)
-) -> dict[str, dict[int, tuple[float, float]]]:
-    """`{way: {updates: (slope, error)}}`."""
+def trained(layers: int, width: int, rows: int, updates: Sequence[int], rate: float) -> tuple[Any, dict, dict]:
+    """The base, and by number of updates the adapters and what float32 sees of them."""
     exact = model(layers, width, "float32")
     # A base as checkpoints store it: exact in bfloat16.
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_base(exact, jax.random.key(0)))
@@ -93,7 +94,47 @@ def slopes(
         lora = jax.tree.map(lambda x, g: x + rate * jnp.sign(g), lora, gradient(lora))
         if count in updates:
             adapters[count] = lora
-    expected = {count: np.asarray(true(lora)) for count, lora in adapters.items()}
+    return base, adapters, {count: np.asarray(true(lora)) for count, lora in adapters.items()}
+
+
+def merged(base: Any, lora: Any, dtype: Any) -> Any:
+    """The weights that an export writes: the sum in float32, rounded once."""
+
+    def one(name: str, kernel: jax.Array) -> jax.Array:
+        factors = lora.weights["layers"][name]
+        product = jnp.einsum("nir,nro->nio", factors["a"], factors["b"], precision="highest")
+        return (kernel.astype(jnp.float32) + lora.alpha / lora.rank * product).astype(dtype)
+
+    layers = {
+        name: tree | {"kernel": one(name, tree["kernel"])} if name in lora.targets else tree
+        for name, tree in base["layers"].items()
+    }
+    return base | {"layers": layers}
+
+
+def merged_slopes(
+    layers: int, width: int, rows: int, updates: Sequence[int], rate: float
+) -> dict[str, dict[int, tuple[float, float]]]:
+    """`{"export dtype, computed in dtype": {updates: (slope, error)}}`."""
+    base, adapters, expected = trained(layers, width, rows, updates, rate)
+    found = {}
+    for stored, computed in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16"),
+                             ("float32", "float32")):  # fmt: skip
+        config = model(layers, width, computed)
+        values = {
+            count: np.asarray(scorer(config, merged(base, lora, stored), rows)[0](None))
+            for count, lora in adapters.items()
+        }
+        name = f"merged in {stored}, computed in {computed}"
+        found[name] = {n: slope(values[n] - values[0], expected[n] - expected[0]) for n in updates}
+    return found
+
+
+def slopes(
+    layers: int, width: int, rows: int, updates: Sequence[int], rate: float, ways: Sequence[str] = tuple(WAYS)
+) -> dict[str, dict[int, tuple[float, float]]]:
+    """`{way: {updates: (slope, error)}}`."""
+    base, adapters, expected = trained(layers, width, rows, updates, rate)
     found = {}
     for way in ways:
         ops.product_plus = WAYS[way]
@@ -136,10 +177,12 @@ def main() -> None:
     flags.add_argument("--rate", type=float, default=3e-6)
     flags.add_argument("--updates", default="1,8,24,64")
     flags.add_argument("--products", action="store_true")
+    flags.add_argument("--merged", action="store_true")
     given = flags.parse_args()
     updates = [int(count) for count in given.updates.split(",")]
     print(f"{jax.devices()[0].device_kind}, {given.layers} layers, width {given.width}, rate {given.rate:g}")
-    found = slopes(given.layers, given.width, given.rows, updates, given.rate)
+    work = merged_slopes if given.merged else slopes
+    found = work(given.layers, given.width, given.rows, updates, given.rate)
     print("| way | " + " | ".join(f"{n} updates" for n in updates) + " |\n|" + "---|" * (len(updates) + 1))
     for way, by_count in found.items():
         print(f"| {way} | " + " | ".join(f"{by_count[n][0]:.3f} +- {by_count[n][1]:.3f}" for n in updates) + " |")

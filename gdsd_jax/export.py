@@ -5,7 +5,8 @@
 `--format both`, the default, writes `OUTPUT/merged` and `OUTPUT/adapter`; `--format merged` and `--format adapter`
 write to OUTPUT itself. An export that was killed starts anew with the same command. With `--adapter DIR` (and
 `--checkpoint DIR`) instead of a run, `--format merged` merges that adapter into its base. Merged weights have the
-dtypes of the source checkpoint.
+dtypes of the source checkpoint, or the one that `--dtype` names: bfloat16 rounds a part of a small adapter away, see
+docs/formats.md.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gdsd_jax.training.record import read_record
 
 FORMATS = ("merged", "adapter", "both")
 UNFINISHED = ".export.part"  # marks a directory to which an export of both kinds writes
+DTYPES = ("float32", "bfloat16")
 
 
 def run(
@@ -41,6 +43,7 @@ def run(
     checkpoint: str | None = None,
     adapter: str | None = None,
     best: bool = False,
+    dtype: str | None = None,
 ) -> dict[str, Path]:
     """Exports one policy and returns the directories that it writes, by the names "merged" and "adapter".
 
@@ -48,13 +51,16 @@ def run(
       workdir, checkpoint, adapter, best: see `load_policy`.
       output: directory of the export; each directory that is written must be absent or empty.
       format: one of `FORMATS`.
+      dtype: of merged weights, one of `DTYPES`; None: those of the source checkpoint.
 
     Raises:
-      UserError: the format is unknown, there is no adapter to export, a directory to write is not empty, or the disk
-        has no room.
+      UserError: the format or dtype is unknown, there is no adapter to export, a directory to write is not empty, or
+        the disk has no room.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     paths = {kind: output / kind for kind in ("merged", "adapter")} if format == "both" else {format: output}
     if not (output / UNFINISHED).exists():
         for path in paths.values():
@@ -68,10 +74,14 @@ def run(
             held.enter_context(hosts.first_only(Lock, output, "--output"))
             held.enter_context(hosts.first_only(marked, output, paths.values()))
         if "merged" in paths:
-            base = jax.tree.map(lambda x, dtype: x.astype(dtype), policy.base, policy.stored)
+            # Where all parameters were trained they are float32 here; they are rounded if nothing else is asked for.
+            base = policy.base
+            if dtype is None:
+                base = jax.tree.map(lambda x, stored: x.astype(stored), base, policy.stored)
             hub.export_checkpoint(
-                paths["merged"], policy.model, base, lora=policy.lora, source=policy.source, training=training
-            )
+                paths["merged"], policy.model, base,
+                dtype=dtype, lora=policy.lora, source=policy.source, training=training,
+            )  # fmt: skip
         if "adapter" in paths:
             hub.export_adapter(paths["adapter"], policy.model, policy.lora, source=policy.source, training=training)
     return paths
@@ -124,6 +134,7 @@ def main(config: TrainConfig, workdir: Path | None, *, output: str | None, forma
 OPTIONS = POLICY_OPTIONS | {
     "output": Option(str, None, "Directory to write.", written=True),
     "format": Option(str, "both", "merged, adapter or both."),
+    "dtype": Option(str, None, "Of merged weights, float32 or bfloat16; without it, those of the source."),
 }
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def test_settings_and_flags(override, named, config_file, refused, tmp_path):
         (evaluate, ["--workdir={base}"], "holds no training run"),
         (export, [], "--output"),
         (export, ["--output=out", "--workdir={base}", "--format=onnx"], "--format"),
+        (export, ["--output=out", "--workdir={base}", "--dtype=int8"], "--dtype"),
         (export, ["--output={base}", "--workdir={base}", "--format=merged"], "is not empty"),
         (generate, ["--checkpoint={base}", "--prompt=a", "--rows=1"], "--prompt TEXT or --rows N"),
         (generate, ["--checkpoint={base}", "--rows=one"], "rows"),

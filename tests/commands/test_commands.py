@@ -137,6 +137,13 @@ def test_all_parameters_trained_keep_the_dtype_of_the_source(config_file, tmp_pa
     before, after = (read_header(place / "model.safetensors") for place in (half, tmp_path / "out"))
     assert {name: (t.dtype, t.shape) for name, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
     assert (half / "model.safetensors").read_bytes() != (tmp_path / "out" / "model.safetensors").read_bytes()
+    command(export, *run, "--output", tmp_path / "wide", "--format", "merged", "--dtype", "float32")
+    _, wide = hub.load_checkpoint(tmp_path / "wide")
+    _, rounded = hub.load_checkpoint(tmp_path / "out")
+    assert {x.dtype.name for x in jax.tree.leaves(wide)} == {"float32"}
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(y.dtype), y), wide, rounded)
+    pairs = zip(*map(jax.tree.leaves, (wide, rounded)), strict=True)
+    assert any(bool((x != y.astype(x.dtype)).any()) for x, y in pairs)
     with pytest.raises(SystemExit) as stop:
         command(export, *run, "--output", tmp_path / "adapter", "--format", "adapter")
     assert stop.value.code == 2
