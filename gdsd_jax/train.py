@@ -28,6 +28,7 @@ from gdsd_jax.config.flags import launch
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.evaluation.completions import evaluate_policy
+from gdsd_jax.methods import Method
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.files import refuse_existing
 from gdsd_jax.runtime.signals import StopSignal
@@ -40,6 +41,7 @@ from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.profile import Profile, phase
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.telemetry.warnings import precursors
+from gdsd_jax.training.between import finished
 from gdsd_jax.training.checkpoint import Best, Checkpoints
 from gdsd_jax.training.divergence import diverged
 from gdsd_jax.training.dry_run import shrink
@@ -65,7 +67,7 @@ from gdsd_jax.training.setup import (
     task_rows,
 )
 from gdsd_jax.training.state import TrainState, policy
-from gdsd_jax.training.update import make_inner_update
+from gdsd_jax.training.update import Before, make_inner_update
 
 
 def train(config: TrainConfig, workdir: Path) -> TrainState:
@@ -79,15 +81,18 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     model, base, tokenizer, task = setup
     sampler = dataclasses.replace(config.sampler, record=config.sampler.record or method.records)
     check_fits(model, max(config.prompt_buckets), sampler)
-    state, places, optimizer, schedule = fresh_state(config, setup)
+    state, places, optimizer, schedule, beside = fresh_state(config, setup, method)
     update = make_inner_update(
         model, method, optimizer, schedule,
         microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
-        inner_updates=config.inner_updates, shardings=places,
+        inner_updates=config.inner_updates, update_rows=config.update_rows, extras_optimizer=beside.optimizer,
+        reference=config.reference, shardings=places,
     )  # fmt: skip
     rollout_key = jax.jit(lambda state: stream_key(state.key, Stream.ROLLOUT, state.iteration))
-    finish = jax.jit(lambda state: state.replace(iteration=state.iteration + 1), out_shardings=places)
-    snapshot = jax.jit(lambda params: jax.tree.map(lambda x: x + 0, params), out_shardings=places.params)
+    finish = jax.jit(lambda state: finished(state, config.reference), out_shardings=places)
+    snapshot = jax.jit(
+        lambda before: jax.tree.map(lambda x: x + 0, before), out_shardings=Before(places.params, places.extras)
+    )
     lengths, count = jax.jit(length_metrics), config.prompts_per_iteration
 
     rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
@@ -119,7 +124,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             chosen = [order[position + i] for i in range(count + further_prompts(config.refill, count))]
             asked = prompts.pick(chosen, config.prompt_buckets)
             sample_some = functools.partial(
-                sample_and_reward, config, setup, sampler, policy(base, state.params), rollout_key(state)
+                sample_and_reward, config, setup, method, sampler, policy(base, state.params), rollout_key(state)
             )
             # `rewarded` is what the update sees, and `sampled` all that was sampled for it.
             rewarded, sampled, used, refill_metrics = refilled(config.refill, count, asked, sample_some)
@@ -128,11 +133,13 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             # ---------------------------------------------------------------------------------- update
             update_start = time.perf_counter()
             with phase("send update"):
-                old_params = snapshot(state.params) if config.inner_updates > 1 and method.old != "unused" else None
+                before = None
+                if config.inner_updates > 1 and method.old != "unused":
+                    before = snapshot(Before(state.params, state.extras))
                 by_component = due(iteration, config.component_norms_every)
                 reports = []
                 for inner in range(config.inner_updates):
-                    old = old_params if inner else None
+                    old = before if inner else None
                     state, report = update(state, base, old, rewarded.batch, by_component=by_component)
                     reports.append(report)
                 state = finish(state)
@@ -209,6 +216,7 @@ def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainS
 def sample_and_reward(
     config: TrainConfig,
     setup: Setup,
+    method: Method,
     sampler: SamplerConfig,
     weights: tuple[Any, Any],
     key: jax.Array,
@@ -219,6 +227,7 @@ def sample_and_reward(
     return roll_out(
         setup.model, *weights, prompts, key, sampler, setup.task, setup.tokenizer,
         group_size=config.group_size, part_rows=config.rollout_rows, first_row=first_row,
+        verdicts=method.verdicts,
     )  # fmt: skip
 
 

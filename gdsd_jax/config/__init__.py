@@ -16,7 +16,7 @@ from gdsd_jax.config.schema import (
     TrainConfig,
     greedy_sampler,
 )
-from gdsd_jax.config.updates import OptimizerConfig, RefillConfig, SFTConfig
+from gdsd_jax.config.updates import OptimizerConfig, ReferenceConfig, RefillConfig, SFTConfig
 from gdsd_jax.runtime.hosts import HostsConfig
 from gdsd_jax.runtime.sharding import MeshConfig
 
@@ -28,6 +28,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ReferenceConfig",
     "RefillConfig",
     "SFTConfig",
     "TaskConfig",

@@ -45,7 +45,7 @@ def default(checkpoint: str = "") -> ConfigDict:
 
 def with_open_settings(config: ConfigDict) -> ConfigDict:
     """Unlocks the parts of a config whose keys are free, the settings of methods, task and optimizers; returns it."""
-    for part in (config, config.task, config.optimizer, config.sft.optimizer):
+    for part in (config, config.task, config.optimizer, config.extras_optimizer, config.sft.optimizer):
         part.settings.unlock()
     return config
 

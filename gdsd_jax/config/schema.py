@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gdsd_jax.config.updates import OptimizerConfig, RefillConfig, SFTConfig
+from gdsd_jax.config.updates import OptimizerConfig, ReferenceConfig, RefillConfig, SFTConfig
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
@@ -152,12 +152,14 @@ class TinyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Rows per iteration are `prompts_per_iteration * group_size`; each of the `inner_updates` covers all.
+    """One run. Rows per iteration are `prompts_per_iteration * group_size`.
 
     Attributes:
       checkpoint: Hugging Face directory of the base model.
       checkpoint_overrides: what is set or replaced in its `config.json`.
       refill: replaces groups that teach nothing by groups of further prompts.
+      reference: the policy that a method's KL compares with.
+      extras_optimizer: the optimizer of what a method trains beside the policy (`gdsd_jax.methods.Method.extras`).
       mesh, hosts: how devices are arranged, see `gdsd_jax.runtime.sharding`, and the processes that hold them.
       method: name of the method, or `package.module:NAME`.
       settings: settings of methods, by the method's name.
@@ -166,6 +168,8 @@ class TrainConfig:
       prompts_per_iteration: groups of a rollout.
       group_size: completions of each prompt.
       inner_updates: optimizer steps on each rollout.
+      update_rows: rows of an optimizer step, whole groups; None: all rows of the rollout. The steps of an iteration
+        take one part after the other, in an order of groups that is drawn anew for every pass over the rollout.
       rollout_rows: rows that are sampled at a time, whole groups; None: all of them. Choose as many as fit the
         devices: no draw depends on it, and rewards of one part are computed while the next is sampled.
       microbatch_rows: rows per gradient accumulation step.
@@ -199,6 +203,10 @@ class TrainConfig:
     sft: SFTConfig
     tiny: TinyConfig
     refill: RefillConfig = RefillConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    extras_optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0, warmup_updates=0
+    )
     checkpoint_overrides: CheckpointOverrides = CheckpointOverrides()
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
@@ -209,6 +217,7 @@ class TrainConfig:
     prompts_per_iteration: Count = 20
     group_size: int = 16
     inner_updates: Count = 8
+    update_rows: Count | None = None
     rollout_rows: Count | None = None
     microbatch_rows: Count = 16
     component_norms_every: int = 0
@@ -246,11 +255,17 @@ class TrainConfig:
                 f"config.rollout_rows {self.rollout_rows} does not divide the {further * self.group_size} rows of "
                 f"config.refill.prompts {further}"
             )
-        if rows % self.microbatch_rows:
+        if self.update_rows and (rows % self.update_rows or self.update_rows % self.group_size):
             raise UserError(
-                f"config.microbatch_rows {self.microbatch_rows} does not divide the {rows} rows of an iteration "
-                f"(prompts_per_iteration {self.prompts_per_iteration} x group_size {self.group_size})"
+                f"config.update_rows {self.update_rows} is no multiple of config.group_size {self.group_size} that "
+                f"divides the {rows} rows of an iteration"
             )
+        if (self.update_rows or rows) % self.microbatch_rows:
+            of = f"the {self.update_rows} rows of an update (update_rows)" if self.update_rows else (
+                f"the {rows} rows of an iteration (prompts_per_iteration {self.prompts_per_iteration} x group_size "
+                f"{self.group_size})"
+            )  # fmt: skip
+            raise UserError(f"config.microbatch_rows {self.microbatch_rows} does not divide {of}")
         ranges.require_one_of(self.adapter_base, ranges.ADAPTER_BASES, "config.adapter_base")
         ranges.require_one_of(self.overlong_prompts, ("error", "keep_last"), "config.overlong_prompts")
 

@@ -59,16 +59,42 @@ class RefillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    """The policy that a method's KL compares with, and the weight of that KL.
+
+    The reference is the frozen base unless `every` is set. It is then a policy of its own, which starts as the trained
+    one starts and moves after every so many iterations: `reference = decay * reference + (1 - decay) * policy`, number
+    by number of what is trained.
+
+    Attributes:
+      every: iterations from one move of the reference to the next; 0: the frozen base.
+      decay: what the reference keeps of itself in a move. With 0 it becomes the policy; 0.99 with `every=1` is an
+        exponential moving average.
+      kl_target: wanted value of the metric `policy/kl`. After each update the weight of the loss's KL is multiplied by
+        `1 + kl_rate * clip(kl / kl_target - 1, -0.2, 0.2)` (arXiv 1909.08593, section 2.2); it starts at the `beta` of
+        the method's settings. None: the weight is constant.
+      kl_rate: see `kl_target`.
+    """
+
+    every: int = 0
+    decay: BelowOne = 0.0
+    kl_target: Positive | None = None
+    kl_rate: Share = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    """The supervised start: masked-diffusion cross-entropy, weighted 1/t, all parameters trained.
+    """Supervised training: masked-diffusion cross-entropy, weighted 1/t.
 
     Attributes:
       seed: its own, so that runs of several seeds can share one start.
+      path: file of demonstrations, prompts with completions or chats; None: the rows of the config's task.
+      held_out: share of the demonstrations that is not trained on; their loss is `eval/loss`.
       careless: share of each demonstration that is wrong, in the way that the task says (`Task.careless`).
       until: stops early, once the task's last metric reaches this on `config.evaluation.count` validation rows; 0:
         never. Learning speed depends on rounding; stopping at a target accuracy makes starts comparable across
         machines.
-      check_every: steps from one look at that metric to the next.
+      check_every: steps from one look at that metric, and at the loss of what is held out, to the next.
       steps: updates, if it does not stop early.
       batch_rows: rows of an update.
       adapter: trains the adapter of `config.lora` instead of all parameters.
@@ -77,6 +103,8 @@ class SFTConfig:
     """
 
     seed: Seed = 0
+    path: str | None = None
+    held_out: BelowOne = 0.0
     adapter: bool = False
     microbatch_rows: Count | None = None
     save_every: Count = 500

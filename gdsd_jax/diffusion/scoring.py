@@ -70,7 +70,7 @@ def read_views(
       chunk: vocabulary entries whose logits exist at one time.
 
     Returns:
-      `{read: [R, B, L] float32}`.
+      `{read: [R, B, L] float32}`; "hidden" is `[R, B, L, D]`.
     """
     options = {"prompt_mask": prompt_mask, "dropout_key": dropout_key, "chunk": chunk}
     return views.read(config, base, lora, tokens, views, reads, **options)
@@ -128,7 +128,7 @@ def read_tokens(
     "log_prob" is `z_y - logsumexp(z)`. "centred" is `z_y - mean_v z_v` (GDSD, arXiv 2605.29398, Eq. 8), which is one
     dot product with `w_y - mean_v w_v` and needs no normaliser. `("centred_top_k", k)` is `z_y` minus the mean of the k
     largest logits. "entropy" is that of `softmax(z)`, in nats, and "entropy_value" is the same without a gradient,
-    which a metric does not need.
+    which a metric does not need. "hidden" is the hidden state itself, `[*N, D]` float32.
     """
     head = head_weights(config, base)
     precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
@@ -147,6 +147,8 @@ def read_tokens(
         else:
             target = _row_logits(hidden, jnp.take(head, targets, axis=0), precision)
     out = {}
+    if "hidden" in reads:
+        out["hidden"] = hidden.astype(jnp.float32)
     if "centred" in reads:
         out["centred"] = target - _row_logits(hidden, jnp.mean(head, axis=0, dtype=jnp.float32), precision)
     if "log_prob" in reads:

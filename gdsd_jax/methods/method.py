@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.runtime.errors import UserError
@@ -39,9 +40,12 @@ class Batch:
       step_rewards: `[B, S]` float32, rewards of partial completions, where a method uses them, or None.
       components: `[B, C]` float32, the rewards of the task's components (0 where one failed), or None.
       token_rewards: `[B, L]` float32, what the task's `token_score` gives each token, 0 behind the EOS, or None.
+      verdicts: `[B, V]` float32, what the task's metrics say of each text (0 where one failed), where a method asks for
+        them, or None.
       iteration, inner_update: int32 scalars, counted from 0, or None outside of training.
       group_size: static, G.
       component_weights: static, `(name, weight)` of each component: `rewards` is their weighted sum.
+      verdict_names: static, the names of the verdicts.
       eos_token_id: static, the token that ends a completion, or None where it is unknown.
       sampler: static, the settings that the completions were sampled with, or None.
     """
@@ -58,9 +62,11 @@ class Batch:
     step_rewards: Any = None
     components: Any = None
     token_rewards: Any = None
+    verdicts: Any = None
     iteration: Any = None
     inner_update: Any = None
     component_weights: tuple[tuple[str, float], ...] = flax.struct.field(pytree_node=False, default=())
+    verdict_names: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     group_size: int = flax.struct.field(pytree_node=False, default=1)
     eos_token_id: int | None = flax.struct.field(pytree_node=False, default=None)
     sampler: SamplerConfig | None = flax.struct.field(pytree_node=False, default=None)
@@ -95,7 +101,7 @@ class Method(NamedTuple):
     masks: `(key, batch) -> masked [M, B, T]`, drawn once per inner update; old, reference and new scores share them.
       Both `masks` and `prepare` may use `batch.iteration` and `batch.inner_update`.
     views: `(masked, batch) -> Views`, adds what follows from the masks, such as coupled views and weights.
-    score: `({read: [R, B, L]}, views) -> Scores`.
+    score: `({read: [R, B, L]}, views) -> Scores`; the read "hidden" is `[R, B, L, D]`.
     prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first. With
       `current` it takes a fourth argument, the detached scores of the policy as it is before this inner update.
     objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum over components and
@@ -109,6 +115,11 @@ class Method(NamedTuple):
       old scores are read on masks of their own, drawn once for all inner updates of a rollout).
     current: whether `prepare` couples rows through the scores of the policy that is being updated.
     records: whether the batch must hold the rollout's `log_prob` and `entropy`.
+    extras: `(key, DenoiserConfig) -> pytree of arrays`, the initial values of what the method trains beside the policy
+      (a value head, a learned constant), with `config.extras_optimizer`; None: nothing. With it `score` takes them as a
+      third argument: those of the policy that it scores, and today's for the reference. A gradient of the loss in them
+      comes through the new scores alone.
+    verdicts: whether the batch must hold the task's verdicts.
     """
 
     reads: tuple
@@ -121,6 +132,12 @@ class Method(NamedTuple):
     old: str = "ratio"
     current: bool = False
     records: bool = False
+    extras: Callable | None = None
+    verdicts: bool = False
+
+    def scores(self, reads: dict, views: Views, extras: Any = None) -> Scores:
+        """Calls `score` with the extras, if the method has any."""
+        return self.score(reads, views) if self.extras is None else self.score(reads, views, extras)
 
     def constants(self, batch: Batch, old: Scores | None, ref: Scores | None, current: Scores | None) -> Any:
         """Calls `prepare` with the scores that it takes, and stops the gradients of its inputs and outputs."""
@@ -128,10 +145,17 @@ class Method(NamedTuple):
         return jax.lax.stop_gradient(self.prepare(batch, *jax.lax.stop_gradient(scores)))
 
 
-READS = ("log_prob", "centred", "entropy", ("centred_top_k", "k"), "step_log_prob", "proposal_log_prob")
+READS = ("log_prob", "centred", "entropy", ("centred_top_k", "k"), "hidden", "step_log_prob", "proposal_log_prob")
 
 
 OLD = ("unused", "ratio", "always", "own_masks")
+
+# Any denoiser does for a check of shapes, which runs before the real one is known.
+STAND_IN = DenoiserConfig(
+    family="", vocab_size=32, hidden_size=24, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16,
+    max_length=64, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False, tied_head=False, next_token_logits=False,
+    mask_token_id=3, eos_token_id=1, pad_token_id=0,
+)  # fmt: skip
 
 
 def check(
@@ -144,6 +168,9 @@ def check(
     sampler: SamplerConfig | None = None,
     component_weights: tuple[tuple[str, float], ...] = (("reward", 1.0),),
     token_rewards: bool = False,
+    verdict_names: tuple[str, ...] = ("right",),
+    reference: bool = False,
+    kl: bool = False,
 ) -> None:
     """Traces masks, views, score, prepare and objective on a batch of two groups, without computing anything.
 
@@ -154,6 +181,8 @@ def check(
       sampler: settings of the rollouts; None means one token per step, without blocks.
       component_weights: name and weight of each reward component of the run's task.
       token_rewards: whether the run's task rewards tokens.
+      verdict_names: the names of the verdicts that the run's task gives.
+      reference, kl: whether the run has a reference of its own, and whether it adapts the weight of a KL.
 
     Raises:
       UserError: a function does not take its arguments, or returns another shape than the contract says.
@@ -189,7 +218,11 @@ def check(
         raise UserError(f"method {name!r}: old is {method.old!r}, not one of {', '.join(OLD)}")
 
     functions = method._asdict()
-    functions["score"] = lambda values, views: method.score(dict(zip(method.reads, values, strict=True)), views)
+
+    def score(values: list, views: Views, *extras: Any) -> Scores:
+        return method.score(dict(zip(method.reads, values, strict=True)), views, *extras)
+
+    functions["score"] = score
     batch = Batch(
         tokens=_array((rows, total), jnp.int32),
         prompt_mask=_array((rows, prompt_length), bool),
@@ -201,6 +234,8 @@ def check(
         entropy=_array(completion) if method.records else None,
         components=_array((rows, len(component_weights))),
         token_rewards=_array(completion) if token_rewards else None,
+        verdicts=_array((rows, len(verdict_names))) if method.verdicts else None,
+        verdict_names=verdict_names if method.verdicts else (),
         iteration=_array((), jnp.int32),
         inner_update=_array((), jnp.int32),
         component_weights=component_weights,
@@ -219,8 +254,14 @@ def check(
     expect(good, "views", f"one source for each read, made of passes below {views.masked.shape[0]}", views.sources)
 
     # A list, because JAX sorts the keys of a dictionary, and names and tuples cannot be compared.
-    reads = [_array(views.weights.shape) for _ in method.reads]
-    scores = run("score", "(reads, views)", reads, views)
+    width = {"hidden": (STAND_IN.hidden_size,)}
+    reads = [_array((*views.weights.shape, *width.get(read, ()))) for read in method.reads]
+    key, extras = jax.eval_shape(lambda: jax.random.key(0)), []
+    if method.extras is not None:
+        functions["extras"] = lambda key: method.extras(key, STAND_IN)
+        extras = [run("extras", "(key, denoiser config)", key)]
+    score_of = "(reads, views, extras)" if extras else "(reads, views)"
+    scores = run("score", score_of, reads, views, *extras)
     expect(hasattr(scores, "guided"), "score", "a gdsd_jax.methods.Scores", scores)
     rows_first("score", scores, "Scores")
 
@@ -237,6 +278,13 @@ def check(
         for what, value in [*returned[0].items(), *returned[1].items()]:
             good = getattr(value, "shape", None) == (rows,)
             expect(good, "objective", f"one value per row, [{rows}], as {what!r}", value)
+    if reference and not method.needs_reference:
+        raise UserError(f"method {name!r} has no reference: set config.reference.every to 0, or its beta above 0")
+    if kl and not ("kl" in returned[0] and "kl" in returned[1]):
+        raise UserError(
+            f"method {name!r} has no KL in its loss to adapt: set config.reference.kl_target to None, "
+            "or its beta above 0"
+        )
 
 
 def one_by_one(completion_length: int) -> SamplerConfig:

@@ -36,6 +36,7 @@ def loss_on_views(
     rollout_log_prob: ArrayLike | None = None,
     rollout_entropy: ArrayLike | None = None,
     step_rewards: ArrayLike | None = None,
+    extras: Any = None,
     sampler: SamplerConfig | None = None,
     eos_token_id: int | None = None,
     chunk: int = DEFAULT_CHUNK,
@@ -55,6 +56,7 @@ def loss_on_views(
       completion_mask: `[B, L]`, 1 through the first EOS; None: all ones.
       commit_step: `[B, L]`, the denoising step that committed each token.
       confidence, rollout_log_prob, rollout_entropy, step_rewards, sampler, eos_token_id: further fields of `Batch`.
+      extras: what the method trains beside the policy, where it does.
       chunk: vocabulary entries whose logits exist at one time.
       **settings: fields of the method's settings class.
 
@@ -83,7 +85,7 @@ def loss_on_views(
     reads = read_views(
         config, base, lora, batch.tokens, views, method.reads, prompt_mask=batch.prompt_mask, chunk=chunk
     )
-    new = method.score(reads, views)
+    new = method.scores(reads, views, extras)
     old_scores = None if old is None else Scores(array(old), array(old))
     if old is None and method.old in ("always", "own_masks"):
         old_scores = new

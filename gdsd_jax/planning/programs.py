@@ -22,10 +22,11 @@ from gdsd_jax.diffusion.trajectory import check_attention, check_defined, compil
 from gdsd_jax.methods import Batch, Method, Scores, build
 from gdsd_jax.planning import flops
 from gdsd_jax.runtime import sharding
+from gdsd_jax.training.arrange import micro_batches
 from gdsd_jax.training.optimizer import make_optimizer
-from gdsd_jax.training.setup import with_compute
-from gdsd_jax.training.state import TrainState, init_state, policy
-from gdsd_jax.training.update import make_inner_update, micro_batches
+from gdsd_jax.training.setup import beside_policy, with_compute
+from gdsd_jax.training.state import NOTHING, Beside, TrainState, init_state, policy
+from gdsd_jax.training.update import make_inner_update
 
 STORED = jnp.bfloat16  # dtype of the published checkpoints
 
@@ -65,17 +66,19 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     model = with_compute(hub.architecture(config.checkpoint, config.overrides), config.model)
     method = build(config.method, **config.method_settings)
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
-    base, state = parameters(config, model, mesh, optimizer)
+    more = beside_policy(config, method, model)
+    base, state = parameters(config, model, mesh, optimizer, more)
     batch, key = _batch(config, mesh, method), place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
     weights, lora = policy(base, state.params)
     update = make_inner_update(
         model, method, optimizer, schedule,
         microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
-        shardings=jax.tree.map(lambda x: x.sharding, state),
+        inner_updates=config.inner_updates, update_rows=config.update_rows, extras_optimizer=more.optimizer,
+        reference=config.reference, shardings=jax.tree.map(lambda x: x.sharding, state),
     )  # fmt: skip
 
     @jax.jit
-    def score(base: Any, lora: LoRA | None, batch: Batch, key: jax.Array) -> Scores:
+    def score(base: Any, lora: LoRA | None, extras: Any, batch: Batch, key: jax.Array) -> Scores:
         views = method.views(method.masks(key, batch), batch)
         pieces = micro_batches(batch, config.microbatch_rows), micro_batches(views, config.microbatch_rows, axis=1)
         rows, seen = jax.tree.map(lambda x: x[0], pieces)
@@ -83,7 +86,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
             model, base, lora, rows.tokens, seen, method.reads,
             prompt_mask=rows.prompt_mask, chunk=config.model.vocab_chunk,
         )  # fmt: skip
-        return method.score(reads, seen)
+        return method.scores(reads, seen, extras)
 
     def exact() -> jax.stages.Lowered:
         check_defined(config.sampler)
@@ -103,10 +106,12 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
 
     # ------------------------------------------------------------------------------------------ FLOPs
     rows, length = batch.tokens.shape
-    some, steps = config.microbatch_rows, rows // config.microbatch_rows
+    some, pieces = config.microbatch_rows, rows // config.microbatch_rows
+    updated = config.update_rows or rows
+    steps = updated // some
     counted = flops.Model(model, config.lora.rank, config.lora.targets)
     views = jax.eval_shape(lambda key, batch: method.views(method.masks(key, batch), batch), key, batch)
-    passes, positions = views.masked.shape[0] * some, math.prod(views.weights.shape) // steps
+    passes, positions = views.masked.shape[0] * some, math.prod(views.weights.shape) // pieces
     old = flops.score(counted, passes, method.reads, positions, length)
     reference = flops.score(counted, passes, method.reads, positions, length, adapter=False)
     scored = (old if method.old != "unused" else 0) + (reference if method.needs_reference else 0)
@@ -133,7 +138,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
             f"{part} completions of {batch.completion_length} tokens after {batch.prompt_length}, {denoising} steps",
         ),
         "score": Program(
-            on_mesh(score.lower, weights, lora, batch, key),
+            on_mesh(score.lower, weights, lora, state.extras, batch, key),
             old,
             beside,
             f"old policy on one micro-batch of {some} completions, {passes} views",
@@ -142,7 +147,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
             on_mesh(update.lower, state, base, state.params, batch),
             steps * (scored + new),
             0,
-            f"old policy, reference and gradient on {rows} completions in {steps} micro-batches",
+            f"old policy, reference and gradient on {updated} completions in {steps} micro-batches",
         ),
         "exact": Program(
             exact,
@@ -172,7 +177,11 @@ def place(mesh: Mesh, array: jax.ShapeDtypeStruct, axes: Sequence[str]) -> jax.S
 
 
 def parameters(
-    config: TrainConfig, model: DenoiserConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: TrainConfig,
+    model: DenoiserConfig,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    more: Beside = NOTHING,
 ) -> tuple[Any, TrainState]:
     """Returns the shapes of the frozen base and of the training state, with their shardings."""
     shapes, axes = base_shapes(model), logical_axes(model)
@@ -181,7 +190,7 @@ def parameters(
     if config.lora.rank:
         params = jax.eval_shape(lambda: init_lora(model, jax.random.key(0), **dataclasses.asdict(config.lora)))
         axes = params.replace(weights=logical_axes(model, params))
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, config.seed), params)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, config.seed, more), params)
     whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))  # noqa: E731
     params = jax.tree.map(lambda x, axes: place(mesh, x, axes), state.params, axes)
     placed = jax.tree.map(lambda x: x.sharding, params)
@@ -192,7 +201,8 @@ def parameters(
         placed,
         transform_non_params=whole,
     )
-    return base, jax.tree.map(whole, state).replace(params=params, opt_state=opt_state)
+    reference = None if state.reference is None else params
+    return base, jax.tree.map(whole, state).replace(params=params, opt_state=opt_state, reference=reference)
 
 
 def _batch(config: TrainConfig, mesh: Mesh, method: Method) -> Batch:

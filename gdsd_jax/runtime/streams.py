@@ -27,6 +27,8 @@ class Stream(enum.IntEnum):
     GENERATION = 7  # batches
     SFT_MASKS = 8  # updates
     SFT_DROPOUT = 9  # updates
+    SFT_HELD_OUT = 11  # one, folded with the first row of a batch
+    PARTS = 10  # passes over rollouts
 
 
 def stream_key(key: Array, stream: Stream, count: int | Int[Array, ""] = 0) -> Array:

@@ -25,7 +25,7 @@ from gdsd_jax.runtime.files import Lock, check_disk
 from gdsd_jax.runtime.transfer import checksum, fetch
 from gdsd_jax.training.intact import newest_intact, require_intact, sealed, structure
 from gdsd_jax.training.record import keep_record
-from gdsd_jax.training.state import TrainState
+from gdsd_jax.training.state import TrainState, by_field, from_saved, saved_parts, to_save
 
 BEST = "best"
 
@@ -65,17 +65,20 @@ class _Saver:
 
     def __init__(self, directory: Path, keep: int):
         self.manager = _manager(directory, keep)
-        self._last: tuple[int, Any, dict[str, Any]] | None = None
+        self._last: tuple[int, dict[str, Any], dict[str, Any]] | None = None
 
-    def save(self, iteration: int, arrays: Any, values: dict[str, Any]) -> None:
+    def save(self, iteration: int, arrays: dict[str, Any], values: dict[str, Any]) -> None:
         """Starts saving in the background.
+
+        Args:
+          arrays: pytrees by the names under which they are saved; the checksums are in the order of these names.
 
         Raises:
           UserError: the disk is full.
         """
         self._settle()
-        sums = [int(x) for x in fetch(checksum(arrays))]
-        values = sealed(values | {"checksums": sums, "structure": structure(arrays)})
+        sums = [int(x) for x in fetch(checksum(list(arrays.values())))]
+        values = sealed(values | {"checksums": sums, "structure": structure(by_field(arrays))})
         self._last = iteration, arrays, values
         try:
             self._start()
@@ -86,8 +89,8 @@ class _Saver:
         iteration, arrays, values = self._last
         # Orbax copies to the host in ways that a transfer guard would refuse as accidental.
         with jax.transfer_guard_device_to_host("allow"):
-            items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(values))
-            self.manager.save(iteration, args=items)
+            items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+            self.manager.save(iteration, args=ocp.args.Composite(data=ocp.args.JsonSave(values), **items))
 
     def _settle(self) -> None:
         """Waits until the last save is on disk."""
@@ -137,8 +140,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, config: TrainConfig, state: TrainState):
-        self._workdir, self._template = workdir, jax.eval_shape(_raw, state)
-        places = jax.tree.map(lambda x: x.sharding, state)
+        self._workdir, self._template = workdir, jax.eval_shape(to_save, state)
+        places = jax.tree.map(lambda x: x.sharding, saved_parts(state))
         self._template = jax.tree.map(lambda x, place: x.update(sharding=place), self._template, places)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._template))
         saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
@@ -169,7 +172,7 @@ class Checkpoints:
     def save(self, iteration: int, state: TrainState, position: int) -> None:
         """Starts saving in the background; `position` is the index of the next prompt in the global order."""
         if iteration != self.latest:
-            self._saver.save(iteration, _raw(state), {"position": position})
+            self._saver.save(iteration, to_save(state), {"position": position})
 
     def restore(self) -> tuple[TrainState, int]:
         """Returns the newest intact state and data position; damaged checkpoints go to `WORKDIR/damaged`.
@@ -178,15 +181,18 @@ class Checkpoints:
           UserError: no checkpoint is intact.
         """
         manager = self._saver.manager
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(self._template), data=ocp.args.JsonRestore())
+        # JAX sorts the keys of a dictionary, and the checksums begin with those of the state.
+        names = sorted(self._template, reverse=True)
+        items = {name: ocp.args.StandardRestore(self._template[name]) for name in names}
+        args = ocp.args.Composite(data=ocp.args.JsonRestore(), **items)
 
         def read(iteration: int) -> tuple[TrainState, int]:
             restored = manager.restore(iteration, args=args)
-            state, data = restored["state"], restored["data"]
-            require_intact(data, state)
-            return state.replace(key=jax.random.wrap_key_data(state.key)), data["position"]
+            found, data = {name: restored[name] for name in items}, restored["data"]
+            require_intact(data, list(found.values()))
+            return from_saved(found), data["position"]
 
-        found, iteration = newest_intact(manager, read, self._template, self._workdir / "checkpoints")
+        found, iteration = newest_intact(manager, read, by_field(self._template), self._workdir / "checkpoints")
         later = [step for step in manager.all_steps() if step > iteration]
         if later and hosts.first():
             aside = self._workdir / "damaged"
@@ -247,7 +253,7 @@ class Best:
         """Starts saving `params` in the background if `value`, their value of the metric, exceeds all before it."""
         if value > self._value:
             self._value = value
-            self._saver.save(iteration, {"params": params}, {"metric": self._metric, "value": value})
+            self._saver.save(iteration, {"state": {"params": params}}, {"metric": self._metric, "value": value})
 
     def __enter__(self) -> Best:
         return self
@@ -290,8 +296,3 @@ def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) 
             return params
 
         return newest_intact(manager, read, {"params": shapes}, directory)
-
-
-def _raw(state: TrainState) -> TrainState:
-    """Returns the state with its key as plain integers, which every checkpoint format can hold."""
-    return state.replace(key=jax.random.key_data(state.key))

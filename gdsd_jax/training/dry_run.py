@@ -60,6 +60,7 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
         prompts_per_iteration=2,
         group_size=2,
         microbatch_rows=2,
+        update_rows=config.update_rows and 2,
         inner_updates=min(config.inner_updates, 2),
         refill=dataclasses.replace(config.refill, rounds=min(config.refill.rounds, 1), prompts=None),
         rollout_rows=None,

@@ -15,17 +15,20 @@ from gdsd_jax.runtime.errors import UserError
 ADAMW = "optax:adamw"
 
 
-def make_optimizer(config: OptimizerConfig, updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(
+    config: OptimizerConfig, updates: int, setting: str = "config.optimizer"
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds gradient clipping followed by the optimizer `config.name`, and the learning-rate schedule.
 
     Args:
       updates: number of updates in the run, over which the schedule decays unless `config.schedule_updates` is set.
+      setting: the name of `config`, for error messages.
 
     Raises:
       UserError: an unknown schedule or optimizer, or settings that the optimizer does not accept.
     """
     schedule = make_schedule(config, config.schedule_updates or updates)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _inner(config, schedule)), schedule
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _inner(config, schedule, setting)), schedule
 
 
 def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
@@ -48,7 +51,7 @@ def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
     return optax.join_schedules([ramp, shapes[config.schedule]], [config.warmup_updates])
 
 
-def _inner(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _inner(config: OptimizerConfig, schedule: optax.Schedule, setting: str) -> optax.GradientTransformation:
     settings = dict(config.settings)
     if config.name == ADAMW:
         settings = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay} | settings
@@ -58,7 +61,7 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
         known = inspect.signature(make).parameters
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"config.optimizer.name {config.name!r} is not package.module:NAME of an optimizer: {error}"
+            f"{setting}.name {config.name!r} is not package.module:NAME of an optimizer: {error}"
         ) from None
     # Arguments of optimizers that describe our parameters, which no config file could give.
     ours = {"mask": decayed, "weight_decay_mask": decayed, "muon_weight_dimension_numbers": matrices}
@@ -66,7 +69,7 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
     try:
         return make(learning_rate=schedule, **settings)
     except TypeError as error:
-        raise UserError(f"config.optimizer.settings do not fit {config.name!r}: {error}") from None
+        raise UserError(f"{setting}.settings do not fit {config.name!r}: {error}") from None
 
 
 def _adamw(learning_rate: optax.Schedule, weight_decay: float, **settings: Any) -> optax.GradientTransformation:

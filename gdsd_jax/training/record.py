@@ -23,7 +23,7 @@ ROUNDING_ONLY = (
     "mesh", "rollout_rows", "microbatch_rows", "component_norms_every", "model.remat", "model.vocab_chunk",
     "model.layer_unroll", "model.attention", "sft.microbatch_rows",
 )  # fmt: skip
-LENGTH = ("iterations", "optimizer.schedule_updates")
+LENGTH = ("iterations", "optimizer.schedule_updates", "extras_optimizer.schedule_updates")
 
 
 def record_path(workdir: Path) -> Path:
@@ -79,17 +79,20 @@ def _within_rounding(workdir: Path, config: TrainConfig) -> str | None:
 
 
 def with_first_schedule(config: TrainConfig, workdir: Path) -> TrainConfig:
-    """Fixes the length of the learning rate's schedule, unless the config sets it, and returns the config.
+    """Fixes the lengths of the learning rates' schedules, unless the config sets them, and returns the config.
 
     The length is that with which the run in `workdir` was first started, or the config's own for a new run. Without
     this, a run that is extended would go back to an earlier and higher point of a decaying schedule.
     """
-    if config.optimizer.schedule_updates is not None:
-        return config
     first = read_record(workdir)["config"] if record_path(workdir).exists() else to_dict(config)
-    with understood(record_path(workdir), "restore it or give another --workdir"):
-        updates = first["optimizer"].get("schedule_updates") or first["iterations"] * first["inner_updates"]
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule_updates=updates))
+    lengths = {}
+    for name in ("optimizer", "extras_optimizer"):
+        optimizer = getattr(config, name)
+        if optimizer.schedule_updates is None:
+            with understood(record_path(workdir), "restore it or give another --workdir"):
+                updates = first[name].get("schedule_updates") or first["iterations"] * first["inner_updates"]
+            lengths[name] = dataclasses.replace(optimizer, schedule_updates=updates)
+    return dataclasses.replace(config, **lengths)
 
 
 def require_same_run(workdir: Path, config: TrainConfig, *, fixed: Iterable[str] = (), base: str | None = None) -> None:

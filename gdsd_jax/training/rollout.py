@@ -21,6 +21,9 @@ from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks.task import Task, weighted_sum
 from gdsd_jax.telemetry.profile import phase
 
+# Marks the columns of a judgement that are metrics of the task, and no components of its reward.
+VERDICT = "verdict: "
+
 
 def completion_mask(completions: np.ndarray, ends: int | Sequence[int]) -> np.ndarray:
     """Returns `[B, L]` float32: 1 up to and including the first id that ends a completion, everywhere without one."""
@@ -85,6 +88,7 @@ def roll_out(
     group_size: int,
     part_rows: int | None = None,
     first_row: int = 0,
+    verdicts: bool = False,
 ) -> Rewarded:
     """Samples `group_size` completions of each prompt and rewards them; the rows of a group are consecutive.
 
@@ -94,6 +98,7 @@ def roll_out(
       part_rows: rows that are sampled together, in whole groups; None samples all. A part is rewarded while the devices
         sample the next one. The number of parts changes no draw.
       first_row: number of the first row; rollouts with the same key draw apart where the numbers of their rows differ.
+      verdicts: whether the batch holds what the task's metrics say of each text.
     """
     rows = [row for row in prompts.rows for _ in range(group_size)]
     size, seconds = part_rows or len(rows), {"rollout": 0.0, "reward": 0.0}
@@ -106,7 +111,11 @@ def roll_out(
         tokens, mask, numbers = put(tuple(array[first : first + size] for array in by_row))
         return sample(config, base, lora, tokens, mask, key, sampler, numbers), mask
 
-    judge = lambda completions, rows: task.rewards(tokenizer.decode(completions), rows)  # noqa: E731
+    def judge(completions: np.ndarray, rows: list[dict]) -> dict[str, np.ndarray]:
+        texts = tokenizer.decode(completions)
+        metrics = task.metrics(texts, rows) if verdicts else {}
+        return task.rewards(texts, rows) | {VERDICT + name: value for name, value in metrics.items()}
+
     parts, found, judged, by_token = [], [], [], []
     for first in range(0, len(rows), size):
         start = time.perf_counter()
@@ -125,7 +134,9 @@ def roll_out(
         seconds["rollout"] += sampled - start
         seconds["reward"] += time.perf_counter() - sampled
     completions, seen = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    components = {name: np.concatenate([part[name] for part in judged]) for name in judged[0]}
+    columns = {name: np.concatenate([part[name] for part in judged]) for name in judged[0]}
+    components = {name: value for name, value in columns.items() if not name.startswith(VERDICT)}
+    named = {name.removeprefix(VERDICT): value for name, value in columns.items() if name.startswith(VERDICT)}
     of_tokens = np.concatenate(by_token) if by_token else None
     require_finite(components, task)
     rewards = weighted_sum(components, task.weights)
@@ -137,6 +148,8 @@ def roll_out(
         rewards=put(rewards),
         components=put(np.nan_to_num(np.stack([components[name] for name in task.weights], axis=1))),
         token_rewards=None if of_tokens is None else put(of_tokens),
+        verdicts=put(np.nan_to_num(np.stack(list(named.values()), axis=1))) if named else None,
+        verdict_names=tuple(named),
         component_weights=tuple(task.weights.items()),
         commit_step=rollout.commit_step,
         confidence=rollout.confidence,

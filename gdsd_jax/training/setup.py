@@ -21,7 +21,7 @@ from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.tasks import Task
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.rollout import Prompts, encode_prompts
-from gdsd_jax.training.state import start_state
+from gdsd_jax.training.state import Beside, TrainState, start_state
 
 
 class Setup(NamedTuple):
@@ -145,6 +145,8 @@ def checked_method(config: TrainConfig) -> Method:
         method, name=config.method, prompt_length=max(config.prompt_buckets),
         completion_length=config.sampler.completion_length, group_size=config.group_size, sampler=config.sampler,
         component_weights=tuple(task.weights.items()), token_rewards=task.token_score is not None,
+        verdict_names=task.metrics_named, reference=config.reference.every > 0,
+        kl=config.reference.kl_target is not None,
     )  # fmt: skip
     return method
 
@@ -156,15 +158,39 @@ def spread_rows(config: TrainConfig) -> dict[str, int]:
         "config.rollout_rows": config.rollout_rows,
         "config.refill.prompts x config.group_size": prompts and prompts * config.group_size,
     }
+    if config.update_rows:
+        optional["config.update_rows"] = config.update_rows
     return {
         "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
         "config.microbatch_rows": config.microbatch_rows,
     } | {name: rows for name, rows in optional.items() if rows}
 
 
-def fresh_state(config: TrainConfig, setup: Setup) -> tuple:
-    """Returns the state before the first update, its placement, its optimizer and its learning-rate schedule."""
+def beside_policy(config: TrainConfig, method: Method, model: DenoiserConfig) -> Beside:
+    """Returns what the state of a run holds beside the policy and its optimizer."""
+    extras = optimizer = None
+    if method.extras is not None:
+        extras = lambda: method.extras(stream_key(jax.random.key(config.seed), Stream.EXTRAS), model)  # noqa: E731
+        optimizer, _ = make_optimizer(
+            config.extras_optimizer, config.iterations * config.inner_updates, "config.extras_optimizer"
+        )
+    return Beside(extras, optimizer, config.reference.every > 0, config.reference.kl_target is not None)
+
+
+class Fresh(NamedTuple):
+    """The state before the first update, its placement, the policy's optimizer, its schedule, and what is beside."""
+
+    state: TrainState
+    places: TrainState
+    optimizer: Any
+    schedule: Any
+    beside: Beside
+
+
+def fresh_state(config: TrainConfig, setup: Setup, method: Method) -> Fresh:
+    """Returns the state before the first update and what made it."""
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
+    more = beside_policy(config, method, setup.model)
 
     def trained(base: Any) -> Any:
         if not config.lora.rank:
@@ -172,7 +198,8 @@ def fresh_state(config: TrainConfig, setup: Setup) -> tuple:
         key = stream_key(jax.random.key(config.seed), Stream.ADAPTER)
         return init_lora(setup.model, key, **dataclasses.asdict(config.lora))
 
-    return *start_state(setup.model, optimizer, config.seed, trained, setup.base), optimizer, schedule
+    state, places = start_state(setup.model, optimizer, config.seed, trained, setup.base, more)
+    return Fresh(state, places, optimizer, schedule, more)
 
 
 def encoded_rows(config: TrainConfig, task: Task, tokenizer: hub.Tokenizer, rows: list[dict]) -> Prompts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,6 +23,10 @@ class TrainState:
       opt_state: the optimizer's optax state.
       iteration, updates: int32 scalars, the numbers of finished iterations and of optimizer updates.
       key: the run's PRNG key; never advanced, only folded with the counters.
+      extras: what the method trains beside the policy, a pytree of float32 arrays, or None.
+      extras_opt_state: the state of their optimizer, or None.
+      reference: the trained part of a reference that moves, like `params`; None where the base is the reference.
+      kl_scale: float32 scalar, the factor of the loss's KL where that is adapted, or None.
     """
 
     # The type is Any, because transformations of a pytree put other things than arrays in these places.
@@ -31,13 +35,47 @@ class TrainState:
     iteration: Any
     updates: Any
     key: Any
+    extras: Any = None
+    extras_opt_state: Any = None
+    reference: Any = None
+    kl_scale: Any = None
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+# The fields that most runs do without.
+OPTIONAL = ("extras", "extras_opt_state", "reference", "kl_scale")
+
+
+class Beside(NamedTuple):
+    """What a state holds beside the policy and its optimizer.
+
+    extras: makes what the method trains beside the policy, without arguments, or None.
+    optimizer: of the extras.
+    reference: whether the reference is a policy of its own.
+    kl_scale: whether the weight of the loss's KL is adapted.
+    """
+
+    extras: Callable[[], Any] | None = None
+    optimizer: optax.GradientTransformation | None = None
+    reference: bool = False
+    kl_scale: bool = False
+
+
+NOTHING = Beside()
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, seed: int, beside: Beside = NOTHING
+) -> TrainState:
     """Returns a fresh state; parameters are trained in float32, whatever dtype they come in."""
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    wide = lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)  # noqa: E731
+    params = wide(params)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer.init(params), zero, jnp.copy(zero), jax.random.key(seed))
+    state = TrainState(params, optimizer.init(params), zero, jnp.copy(zero), jax.random.key(seed))
+    if beside.extras is not None:
+        extras = wide(beside.extras())
+        state = state.replace(extras=extras, extras_opt_state=beside.optimizer.init(extras))
+    if beside.reference:
+        state = state.replace(reference=jax.tree.map(jnp.copy, params))
+    return state.replace(kl_scale=jnp.ones(())) if beside.kl_scale else state
 
 
 def policy(base: Any, params: Any) -> tuple[Any, LoRA | None]:
@@ -58,7 +96,7 @@ def parameter_shardings(model: DenoiserConfig, params: Any) -> Any:
 def state_shardings(model: DenoiserConfig, optimizer: optax.GradientTransformation, state: Any) -> TrainState:
     """Returns the placement of a state (or of its shapes).
 
-    The optimizer's moments lie beside their parameters; counters, key and anything else lie on every device.
+    The optimizer's moments and a reference lie as their parameters do; anything else lies on every device.
     """
     everywhere = replicated(jax.sharding.get_mesh())
     params = parameter_shardings(model, state.params)
@@ -73,7 +111,13 @@ def state_shardings(model: DenoiserConfig, optimizer: optax.GradientTransformati
         optimizer, beside, state.opt_state, params, state.params, transform_non_params=lambda _: everywhere,
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )  # fmt: skip
-    return TrainState(params, moments, everywhere, everywhere, everywhere)
+    extras, extras_opt_state, kl_scale = jax.tree.map(
+        lambda _: everywhere, (state.extras, state.extras_opt_state, state.kl_scale)
+    )
+    reference = None if state.reference is None else params
+    return TrainState(
+        params, moments, everywhere, everywhere, everywhere, extras, extras_opt_state, reference, kl_scale
+    )
 
 
 def start_state(
@@ -82,8 +126,51 @@ def start_state(
     seed: int,
     start: Callable[[Any], Any],
     base: Any,
+    beside: Beside = NOTHING,
 ) -> tuple[TrainState, TrainState]:
     """Returns `init_state` of the parameters `start(base)`, each device making its own part, and its placement."""
-    make = lambda base: init_state(start(base), optimizer, seed)  # noqa: E731
+    make = lambda base: init_state(start(base), optimizer, seed, beside)  # noqa: E731
     places = state_shardings(model, optimizer, jax.eval_shape(make, base))
     return jax.jit(make, out_shardings=places)(base), places
+
+
+# ---------------------------------------------------------------------------------------------------------- saved form
+
+
+@flax.struct.dataclass
+class SavedState:
+    """The fields that every state has, as they are saved."""
+
+    params: Any
+    opt_state: Any
+    iteration: Any
+    updates: Any
+    key: Any
+
+
+def saved_parts(state: TrainState) -> dict[str, Any]:
+    """Returns what is saved of a state: "state", which every run has, and "beside", if the run has more.
+
+    The second part is apart, because Orbax refuses the checkpoints of earlier versions, which lack its fields.
+    """
+    fields = vars(state)
+    beside = {name: fields[name] for name in OPTIONAL if fields[name] is not None}
+    own = SavedState(**{name: value for name, value in fields.items() if name not in OPTIONAL})
+    return {"state": own} | ({"beside": beside} if beside else {})
+
+
+def to_save(state: TrainState) -> dict[str, Any]:
+    """Returns `saved_parts` with the key as plain integers, which every checkpoint format can hold."""
+    return saved_parts(state.replace(key=jax.random.key_data(state.key)))
+
+
+def by_field(parts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of all saved parts, by name."""
+    fields = (part if isinstance(part, dict) else vars(part) for part in parts.values())
+    return {name: value for part in fields for name, value in part.items()}
+
+
+def from_saved(parts: dict[str, Any]) -> TrainState:
+    """Returns the state of which `to_save` made these parts."""
+    state = TrainState(**by_field(parts))
+    return state.replace(key=jax.random.wrap_key_data(state.key))

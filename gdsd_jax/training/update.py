@@ -15,12 +15,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gdsd_jax.config import ReferenceConfig
 from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.methods import Batch, Method, Scores
 from gdsd_jax.runtime.sharding import constrain
 from gdsd_jax.runtime.streams import Stream, stream_key
+from gdsd_jax.training.arrange import micro_batches, replicate
+from gdsd_jax.training.between import adapted_scale, part_of
 from gdsd_jax.training.state import TrainState, parameter_axes, policy
+
+FROZEN = ReferenceConfig()
 
 
 class Recipe(NamedTuple):
@@ -29,6 +34,9 @@ class Recipe(NamedTuple):
     microbatch_rows: rows per micro-batch.
     vocab_chunk: vocabulary entries whose logits exist at one time.
     inner_updates: updates per rollout, by which the updates on one rollout are numbered.
+    update_rows: rows of the batch in one update; None: all of them.
+    extras_optimizer: trains what the method trains beside the policy.
+    reference: how the weight of the loss's KL is adapted.
     """
 
     config: DenoiserConfig
@@ -38,6 +46,16 @@ class Recipe(NamedTuple):
     microbatch_rows: int
     vocab_chunk: int
     inner_updates: int = 1
+    update_rows: int | None = None
+    extras_optimizer: optax.GradientTransformation | None = None
+    reference: ReferenceConfig = FROZEN
+
+
+class Before(NamedTuple):
+    """The policy that made the rollout, and what the method trained beside it by then."""
+
+    params: Any
+    extras: Any
 
 
 def make_inner_update(
@@ -49,6 +67,9 @@ def make_inner_update(
     microbatch_rows: int,
     vocab_chunk: int,
     inner_updates: int = 1,
+    update_rows: int | None = None,
+    extras_optimizer: optax.GradientTransformation | None = None,
+    reference: ReferenceConfig = FROZEN,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Any, Batch], tuple[TrainState, dict]]:
     """Compiles `update(state, base, old_params, batch, by_component=False) -> (state, metrics)`; see `inner_update`.
@@ -58,7 +79,10 @@ def make_inner_update(
     Args:
       shardings: the placement of the state, as `state_shardings` gives it; None leaves it to the compiler.
     """
-    recipe = Recipe(config, method, optimizer, schedule, microbatch_rows, vocab_chunk, inner_updates)
+    recipe = Recipe(
+        config, method, optimizer, schedule, microbatch_rows, vocab_chunk, inner_updates, update_rows,
+        extras_optimizer, reference,
+    )  # fmt: skip
 
     def update(
         state: TrainState, base: Any, old_params: Any, batch: Batch, by_component: bool = False
@@ -71,37 +95,48 @@ def make_inner_update(
 def inner_update(
     recipe: Recipe, state: TrainState, base: Any, old_params: Any, batch: Batch, by_component: bool
 ) -> tuple[TrainState, dict]:
-    """Returns the state after one update on the whole batch, and its metrics as device scalars.
+    """Returns the state after one update on the batch or its next part, and its metrics as device scalars.
 
     Args:
       base: the frozen base; the trained parameters are in the state.
-      old_params: trained part of the policy that made the rollout. None means that the policy has not moved since: the
-        old score is then the stop-gradient of the new one, and costs no forward pass (unless the method couples rows
-        through it).
+      old_params: trained part of the policy that made the rollout, or `Before` where the method has extras. None means
+        that the policy has not moved since: the old score is then the stop-gradient of the new one, and costs no
+        forward pass (unless the method couples rows through it).
       by_component: adds `grad/NAME`, the gradient norm of each component of the loss. Each component beyond the first
         costs a backward pass and memory for one more gradient.
     """
+    old = old_params if old_params is None or isinstance(old_params, Before) else Before(old_params, state.extras)
     batch = batch.replace(iteration=state.iteration, inner_update=state.updates % recipe.inner_updates)
+    if recipe.update_rows and recipe.update_rows < batch.tokens.shape[0]:
+        batch = part_of(state.key, batch, recipe.update_rows, recipe.inner_updates)
     with jax.named_scope("views"):
         pieces = draw_pieces(recipe, stream_key(state.key, Stream.MASKS, state.updates), batch)
     with jax.named_scope("old_and_reference"):
-        constants = prepare(recipe, state, base, old_params, batch, pieces)
+        constants = prepare(recipe, state, base, old, batch, pieces)
     with jax.named_scope("gradient"):
         gradients, square, losses, metrics = accumulate(recipe, state, base, batch, pieces, constants, by_component)
-        gradient = total(gradients)
+        gradient, of_extras = total(gradients)
     with jax.named_scope("optimizer"):
         changes, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
+        state = state.replace(params=params, opt_state=opt_state, updates=state.updates + 1)
     norm = optax.tree.norm(gradient)
     report = {f"policy/{name}": value for name, value in summaries(metrics).items()}
-    report |= {"loss": jnp.sum(losses), "grad/norm": norm, "lr": jnp.asarray(recipe.schedule(state.updates))}
+    report |= {"loss": jnp.sum(losses), "grad/norm": norm, "lr": jnp.asarray(recipe.schedule(state.updates - 1))}
     report["update/norm"] = optax.tree.norm(changes)
     if by_component:
-        report |= {f"grad/{name}": optax.tree.norm(part) for name, part in gradients.items()}
+        report |= {f"grad/{name}": optax.tree.norm(part) for name, (part, _) in gradients.items()}
     # Rows of a group are not independent of each other: their advantages sum to zero.
     if len(losses) > 1 and recipe.microbatch_rows % batch.group_size == 0:
         report["grad/signal_to_noise"] = signal_to_noise(norm, square, len(losses))
-    return state.replace(params=params, opt_state=opt_state, updates=state.updates + 1), report
+    if state.extras is not None:
+        report["grad/extras"] = optax.tree.norm(of_extras)
+        changes, opt_state = recipe.extras_optimizer.update(of_extras, state.extras_opt_state, state.extras)
+        state = state.replace(extras=optax.apply_updates(state.extras, changes), extras_opt_state=opt_state)
+    if state.kl_scale is not None:
+        report["policy/kl_scale"] = state.kl_scale
+        state = state.replace(kl_scale=adapted_scale(state.kl_scale, report["policy/kl"], recipe.reference))
+    return state, report
 
 
 # ------------------------------------------------------------------------------------------------- views and scores
@@ -118,13 +153,14 @@ def score(
     recipe: Recipe,
     base: Any,
     params: Any,
+    extras: Any,
     batch: Batch,
     views: Views,
     *,
     dropout_key: jax.Array | None = None,
     extra: tuple = (),
 ) -> tuple[Scores, dict]:
-    """Scores one micro-batch and returns its reads too; None for `params` means the reference, which is the base alone.
+    """Scores one micro-batch and returns its reads too; None for `params` means the base alone.
 
     Args:
       extra: reads in addition to those of the method.
@@ -134,11 +170,18 @@ def score(
         recipe.config, weights, lora, batch.tokens, views, recipe.method.reads + extra,
         prompt_mask=batch.prompt_mask, dropout_key=dropout_key, chunk=recipe.vocab_chunk,
     )  # fmt: skip
-    return recipe.method.score(reads, views), reads
+    return recipe.method.scores(reads, views, extras), reads
 
 
 def score_all(
-    recipe: Recipe, state: TrainState, base: Any, params: Any, pieces: tuple[Batch, Views], *, dropout: bool = False
+    recipe: Recipe,
+    state: TrainState,
+    base: Any,
+    params: Any,
+    extras: Any,
+    pieces: tuple[Batch, Views],
+    *,
+    dropout: bool = False,
 ) -> Scores:
     """Scores all micro-batches without a gradient and returns the scores of the whole batch, rows first.
 
@@ -149,7 +192,7 @@ def score_all(
     def one(inputs: tuple) -> Scores:
         index, piece = inputs
         key = dropout_key(recipe, state, index) if dropout else None
-        return score(recipe, base, params, *piece, dropout_key=key)[0]
+        return score(recipe, base, params, extras, *piece, dropout_key=key)[0]
 
     count = pieces[0].tokens.shape[0]
     scores = jax.lax.map(one, (jnp.arange(count), pieces))
@@ -164,20 +207,21 @@ def dropout_key(recipe: Recipe, state: TrainState, index: jax.Array) -> jax.Arra
 
 
 def prepare(
-    recipe: Recipe, state: TrainState, base: Any, old_params: Any, batch: Batch, pieces: tuple[Batch, Views]
+    recipe: Recipe, state: TrainState, base: Any, old: Before | None, batch: Batch, pieces: tuple[Batch, Views]
 ) -> Any:
     """Scores the policies that the method's constants need, and returns these constants for the whole batch."""
-    method, before = recipe.method, state.params if old_params is None else old_params
+    method, now = recipe.method, Before(state.params, state.extras)
+    before, moved = old or now, old is not None
     old = ref = current = None
     if method.old == "own_masks":
         own = draw_pieces(recipe, stream_key(state.key, Stream.OLD_MASKS, state.iteration), batch)
-        old = score_all(recipe, state, base, before, own)
-    elif method.old == "always" or (method.old == "ratio" and old_params is not None):
-        old = score_all(recipe, state, base, before, pieces, dropout=True)
+        old = score_all(recipe, state, base, *before, own)
+    elif method.old == "always" or (method.old == "ratio" and moved):
+        old = score_all(recipe, state, base, *before, pieces, dropout=True)
     if method.needs_reference:
-        ref = score_all(recipe, state, base, None, pieces)
+        ref = score_all(recipe, state, base, state.reference, state.extras, pieces)
     if method.current:
-        current = score_all(recipe, state, base, state.params, pieces, dropout=True)
+        current = score_all(recipe, state, base, *now, pieces, dropout=True)
     return method.constants(batch, old, ref, current)
 
 
@@ -196,15 +240,15 @@ def accumulate(
     """Sums the gradients of all micro-batches, one micro-batch after another.
 
     Returns:
-      The gradient of each component of the loss (or of their sum, as "loss"), the sum of the pieces' squared norms,
-      and the losses and metrics of each micro-batch.
+      The gradient of each component of the loss (or of their sum, as "loss") in the parameters and in the extras, the
+      sum of the pieces' squared norms, and the losses and metrics of each micro-batch.
     """
     gradients_of = functools.partial(piece_gradients, recipe, state, base, batch, by_component)
 
     def add(carry: tuple[dict, jax.Array], inputs: tuple) -> tuple[tuple, tuple]:
         gradients, square = carry
         found, reported = gradients_of(inputs)
-        square = square + optax.tree.norm(total(found)) ** 2
+        square = square + optax.tree.norm(total(found)[0]) ** 2
         return (jax.tree.map(jnp.add, gradients, found), square), reported
 
     constants = micro_batches(constants, recipe.microbatch_rows)
@@ -219,11 +263,11 @@ def piece_gradients(
     recipe: Recipe, state: TrainState, base: Any, batch: Batch, by_component: bool, inputs: tuple
 ) -> tuple[dict, tuple]:
     """Returns the gradients of one micro-batch, by component or of the sum alone, with its loss and metrics."""
-    losses_of = lambda params: piece_losses(recipe, state, base, batch, params, *inputs)  # noqa: E731
-    losses, pull_back, metrics = jax.vjp(losses_of, state.params, has_aux=True)
+    losses_of = lambda params, extras: piece_losses(recipe, state, base, batch, params, extras, *inputs)  # noqa: E731
+    losses, pull_back, metrics = jax.vjp(losses_of, state.params, state.extras, has_aux=True)
     ones, none = (jax.tree.map(fill, losses) for fill in (jnp.ones_like, jnp.zeros_like))
     chosen = {name: none | {name: ones[name]} for name in losses} if by_component else {"loss": ones}
-    gradients = {name: in_place(recipe, pull_back(weights)[0]) for name, weights in chosen.items()}
+    gradients = {name: in_place(recipe, pull_back(weights)) for name, weights in chosen.items()}
     return gradients, (total(losses), metrics)
 
 
@@ -233,14 +277,17 @@ def piece_losses(
     base: Any,
     batch: Batch,
     params: Any,
+    extras: Any,
     index: jax.Array,
     piece: tuple[Batch, Views],
     constants: Any,
 ) -> tuple[dict, dict]:
     """Returns the components of one micro-batch's loss, and the metrics of its rows."""
     key = dropout_key(recipe, state, index)
-    new, reads = score(recipe, base, params, *piece, dropout_key=key, extra=("entropy_value",))
+    new, reads = score(recipe, base, params, extras, *piece, dropout_key=key, extra=("entropy_value",))
     losses, metrics = recipe.method.objective(new, constants)
+    if state.kl_scale is not None:
+        losses |= {"kl": state.kl_scale * losses["kl"]}
     # A token that is visible in its view, or that a step does not commit, is not predicted, so it does not count.
     counted = piece[1].predicted() * piece[0].completion_mask
     metrics |= {"entropy_total": jnp.sum(reads["entropy_value"] * counted, axis=(0, 2))}
@@ -280,29 +327,11 @@ def signal_to_noise(norm: jax.Array, square_sum: jax.Array, pieces: int) -> jax.
 # ------------------------------------------------------------------------------------------------------ arrangement
 
 
-def replicate(x: jax.Array) -> jax.Array:
-    """Replicates a small array before it is resharded, so that each micro-batch spans all devices."""
-    return constrain(x, ["tokens"] * x.ndim)
-
-
-def micro_batches(tree: Any, rows: int, axis: int = 0) -> Any:
-    """Cuts every array of a pytree into `B / rows` micro-batches of consecutive rows, along a new first axis.
-
-    Args:
-      axis: the axis of the rows.
-    """
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(replicate(x), axis, 0).reshape(-1, rows, *x.shape[:axis], *x.shape[axis + 1 :])
-        x = constrain(x, ("micro_batches", "rows", *["tokens"] * (x.ndim - 2)))
-        return jnp.moveaxis(x, 1, 1 + axis)
-
-    return jax.tree.map(cut, tree)
-
-
-def in_place(recipe: Recipe, gradient: Any) -> Any:
-    """Constrains a gradient to the placement of its parameters."""
-    return jax.tree.map(constrain, gradient, parameter_axes(recipe.config, gradient))
+def in_place(recipe: Recipe, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Constrains the gradients in the parameters and in the extras to the placement of what they are gradients of."""
+    gradient, of_extras = gradients
+    placed = jax.tree.map(constrain, gradient, parameter_axes(recipe.config, gradient))
+    return placed, jax.tree.map(replicate, of_extras)
 
 
 def total(parts: dict[str, Any]) -> Any:

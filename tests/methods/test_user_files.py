@@ -55,6 +55,41 @@ def test_advantages_by_component():
     np.testing.assert_allclose(constants["advantage"], [-0.5, 0.5, -0.5, 0.5], atol=1e-6)
 
 
+def test_value_head():
+    """Advantages are rewards less the value under the rollout's policy, and the value's error moves the head alone."""
+    recipe = example("value_head")["CRITIC"]
+    method = recipe.make(recipe.settings())
+    check(method, name="critic", **ARGUMENTS)
+    views = method.views(jnp.ones((1, ROWS, PROMPT + LENGTH), bool), batch())
+    draws = np.random.default_rng(1)
+    reads = {"log_prob": jnp.asarray(draws.standard_normal((1, ROWS, LENGTH)), jnp.float32)}
+    reads["hidden"] = jnp.asarray(draws.standard_normal((1, ROWS, LENGTH, 3)), jnp.float32)
+    head = {"w": jnp.array([1.0, -2.0, 0.5]), "b": jnp.float32(0.3)}
+
+    def losses(reads, head):
+        new = method.score(reads, views, head)
+        constants = method.constants(batch(), method.score(reads, views, head), None, None)
+        return constants, {name: jnp.sum(value) for name, value in method.objective(new, constants)[0].items()}
+
+    constants, found = losses(reads, head)
+    value = reads["hidden"].mean(axis=(0, 2)) @ head["w"] + 0.3
+    np.testing.assert_allclose(constants["advantage"], batch().rewards - value, rtol=1e-5)
+    np.testing.assert_allclose(found["value"], 0.5 * jnp.mean((value - batch().rewards) ** 2), rtol=1e-5)
+    by_reads, by_head = jax.grad(lambda *x: losses(*x)[1]["value"], argnums=(0, 1))(reads, head)
+    assert all(not np.any(x) for x in jax.tree.leaves(by_reads)) and all(np.any(x) for x in jax.tree.leaves(by_head))
+    np.testing.assert_allclose(by_head["b"], jnp.mean(value - batch().rewards), rtol=1e-4)
+
+
+def test_verdicts():
+    """A text that is wrong is not raised, however well it is paid."""
+    recipe = example("verdicts")["HONEST"]
+    method = recipe.make(recipe.settings())
+    check(method, name="honest", verdict_names=("cells", "puzzles"), **ARGUMENTS)
+    verdicts = jnp.array([[0.5, 0.0], [1.0, 1.0], [0.9, 0.0], [1.0, 1.0]])
+    one = batch(verdicts=verdicts, verdict_names=("cells", "puzzles"), rewards=jnp.array([0.0, 1.0, 1.0, 0.0]))
+    np.testing.assert_allclose(method.prepare(one, None, None)["advantage"], [-1, 1, 0, -1])
+
+
 def test_token_rewards():
     module = example("token_rewards")
     recipe, task = module["TOKENS"], module["TASK"]

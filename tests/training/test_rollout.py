@@ -1,6 +1,7 @@
 """What becomes of completions: where they end, and rewards that no update may see."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,17 @@ def test_a_part_is_rewarded_while_the_next_one_is_sampled(monkeypatch):
             LLADA_8B, None, None, prompts, jax.random.key(0), sampler, task, Tokenizer(), group_size=2,
             part_rows=part_rows,
         )  # fmt: skip
+
+    def measure(text, row):
+        return {"even": 1 - int(text) % 2, "small": int(text) < 3}
+
+    judged = dataclasses.replace(task, measure=measure, metrics_named=("even", "small"))
+    asked = functools.partial(rollout.roll_out, LLADA_8B, None, None, prompts, jax.random.key(0), sampler, judged)
+    found = asked(Tokenizer(), group_size=2, part_rows=2, verdicts=True)
+    assert found.batch.verdict_names == ("even", "small") and set(found.components) == {"cells_correct"}
+    np.testing.assert_array_equal(found.batch.verdicts, [[1, 1], [0, 1], [1, 1], [0, 0], [1, 0], [0, 0]])
+    later = asked(Tokenizer(), group_size=2, first_row=100)
+    assert later.batch.verdicts is None and later.rewards[0] == 100
 
     whole = run(None)
     assert events == ["sample"] + ["reward"] * 6
