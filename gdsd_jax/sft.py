@@ -1,6 +1,10 @@
 """Trains a supervised start by masked-diffusion cross-entropy on reference completions: all parameters or an adapter.
 
     python -m gdsd_jax.sft --config configs/tiny_sudoku.py --workdir runs/sft [--config.sft.steps=500 ...]
+    python -m gdsd_jax.sft --config FILE --workdir runs/sft --config.sft.path=chats.jsonl --config.sft.held_out=0.05
+
+It trains on the answers of the config's task, or on a file of prompts and completions or of chats
+(`gdsd_jax.tasks.chats`), one demonstration in each row.
 
 Each row draws `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`, and each of its completion tokens is masked with
 probability `t`. The loss is the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens
@@ -14,9 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,49 +31,31 @@ import numpy as np
 import optax
 
 from gdsd_jax import hub
-from gdsd_jax.config import SFTConfig, TrainConfig, default, freeze, greedy_sampler, to_dict
+from gdsd_jax.config import TrainConfig, default, freeze, greedy_sampler, to_dict
 from gdsd_jax.config.flags import launch
 from gdsd_jax.denoiser import DenoiserConfig, init_lora
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.evaluation.completions import evaluate_policy
 from gdsd_jax.hub import tiny
-from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, check_disk, refuse_existing
 from gdsd_jax.runtime.signals import StopSignal
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch, put
-from gdsd_jax.tasks import Task
 from gdsd_jax.telemetry.metrics import MetricWriter
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress
+from gdsd_jax.training.arrange import micro_batches
 from gdsd_jax.training.checkpoint import Checkpoints
+from gdsd_jax.training.demonstrations import Encoded, encoded_demonstrations
 from gdsd_jax.training.optimizer import make_optimizer
-from gdsd_jax.training.rollout import Prompts, encode_prompts
-from gdsd_jax.training.setup import evaluated_task, load_setup, task_rows
+from gdsd_jax.training.rollout import encode_prompts
+from gdsd_jax.training.setup import Setup, evaluated_task, load_setup, task_rows
 from gdsd_jax.training.state import TrainState, policy, start_state
-from gdsd_jax.training.update import micro_batches
 
 MIN_RATIO = 1e-3
-
-
-def encode_answers(tokenizer: Tokenizer, texts: list[str], length: int, eos_token_id: int) -> np.ndarray:
-    """Returns reference completions as `[B, L]` int32 ids, each ended and padded by EOS.
-
-    Raises:
-      UserError: a completion does not fit.
-    """
-    out = np.full((len(texts), length), eos_token_id, np.int32)
-    for row, ids in zip(out, tokenizer.encode_text(texts), strict=True):
-        if len(ids) >= length:
-            raise UserError(
-                f"a reference completion of {len(ids)} tokens and its EOS exceed "
-                f"config.sampler.completion_length {length}"
-            )
-        row[: len(ids)] = ids
-    return out
 
 
 def draw_views(key: jax.Array, rows: int, prompt_length: int, length: int) -> Views:
@@ -155,14 +141,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     if hosts.first():
         check_disk(workdir, stored, "the trained checkpoint")
     length, chunk = config.sampler.completion_length, config.model.vocab_chunk
-    rows = task_rows(config.task, setup.task, "train", count=config.task.train_rows, seed=config.sft.seed)
-    prompts: Prompts = encode_prompts(
-        setup.task, setup.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
-    )
-    texts = [setup.task.answer(row) for row in demonstrations(setup.task, rows, config.sft)]
-    answers = encode_answers(setup.tokenizer, texts, length, setup.model.eos_token_id)
-    tokens = np.concatenate([prompts.tokens, answers], axis=1)
-    order = grain.MapDataset.range(len(rows)).seed(config.sft.seed).shuffle().repeat()
+    shown, apart = encoded_demonstrations(config, setup)
+    order = grain.MapDataset.range(len(shown.tokens)).seed(config.sft.seed).shuffle().repeat()
 
     batch_rows = config.sft.batch_rows
     optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
@@ -173,22 +153,9 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
 
     state, places = start_state(setup.model, optimizer, config.sft.seed, trained_part, setup.base)
     update = make_sft_update(setup.model, optimizer, length, chunk, places, piece)
-    # A base that is trained as a whole needs no second, frozen copy.
-    frozen = setup.base if config.sft.adapter else None
-    task = evaluated_task(config)
-    held_out = encode_prompts(
-        task, setup.tokenizer, task_rows(config.task, task, "validation", count=config.evaluation.count),
-        buckets=config.prompt_buckets, overlong=config.overlong_prompts,
-    )  # fmt: skip
-    greedy, key = greedy_sampler(config), stream_of_seed(config.sft.seed, Stream.EVALUATION)
-
-    def accuracy(params: Any) -> float:
-        """Returns the task's last metric on the validation rows."""
-        found = evaluate_policy(
-            setup.model, *policy(setup.base, params), held_out, greedy, task, setup.tokenizer,
-            batch_rows=config.evaluation.batch_rows, key=key,
-        )  # fmt: skip
-        return found[task.metrics_named[-1]]
+    frozen = frozen_base(config, setup)
+    accuracy = make_accuracy(config, setup) if config.sft.until else None
+    held_out_loss = make_held_out_loss(config, setup, apart, piece) if len(apart.tokens) else None
 
     checkpoints = Checkpoints(workdir / "sft", own_settings(config), state)
     first = checkpoints.latest or 0
@@ -208,7 +175,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
             if step > first and step % config.sft.save_every == 0:
                 checkpoints.save(step, state, step)
             chosen = np.asarray([order[step * batch_rows + i] for i in range(batch_rows)])
-            state, metrics = update(state, frozen, *put((tokens[chosen], prompts.mask[chosen])))
+            state, metrics = update(state, frozen, *put((shown.tokens[chosen], shown.prompt_mask[chosen])))
             if (step + 1) % log_every == 0 or step + 1 == config.sft.steps:
                 values = {name: float(value) for name, value in fetch(metrics).items()}
                 writer.write(step + 1, values | {"time/total": time.perf_counter() - start})
@@ -218,7 +185,12 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
                         "config.sft.optimizer.learning_rate"
                     )
                 progress.update(step + 1, loss=values["loss"])
-            if config.sft.until and (step + 1) % config.sft.check_every == 0:
+            checked = (step + 1) % config.sft.check_every == 0
+            if held_out_loss is not None and (checked or step + 1 == config.sft.steps):
+                loss = held_out_loss(state.params)
+                writer.write(step + 1, {"eval/loss": loss})
+                progress.update(step + 1, held_out=loss)
+            if accuracy is not None and checked:
                 reached = accuracy(state.params)
                 writer.write(step + 1, {f"eval/{setup.task.metrics_named[-1]}": reached})
                 if reached >= config.sft.until:
@@ -247,6 +219,64 @@ def ended(workdir: Path) -> bool:
     return found
 
 
+def make_accuracy(config: TrainConfig, setup: Setup) -> Callable[[Any], float]:
+    """Returns `trained parameters -> the task's last metric on the validation rows`."""
+    task = evaluated_task(config)
+    rows = task_rows(config.task, task, "validation", count=config.evaluation.count)
+    prompts = encode_prompts(
+        task, setup.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
+    )
+    greedy, key = greedy_sampler(config), stream_of_seed(config.sft.seed, Stream.EVALUATION)
+
+    def accuracy(params: Any) -> float:
+        found = evaluate_policy(
+            setup.model, *policy(setup.base, params), prompts, greedy, task, setup.tokenizer,
+            batch_rows=config.evaluation.batch_rows, key=key,
+        )  # fmt: skip
+        return found[task.metrics_named[-1]]
+
+    return accuracy
+
+
+def make_held_out_loss(config: TrainConfig, setup: Setup, apart: Encoded, rows: int) -> Callable[[Any], float]:
+    """Returns `trained parameters -> the loss on the held-out demonstrations`, on the same masks every time.
+
+    Args:
+      rows: demonstrations at one time.
+    """
+    length, count = config.sampler.completion_length, len(apart.tokens)
+    key = stream_of_seed(config.sft.seed, Stream.SFT_HELD_OUT)
+
+    @jax.jit
+    def batch_loss(params: Any, base: Any, key: jax.Array, *batch: jax.Array) -> jax.Array:
+        tokens, prompt_mask, real, number = batch
+        key = jax.random.fold_in(key, number[0])
+        views = draw_views(key, rows, tokens.shape[1] - length, length)
+        reads = read_views(
+            setup.model, *policy(base, params), tokens, views, ("log_prob",),
+            prompt_mask=prompt_mask, chunk=config.model.vocab_chunk,
+        )  # fmt: skip
+        return -rows * jnp.sum(views.weights * reads["log_prob"] * real[:, None])
+
+    def loss(params: Any) -> float:
+        total = 0.0
+        for first in range(0, count, rows):
+            # The last batch is filled up by rows that do not count.
+            chosen = np.arange(first, first + rows)
+            real, number = (chosen < count).astype(np.float32), np.full(rows, first, np.int32)
+            chosen = np.minimum(chosen, count - 1)
+            batch = put((apart.tokens[chosen], apart.prompt_mask[chosen], real, number))
+            total += float(fetch(batch_loss(params, frozen_base(config, setup), key, *batch)))
+        return total / count
+
+    return loss
+
+
+def frozen_base(config: TrainConfig, setup: Setup) -> Any:
+    """Returns the base beside an adapter, or None where the base itself is trained, which needs no second copy."""
+    return setup.base if config.sft.adapter else None
+
+
 def own_settings(config: TrainConfig) -> TrainConfig:
     """Returns the config with defaults for what supervised training ignores, which may thus change during a start."""
     used = (
@@ -255,22 +285,6 @@ def own_settings(config: TrainConfig) -> TrainConfig:
     )  # fmt: skip
     bare = freeze(TrainConfig, default(config.checkpoint))
     return dataclasses.replace(bare, **{name: getattr(config, name) for name in used})
-
-
-def demonstrations(task: Task, rows: list[dict], config: SFTConfig) -> list[dict]:
-    """Returns the rows to imitate: with `config.careless` above 0, as a careless demonstrator writes them.
-
-    Raises:
-      UserError: the share is not in [0, 1], or the task does not define careless demonstrations.
-    """
-    if not 0.0 <= config.careless <= 1.0:
-        raise UserError(f"config.sft.careless {config.careless} must lie in [0, 1]")
-    if not config.careless:
-        return rows
-    if task.careless is None:
-        raise UserError(f"task {task.name} has no careless demonstrations: set config.sft.careless to 0")
-    generator = random.Random(config.seed)
-    return [task.careless(row, config.careless, generator) for row in rows]
 
 
 def adapted(config: TrainConfig, directory: Path) -> TrainConfig:

@@ -1,6 +1,7 @@
 """Supervised training: interrupted and resumed, in micro-batches, of an adapter."""
 
 import dataclasses
+import json
 import runpy
 
 import jax
@@ -88,6 +89,23 @@ def test_micro_batches_and_adapter(config, whole, tmp_path):
     start, adapted = leaves(config.checkpoint), leaves(tmp_path / "adapter/merged")
     moved = {name for name in start if not np.array_equal(start[name], adapted[name])}
     assert moved == {f"layers/{target}/kernel" for target in config.lora.targets}
+
+
+def test_chats_from_a_file_with_a_held_out_share(config, tmp_path):
+    """What is held out is not trained on, its loss is on the same masks at every look, and falls."""
+    file = tmp_path / "chats.jsonl"
+    rows = [{"prompt": f"{n} and {n}?", "completion": f"{n}{n}"} for n in range(30)]
+    rows += [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"path": str(file), "held_out": 0.3, "steps": 8, "check_every": 4, "microbatch_rows": 2}
+    trained(config, tmp_path / "run", **changes)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+    assert list(losses) == [4, 8] and losses[8] < losses[4]
+    still = dataclasses.replace(config.sft.optimizer, learning_rate=0.0)
+    trained(config, tmp_path / "still", **changes, optimizer=still)
+    lines = [json.loads(line) for line in (tmp_path / "still/metrics.jsonl").read_text().splitlines()]
+    assert len({line["eval/loss"] for line in lines if "eval/loss" in line}) == 1
 
 
 def leaves(directory):
