@@ -155,7 +155,10 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             seconds = sampled.seconds | {"update": now - update_start, "iteration": now - start}
             metrics |= {name: float(value) for name, value in lengths_now.items()}
             metrics |= update_metrics(reports) | time_metrics(sampled, seconds, metrics["completion/length"])
-            metrics |= beside_plan(plan, rollout=seconds["rollout"], update=seconds["update"] / config.inner_updates)
+            rounds = 1 + refill_metrics.get("refill/rounds", 0.0)
+            metrics |= beside_plan(
+                plan, rollout=seconds["rollout"] / rounds, update=seconds["update"] / config.inner_updates
+            )
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 with phase("evaluate"):
                     metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
