@@ -38,6 +38,8 @@ class DenoiserConfig:
       block_origin: where the blocks are counted from. "sequence": the first real token, so that a prompt may share a
         block with its completion; "column": the first column, pads or not, of prompts padded to a multiple of the
         block size, so that every completion begins with a block.
+      blind_pads: a pad attends to nothing, itself included, instead of to whatever its mask leaves. It matters only
+        where a pad's state is read, that is, where logits predict the token behind a pad which the denoiser wrote.
       dtype: compute dtype of activations and matmuls, "float32" or "bfloat16". Norms, RoPE, softmax and
         log-normalisers are float32 in either case, and "float32" asks for full-precision matmuls on every platform.
       remat: what the backward pass recomputes: "none" keeps everything, "dots" keeps matmul outputs, "full" keeps
@@ -68,6 +70,7 @@ class DenoiserConfig:
     qk_norm: bool = False
     block_size: int | None = None
     block_origin: str = "sequence"
+    blind_pads: bool = False
     end_token_ids: tuple[int, ...] = ()
     known_tokens: int | None = None
     dtype: str = "float32"

@@ -43,6 +43,8 @@ def fits_blocks(config: DenoiserConfig, prompt_length: int, settings: SamplerCon
         )
     if settings.cache == "prefix" or settings.refresh_every is not None:
         raise UserError("blocks keep an exact cache: set config.sampler.cache='none', and refresh_every=None")
+    if settings.end_think:
+        raise UserError("end_think counts positions that blocks need not begin with: set config.sampler.end_think=()")
     if settings.cache == "dual" and settings.hide_pads:
         raise UserError("hide_pads moves the positions of a block: set config.sampler.cache='none'")
     if config.next_token_logits and prompt_length == 0:

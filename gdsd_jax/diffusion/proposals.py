@@ -172,23 +172,46 @@ def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S
     )
 
 
+class Boost(NamedTuple):
+    """One logit of each row that is raised before a candidate is chosen.
+
+    place, token: [B] int32, the position in the step's region and the token.
+    amount: [B] float32.
+    """
+
+    place: Array
+    token: Array
+    amount: Array
+
+    def at(self, place: Array) -> tuple[Array, Array]:
+        """Returns the tokens [B, 1] and the amounts by which their logits are raised at places [B, S'] of the region."""
+        return self.token[:, None], self.amount[:, None] * (place == self.place[:, None])
+
+
 def propose(
-    config: DenoiserConfig, base: dict, hidden: Array, uniform: Array, settings: SamplerConfig
+    config: DenoiserConfig,
+    base: dict,
+    hidden: Array,
+    uniform: Array,
+    settings: SamplerConfig,
+    raised: tuple[Array, Array] | None = None,
 ) -> tuple[Array, ...]:
     """Chooses the candidates [B, S] of hidden states; returns what `candidates` returns.
 
     The states `hidden` [1 or 2, B, S, D] are the conditional and, with guidance, the unconditional ones; the random
-    numbers `uniform` are [B, S, 2].
+    numbers `uniform` are [B, S, 2]. Of `raised` the tokens are [B, 1], and the amounts added to their logits [B, S].
     """
     banned = banned_tokens(config, settings)
 
-    def propose_slice(slices: tuple[Array, Array]) -> tuple[Array, ...]:
-        hidden, uniform = slices
+    def propose_slice(slices: tuple[Array, ...]) -> tuple[Array, ...]:
+        hidden, uniform, *amount = slices
         logits = constrain(logits_from_hidden(config, base, hidden), ("views", "rows", "tokens", "vocab"))
         # From here on no sum over the vocabulary crosses devices: a draw does not depend on their number.
         logits = constrain(logits, ("views", "rows", "positions", "candidates"))
         if logits.shape[0] == 2:
             logits = logits[1:] + (settings.cfg_scale + 1) * (logits[:1] - logits[1:])
+        if amount:
+            logits += amount[0][..., None] * (jnp.arange(config.vocab_size) == raised[0][..., None])
         return candidates(ban(logits[0], banned), uniform, settings)
 
     passes, rows, positions, width = hidden.shape
@@ -197,21 +220,28 @@ def propose(
         n for n in range(1, positions + 1)
         if positions % n == 0 and (at_one_position * (positions // n) <= MAX_LOGITS or n == positions)
     )  # fmt: skip
+    by_position = (uniform,) if raised is None else (uniform, raised[1])
     if slices == 1:
-        return propose_slice((hidden, uniform))
+        return propose_slice((hidden, *by_position))
     size = positions // slices
     parts = lax.map(
         propose_slice,
         (
             jnp.moveaxis(hidden.reshape(passes, rows, slices, size, width), 2, 0),
-            jnp.moveaxis(uniform.reshape(rows, slices, size, 2), 1, 0),
+            *(jnp.moveaxis(x.reshape(rows, slices, size, *x.shape[2:]), 1, 0) for x in by_position),
         ),
     )
     return jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1).reshape(rows, positions), parts)
 
 
 def propose_at(
-    config: DenoiserConfig, base: dict, read: Read, uniform: Array, eligible: Array, settings: SamplerConfig
+    config: DenoiserConfig,
+    base: dict,
+    read: Read,
+    uniform: Array,
+    eligible: Array,
+    settings: SamplerConfig,
+    boost: Boost | None = None,
 ) -> tuple[Array, ...]:
     """Chooses candidates as `propose` does, at the positions `eligible` [B, S]; values elsewhere have no meaning.
 
@@ -234,7 +264,9 @@ def propose_at(
         place = order[:, :size]
         hidden = read(jnp.repeat(place, passes, axis=0))
         hidden = jnp.moveaxis(hidden.reshape(rows, passes, size, -1), 1, 0)
-        found = propose(config, base, hidden, jnp.take_along_axis(uniform, place[..., None], axis=1), settings)
+        raised = None if boost is None else boost.at(place)
+        numbers = jnp.take_along_axis(uniform, place[..., None], axis=1)
+        found = propose(config, base, hidden, numbers, settings, raised)
         beyond = [(0, 0), (0, positions - size)]
         return jax.tree.map(lambda x: jnp.take_along_axis(jnp.pad(x, beyond), back, axis=1), found)
 

@@ -115,6 +115,10 @@ class SamplerConfig:
         before any other of the block is looked at.
     grow: later blocks do not exist until a block is finished, instead of being seen as masks; with `stop_at_eos` the
         end is looked for when a block is finished.
+    end_think: token ids of a text that ends thinking. Until a completion holds it, the next of these ids, counted from
+        those that stand right before the block's first masked position, has a higher logit there.
+    end_think_boost: what is added to this logit at the completion's end.
+    end_think_power: at the share x of the completion, x to this power of the boost is added.
     hide_pads: a block-causal denoiser forgets pad tokens that it has written: they are not attended to and take no
         position.
     cache: tokens whose keys and values are kept while a block is decoded, an approximation. "none": no tokens;
@@ -156,10 +160,14 @@ class SamplerConfig:
     lead: bool = False
     grow: bool = False
     hide_pads: bool = False
+    end_think: Sequence[int] = ()
+    end_think_boost: float = 0.0
+    end_think_power: float = 2.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "suppress", tuple(self.suppress))
         object.__setattr__(self, "suppress_confidence", tuple(self.suppress_confidence))
+        object.__setattr__(self, "end_think", tuple(self.end_think))
         for wrong, message in (
             (self.completion_length < 1, f"completion_length is {self.completion_length}; it must be at least 1"),
             (self.block_length < 1, f"block_length is {self.block_length}; it must be at least 1"),
@@ -203,6 +211,15 @@ class SamplerConfig:
                 "refresh_every has no meaning without a cache; set cache to 'prefix' or 'dual', or refresh_every=None",
             ),
             (self.floor and self.threshold is None, "floor has no meaning without a threshold; set floor=False"),
+            (
+                not 0 <= self.end_think_boost < math.inf or not 0 <= self.end_think_power < math.inf,
+                f"end_think_boost {self.end_think_boost} and end_think_power {self.end_think_power}: each must be a "
+                "number of at least 0",
+            ),
+            (
+                bool(self.end_think_boost) != bool(self.end_think),
+                "end_think needs end_think_boost above 0, and end_think_boost needs end_think: set both or neither",
+            ),
             (self.grow and self.cache != "none", "grow needs every step exact; set cache='none' or grow=False"),
             (
                 self.refresh_every is not None and self.refresh_every < 1,

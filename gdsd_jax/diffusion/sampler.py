@@ -65,7 +65,7 @@ def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConf
         raise UserError("a cache needs a prompt where logits speak of the next token; give one, or set cache='none'")
     if config.block_size is not None:
         fits_blocks(config, prompt_length, settings)
-    for name in ("suppress", "suppress_confidence"):
+    for name in ("suppress", "suppress_confidence", "end_think"):
         if any(not 0 <= token < config.vocab_size for token in getattr(settings, name)):
             raise UserError(f"{name} {getattr(settings, name)} has ids outside the vocabulary of {config.vocab_size}")
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from gdsd_jax.denoiser import DenoiserConfig, Read
 from gdsd_jax.diffusion.cache import region
-from gdsd_jax.diffusion.proposals import propose_at
+from gdsd_jax.diffusion.proposals import Boost, propose_at
 from gdsd_jax.diffusion.remasking import LOWEST, STRATEGIES, SamplerConfig, commit_plan, select
 
 
@@ -99,6 +99,26 @@ def row_keys(key: Array, rows: int, numbers: Array | None) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows) if numbers is None else numbers)
 
 
+def end_think_boost(settings: SamplerConfig, completion: Array, start: Array, eligible: Array) -> Boost:
+    """Returns the logits that `SamplerConfig.end_think` raises, each row's in the region [B, S] that begins at `start`.
+
+    The logit is that of the next id of the sequence, at the first masked position; 0 is added where the completion
+    [B, L] holds the sequence already. Source: iLLaDA's sampler of growing texts.
+    """
+    sequence, length = jnp.asarray(settings.end_think, jnp.int32), completion.shape[1]
+    windows = jnp.arange(max(0, length - sequence.size + 1))[:, None] + jnp.arange(sequence.size)
+    written = jnp.any(jnp.all(completion[:, windows] == sequence, axis=-1), axis=-1)
+    place = jnp.argmax(eligible, axis=1)
+    at = start + place
+    begun = jnp.zeros_like(at)
+    for count in range(1, sequence.size):
+        before = at[:, None] - count + jnp.arange(count)
+        same = jnp.take_along_axis(completion, jnp.maximum(before, 0), axis=1) == sequence[:count]
+        begun = jnp.where((at >= count) & jnp.all(same, axis=1), count, begun)
+    amount = settings.end_think_boost * ((at + 1) / length) ** settings.end_think_power
+    return Boost(place, sequence[begun], jnp.where(written | ~jnp.any(eligible, axis=1), 0.0, amount))
+
+
 def commit(
     config: DenoiserConfig,
     base: dict,
@@ -129,7 +149,10 @@ def commit(
 
     with jax.named_scope("propose"):
         uniform = uniforms(0, size, 2)
-        token, confidence, score, *recorded = propose_at(config, base, read, uniform, eligible, settings)
+        boost = None
+        if settings.end_think:
+            boost = end_think_boost(settings, state.tokens[:, prompt_length:], start, eligible)
+        token, confidence, score, *recorded = propose_at(config, base, read, uniform, eligible, settings, boost)
 
     with jax.named_scope("commit"):
         strategy = STRATEGIES[settings.strategy]

@@ -132,9 +132,10 @@ def check_defined(settings: SamplerConfig) -> None:
     exact = settings.cache == "none" or settings.refresh_every == 1
     for wrong, message in (
         (
-            STRATEGIES[settings.strategy].plan is not None or settings.floor or settings.grow or settings.lead,
-            f"no exact log-probability is computed for strategy {settings.strategy!r} with floor, grow or lead; set "
-            "config.sampler.strategy to low_confidence and the others to False",
+            STRATEGIES[settings.strategy].plan is not None
+            or any((settings.floor, settings.grow, settings.lead, settings.end_think)),
+            f"no exact log-probability is computed for strategy {settings.strategy!r} with floor, grow, lead or "
+            "end_think; set config.sampler.strategy to low_confidence and the others to False or ()",
         ),
         (
             STRATEGIES[settings.strategy].independent

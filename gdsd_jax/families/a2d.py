@@ -13,10 +13,8 @@ from gdsd_jax.families import decoder
 from gdsd_jax.families.family import Family
 
 # If a run asks for blocks (config.checkpoint_overrides.block_size), the first block begins with the completion.
-QUIRKS = {
-    "a2d-qwen2": {"qkv_bias": True, "block_origin": "column"},
-    "a2d-qwen3": {"qk_norm": True, "block_origin": "column"},
-}
+_BLOCKS = {"block_origin": "column", "blind_pads": True}
+QUIRKS = {"a2d-qwen2": {"qkv_bias": True} | _BLOCKS, "a2d-qwen3": {"qk_norm": True} | _BLOCKS}
 _CODER_05B = {"hidden_size": 896, "num_layers": 24, "num_heads": 14, "num_kv_heads": 2, "intermediate_size": 4864}
 _QWEN3_06B = {"hidden_size": 1024, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8, "intermediate_size": 3072}
 _CODER_05B |= {"max_length": 32768, "mask_token_id": 151665}
