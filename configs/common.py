@@ -22,6 +22,7 @@ CHECKPOINTS = {
     "qwen3": "checkpoints/Qwen3-0.6B-diffusion-mdlm-v0.1",
     "coder": "checkpoints/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1",
     "sdar": "checkpoints/SDAR-1.7B-Chat",
+    "sdar4b": "checkpoints/SDAR-4B-Chat",
     "fastdllm": "checkpoints/Fast_dLLM_v2_1.5B",
     "illada": "checkpoints/iLLaDA-8B-Instruct",
     "mmada": "checkpoints/MMaDA-8B-MixCoT",

@@ -44,12 +44,14 @@ def get_config():
 
 def build(directory: Path, family: str) -> Path:
     """A tiny checkpoint of a family and the config file that trains it; returns the file."""
+    from gdsd_jax.families import FAMILIES
     from gdsd_jax.hub import tiny
 
     sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "intermediate_size": 64, "max_length": 64}
     # Fewer key/value heads than the widest tensor axis has devices.
-    kv_heads, strategy = {"llada": (4, "low_confidence"), "dream": (2, "entropy")}[family]
-    tiny.build(directory / "base", family=family, num_kv_heads=kv_heads, **sizes)
+    kv_heads, strategy = {"llada": (4, "low_confidence"), "dream": (2, "entropy")}.get(family, (2, "low_confidence"))
+    block = 4 if "block_size" in FAMILIES[family].quirks else None
+    tiny.build(directory / "base", family=family, num_kv_heads=kv_heads, block_size=block, **sizes)
     file = directory / "config.py"
     file.write_text(CONFIG.format(checkpoint=str(directory / "base"), strategy=strategy))
     return file

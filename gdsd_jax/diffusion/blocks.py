@@ -59,6 +59,15 @@ def step_limit(config: DenoiserConfig, settings: SamplerConfig) -> int:
     return max(settings.steps, columns // settings.block_length * (settings.steps_per_block + 1))
 
 
+def tail_length(config: DenoiserConfig, prompt_mask: Array | None, rows: int, prompt_length: int) -> Int[Array, " B"]:
+    """Returns how many tokens of each prompt share a block with the completion."""
+    if config.block_size is None or config.block_origin == "column":
+        return jnp.zeros(rows, jnp.int32)
+    if prompt_mask is None:
+        return jnp.full(rows, prompt_length % config.block_size, jnp.int32)
+    return jnp.sum(prompt_mask[:, :prompt_length].astype(jnp.int32), axis=1) % config.block_size
+
+
 def sample_blocks(
     config: DenoiserConfig,
     base: dict,

@@ -184,7 +184,7 @@ class Boost(NamedTuple):
     amount: Array
 
     def at(self, place: Array) -> tuple[Array, Array]:
-        """Returns the tokens [B, 1] and the amounts by which their logits are raised at places [B, S'] of the region."""
+        """Returns the tokens [B, 1], and by how much their logits are raised at places [B, S'] of the region."""
         return self.token[:, None], self.amount[:, None] * (place == self.place[:, None])
 
 

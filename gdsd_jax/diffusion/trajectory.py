@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, noisy_states_at
 from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.blocks import step_limit, tail_length
 from gdsd_jax.diffusion.order import NEVER, Walk, drawn_log_prob, proposal, step_log_prob
 from gdsd_jax.diffusion.proposals import banned_tokens
 from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig, scheduled_count, time_shares
@@ -54,7 +55,6 @@ class StepViews(Views):
     at_once: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def read(self, *arguments: Any, **options: Any) -> dict:
-        check_attention(arguments[0])
         return _read_steps(*arguments, **options)
 
     def predicted(self) -> Array:
@@ -102,13 +102,12 @@ def trajectory_log_prob(
       steps_at_once: steps that share a forward pass; a gradient recomputes one such pass after the other.
 
     Returns:
-      `[B, SamplerConfig.step_limit]`, that is `settings.steps` unless blocks may take more.
+      `[B, blocks.step_limit(config, settings)]`, that is `settings.steps` unless blocks may take more.
 
     Raises:
       UserError: settings under which no likelihood is defined or computed here.
     """
-    check_defined(settings)
-    check_attention(config)
+    check_defined(settings, config)
     expected = (rollout.tokens.shape[0], settings.completion_length)
     if rollout.commit_step.shape != expected:
         raise UserError(
@@ -118,17 +117,12 @@ def trajectory_log_prob(
     return compiled_log_prob(config, base, lora, rollout, prompt_mask, settings, chunk, steps_at_once)
 
 
-def check_attention(config: DenoiserConfig) -> None:
-    """Raises UserError for block-causal denoisers, whose blocks need not begin with the completion."""
-    if config.block_size is not None:
-        raise UserError(
-            "the exact log-probability of a rollout is computed for full attention alone: choose a config.method that "
-            "scores masked views, such as tracerl or gdsd"
-        )
+def check_defined(settings: SamplerConfig, config: DenoiserConfig | None = None) -> None:
+    """Raises UserError if the probability of a trajectory is not defined, or is not that of the recorded steps.
 
-
-def check_defined(settings: SamplerConfig) -> None:
-    """Raises UserError if the probability of a trajectory is not defined, or is not that of the recorded steps."""
+    Without `config`, the denoiser is taken to have full attention.
+    """
+    blocks = config is not None and config.block_size is not None
     exact = settings.cache == "none" or settings.refresh_every == 1
     for wrong, message in (
         (
@@ -144,6 +138,10 @@ def check_defined(settings: SamplerConfig) -> None:
             and settings.factor is None,
             f"with strategy {settings.strategy!r} and suppress_confidence a step that commits nothing depends on the "
             "policy too, and such steps are not read; set config.sampler.suppress_confidence=()",
+        ),
+        (
+            blocks and STRATEGIES[settings.strategy].independent,
+            "under block-causal attention the coins of origin are not counted; set config.sampler.strategy to another",
         ),
         (
             not settings.forbid_mask,
@@ -179,11 +177,15 @@ def compiled_log_prob(
     """Computes what `trajectory_log_prob` does, without its checks: this is the jitted program itself."""
     rows = rollout.commit_step.shape[0]
     prompt_length = rollout.tokens.shape[1] - settings.completion_length
-    steps = jnp.broadcast_to(jnp.arange(settings.step_limit)[:, None], (settings.step_limit, rows))
+    limit = step_limit(config, settings)
+    steps = jnp.broadcast_to(jnp.arange(limit)[:, None], (limit, rows))
     views = step_views(rollout.commit_step, steps, prompt_length, settings, at_once=steps_at_once)
     options = {"prompt_mask": prompt_mask, "dropout_key": None, "chunk": chunk}
     read = _read_steps(config, base, lora, rollout.tokens, views, ("step_log_prob",), **options)
-    return jnp.sum(read["step_log_prob"], axis=-1).T + schedule_log_prob(rollout.commit_step, settings)
+    log_prob = jnp.sum(read["step_log_prob"], axis=-1).T
+    # Rows of block-causal denoisers leave a block together, whatever tails their prompts have: a step's number does
+    # not say where in its block it was. None of the strategies that are defined there draws its number of tokens.
+    return log_prob if config.block_size else log_prob + schedule_log_prob(rollout.commit_step, settings)
 
 
 def schedule_log_prob(commit_step: Int[Array, "B L"], settings: SamplerConfig) -> Float[Array, "B steps"]:
@@ -230,7 +232,13 @@ def _read_steps(
     dropout_key: Array | None,
     chunk: int,
 ) -> dict:
-    """Reads `StepViews` as `read_views` does; only the active block of each step is read."""
+    """Reads `StepViews` as `read_views` does; only the active block of each step is read.
+
+    Raises:
+      UserError: the sampler forgets pads that it wrote, and no view knows which.
+    """
+    if views.sampler.hide_pads and config.block_size is not None:
+        raise UserError("views of a sampler's steps keep every token: set config.sampler.hide_pads=False")
     count, at_once = views.step.shape[0], views.at_once or views.step.shape[0]
     size = next(n for n in range(min(at_once, count), 0, -1) if count % n == 0)
     read = functools.partial(_read_some, config, base, lora, tokens, views, reads, prompt_mask, chunk)
@@ -268,12 +276,15 @@ def _read_some(
     settings, length = views.sampler, views.commit_step.shape[-1]
     (count, rows, total), size = masked.shape, settings.block_length
     commits = views.commit_step == step[..., None]
-    start = jnp.argmax(commits, axis=-1) // size * size
+    tail = tail_length(config, prompt_mask, rows, total - length)
+    start = (jnp.argmax(commits, axis=-1) + tail) // size * size - tail
+    # The tail of a prompt takes the first places of the row's first block, and the last block may be cut short.
     place = start[..., None] + jnp.arange(size)
+    inside, place = (place >= 0) & (place < length), jnp.clip(place, 0, length - 1)
     at_block = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, (count, rows, length)), place, axis=-1)  # noqa: E731
-    committed, target = at_block(commits), at_block(tokens[:, total - length :])
+    committed, target = inside & at_block(commits), at_block(tokens[:, total - length :])
     # A row that commits nothing has no active block.
-    eligible = at_block(masked[:, :, total - length :]) & jnp.any(commits, axis=-1, keepdims=True)
+    eligible = inside & at_block(masked[:, :, total - length :]) & jnp.any(commits, axis=-1, keepdims=True)
 
     # The views of a row are adjacent, and with guidance so are the two passes of a view.
     noisy = jnp.moveaxis(jnp.where(masked, config.mask_token_id, tokens), 0, 1).reshape(rows * count, total)
@@ -281,13 +292,18 @@ def _read_some(
     noisy, real = passes(config, settings, noisy, real)
     guided = noisy.shape[0] // (rows * count)
     at = jnp.repeat(jnp.moveaxis(place, 0, 1).reshape(rows * count, size), guided, axis=0)
-    read = hidden_states_at(config, base, lora, noisy, prompt_mask=real, dropout_key=dropout_key)
+    if config.block_size is None:
+        read = hidden_states_at(config, base, lora, noisy, prompt_mask=real, dropout_key=dropout_key)
+    else:
+        clean = jnp.repeat(tokens, count * guided, axis=0)
+        given = {"prompt_mask": real, "dropout_key": dropout_key}
+        read = noisy_states_at(config, base, lora, clean, noisy, length=length, **given)
     hidden = read(total - length + at).reshape(rows, count, guided, size, -1)
     walk = vocabulary_walk(config, base, jnp.transpose(hidden, (2, 1, 0, 3, 4)), settings, chunk)
     values = step_reads(walk, target, committed, eligible, settings, config.vocab_size, reads)
-    inside = jnp.arange(length) - start[..., None]
-    spread = lambda x: jnp.take_along_axis(x, jnp.clip(inside, 0, size - 1), axis=-1)  # noqa: E731
-    return {name: jnp.where((inside >= 0) & (inside < size), spread(x), 0.0) for name, x in values.items()}
+    back = jnp.arange(length) - start[..., None]
+    spread = lambda x: jnp.take_along_axis(x, jnp.clip(back, 0, size - 1), axis=-1)  # noqa: E731
+    return {name: jnp.where((back >= 0) & (back < size), spread(x), 0.0) for name, x in values.items()}
 
 
 def step_reads(

@@ -27,27 +27,26 @@ ROWS = (
     Row("model.transformer.blocks.{n}.ff_out.weight", ("layers", "down", "kernel"), "DF"),
 )
 
+# Options with the only values that are computed here, of which the first is written.
+FIXED = {
+    "activation_type": ("silu",),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "bias_for_layer_norm": (False, None),
+    "block_group_size": (1,),
+    "block_type": ("llama",),
+    "include_bias": (False,),
+    "input_emb_norm": (False,),
+    "layer_norm_type": ("rms",),
+    "multi_query_attention": (None, False),
+    "rope": (True,),
+    "scale_logits": (False,),
+}
+
 
 def read(hf: Mapping[str, Any], family: str = "llada") -> DenoiserConfig:
     """Reads a `config.json` in LLaDA's keys."""
-    refuse(
-        hf,
-        {
-            "activation_type": ("silu",),
-            "block_type": ("llama",),
-            "layer_norm_type": ("rms",),
-            "rope": (True,),
-            "alibi": (False,),
-            "include_bias": (False,),
-            "bias_for_layer_norm": (False, None),
-            "attention_layer_norm": (False,),
-            "input_emb_norm": (False,),
-            "scale_logits": (False,),
-            "block_group_size": (1,),
-            "multi_query_attention": (None, False),
-            "clip_qkv": (None,),
-        },
-    )
+    refuse(hf, FIXED | {"clip_qkv": (None,)})
     heads = hf["n_heads"]
     return DenoiserConfig(
         family=family,
@@ -71,42 +70,32 @@ def read(hf: Mapping[str, Any], family: str = "llada") -> DenoiserConfig:
 
 def write(config: DenoiserConfig) -> dict[str, Any]:
     """Writes a complete `config.json` in LLaDA's keys."""
-    return {
-        "activation_type": "silu",
-        "alibi": False,
+    written = {
         "alibi_bias_max": 8.0,
         "architectures": ["LLaDAModelLM"],
         "attention_dropout": 0.0,
-        "attention_layer_norm": False,
         "attention_layer_norm_with_affine": True,
         "auto_map": {
             "AutoConfig": f"{REPOSITORY}--configuration_llada.LLaDAConfig",
             "AutoModel": f"{REPOSITORY}--modeling_llada.LLaDAModelLM",
             "AutoModelForCausalLM": f"{REPOSITORY}--modeling_llada.LLaDAModelLM",
         },
-        "bias_for_layer_norm": False,
-        "block_group_size": 1,
-        "block_type": "llama",
         "d_model": config.hidden_size,
         "embedding_dropout": 0.0,
         "embedding_size": config.vocab_size,
         "eos_token_id": config.eos_token_id,
         "flash_attention": False,
-        "include_bias": False,
         "include_qkv_bias": config.qkv_bias,
         "init_cutoff_factor": None,
         "init_device": "meta",
         "init_fn": "mitchell",
         "init_std": 0.02,
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
         "layer_norm_with_affine": True,
         "mask_token_id": config.mask_token_id,
         "max_sequence_length": config.max_length,
         "mlp_hidden_size": config.intermediate_size,
         "mlp_ratio": 4,
         "model_type": "llada",
-        "multi_query_attention": None,
         "n_heads": config.num_heads,
         "n_kv_heads": config.num_kv_heads,
         "n_layers": config.num_layers,
@@ -114,15 +103,14 @@ def write(config: DenoiserConfig) -> dict[str, Any]:
         "precision": "amp_bf16",
         "residual_dropout": 0.0,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope": True,
         "rope_full_precision": True,
         "rope_theta": config.rope_theta,
-        "scale_logits": False,
         "transformers_version": "4.46.3",
         "use_cache": False,
         "vocab_size": config.vocab_size,
         "weight_tying": config.tied_head,
     }
+    return dict(sorted(({key: allowed[0] for key, allowed in FIXED.items()} | written).items()))
 
 
 LLADA_8B = DenoiserConfig(

@@ -42,7 +42,7 @@ class Settings:
 
 def step_probabilities(batch: Batch, importance: bool) -> tuple[jax.Array, jax.Array]:
     """Computes the probabilities `p` `[B, steps]` of drawing each step, and `T` `[B]`."""
-    commits, count = steps.of_batch(batch, "agrpo"), batch.sampler.step_limit
+    commits, count = steps.of_batch(batch, "agrpo"), batch.step_limit
     counted = commits < count
     if batch.eos_token_id is not None:
         counted &= batch.tokens[:, batch.prompt_length :] != batch.eos_token_id

@@ -48,7 +48,7 @@ class Settings:
 def make(settings: Settings) -> Method:
     def masks(key: jax.Array, batch: Batch) -> jax.Array:
         steps.of_batch(batch, "egspo")
-        total, tokens = steps.by_step(batch.entropy, batch, batch.sampler.step_limit)
+        total, tokens = steps.by_step(batch.entropy, batch, batch.step_limit)
         mean = jnp.where(tokens > 0, total / jnp.maximum(tokens, 1), -1.0)
         chosen = jnp.argsort(-mean, axis=1, stable=True)[:, : settings.slots]
         if settings.slot is not None:

@@ -58,9 +58,9 @@ def make(settings: Settings) -> Method:
     def masks(key: jax.Array, batch: Batch) -> jax.Array:
         commits = steps.of_batch(batch, "exact_pg")
         check_defined(batch.sampler)
-        every, count = steps.distinct(commits, batch.sampler.step_limit)
+        every, count = steps.distinct(commits, batch.step_limit)
         if settings.steps is None:
-            chosen = every[:, : min(batch.sampler.step_limit, batch.completion_length)]
+            chosen = every[:, : min(batch.step_limit, batch.completion_length)]
         else:
             offset = jax.random.uniform(key, (commits.shape[0], settings.steps))
             place = (jnp.arange(settings.steps) + offset) / settings.steps * count[:, None]
@@ -79,7 +79,7 @@ def make(settings: Settings) -> Method:
 
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
         rows = batch.tokens.shape[0]
-        _, count = steps.distinct(batch.commit_step, batch.sampler.step_limit)
+        _, count = steps.distinct(batch.commit_step, batch.step_limit)
         return {
             "advantage": common.advantages(batch, common.leave_one_out),
             "old": None if old is None else old.guided,

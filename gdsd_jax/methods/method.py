@@ -48,6 +48,7 @@ class Batch:
       verdict_names: static, the names of the verdicts.
       eos_token_id: static, the token that ends a completion, or None where it is unknown.
       sampler: static, the settings that the completions were sampled with, or None.
+      unwritten: static, the `commit_step` of positions that no step wrote; None: `sampler.step_limit`.
     """
 
     tokens: Any
@@ -70,6 +71,12 @@ class Batch:
     group_size: int = flax.struct.field(pytree_node=False, default=1)
     eos_token_id: int | None = flax.struct.field(pytree_node=False, default=None)
     sampler: SamplerConfig | None = flax.struct.field(pytree_node=False, default=None)
+    unwritten: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def step_limit(self) -> int:
+        """Returns the number of steps that the sampler may have taken, the `commit_step` of what none of them wrote."""
+        return self.sampler.step_limit if self.unwritten is None else self.unwritten
 
     @property
     def completion_length(self) -> int:

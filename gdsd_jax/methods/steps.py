@@ -28,7 +28,7 @@ def sampled(batch: Batch) -> Bool[Array, "B L"]:
     """Returns False on tokens that no step wrote, such as the tail that `stop_at_eos` fills with EOS."""
     if batch.commit_step is None or batch.sampler is None:
         return jnp.ones(batch.completion_mask.shape, bool)
-    return batch.commit_step < batch.sampler.step_limit
+    return batch.commit_step < batch.step_limit
 
 
 def masks_before(batch: Batch, step: Int[Array, "M B"]) -> Bool[Array, "M B T"]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -57,20 +58,21 @@ class Cost:
                 mine[name] += times * value
 
 
-def program_cost(text: str, *, open_loop: int = 1) -> Cost:
+def program_cost(text: str, *, open_loops: Sequence[int] = (1,)) -> Cost:
     """Computes the cost of a program from its optimised HLO.
 
     Args:
-      open_loop: the assumed length of every loop whose length depends on data.
+      open_loops: the assumed lengths of loops whose lengths depend on data: of the outermost ones, of those inside
+        them, and so on; the last is also that of all deeper ones.
     """
     module = hlo.parse(text)
     unknown = lambda number, index: hlo.UNKNOWN  # noqa: E731
-    return _Walk(module, open_loop).computation(Scope(module, module.entry, unknown))
+    return _Walk(module, tuple(open_loops)).computation(Scope(module, module.entry, unknown))
 
 
 class _Walk:
-    def __init__(self, module: Module, open_loop: int):
-        self.module, self.open_loop = module, open_loop
+    def __init__(self, module: Module, open_loops: tuple[int, ...]):
+        self.module, self.open_loops = module, open_loops
 
     def computation(self, scope: Scope, channels: set[str] | None = None) -> Cost:
         """Returns the cost of one execution of a computation.
@@ -106,11 +108,14 @@ class _Walk:
 
     def loop(self, scope: Scope, instruction: Instruction) -> Cost:
         count, fixed = hlo.loop(scope, instruction)
-        total = Cost(open_loops=count is None)
+        total, outer = Cost(open_loops=count is None), self.open_loops
+        if count is None:
+            count, self.open_loops = outer[0], outer[1:] or outer
         known = lambda number, index: fixed.get(index, hlo.UNKNOWN)  # noqa: E731
         for name in ("condition", "body"):
             inner = Scope(self.module, instruction.attribute(name), known)
-            total.add(self.computation(inner), self.open_loop if count is None else count)
+            total.add(self.computation(inner), count)
+        self.open_loops = outer
         return total
 
     def products(self, body: Computation, instruction: Instruction, cost: Cost, channels: set[str]) -> None:

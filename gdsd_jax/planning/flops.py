@@ -6,10 +6,14 @@ norms and softmaxes are not counted. All numbers are for the whole batch, over a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.denoiser.blocks import Grid, grid_of
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.diffusion import SamplerConfig
 
@@ -69,10 +73,21 @@ class Model(NamedTuple):
 
 
 def sampler(model: Model, settings: SamplerConfig, rows: int, prompt_length: int) -> float:
-    """Computes a rollout's FLOPs without a cache: each step runs all layers, and the head where it reads logits."""
+    """Computes a rollout's FLOPs without a cache: each step runs all layers, and the head where it reads logits.
+
+    A block-causal denoiser runs the prompt once, each step on one block, and each finished block once more.
+    """
+    passes, config = 2 if settings.cfg_scale > 0 else 1, model.config
+    loops = sampler_loops(config, settings, prompt_length)
+    if config.block_size is not None:
+        grid = _grid(config, settings, prompt_length)
+        # A block attends to the whole cache, masked, and to itself.
+        block = model.forward(passes * rows, grid.width + grid.size, window=grid.size)
+        steps = math.prod(loops)
+        blocks = (steps + loops[0]) * block + steps * model.head(passes * rows * settings.block_length)
+        return model.forward(passes * rows, grid.first) + blocks
     active_only = settings.forbid_mask and settings.blocks > 1
     read = settings.block_length if active_only else settings.completion_length
-    passes = 2 if settings.cfg_scale > 0 else 1
     length = prompt_length + settings.completion_length
     step = model.forward(passes * rows, length) + model.head(passes * rows * read)
     return settings.blocks * settings.steps_per_block * step
@@ -87,6 +102,19 @@ def exact(model: Model, settings: SamplerConfig, rows: int, prompt_length: int) 
     passes = 2 if settings.cfg_scale > 0 else 1
     step = model.forward(passes * rows, prompt_length + settings.completion_length)
     return settings.blocks * settings.steps_per_block * (step + 2 * model.head(passes * rows * settings.block_length))
+
+
+def sampler_loops(config: DenoiserConfig, settings: SamplerConfig, prompt_length: int) -> tuple[int, ...]:
+    """Returns the most often that the sampler's loops run, from the outermost inwards; their product is the steps."""
+    if config.block_size is None:
+        return (settings.blocks * settings.steps_per_block,)
+    grid = _grid(config, settings, prompt_length)
+    steps = grid.size // settings.block_length * settings.steps_per_block
+    return (grid.width - grid.first) // grid.size, steps
+
+
+def _grid(config: DenoiserConfig, settings: SamplerConfig, prompt_length: int) -> Grid:
+    return grid_of(config, prompt_length, settings.completion_length, jnp.ones((1, prompt_length), bool))
 
 
 def walks_vocabulary(reads: Sequence) -> bool:

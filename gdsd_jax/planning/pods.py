@@ -53,9 +53,10 @@ Nothing here has run on a TPU: memory is what the TPU compiler says, FLOPs are c
 the roofline's, below which no run can go.
 
 GiB are peaks per chip with what lives beside the program; ratios are counted over analytic FLOPs; an iteration is a
-rollout and 8 inner updates, chip-hours are those of 1000 of them. Completion 256,
-prompt 400, G = 16, 256 denoising steps. Each row was compiled from the programs of the commit that it names; a later
-one may have changed them.
+rollout and its inner updates, chip-hours are those of 1000 of them. Completion 256, prompt 400, 256 denoising steps;
+8 inner updates and G = 16, in `sizes_pod` 4 and 8. Where the number of denoising steps depends on what is written,
+they are the most that can be. Each row was compiled from the programs of the commit that it names; a later one may
+have changed them.
 
 """
 

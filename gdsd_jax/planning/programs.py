@@ -38,12 +38,14 @@ class Program(NamedTuple):
     flops: FLOPs of the program's matrix products by their equations, over all chips.
     beside: bytes per chip that stay in memory while the program runs although it does not read them.
     what: one line that describes the program.
+    loops: the most often that its loops run whose length depends on data, from the outermost inwards.
     """
 
     lower: Callable[[], jax.stages.Lowered]
     flops: float
     beside: int
     what: str
+    loops: tuple[int, ...] = (1,)
 
 
 class Plan(NamedTuple):
@@ -127,7 +129,8 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
         return place(mesh, jax.ShapeDtypeStruct((part, *shape), dtype), ("rows", "tokens")[: 1 + len(shape)])
 
     asked = [of_part(dtype, batch.prompt_length) for dtype in (jnp.int32, bool)]
-    denoising = config.sampler.blocks * config.sampler.steps_per_block
+    loops = flops.sampler_loops(model, config.sampler, batch.prompt_length)
+    denoising = math.prod(loops)
     programs = {
         "sampler": Program(
             on_mesh(
@@ -136,6 +139,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
             flops.sampler(counted, config.sampler, part, batch.prompt_length),
             beside,
             f"{part} completions of {batch.completion_length} tokens after {batch.prompt_length}, {denoising} steps",
+            loops,
         ),
         "score": Program(
             on_mesh(score.lower, weights, lora, state.extras, batch, key),

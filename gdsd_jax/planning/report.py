@@ -37,8 +37,7 @@ def measure(config: TrainConfig, program: Program, topology: Slice, *, top: int 
     report["fits"] = compiled.fits and report["peak_bytes"] <= chip.hbm_bytes
     if not compiled.fits:
         return report | {"flops": None, "seconds_roofline": None}
-    # The only loops whose length depends on data are those of the sampler.
-    cost = program_cost(compiled.text, open_loop=config.sampler.blocks * config.sampler.steps_per_block)
+    cost = program_cost(compiled.text, open_loops=program.loops)
     seconds = {
         "compute": cost.flops / chip.flops,
         "hbm": cost.hbm / chip.hbm_bandwidth,

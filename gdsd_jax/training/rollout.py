@@ -12,6 +12,7 @@ import numpy as np
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.diffusion import Rollout, SamplerConfig, sample
+from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch
 from gdsd_jax.runtime import hosts
@@ -158,6 +159,7 @@ def roll_out(
         group_size=group_size,
         eos_token_id=config.eos_token_id,
         sampler=sampler,
+        unwritten=step_limit(config, sampler),
     )
     return Rewarded(batch, completions, rewards, components, seconds)
 

@@ -104,6 +104,13 @@ def test_dry_run_of_one_accelerator(model, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("published", ["iLLaDA-8B-Instruct", "MMaDA-8B-MixCoT"])
+def test_dry_run_of_a_family_without_a_recipe(published, tmp_path, capsys):
+    train.main(read("llada_8b_gsm8k", f"--config.checkpoint=checkpoints/{published}", "--config.dry_run"), tmp_path)
+    assert "one iteration went through" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.task in TASKS])
 def test_dry_run(name, tmp_path, capsys):
     train.main(read(name, "--config.dry_run"), tmp_path / "run")

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from gdsd_jax.denoiser import DenoiserConfig, denoise, init_base
-from gdsd_jax.diffusion import Rollout, SamplerConfig, sample
+from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.diffusion.sampler import replay
-from gdsd_jax.diffusion.trajectory import trajectory_log_prob
 from gdsd_jax.runtime.errors import UserError
 
 CONFIG = DenoiserConfig(
@@ -95,15 +94,10 @@ def test_stops_when_every_row_has_ended():
     [
         ({"block_length": 8}, "block_length 8 does not divide the 4 tokens"),
         ({"cache": "prefix"}, "keep an exact cache"),
+        ({"end_think": (1, 2), "end_think_boost": 5.0}, "end_think counts positions"),
     ],
 )
 def test_settings_that_do_not_fit_blocks(changes, message):
     with pytest.raises(UserError, match=message):
         settings = dataclasses.replace(STATIC, **changes)
         sample(CONFIG, base(), None, PROMPTS, REAL, jax.random.key(0), settings)
-
-
-def test_exact_trajectories_are_refused():
-    rollout = Rollout(PROMPTS, np.zeros((3, LENGTH), np.int32), np.zeros((3, LENGTH), np.float32))
-    with pytest.raises(UserError, match="full attention alone"):
-        trajectory_log_prob(CONFIG, {}, None, rollout, REAL, dataclasses.replace(STATIC, temperature=1.0))

@@ -78,8 +78,14 @@ def test_loops_that_hang_on_data_run_as_often_as_the_caller_says():
     def search(x, w):
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: jnp.tanh(x @ w), x)
 
-    found = cost_of(search, (16, 32), (32, 32), open_loop=11)
+    found = cost_of(search, (16, 32), (32, 32), open_loops=(11,))
     assert (found.flops, found.open_loops) == (2 * 16 * 32 * 32 * 11, 1)
+
+    def nested(x, w):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 2, lambda x: search(x, w) - 1, x)
+
+    found = cost_of(nested, (16, 32), (32, 32), open_loops=(3, 5))
+    assert (found.flops, found.open_loops) == (2 * 16 * 32 * 32 * 15, 2)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +290,22 @@ def test_compiled_programs_do_what_the_equations_say(tmp_path, rank):
         found = cost.program_cost(program.lower().compile().as_text())
         assert found.open_loops == 0
         assert found.flops == pytest.approx(program.flops, rel=tolerance), name
+
+
+@pytest.mark.slow
+def test_the_sampler_of_blocks_does_what_the_equations_say(tmp_path):
+    """Blocks of four, whose loops end by what is written; a fifth one has room for prompts that share their last."""
+    config = tiny(tmp_path / "base")
+    published = dataclasses.replace(
+        hub.architecture("SDAR-4B-Chat"), vocab_size=512, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2,
+        head_size=None, intermediate_size=160, mask_token_id=500, eos_token_id=501, pad_token_id=501,
+    )  # fmt: skip
+    (tmp_path / "base" / "config.json").write_text(json.dumps(hf_config(published)))
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, block_length=4))
+    program = programs.make_plan(config, make_mesh(MeshConfig(), jax.devices()[:1])).programs["sampler"]
+    found = cost.program_cost(program.lower().compile().as_text(), open_loops=program.loops)
+    assert program.loops == (5, 2) and found.open_loops == 2
+    assert found.flops == pytest.approx(program.flops, rel=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

@@ -105,19 +105,22 @@ def check_same_record(workdir: Path, expected: Path, steps: int) -> None:
     assert rows[0] == rows[1][: len(rows[0])] and len(rows[0]) == 16 * steps
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_sharded_equals_unsharded(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "meshes"),
+    [("llada", MESHES), ("dream", MESHES), *((name, ((2, 2, 2),)) for name in ("a2d-qwen3", "fast_dllm_qwen", "sdar"))],
+)
+def test_sharded_equals_unsharded(family, meshes, tmp_path):
     """One iteration: rollout at temperature 1, update, greedy evaluation at temperature 0."""
     file = multi_run.build(tmp_path, family)
-    names = ["x".join(map(str, mesh)) for mesh in MESHES]
-    runs = [flags(file, tmp_path / name, mesh) for name, mesh in zip(names, MESHES, strict=True)]
+    names = ["x".join(map(str, mesh)) for mesh in meshes]
+    runs = [flags(file, tmp_path / name, mesh) for name, mesh in zip(names, meshes, strict=True)]
     one = launch(1, tmp_path / "one", flags(file, tmp_path / "whole", ONE), log=tmp_path / "one.log")
     finish([(one, tmp_path / "one.log")])
     finish([(launch(8, tmp_path / "eight", *runs, log=tmp_path / "eight.log"), tmp_path / "eight.log")])
     expected = read(tmp_path / "one")
     assert len(np.unique(expected["rollouts"].reshape(-1, expected["rollouts"].shape[-1]), axis=0)) > 8
     assert max(np.abs(expected[name]).max() for name in expected if name.startswith("adapter")) > 1e-3
-    for number, (name, (_, fsdp, tensor)) in enumerate(zip(names, MESHES, strict=True)):
+    for number, (name, (_, fsdp, tensor)) in enumerate(zip(names, meshes, strict=True)):
         found = read(tmp_path / "eight", number)
         check_same(found, expected)
         # Norms and counters are everywhere, and of the factors of an adapter some are cut along fsdp alone.

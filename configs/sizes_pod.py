@@ -1,0 +1,20 @@
+"""GDSD on GSM8K with the published sizes of 0.5 to 8 billion parameters, on one TPU chip, one host and a small pod.
+
+    python -m gdsd_jax.plan --config configs/sizes_pod.py:0.6b-v5e-1_gsm8k --topology v5e:1x1
+
+Hardware: a size and an accelerator type follow the colon. docs/pods_plan.md says what fits; none has been run.
+"""
+
+import common
+
+MODELS = {"0.5b": "coder", "0.6b": "qwen3", "1.5b": "fastdllm", "1.7b": "sdar", "4b": "sdar4b"}
+MODELS |= {"7b": "dream", "8b": "llada"}
+_TYPES = {"v5e-1": ("v5e:1x1", 8)} | {name: common.SLICES[name] for name in ("v5e-8", "v5p-32")}
+SLICES, TASKS = {f"{size}-{kind}": place for size in MODELS for kind, place in _TYPES.items()}, ("gsm8k",)
+RUNS = common.runs_of(SLICES, TASKS)
+
+
+def get_config(run="0.6b-v5e-1_gsm8k"):
+    size = common.chosen(run, RUNS)[0].split("-")[0]
+    runs = [f"{model}_lora" for model in MODELS.values()]
+    return common.one_device(f"{MODELS[size]}_lora", "gsm8k", rows=SLICES[run.split("_")[0]][1], runs=runs)
