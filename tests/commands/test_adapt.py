@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
@@ -66,7 +67,7 @@ def test_a_causal_model_becomes_a_denoiser_that_learns(tmp_path):
     with torch.no_grad():
         everything = torch.zeros(2, 1, 12, 12)
         theirs = causal(torch.tensor(tokens), attention_mask=everything).logits.numpy()
-    np.testing.assert_allclose(denoise(model, base, None, tokens), theirs, atol=1e-4)
+    np.testing.assert_allclose(denoise(model, base, None, jnp.asarray(tokens)), theirs, atol=1e-4)
 
 
 def test_a_row_is_appended_where_the_embedding_has_none(tmp_path):
