@@ -12,6 +12,8 @@ from gdsd_jax.denoiser import DenoiserConfig, denoise, init_base
 from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.diffusion.sampler import replay
+from gdsd_jax.methods import Batch
+from gdsd_jax.methods.tracerl import sampled
 from gdsd_jax.runtime.errors import UserError
 
 CONFIG = DenoiserConfig(
@@ -52,7 +54,11 @@ def test_every_commit_is_what_a_pass_without_a_cache_gives(settings, shifted, te
     rollout = sample(config, base(), None, PROMPTS, REAL, jax.random.key(3), settings)
     steps, tokens = np.asarray(rollout.commit_step), np.asarray(rollout.tokens)[:, PROMPT:]
     assert (tokens != config.mask_token_id).all()
+    # Tails of prompts take a block more, and its steps; methods count them too.
+    batch = Batch(rollout.tokens, REAL, np.ones_like(steps), commit_step=steps, sampler=settings)
     assert steps.max() < step_limit(config, settings)
+    assert settings.threshold or steps.max() >= settings.step_limit
+    assert sampled(batch.replace(unwritten=step_limit(config, settings))).all()
     for step in np.unique(steps):
         before = replay(rollout, config, int(step) - 1)
         logits = uncached(config, base(), None, before, prompt_mask=jnp.asarray(REAL))[:, PROMPT:]
