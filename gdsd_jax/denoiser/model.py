@@ -150,8 +150,8 @@ class Layer(nn.Module):
                 else:
                     mixed = ops.attention(q, k, v, real, precision_of(c), cached, allowed)
             if c.blind_pads and real is not None:
-                sees = real[..., None] if at is None else pick(real[..., None], at)
-                mixed = jnp.where(sees[..., None], mixed, 0)
+                sees = jnp.broadcast_to(real, (len(x), real.shape[1]))[..., None].astype(mixed.dtype)
+                mixed = jnp.where((sees if at is None else pick(sees, at))[..., None] > 0, mixed, 0)
             x = constrain(x + linear("o", mixed.reshape(*x.shape[:2], -1)), RESIDUAL_AXES)
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)
