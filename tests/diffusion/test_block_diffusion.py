@@ -55,7 +55,7 @@ def test_every_commit_is_what_a_pass_without_a_cache_gives(settings, shifted, te
     steps, tokens = np.asarray(rollout.commit_step), np.asarray(rollout.tokens)[:, PROMPT:]
     assert (tokens != config.mask_token_id).all()
     # Tails of prompts take a block more, and its steps; methods count them too.
-    batch = Batch(rollout.tokens, REAL, np.ones_like(steps), commit_step=steps, sampler=settings)
+    batch = Batch(rollout.tokens, REAL, np.ones_like(steps), commit_step=rollout.commit_step, sampler=settings)
     assert steps.max() < step_limit(config, settings)
     assert settings.threshold or steps.max() >= settings.step_limit
     assert sampled(batch.replace(unwritten=step_limit(config, settings))).all()
