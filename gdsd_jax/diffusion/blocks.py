@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Int
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, ops, pick, repeated
 from gdsd_jax.denoiser.blocks import block_states, grid_of, prefilled, stored
