@@ -25,8 +25,9 @@ from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.blocks import step_limit, tail_length
 from gdsd_jax.diffusion.order import NEVER, Walk, drawn_log_prob, proposal, step_log_prob
 from gdsd_jax.diffusion.proposals import banned_tokens
-from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig, scheduled_count, time_shares
+from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig
 from gdsd_jax.diffusion.sampler import Rollout, passes
+from gdsd_jax.diffusion.schedule import schedule_log_prob
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, Views, chunk_logits, over_chunks
 from gdsd_jax.runtime.errors import UserError
 
@@ -186,38 +187,6 @@ def compiled_log_prob(
     # Rows of block-causal denoisers leave a block together, whatever tails their prompts have: a step's number does
     # not say where in its block it was. None of the strategies that are defined there draws its number of tokens.
     return log_prob if config.block_size else log_prob + schedule_log_prob(rollout.commit_step, settings)
-
-
-def schedule_log_prob(commit_step: Int[Array, "B L"], settings: SamplerConfig) -> Float[Array, "B steps"]:
-    """Computes the log-probability of the number of tokens that each step commits.
-
-    A schedule makes it 0 or -inf; with `origin` it is the log-probability of the step's coins. A threshold or a factor
-    has no schedule, and makes it 0.
-    """
-    limit, per_block = settings.step_limit, settings.steps_per_block
-    step = jnp.arange(limit)
-    if settings.threshold is not None or settings.factor is not None:
-        return jnp.zeros((commit_step.shape[0], limit), jnp.float32)
-    block, inside = step // per_block, step % per_block
-    in_block = jnp.arange(settings.completion_length) // settings.block_length == block[:, None]
-    now = commit_step[:, None, :] == step[:, None]
-    masked = jnp.sum(in_block & (commit_step[:, None, :] >= step[:, None]), axis=-1)
-    count = jnp.sum(now & in_block, axis=-1)
-    last, strategy = inside == per_block - 1, STRATEGIES[settings.strategy]
-    if strategy.independent:
-        share = time_shares(settings)[inside]
-        coins = count * jnp.log(share) + (masked - count) * jnp.log1p(-share)
-        log_prob = jnp.where(last, jnp.where(count == masked, 0.0, -jnp.inf), coins)
-    else:
-        expected = scheduled_count(settings, masked.astype(jnp.float32), inside)
-        if strategy.timed:
-            expected = jnp.where(last, masked, expected)
-        log_prob = jnp.where(count == jnp.minimum(expected, masked), 0.0, -jnp.inf)
-    # The sampler stops after the step that finishes the last row.
-    written = jnp.where(commit_step < limit, commit_step, -1)
-    taken = step <= jnp.max(written) if settings.stop_at_eos else step >= 0
-    astray = jnp.any(now & ~in_block, axis=-1)
-    return jnp.where(taken & (block < settings.blocks), jnp.where(astray, -jnp.inf, log_prob), 0.0)
 
 
 def _read_steps(

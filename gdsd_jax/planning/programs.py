@@ -18,7 +18,7 @@ from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora, logica
 from gdsd_jax.diffusion import Rollout
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.diffusion.scoring import read_views
-from gdsd_jax.diffusion.trajectory import check_attention, check_defined, compiled_log_prob
+from gdsd_jax.diffusion.trajectory import check_defined, compiled_log_prob
 from gdsd_jax.methods import Batch, Method, Scores, build
 from gdsd_jax.planning import flops
 from gdsd_jax.runtime import sharding
@@ -91,8 +91,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
         return method.scores(reads, seen, extras)
 
     def exact() -> jax.stages.Lowered:
-        check_defined(config.sampler)
-        check_attention(model)
+        check_defined(config.sampler, model)
         few = lambda x: place(mesh, jax.ShapeDtypeStruct((some, *x.shape[1:]), x.dtype), ("rows", "tokens"))  # noqa: E731
         rollout = Rollout(few(batch.tokens), few(batch.commit_step), few(batch.confidence))
         arguments = model, weights, lora, rollout, few(batch.prompt_mask), config.sampler, config.model.vocab_chunk, 1

@@ -13,7 +13,7 @@ from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.methods import Batch
-from gdsd_jax.methods.tracerl import sampled
+from gdsd_jax.methods.steps import sampled
 from gdsd_jax.runtime.errors import UserError
 
 CONFIG = DenoiserConfig(
