@@ -10,7 +10,7 @@ import common
 import llada_8b_countdown as countdown
 import llada_8b_sudoku as sudoku
 
-SLICES, TASKS = common.SLICES | {"v6e-16": ("v6e:4x4", 16)}, ("countdown", "sudoku")
+SLICES, TASKS = common.SLICES | {"v6e-16": ("v6e:4x4", 16, "dots")}, ("countdown", "sudoku")
 RUNS, ALL_PARAMETERS = common.runs_of(SLICES, TASKS), ("v5p-32", "v5e-8")  # the table of plans has these twice
 
 
