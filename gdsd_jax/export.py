@@ -12,6 +12,7 @@ docs/formats.md.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -65,6 +66,8 @@ def run(
     if not (output / UNFINISHED).exists():
         for path in paths.values():
             refuse_existing(path, "--output")
+    # What is merged is merged onto the weights as they are stored, not as a run in 8 bits saw them.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     if policy.lora is None and "adapter" in paths:
         raise UserError("there is no adapter to export, all parameters were trained: use --format merged")

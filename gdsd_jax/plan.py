@@ -59,7 +59,7 @@ def parse_mesh(text: str, default: MeshConfig) -> MeshConfig:
 
 
 def suggestion(config: TrainConfig, topology: Slice) -> TrainConfig:
-    """Returns the config with the mesh, micro-batch and rollout that `search` finds, and prints each trial.
+    """Returns the config with the mesh and sizes that `search` finds, and prints each trial.
 
     Raises:
       UserError: no mesh fits.
@@ -84,8 +84,9 @@ def suggestion(config: TrainConfig, topology: Slice) -> TrainConfig:
 
 def _overrides(config: TrainConfig) -> str:
     mesh = " ".join(f"--config.mesh.{axis}={getattr(config.mesh, axis)}" for axis in AXES)
-    sizes = ("microbatch_rows", "prompts_per_iteration")
-    return " ".join([mesh, *(f"--config.{name}={getattr(config, name)}" for name in sizes)])
+    sizes = [name for name in ("microbatch_rows", "prompts_per_iteration", "rollout_rows") if getattr(config, name)]
+    remat = f"--config.model.remat={config.model.remat}"
+    return " ".join([mesh, remat, *(f"--config.{name}={getattr(config, name)}" for name in sizes)])
 
 
 def main(
@@ -124,7 +125,7 @@ OPTIONS = {
     "mesh": Option(str, None, "Mesh over it, such as data=1,fsdp=32,tensor=1, instead of config.mesh."),
     "programs": Option(str, ",".join(USUAL), f"Which programs to compile, of {','.join(PROGRAMS)}."),
     "json": Option(str, None, "File for the report.", written=True),
-    "search": Option(bool, False, "Look for the mesh and the largest rollout and micro-batch that fit."),
+    "search": Option(bool, False, "Look for the mesh, what to recompute, and the rollout and micro-batch that fit."),
     "top": Option(int, 0, "Largest movers of HBM and network bytes to name for each program."),
 }
 

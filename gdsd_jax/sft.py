@@ -130,6 +130,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     refuse_existing(merged)
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
+    # The result is exported, onto the weights as they are stored.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
     config = adapted(config, workdir / "adapted")
     piece = config.sft.microbatch_rows or config.sft.batch_rows
     if config.sft.batch_rows % piece:

@@ -36,7 +36,7 @@ from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.telemetry.metrics import MetricWriter
-from gdsd_jax.telemetry.planned import beside_plan, read_plan
+from gdsd_jax.telemetry.planned import beside_plan, planned_sizes, read_plan
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.profile import Profile, phase
 from gdsd_jax.telemetry.progress import Progress
@@ -45,6 +45,7 @@ from gdsd_jax.training.between import finished
 from gdsd_jax.training.checkpoint import Best, Checkpoints
 from gdsd_jax.training.divergence import diverged
 from gdsd_jax.training.dry_run import shrink
+from gdsd_jax.training.fit import fitted_to_devices
 from gdsd_jax.training.record import with_first_schedule
 from gdsd_jax.training.refill import further_prompts, refilled, selection
 from gdsd_jax.training.rollout import (
@@ -77,6 +78,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     config = with_first_schedule(config, workdir)
     method = checked_method(config)
     selection(config.refill.select)
+    config = fitted_to_devices(config, method, planned_sizes(workdir))
     setup = load_setup(config, rows=spread_rows(config))
     model, base, tokenizer, task = setup
     sampler = dataclasses.replace(config.sampler, record=config.sampler.record or method.records)

@@ -25,14 +25,18 @@ class ModelConfig:
 
     Attributes:
       dtype: of the computation, "bfloat16" or "float32"; log-normalisers, sums, RoPE and the optimizer are float32.
+      weights: "stored", or "int8", which keeps the frozen matrices of the layers in 8 bits, with one scale for each
+        output channel, for rollouts, scores and updates of adapters. Exports merge onto the stored weights, and
+        supervised training works on these.
       remat: what the backward pass computes again: "none" keeps everything, "dots" keeps the outputs of matrix
-        products, "full" keeps the inputs of layers alone.
+        products, "full" keeps the inputs of layers alone; "auto" takes the first of these that fits the devices.
       attention: "plain", "splash" (TPUs), "cudnn" (NVIDIA GPUs), or "auto", which chooses by the device.
       layer_unroll: layers per iteration of the compiled loop over layers.
       vocab_chunk: vocabulary entries whose logits exist at one time.
     """
 
     dtype: str = "bfloat16"
+    weights: str = "stored"
     remat: str = "full"
     attention: str = "auto"
     layer_unroll: Count = 1
@@ -170,9 +174,9 @@ class TrainConfig:
       inner_updates: optimizer steps on each rollout.
       update_rows: rows of an optimizer step, whole groups; None: all rows of the rollout. The steps of an iteration
         take one part after the other, in an order of groups that is drawn anew for every pass over the rollout.
-      rollout_rows: rows that are sampled at a time, whole groups; None: all of them. Choose as many as fit the
-        devices: no draw depends on it, and rewards of one part are computed while the next is sampled.
-      microbatch_rows: rows per gradient accumulation step.
+      rollout_rows: rows that are sampled at a time, whole groups; None: as many as fit the devices by the estimate of
+        `gdsd_jax.training.fit`. No draw depends on it, and rewards of one part are computed while the next is sampled.
+      microbatch_rows: rows per gradient accumulation step; None: chosen like `rollout_rows`.
       component_norms_every: iterations between those that log the gradient norm of each component of the loss
         (`grad/objective`, `grad/kl`); 0: never. Their updates are a program of its own, which for a loss of two
         components runs a second backward pass and holds a second gradient. The norm of a single one is `grad/norm`.
@@ -219,7 +223,7 @@ class TrainConfig:
     inner_updates: Count = 8
     update_rows: Count | None = None
     rollout_rows: Count | None = None
-    microbatch_rows: Count = 16
+    microbatch_rows: Count | None = 16
     component_norms_every: int = 0
     eos_token_id: int | None = None
     prompt_buckets: tuple[Count, ...] = (400,)
@@ -260,12 +264,17 @@ class TrainConfig:
                 f"config.update_rows {self.update_rows} is no multiple of config.group_size {self.group_size} that "
                 f"divides the {rows} rows of an iteration"
             )
-        if (self.update_rows or rows) % self.microbatch_rows:
+        if self.microbatch_rows and (self.update_rows or rows) % self.microbatch_rows:
             of = f"the {self.update_rows} rows of an update (update_rows)" if self.update_rows else (
                 f"the {rows} rows of an iteration (prompts_per_iteration {self.prompts_per_iteration} x group_size "
                 f"{self.group_size})"
             )  # fmt: skip
             raise UserError(f"config.microbatch_rows {self.microbatch_rows} does not divide {of}")
+        if self.model.weights == "int8" and not self.lora.rank:
+            raise UserError(
+                "config.model.weights is int8, and such weights cannot be trained: set config.lora.rank above 0, or "
+                "config.model.weights to stored"
+            )
         ranges.require_one_of(self.adapter_base, ranges.ADAPTER_BASES, "config.adapter_base")
         ranges.require_one_of(self.overlong_prompts, ("error", "keep_last"), "config.overlong_prompts")
 

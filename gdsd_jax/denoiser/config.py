@@ -16,6 +16,7 @@ REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 BLOCK_ORIGINS = ("sequence", "column")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
+WEIGHTS = ("stored", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ class DenoiserConfig:
         where a pad's state is read, that is, where logits predict the token behind a pad which the denoiser wrote.
       dtype: compute dtype of activations and matmuls, "float32" or "bfloat16". Norms, RoPE, softmax and
         log-normalisers are float32 in either case, and "float32" asks for full-precision matmuls on every platform.
+      weights: "stored" keeps the dtype that the base's matrices come in; "int8" keeps those of the layers in 8 bits, as
+        `gdsd_jax.denoiser.quantise` rounds them, and cannot train them.
       remat: what the backward pass recomputes: "none" keeps everything, "dots" keeps matmul outputs, "full" keeps
         only the residual stream between layers.
       attention: "plain" is `ops.attention`, "splash" the kernel for TPUs, "cudnn" the one for NVIDIA GPUs, "auto" what
@@ -74,6 +77,7 @@ class DenoiserConfig:
     end_token_ids: tuple[int, ...] = ()
     known_tokens: int | None = None
     dtype: str = "float32"
+    weights: str = "stored"
     remat: str = "none"
     attention: str = "auto"
     layer_unroll: Count = 1
@@ -83,6 +87,8 @@ class DenoiserConfig:
             raise UserError(f"compute dtype {self.dtype!r} is not one of {COMPUTE_DTYPES}: change config.model.dtype")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat policy {self.remat!r} is not one of {REMAT_POLICIES}: change config.model.remat")
+        if self.weights not in WEIGHTS:
+            raise UserError(f"weights {self.weights!r} are not one of {WEIGHTS}: change config.model.weights")
         if self.attention not in ATTENTION:
             raise UserError(f"attention {self.attention!r} is not one of {ATTENTION}: change config.model.attention")
         if self.block_origin not in BLOCK_ORIGINS:
@@ -99,6 +105,7 @@ class DenoiserConfig:
                 raise UserError(f"{name} in config.json is {value!r}: one whole number is needed")
             if not 0 <= value < self.vocab_size:
                 raise UserError(f"{name} {value} lies outside the vocabulary of {self.vocab_size}: see config.json")
+        ranges.check(self, "model")
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -109,7 +116,6 @@ class DenoiserConfig:
     def padding_tokens(self) -> tuple[int, ...]:
         """Ids that no tokenizer knows."""
         return () if self.known_tokens is None else tuple(range(self.known_tokens, self.vocab_size))
-        ranges.check(self, "model")
 
     @property
     def head_dim(self) -> int:

@@ -6,6 +6,7 @@ adapter; without a `lora` collection the model is the reference policy. Only thi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from gdsd_jax.denoiser import attention, ops, splash
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA, target_shapes
+from gdsd_jax.denoiser.quantise import quantised
 from gdsd_jax.runtime.sharding import constrain, gathered
 
 # Logical names of the two axes of each matrix; `gdsd_jax.denoiser.logical_axes` hands them to whoever owns a mesh.
@@ -55,7 +57,10 @@ def adapter_axes(into: str, out: str) -> tuple[tuple[str, str], tuple[str, str]]
 
 
 class Linear(nn.Module):
-    """`x W (+ b)`, plus the adapter's product where the `lora` collection has one under this module's name."""
+    """`x W (+ b)`, plus the adapter's product where the `lora` collection has one under this module's name.
+
+    With weights in 8 bits the kernel is int8 and has a float32 `scale` for each output channel beside it.
+    """
 
     config: DenoiserConfig
     features: tuple[int, int]
@@ -66,9 +71,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array, dropout: bool) -> Array:
         dtype, precision = jnp.dtype(self.config.dtype), precision_of(self.config)
-        kernel_init = nn.with_logical_partitioning(nn.initializers.normal(self.features[0] ** -0.5), self.axes)
-        kernel = self.param("kernel", kernel_init, self.features, jnp.float32)
-        kernel, addends = gathered(kernel.astype(dtype), self.axes), []
+        small = self.config.weights == "int8"
+        init = nn.initializers.zeros_init() if small else nn.initializers.normal(self.features[0] ** -0.5)
+        kernel_init = nn.with_logical_partitioning(init, self.axes)
+        kernel = self.param("kernel", kernel_init, self.features, jnp.int8 if small else jnp.float32)
+        kernel, addends = gathered(kernel if small else kernel.astype(dtype), self.axes), []
+        if small:
+            scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), self.axes[1:])
+            kernel = kernel, gathered(self.param("scale", scale_init, self.features[1:], jnp.float32), self.axes[1:])
         if self.bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
             addends.append(self.param("bias", bias_init, self.features[1:], jnp.float32).astype(dtype))
@@ -243,8 +253,13 @@ def _init(config: DenoiserConfig, key: jax.Array) -> Any:
 
 
 def init_base(config: DenoiserConfig, key: jax.Array) -> dict:
-    """Draws random float32 base parameters: normal kernels of standard deviation `in^-0.5`, norms of one."""
-    return jax.jit(lambda key: nn.meta.unbox(_init(config, key)))(key)
+    """Draws random float32 base parameters: normal kernels of standard deviation `in^-0.5`, norms of one.
+
+    With weights in 8 bits the kernels are those of the config without, rounded.
+    """
+    drawn = dataclasses.replace(config, weights="stored")
+    round_ = quantised if config.weights == "int8" else lambda base: base
+    return jax.jit(lambda key: round_(nn.meta.unbox(_init(drawn, key))))(key)
 
 
 def logical_axes(config: DenoiserConfig, lora: LoRA | None = None) -> Any:

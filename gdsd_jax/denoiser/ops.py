@@ -6,11 +6,13 @@ B rows, T tokens, H heads, K head size, D model size, S and W positions out of T
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 
 def sum_of_products(x: Float[Array, "*B N"], y: Float[Array, "*B N"]) -> Float[Array, "*B"]:
@@ -77,28 +79,40 @@ def over_rows(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product_plus(
-    x: Float[Array, "*B I"], w: Float[Array, "I O"], addends: tuple[Array, ...], precision: jax.lax.Precision
+    x: Float[Array, "*B I"],
+    w: Float[Array, "I O"] | tuple[Int8[Array, "I O"], Float[Array, " O"]],
+    addends: tuple[Array, ...],
+    precision: jax.lax.Precision,
 ) -> Float[Array, "*B O"]:
     """Computes `x W` plus the addends (broadcast to its shape), summed in float32 and rounded once to the dtype of `x`.
+
+    A matrix in 8 bits comes with the scales of its output channels, which multiply the float32 product; it is frozen.
 
     If `x W` were rounded first, bfloat16 would drop every addend below half a unit in the last place of `x W`, always
     and in every entry, and an adapter early in its training would change nothing. A sum that is rounded once keeps such
     an addend on average. The addends come in the dtype of `x`, so that a GPU adds them inside the wide product.
     Gradients have the dtype of `x`.
     """
-    y = jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+    matrix, scale = w if isinstance(w, tuple) else (w, None)
+    y = jnp.dot(x, matrix.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    y = y if scale is None else y * scale
     return sum((addend.astype(jnp.float32) for addend in addends), y).astype(x.dtype)
 
 
-def _product_plus_forward(x: Array, w: Array, addends: tuple, precision: jax.lax.Precision) -> tuple[Array, tuple]:
+def _product_plus_forward(x: Array, w: Any, addends: tuple, precision: jax.lax.Precision) -> tuple[Array, tuple]:
     # The backward pass needs only an addend's number of axes: a small bias is kept to show it, a full array is not.
     return product_plus(x, w, addends, precision), (x, w, [None if a.ndim == x.ndim else a for a in addends])
 
 
-def _product_plus_backward(precision: jax.lax.Precision, saved: tuple, g: Array) -> tuple[Array, Array, tuple]:
+def _product_plus_backward(precision: jax.lax.Precision, saved: tuple, g: Array) -> tuple[Array, Any, tuple]:
     x, w, biases = saved
-    of_w = over_rows(x, g, precision).astype(w.dtype)
     of_addends = tuple(g if bias is None else jnp.sum(g, axis=tuple(range(g.ndim - bias.ndim))) for bias in biases)
+    if isinstance(w, tuple):
+        matrix, scale = w
+        scaled = (g.astype(jnp.float32) * scale).astype(g.dtype)
+        frozen = np.zeros(matrix.shape, jax.dtypes.float0), jnp.zeros_like(scale)
+        return jnp.dot(scaled, matrix.T.astype(g.dtype), precision=precision), frozen, of_addends
+    of_w = over_rows(x, g, precision).astype(w.dtype)
     return jnp.dot(g, w.T, precision=precision), of_w, of_addends
 
 

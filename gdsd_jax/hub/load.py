@@ -6,6 +6,7 @@ The layers of a parameter are stacked on the devices, one at a time, so that hos
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -20,6 +22,7 @@ from jax.sharding import Mesh
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, logical_axes
 from gdsd_jax.denoiser.lora import target_shapes
+from gdsd_jax.denoiser.quantise import quantise_layers
 from gdsd_jax.hub import names
 from gdsd_jax.hub.declared import read_config
 from gdsd_jax.hub.files import (
@@ -87,6 +90,7 @@ def load_checkpoint(
     mesh: Mesh | None = None,
     reader: Reader | None = None,
     overrides: Mapping[str, Any] | None = None,
+    weights: str = "stored",
 ) -> tuple[DenoiserConfig, dict]:
     """Reads a checkpoint directory: `config.json` and one safetensors file, or shards with their index.
 
@@ -100,6 +104,8 @@ def load_checkpoint(
         what its own devices hold. None puts the parameters on the default device.
       reader: counts the bytes that are read; None makes a new one.
       overrides: as for `read_config`.
+      weights: "int8" rounds the kernels on the devices, parameter by parameter, see `gdsd_jax.denoiser.quantise`; the
+        devices never hold more than one of them in two dtypes.
 
     Returns:
       The configuration and the base: a nested dictionary of arrays, kernels `[N, in, out]`.
@@ -127,8 +133,13 @@ def load_checkpoint(
                 parameter = loader.whole(layers, slot)
             else:
                 parameter = loader.spread(layers, slot, names.at(axes, path), mesh)
+            if weights == "int8" and slot.transposed:
+                parameter, scale = quantise_layers(parameter)
+                # The parameter must be gone before the next one is read.
+                jax.block_until_ready(parameter)
+                names.put(base, (*path[:-1], "scale"), scale)
             names.put(base, path, parameter)
-    return config, base
+    return dataclasses.replace(config, weights=weights), base
 
 
 def load_adapter(directory: str | os.PathLike, config: DenoiserConfig) -> LoRA:

@@ -15,14 +15,16 @@ from jax.sharding import Mesh
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, init_base, init_lora, logical_axes
+from gdsd_jax.denoiser.quantise import quantised
 from gdsd_jax.diffusion import Rollout
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.diffusion.scoring import read_views
 from gdsd_jax.diffusion.trajectory import check_defined, compiled_log_prob
-from gdsd_jax.methods import Batch, Method, Scores, build
+from gdsd_jax.methods import Batch, Scores, build
 from gdsd_jax.planning import flops
 from gdsd_jax.runtime import sharding
 from gdsd_jax.training.arrange import micro_batches
+from gdsd_jax.training.fit import batch_shapes, fitted, place_of
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.setup import beside_policy, with_compute
 from gdsd_jax.training.state import NOTHING, Beside, TrainState, init_state, policy
@@ -70,7 +72,8 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
     more = beside_policy(config, method, model)
     base, state = parameters(config, model, mesh, optimizer, more)
-    batch, key = _batch(config, mesh, method), place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
+    placed = lambda shape, dtype: place(mesh, jax.ShapeDtypeStruct(shape, dtype), ("rows", "tokens")[: len(shape)])  # noqa: E731
+    batch, key = batch_shapes(config, method, placed), place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
     weights, lora = policy(base, state.params)
     update = make_inner_update(
         model, method, optimizer, schedule,
@@ -163,6 +166,13 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     return Plan(programs, stored, bytes_per_chip(state.opt_state))
 
 
+def with_sizes(config: TrainConfig, mesh: Mesh, chip_bytes: int) -> TrainConfig:
+    """Returns the config with the sizes that it leaves to memory, as a run on chips of so many bytes would choose."""
+    model = with_compute(hub.architecture(config.checkpoint, config.overrides), config.model)
+    method = build(config.method, **config.method_settings)
+    return fitted(config, model, method, place_of(mesh, model, chip_bytes))
+
+
 def bytes_per_chip(tree: Any) -> int:
     """Computes the bytes per chip of arrays or shapes that carry their sharding; PRNG keys are not counted."""
     leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
@@ -170,8 +180,14 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 def base_shapes(model: DenoiserConfig) -> Any:
-    """Returns the shapes of a base, with the dtype of published checkpoints."""
-    return jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(STORED), init_base(model, jax.random.key(0))))
+    """Returns the shapes of a base, with the dtype of published checkpoints, or with kernels in 8 bits."""
+
+    def make() -> Any:
+        drawn = init_base(dataclasses.replace(model, weights="stored"), jax.random.key(0))
+        stored = jax.tree.map(lambda x: x.astype(STORED), drawn)
+        return quantised(stored) if model.weights == "int8" else stored
+
+    return jax.eval_shape(make)
 
 
 def place(mesh: Mesh, array: jax.ShapeDtypeStruct, axes: Sequence[str]) -> jax.ShapeDtypeStruct:
@@ -206,26 +222,3 @@ def parameters(
     )
     reference = None if state.reference is None else params
     return base, jax.tree.map(whole, state).replace(params=params, opt_state=opt_state, reference=reference)
-
-
-def _batch(config: TrainConfig, mesh: Mesh, method: Method) -> Batch:
-    """Returns the shapes of a rewarded rollout, as the method needs it, for prompts of the largest bucket."""
-    rows, prompt = config.prompts_per_iteration * config.group_size, max(config.prompt_buckets)
-    completion = config.sampler.completion_length
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return place(mesh, jax.ShapeDtypeStruct((rows, *shape), dtype), ("rows", "tokens")[: 1 + len(shape)])
-
-    return Batch(
-        tokens=array(jnp.int32, prompt + completion),
-        prompt_mask=array(bool, prompt),
-        completion_mask=array(jnp.float32, completion),
-        rewards=array(jnp.float32),
-        commit_step=array(jnp.int32, completion),
-        confidence=array(jnp.float32, completion),
-        log_prob=array(jnp.float32, completion) if method.records else None,
-        entropy=array(jnp.float32, completion) if method.records else None,
-        group_size=config.group_size,
-        eos_token_id=config.eos_token_id,
-        sampler=config.sampler,
-    )

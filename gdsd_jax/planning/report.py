@@ -11,9 +11,9 @@ from gdsd_jax.planning import chips
 from gdsd_jax.planning.chips import GIB, Slice
 from gdsd_jax.planning.compiler import compile_program
 from gdsd_jax.planning.cost import program_cost
-from gdsd_jax.planning.programs import Program, make_plan
+from gdsd_jax.planning.programs import Program, make_plan, with_sizes
 from gdsd_jax.runtime.sharding import make_mesh
-from gdsd_jax.training.setup import dimensions
+from gdsd_jax.training.setup import dimensions, spread_rows
 
 PROGRAMS = ("sampler", "score", "update", "exact")
 USUAL = PROGRAMS[:3]  # those of every run; exact log-probabilities are computed where somebody asks for them
@@ -69,12 +69,9 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top:
     Raises:
       UserError: libtpu is missing, or model, mesh and rows do not fit together.
     """
-    rows = {
-        "prompts_per_iteration x group_size": config.prompts_per_iteration * config.group_size,
-        "microbatch_rows": config.microbatch_rows,
-    }
-    needed = dimensions(hub.architecture(config.checkpoint, config.overrides), rows)
+    needed = dimensions(hub.architecture(config.checkpoint, config.overrides), spread_rows(config))
     mesh = make_mesh(config.mesh, chips.devices(topology), dimensions=needed)
+    config = with_sizes(config, mesh, topology.chip.hbm_bytes)
     plan = make_plan(config, mesh)
     rollout = config.prompts_per_iteration * config.group_size
     reports = {name: measure(config, plan.programs[name], topology, top=top) for name in programs}
@@ -82,10 +79,13 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top:
         "model": Path(config.checkpoint).name,
         "method": config.method,
         "lora_rank": config.lora.rank,
+        "weights": config.model.weights,
+        "remat": config.model.remat,
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
         "rows": config.prompts_per_iteration * config.group_size,
+        "rollout_rows": config.rollout_rows or rollout,
         "rollout_parts": rollout // (config.rollout_rows or rollout),
         "microbatch_rows": config.microbatch_rows,
         "inner_updates": config.inner_updates,
@@ -100,9 +100,11 @@ def table(report: dict[str, Any]) -> str:
     """Formats a report as text, in lines of at most 80 columns."""
     mesh = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     trained = f"adapters of rank {report['lora_rank']}" if report["lora_rank"] else "all parameters"
+    parts, some = report["rollout_parts"], report["microbatch_rows"]
     lines = [
         f"{report['model']} on {report['topology']}: {report['chips']} chips, mesh {mesh}",
-        f"{report['method']}, {trained} trained",
+        f"{report['method']}, {trained} trained, weights {report['weights']}",
+        f"{parts} x {report['rollout_rows']} rows sampled, {some} rows a micro-batch, remat {report['remat']}",
         f"per chip: parameters {gib(report['parameter_bytes'])} GiB, optimizer {gib(report['optimizer_bytes'])} GiB",
         "",
         "program fits   temp   peak     of    TFLOP ratio   HBM GB  sent GB  seconds use",

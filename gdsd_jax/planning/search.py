@@ -1,19 +1,23 @@
-"""Searches for a mesh on a slice and for the largest micro-batch and rollout that fit, as the compiler decides.
+"""Searches for a mesh on a slice, what to recompute, and the micro-batch and rollout that fit, as the compiler decides.
 
-Meshes are tried in the order of the bytes that a chip sends, by estimate. Sizes are doubled as long as temporaries in
-proportion to them would still fit, and halved again if the compiler refuses the result.
+Meshes are tried in the order of the bytes that a chip sends, by estimate, and on each first the backward pass that
+keeps the outputs of products. A rollout that does not fit is cut into parts, one that fits grows. Sizes are doubled as
+long as temporaries in proportion to them would still fit, and halved again if the compiler refuses the result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.runtime.sharding import MeshConfig
 
+REMATS = ("dots", "full")  # from the faster one
 Measure = Callable[[TrainConfig, str], dict[str, Any]]
 Report = Callable[[TrainConfig, str, dict[str, Any]], None]
 
@@ -54,7 +58,7 @@ def meshes(config: TrainConfig, chips: int) -> list[MeshConfig]:
 def search(
     config: TrainConfig, chips: int, measure: Measure, tried: Report, *, compilations: int
 ) -> TrainConfig | None:
-    """Returns the config with the suggested mesh, micro-batch and prompts per iteration; None if nothing fits.
+    """Returns the config with the suggested mesh, remat, micro-batch, rollout parts and prompts; None if nothing fits.
 
     Args:
       measure: compiles the named program of a config and returns its report.
@@ -84,9 +88,10 @@ def search(
 
     best = None
     try:
-        for mesh in meshes(config, chips):
-            shards = mesh.data * mesh.fsdp
-            start = dataclasses.replace(config, mesh=mesh, microbatch_rows=max(shards, config.group_size))
+        for mesh, remat in itertools.product(meshes(config, chips), REMATS):
+            rows = max(mesh.data * mesh.fsdp, config.group_size)
+            start = dataclasses.replace(config, mesh=mesh, microbatch_rows=rows)
+            start = dataclasses.replace(start, model=dataclasses.replace(config.model, remat=remat))
             update = compiled(start, "update")
             if update["fits"]:
                 best = start
@@ -96,10 +101,22 @@ def search(
         best = grow(best, "update", update, _more_rows_at_once)
         sampler = compiled(best, "sampler")
         if sampler["fits"]:
-            best = grow(best, "sampler", sampler, _more_prompts)
+            return grow(best, "sampler", sampler, _more_prompts)
+        for smaller in _parts(best):
+            if compiled(smaller, "sampler")["fits"]:
+                return smaller
     except OutOfCompilations:
         pass
     return best
+
+
+def _parts(config: TrainConfig) -> Iterator[TrainConfig]:
+    """Yields the config with rollouts in more and more parts, each of whole groups that spread over the mesh."""
+    rows, shards = config.prompts_per_iteration * config.group_size, config.mesh.data * config.mesh.fsdp
+    part = config.rollout_rows or rows
+    while part % 2 == 0 and part // 2 % math.lcm(config.group_size, shards) == 0:
+        part //= 2
+        yield dataclasses.replace(config, rollout_rows=part)
 
 
 def _more_rows_at_once(config: TrainConfig, factor: int) -> TrainConfig | None:

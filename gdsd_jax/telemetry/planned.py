@@ -47,6 +47,19 @@ def read_plan(workdir: Path, config: TrainConfig) -> dict[str, Any] | None:
     return plan
 
 
+def planned_sizes(workdir: Path) -> dict[str, Any]:
+    """Returns the sizes that the plan in `workdir` was made with, for those that a config leaves open; {} without one.
+
+    Raises:
+      UserError: the plan cannot be read.
+    """
+    path = workdir / FILE
+    if not path.is_file():
+        return {}
+    plan = read_object(path, "plan again or remove the file")
+    return {name: plan[name] for name in ("microbatch_rows", "rollout_rows", "remat") if plan.get(name)}
+
+
 def beside_plan(plan: dict[str, Any] | None, *, rollout: float, update: float) -> dict[str, float]:
     """Returns measured memory and the plan's numbers as metrics.
 

@@ -34,9 +34,14 @@ class Setup(NamedTuple):
 
 
 def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig:
-    """Returns the denoiser's config with the run's numerics."""
+    """Returns the denoiser's config with the run's numerics.
+
+    Where remat is still "auto", no gradient is taken or none was fitted to the devices, and it becomes "full".
+    """
     settings = dataclasses.asdict(compute)
     del settings["vocab_chunk"]
+    if settings["remat"] == "auto":
+        settings["remat"] = "full"
     return dataclasses.replace(config, **settings)
 
 
@@ -54,7 +59,9 @@ def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) ->
     mesh = make_mesh(config.mesh, dimensions=dimensions(sizes, rows or {}))
     require_room(config, sizes, rows or {})
     jax.set_mesh(mesh)
-    model, base = hub.load_checkpoint(config.checkpoint, mesh=mesh, overrides=config.overrides)
+    model, base = hub.load_checkpoint(
+        config.checkpoint, mesh=mesh, overrides=config.overrides, weights=config.model.weights
+    )
     tokenizer.special_in_text, tokenizer.embedded = config.special_tokens_in_text, model.vocab_size
     if config.eos_token_id is not None:
         tokenizer.eos_token_id, tokenizer.end_token_ids = config.eos_token_id, ()
@@ -155,6 +162,7 @@ def spread_rows(config: TrainConfig) -> dict[str, int]:
     """Returns the numbers of rows that are spread over the mesh, by the names of their settings."""
     prompts = config.refill.prompts if config.refill.rounds else None
     optional = {
+        "config.microbatch_rows": config.microbatch_rows,
         "config.rollout_rows": config.rollout_rows,
         "config.refill.prompts x config.group_size": prompts and prompts * config.group_size,
     }
@@ -162,7 +170,6 @@ def spread_rows(config: TrainConfig) -> dict[str, int]:
         optional["config.update_rows"] = config.update_rows
     return {
         "config.prompts_per_iteration x config.group_size": config.prompts_per_iteration * config.group_size,
-        "config.microbatch_rows": config.microbatch_rows,
     } | {name: rows for name, rows in optional.items() if rows}
 
 

@@ -1,0 +1,48 @@
+"""Weights in 8 bits: the frozen matrices of the layers as int8, with one float32 scale for each output channel.
+
+`W[i, o] ~ scale[o] * q[i, o]`, `scale[o] = max_i |W[i, o]| / 127`, so that an entry is off by at most half a scale. The
+product dequantises its result, not the matrix: `x W ~ (x q) * scale` (as LLM.int8(), arXiv 2208.07339, but with
+activations as they are). Norms, biases, embedding, head and adapters keep their dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+LARGEST = 127
+
+
+def quantise(kernel: Float[Array, "*N I O"]) -> tuple[Int8[Array, "*N I O"], Float[Array, "*N O"]]:
+    """Rounds matrices to int8; returns them with the float32 scales of their output channels."""
+    wide = kernel.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-2) / LARGEST
+    # A channel of zeros keeps the scale 0; it divides by 1.
+    rounded = jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None, :])
+    return jnp.clip(rounded, -LARGEST, LARGEST).astype(jnp.int8), scale
+
+
+def dequantise(kernel: Int8[Array, "*N I O"], scale: Float[Array, "*N O"]) -> Float[Array, "*N I O"]:
+    """Returns the float32 matrices that `quantise` stands for."""
+    return kernel.astype(jnp.float32) * scale[..., None, :]
+
+
+def quantised(base: Any) -> Any:
+    """Returns a base with the kernels of its layers in int8, each with its `scale` beside it."""
+
+    def one(module: Any) -> Any:
+        if not (isinstance(module, dict) and "kernel" in module):
+            return module
+        kernel, scale = quantise(module["kernel"])
+        return module | {"kernel": kernel, "scale": scale}
+
+    return base | {"layers": {name: one(module) for name, module in base["layers"].items()}}
+
+
+@jax.jit
+def quantise_layers(kernels: Float[Array, "N I O"]) -> tuple[Int8[Array, "N I O"], Float[Array, "N O"]]:
+    """Rounds stacked matrices, one layer at a time, so that the float32 copy of only one exists."""
+    return jax.lax.map(quantise, kernels)

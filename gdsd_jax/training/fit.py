@@ -1,0 +1,234 @@
+"""Chooses what a config leaves to memory: rows of a rollout's part and of a micro-batch, and what is computed again.
+
+The bytes of one device are estimated from the shapes of what lives there, with constants that come near the TPU
+compiler's own figures (docs/pods_plan.json) and a margin above them; `gdsd_jax.plan` asks the compiler itself. Of what
+fits, the fastest is taken: first the backward pass that computes least again, then the largest micro-batch up to the
+size from which products, not the reading of weights, take the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gdsd_jax import hub
+from gdsd_jax.config import TrainConfig
+from gdsd_jax.denoiser import DenoiserConfig, attention
+from gdsd_jax.denoiser.lora import target_shapes
+from gdsd_jax.methods import Batch, Method
+from gdsd_jax.runtime import memory
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.sharding import AXES, make_mesh
+from gdsd_jax.training.optimizer import make_optimizer
+from gdsd_jax.training.setup import dimensions, with_compute
+
+# Share of the memory that estimates may fill; the rest is for what they leave out and for fragmentation.
+FILL = 0.85
+# Tokens per device from which a pass is bound by its products on every accelerator that we know the figures of.
+ENOUGH_TOKENS = 8192
+# From the fastest to the one that needs the least memory.
+POLICIES = ("none", "dots", "full")
+
+
+class Place(NamedTuple):
+    """One device among others: its bytes of memory, the devices along each axis of the mesh, and the attention's kind.
+
+    kernel: whether attention is a fused kernel, which never holds a matrix of scores.
+    """
+
+    memory: int
+    data: int
+    fsdp: int
+    tensor: int
+    kernel: bool
+
+    @property
+    def rows(self) -> int:
+        """Returns the number of devices over which rows are spread."""
+        return self.data * self.fsdp
+
+
+class Sizes(NamedTuple):
+    """The estimates for a run on one place; all are bytes of one device.
+
+    model: the denoiser's sizes. views: forward passes that the method reads for each row of an update.
+    """
+
+    config: TrainConfig
+    model: DenoiserConfig
+    views: int
+    place: Place
+
+    @property
+    def _width(self) -> int:
+        return 2 if self.config.model.dtype == "bfloat16" else 4
+
+    @property
+    def _tokens(self) -> int:
+        return max(self.config.prompt_buckets) + self.config.sampler.completion_length
+
+    @property
+    def _layer(self) -> int:
+        """Returns the parameters of the matrices of one layer."""
+        return sum(i * o for i, o in target_shapes(self.model).values())
+
+    def resident(self) -> float:
+        """Estimates what stays in memory: base, trained parameters, moments, two gradients, the old policy."""
+        c, m, cut = self.config, self.model, self.place.fsdp * self.place.tensor
+        tables = m.vocab_size * m.hidden_size * (1 if m.tied_head else 2)
+        layers = m.num_layers * self._layer
+        small = c.model.weights == "int8"
+        base = layers * (1 if small else self._width) + tables * self._width
+        if c.lora.rank:
+            targets = target_shapes(m)
+            trained = m.num_layers * c.lora.rank * sum(sum(targets[name]) for name in c.lora.targets)
+        else:
+            trained = layers + tables
+        moments = jax.eval_shape(make_optimizer(c.optimizer, 1)[0].init, jax.ShapeDtypeStruct((1024,), jnp.float32))
+        copies = sum(x.size for x in jax.tree.leaves(moments)) // 1024
+        return (base + 4 * trained * (4 + copies)) / cut
+
+    def gathered(self) -> float:
+        """Estimates the matrices that are whole, or wide, for their products: those of two layers, and the head."""
+        head = self.model.vocab_size * self.model.hidden_size if self.place.fsdp > 1 else 0
+        layers = 2 * self._layer if self.place.fsdp > 1 or self.config.model.weights == "int8" else 0
+        return (layers + head) * self._width / self.place.tensor
+
+    def _working(self, *, gradient: bool) -> float:
+        """Estimates what one layer holds at one time for one row."""
+        m, tensor = self.model, self.place.tensor
+        wide = m.num_heads * m.head_dim + m.num_kv_heads * m.head_dim + (2 if gradient else 1.5) * m.intermediate_size
+        found = self._tokens * self._width * ((16 if gradient else 6) * m.hidden_size + 2 * wide / tensor)
+        if not self.place.kernel:
+            found += (3 if gradient else 2) * 4 * m.num_heads / tensor * self._tokens**2
+        return found
+
+    def sampler(self, rows: int) -> float:
+        """Estimates a rollout of `rows` rows, with all that lives beside it."""
+        m, s = self.model, self.config.sampler
+        local = math.ceil(rows / self.place.rows) * (2 if s.cfg_scale > 0 else 1)
+        read = s.block_length if s.forbid_mask and s.blocks > 1 else s.completion_length
+        row = self._working(gradient=False) + read * m.vocab_size * 4 * 0.6 / self.place.tensor
+        if s.cache != "none" or m.block_size is not None:
+            row += 2 * m.num_layers * self._tokens * m.num_kv_heads * m.head_dim * self._width / self.place.tensor
+        return self.resident() + self.gathered() + local * row
+
+    def update(self, rows: int, remat: str) -> float:
+        """Estimates an update in micro-batches of `rows` rows, with all that lives beside it."""
+        m, tensor = self.model, self.place.tensor
+        local = math.ceil(rows / self.place.rows) * self.views
+        kept = m.hidden_size
+        if remat != "full":
+            outputs = sum(o for name, (_, o) in target_shapes(m).items() if name not in ("o", "down"))
+            kept += outputs / tensor + 2 * m.hidden_size + len(self.config.lora.targets) * self.config.lora.rank
+        if remat == "none":
+            kept += 8 * m.hidden_size + 2 * (m.num_heads * m.head_dim + m.intermediate_size) / tensor
+        row = m.num_layers * self._tokens * kept * self._width + self._working(gradient=True)
+        if remat == "none" and not self.place.kernel:
+            row += m.num_layers * 4 * m.num_heads / tensor * self._tokens**2
+        row += 3 * 4 * self.config.sampler.completion_length * min(m.vocab_size, self.config.model.vocab_chunk) / tensor
+        return self.resident() + self.gathered() + local * row
+
+    def fits(self, needed: float) -> bool:
+        """Returns whether an estimate fits the memory, with the margin `FILL`."""
+        return needed <= FILL * self.place.memory
+
+
+def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Place) -> TrainConfig:
+    """Returns the config with sizes in the places of `rollout_rows=None`, `microbatch_rows=None`, `model.remat="auto"`.
+
+    Where all rows fit at once, `rollout_rows` stays None. What the config sets is never changed. Where nothing fits by
+    the estimate, the smallest sizes are taken, and the device has the last word.
+
+    Raises:
+      UserError: no number of rows is whole groups, divides the rows of an iteration, and spreads over the mesh.
+    """
+    if None not in (config.rollout_rows, config.microbatch_rows) and config.model.remat != "auto":
+        return config
+    total, group = config.prompts_per_iteration * config.group_size, config.group_size
+    sizes = Sizes(config, model, views_of(config, method), place)
+    divisors = [n for n in range(total, 0, -1) if total % n == 0 and n % place.rows == 0]
+    if not divisors:
+        raise UserError(
+            f"config.mesh spreads rows over {place.rows} devices, which do not divide the {total} rows of an "
+            "iteration: change config.prompts_per_iteration or config.mesh"
+        )
+    if config.rollout_rows is None:
+        parts = [n for n in divisors if n % group == 0] or divisors[:1]
+        rows = next((n for n in parts if sizes.fits(sizes.sampler(n))), parts[-1])
+        config = dataclasses.replace(config, rollout_rows=None if rows == total else rows)
+    remats = POLICIES if config.model.remat == "auto" else (config.model.remat,)
+    rows = divisors if config.microbatch_rows is None else [config.microbatch_rows]
+    # Larger ones only take memory. Whole groups let the signal-to-noise ratio be measured.
+    most = math.ceil(ENOUGH_TOKENS / (sizes.views * sizes._tokens)) * place.rows
+    rows = [n for n in rows if n <= max(most, group)] or rows[-1:]
+    rows.sort(key=lambda n: (n % group == 0, n), reverse=True)
+    choices = [(remat, n) for remat in remats for n in rows]
+    remat, some = next(
+        ((remat, n) for remat, n in choices if sizes.fits(sizes.update(n, remat))), (remats[-1], min(rows))
+    )
+    return dataclasses.replace(
+        config, microbatch_rows=some, model=dataclasses.replace(config.model, remat=remat)
+    )
+
+
+def place_of(mesh: Mesh, model: DenoiserConfig, memory: int) -> Place:
+    """Returns what one device of a mesh is to the estimates."""
+    with jax.set_mesh(mesh):
+        kernel = attention.chosen(model) != "plain"
+    return Place(memory, *(mesh.shape[axis] for axis in AXES), kernel)
+
+
+def fitted_to_devices(config: TrainConfig, method: Method, plan: Mapping[str, Any]) -> TrainConfig:
+    """Returns the config with the open sizes of `fitted`, for the devices of this job.
+
+    Args:
+      plan: the sizes of the plan in the workdir (`planned_sizes`), which go before the estimate; empty: there is none.
+    """
+    if config.microbatch_rows is None and "microbatch_rows" in plan:
+        config = dataclasses.replace(config, microbatch_rows=plan["microbatch_rows"])
+    if config.rollout_rows is None and "rollout_rows" in plan:
+        config = dataclasses.replace(config, rollout_rows=plan["rollout_rows"])
+    if config.model.remat == "auto" and "remat" in plan:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=plan["remat"]))
+    sizes = with_compute(hub.read_config(config.checkpoint, config.overrides), config.model)
+    mesh = make_mesh(config.mesh, dimensions=dimensions(sizes, {}))
+    return fitted(config, sizes, method, place_of(mesh, sizes, memory.of_devices() // jax.device_count()))
+
+
+def views_of(config: TrainConfig, method: Method) -> int:
+    """Returns how many views of each row an update reads."""
+    batch = batch_shapes(config, method, jax.ShapeDtypeStruct)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    views = jax.eval_shape(lambda key, batch: method.views(method.masks(key, batch), batch), key, batch)
+    return views.masked.shape[0]
+
+
+def batch_shapes(config: TrainConfig, method: Method, shape: Callable) -> Batch:
+    """Returns the shapes of a rewarded rollout, as the method needs it, for prompts of the largest bucket.
+
+    Args:
+      shape: makes one of them from its size and dtype.
+    """
+    rows, prompt = config.prompts_per_iteration * config.group_size, max(config.prompt_buckets)
+    completion = config.sampler.completion_length
+    recorded = shape((rows, completion), jnp.float32) if method.records else None
+    return Batch(
+        tokens=shape((rows, prompt + completion), jnp.int32),
+        prompt_mask=shape((rows, prompt), bool),
+        completion_mask=shape((rows, completion), jnp.float32),
+        rewards=shape((rows,), jnp.float32),
+        commit_step=shape((rows, completion), jnp.int32),
+        confidence=shape((rows, completion), jnp.float32),
+        log_prob=recorded,
+        entropy=recorded,
+        group_size=config.group_size,
+        eos_token_id=config.eos_token_id,
+        sampler=config.sampler,
+    )
