@@ -23,16 +23,15 @@ from rich.text import Text
 
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import Option, launch
-from gdsd_jax.diffusion import Rollout, SamplerConfig, sample
+from gdsd_jax.diffusion import Rollout, SamplerConfig
 from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, Policy, load_policy
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
-from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks import Task
-from gdsd_jax.training.rollout import encode_prompts
+from gdsd_jax.training.rollout import Prompts, encode_prompts, sample_in_parts
 from gdsd_jax.training.setup import task_rows
 
 MASK, END = "░", "·"
@@ -66,6 +65,8 @@ def run(
 ) -> Generated:
     """Samples one completion of `prompt`, or of each of the first `rows` test rows.
 
+    At most `config.evaluation.batch_rows` are sampled at a time, which changes no draw.
+
     Raises:
       UserError: both or neither of `prompt` and `rows` are given, or a prompt does not fit the model.
     """
@@ -75,16 +76,17 @@ def run(
     fit = {"buckets": config.prompt_buckets, "overlong": config.overlong_prompts}
     if prompt is None:
         chosen = task_rows(config.task, task, "test", count=rows)
-        tokens, mask, _ = encode_prompts(task, tokenizer, chosen, **fit)
+        asked = encode_prompts(task, tokenizer, chosen, **fit)
         shown = [task.messages(row)[-1]["content"] for row in chosen]
     else:
         chosen, shown = [], [prompt]
         text = tokenizer.render(prompt_messages(task, prompt), task.assistant_prefix)
-        tokens, mask = tokenizer.prompts([text], **fit)
+        asked = Prompts(*tokenizer.prompts([text], **fit), [])
     sampler = dataclasses.replace(config.sampler, temperature=temperature)
     key = stream_of_seed(config.seed if seed is None else seed, Stream.GENERATION)
-    rollout = fetch(sample(policy.model, policy.base, policy.lora, *put((tokens, mask)), key, sampler))
-    texts = tokenizer.decode(rollout.tokens[:, tokens.shape[1] :])
+    size = min(config.evaluation.batch_rows, len(asked.tokens))
+    rollout = sample_in_parts(policy.model, policy.base, policy.lora, asked, key, sampler, part_rows=size)
+    texts = tokenizer.decode(rollout.tokens[:, asked.tokens.shape[1] :])
     rewards = {"reward": task.reward(texts, chosen), **task.metrics(texts, chosen)} if chosen else {}
     return Generated(shown, texts, rollout, chosen, rewards)
 

@@ -5,6 +5,7 @@ into one and refuses a field that is missing, unknown or of another type. Nothin
 """
 
 from gdsd_jax.config.freeze import default, freeze, to_dict
+from gdsd_jax.config.greedy import greedy_sampler
 from gdsd_jax.config.read import read_config
 from gdsd_jax.config.schema import (
     CheckpointOverrides,
@@ -14,7 +15,6 @@ from gdsd_jax.config.schema import (
     TaskConfig,
     TinyConfig,
     TrainConfig,
-    greedy_sampler,
 )
 from gdsd_jax.config.updates import OptimizerConfig, ReferenceConfig, RefillConfig, SFTConfig
 from gdsd_jax.runtime.hosts import HostsConfig

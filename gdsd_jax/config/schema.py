@@ -293,27 +293,3 @@ class TrainConfig:
     def method_settings(self) -> dict[str, Any]:
         """Returns the settings of the run's method."""
         return dict(self.settings.get(self.method, {}))
-
-
-def greedy_sampler(config: TrainConfig, length: int | None = None, steps: Count | None = None) -> SamplerConfig:
-    """Returns the run's sampler as evaluation uses it, for another length or number of steps if these are given.
-
-    A sampler without blocks stays without blocks; a threshold, factor or cache serves rollouts only and is left out.
-    """
-    sampler = config.sampler
-    length = length or sampler.completion_length
-    if steps is None:
-        wanted = config.evaluation.steps
-        steps = length // 2 if wanted is None else wanted * length // sampler.completion_length
-    whole = sampler.block_length == sampler.completion_length
-    return dataclasses.replace(
-        sampler,
-        temperature=0.0,
-        threshold=None,
-        factor=None,
-        cache="none",
-        refresh_every=None,
-        completion_length=length,
-        block_length=length if whole else sampler.block_length,
-        steps=max(1, steps),
-    )

@@ -37,10 +37,14 @@ def evaluate_policy(
 ) -> dict[str, float]:
     """Samples one completion per prompt and returns means over them.
 
-    The means are those of the task's metrics and, with an adapter, of `reference_kl` (named "kl").
+    The means are those of the task's metrics and, with an adapter, of `reference_kl` (named "kl"). Each batch is judged
+    while the devices sample the next.
     """
-    batches = complete(config, base, lora, prompts, sampler, tokenizer, batch_rows=batch_rows, key=key)
-    return {name: float(value.mean()) for name, value in judge(task, prompts.rows, list(batches)).items()}
+    found, start = [], 0
+    for batch in complete(config, base, lora, prompts, sampler, tokenizer, batch_rows=batch_rows, key=key):
+        found.append(judge(task, prompts.rows[start : start + len(batch.texts)], [batch]))
+        start += len(batch.texts)
+    return {name: float(np.concatenate([values[name] for values in found]).mean()) for name in found[0]}
 
 
 class Completed(NamedTuple):
@@ -65,25 +69,39 @@ def complete(
 ) -> Iterator[Completed]:
     """Yields one completion per prompt, batch by batch; all batches have one shape, and each has a key of its own.
 
+    The devices receive the next batch before a batch is yielded, so that what the caller does with it costs them no
+    time.
+
     Args:
       skip: number of leading batches to leave out, because they exist already.
       divergence: False leaves `reference_kl` out.
     """
     count = len(prompts.rows)
-    for index, batch_key in enumerate(_split(key, -(-count // batch_rows))):
-        if index < skip:
-            continue
+    measured = divergence and lora is not None
+
+    def launch(start: int, batch_key: jax.Array) -> tuple[int, jax.Array, jax.Array | None]:
         # The last batch is filled up with copies of its first row, whose completions are dropped.
-        start = index * batch_rows
         chosen = np.arange(start, start + batch_rows)
         chosen = np.where(chosen < count, chosen, start)
         tokens, mask = put((prompts.tokens[chosen], prompts.mask[chosen]))
         rollout = sample(config, base, lora, tokens, mask, batch_key, sampler)
-        measured = divergence and lora is not None
         kl = reference_kl(config, base, lora, rollout.tokens, mask, batch_key) if measured else None
-        found, kl = fetch((rollout.tokens, kl))
-        texts = tokenizer.decode(found[:, tokens.shape[1] :])[: count - start]
-        yield Completed(texts, None if kl is None else kl[: count - start].tolist())
+        return start, rollout.tokens, kl
+
+    def receive(start: int, tokens: jax.Array, kl: jax.Array | None) -> Completed:
+        found, kl = fetch((tokens, kl))
+        texts = tokenizer.decode(found[:, prompts.tokens.shape[1] :])[: count - start]
+        return Completed(texts, None if kl is None else kl[: count - start].tolist())
+
+    ahead = None
+    for index, batch_key in enumerate(_split(key, -(-count // batch_rows))):
+        if index < skip:
+            continue
+        before, ahead = ahead, launch(index * batch_rows, batch_key)
+        if before is not None:
+            yield receive(*before)
+    if ahead is not None:
+        yield receive(*ahead)
 
 
 def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:

@@ -164,6 +164,29 @@ def roll_out(
     return Rewarded(batch, completions, rewards, components, seconds)
 
 
+def sample_in_parts(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    prompts: Prompts,
+    key: jax.Array,
+    sampler: SamplerConfig,
+    *,
+    part_rows: int,
+) -> Rollout:
+    """Samples one completion of each prompt, `part_rows` at a time; returns the rollout on the host.
+
+    All parts have one shape: the last is filled up with copies of its first row. The size of the parts changes no draw.
+    """
+    count, parts = len(prompts.tokens), []
+    for start in range(0, count, part_rows):
+        chosen = np.arange(start, start + part_rows, dtype=np.int32)
+        chosen = np.where(chosen < count, chosen, np.int32(start))
+        tokens, mask, numbers = put((prompts.tokens[chosen], prompts.mask[chosen], chosen))
+        parts.append(sample(config, base, lora, tokens, mask, key, sampler, numbers))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *fetch(parts))
+
+
 @jax.jit
 def _joined(parts: list[Any]) -> Any:
     """Concatenates the rows of all parts in their order, and spreads the result over the mesh."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gdsd_jax.diffusion import Rollout, SamplerConfig
+from gdsd_jax.evaluation import completions
 from gdsd_jax.evaluation.completions import Completed, judge_by_all
 from gdsd_jax.hub.published import LLADA_8B
 from gdsd_jax.hub.tokenizer import Tokenizer
@@ -93,3 +94,37 @@ def test_a_part_is_rewarded_while_the_next_one_is_sampled(monkeypatch):
     assert events == ["sample", "sample", *["reward"] * 2, "sample", *["reward"] * 4]
     for found, expected in zip(*map(jax.tree.leaves, (parts[:-1], whole[:-1])), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_batch_is_judged_while_the_next_one_is_sampled(monkeypatch):
+    """Parts have one shape, each row its own number, and the devices hold the next part before a result is read."""
+    events = []
+
+    def sample(config, base, lora, tokens, mask, key, sampler, numbers=None):
+        events.append(f"sample {len(tokens)}")
+        own = tokens[:, :1] if numbers is None else numbers[:, None]
+        completions = own + 10 * jnp.arange(2)
+        return Rollout(jnp.concatenate([tokens, completions], axis=1), completions, completions * 0.5)
+
+    def score(completion, row):
+        events.append(f"judge {completion}")
+        return {"cells": float(completion), "puzzles": 0.0}
+
+    prompts = Prompts(np.arange(5, dtype=np.int32).reshape(5, 1), np.ones((5, 1), bool), [{}] * 5)
+    sampler = SamplerConfig(2, 2, 2, "low_confidence")
+    for module in (rollout, completions):
+        monkeypatch.setattr(module, "sample", sample)
+    found = rollout.sample_in_parts(LLADA_8B, None, None, prompts, jax.random.key(0), sampler, part_rows=2)
+    assert events == ["sample 2"] * 3
+    np.testing.assert_array_equal(found.tokens, [[n, n, n + 10] for n in range(5)])
+    assert isinstance(found.tokens, np.ndarray) and found.log_prob is None
+    events.clear()
+    monkeypatch.setattr(Tokenizer, "__init__", lambda self: None)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, completions: [str(row[0]) for row in completions])
+    task = dataclasses.replace(TASKS["sudoku"], measure=score)
+    values = completions.evaluate_policy(
+        LLADA_8B, None, None, prompts, sampler, task, Tokenizer(), batch_rows=2, key=jax.random.key(0)
+    )
+    assert values["cells"] == 2.0
+    expected = ["sample 2", "sample 2", "judge 0", "judge 1", "sample 2", "judge 2", "judge 3", "judge 4"]
+    assert events == expected
