@@ -1,9 +1,16 @@
-"""Moves stored tensors from files to devices: reads them in blocks, every byte once, and stacks the layers there."""
+"""Moves stored tensors from files to devices: reads them in blocks, every byte once, and stacks the layers there.
+
+An accelerator receives a tensor as it is stored, transposes it and puts it into its stack. Where the devices are this
+machine's CPUs, blocks go from the file through a small buffer into the memory that the devices then use, which is
+written once.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from typing import NamedTuple
@@ -11,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from gdsd_jax.hub import names
@@ -19,8 +26,12 @@ from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket, require_finite
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import named_sharding
 
-# Several blocks are read at once, because buckets answer slowly and disks are faster with several requests.
-THREADS, BLOCK_BYTES = min(8, os.cpu_count() or 1), 16 << 20
+# Several blocks are read at once, because buckets answer slowly and disks are faster with several requests. A block of
+# a local file stays in the processor's cache until it is where it belongs.
+THREADS, BLOCK_BYTES, LOCAL_BLOCK_BYTES = min(8, os.cpu_count() or 1), 16 << 20, 2 << 20
+_ALIGNMENT = 64  # bytes, what XLA asks of memory that is not its own
+_BAND = 64  # rows that are transposed at a time: their cache lines are written whole
+_scratch = threading.local()
 
 
 class Box(NamedTuple):
@@ -30,13 +41,10 @@ class Box(NamedTuple):
     columns: tuple[int, int]
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...], turned: bool) -> Box:
-    """Returns which block of a stored tensor `index` selects from an array of this shape.
-
-    The array is the stored tensor itself or, if `turned`, its transpose.
-    """
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """Returns which block of a stored tensor of this shape `index` selects."""
     spans = [piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True)]
-    return Box(*(spans[::-1] if turned else spans), *[(0, 1)] * (2 - len(spans)))
+    return Box(*spans, *[(0, 1)] * (2 - len(spans)))
 
 
 def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
@@ -46,7 +54,8 @@ def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
     that are not needed.
     """
     width = stored.matrix[1]
-    limit = max(1, BLOCK_BYTES // (width * FLOATS[stored.dtype].itemsize))
+    size = BLOCK_BYTES if in_bucket(stored.file) else LOCAL_BLOCK_BYTES
+    limit = max(1, size // (width * FLOATS[stored.dtype].itemsize))
     edges = sorted({edge for box in boxes for edge in box.rows})
     for first, last in zip(edges, edges[1:], strict=False):
         spans = sorted(box.columns for box in boxes if box.rows[0] <= first and last <= box.rows[1])
@@ -73,16 +82,43 @@ def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader,
             if all(begin < end for begin, end in spans):
                 targets.append((Box(*spans), piece[_within(spans, box)]))
         # The block is read straight into a target that takes all of it in the stored dtype, if there is one.
-        fits = (part for spans, part in targets if spans == block and part.dtype == FLOATS[stored.dtype])
+        dtype = FLOATS[stored.dtype]
+        by_rows = lambda part: part.dtype == dtype and part.strides[-1] == dtype.itemsize  # noqa: E731
+        fits = (part for spans, part in targets if spans == block and by_rows(part))
         straight = next(fits, None)
-        data = reader.block(stored, *block, out=straight)
+        out = _buffer([end - begin for begin, end in block], dtype) if straight is None else straight
+        data = reader.block(stored, *block, out=out)
         require_finite(data, stored.name, stored.file)
         for spans, part in targets:
             if part is not straight:
-                part[...] = data[_within(spans, block)]
+                _copy(data[_within(spans, block)], part)
 
     for _ in pool.map(read, _blocks(pieces, stored)):
         pass
+
+
+def _buffer(shape: Iterable[int], dtype: np.dtype) -> np.ndarray:
+    """Returns an array in memory that this thread uses again for each block: fresh pages cost more than a copy."""
+    rows, columns = shape
+    size = rows * columns * dtype.itemsize
+    if getattr(_scratch, "memory", np.empty(0)).size < size:
+        _scratch.memory = np.empty(size, np.uint8)
+    return _scratch.memory[:size].view(dtype).reshape(rows, columns)
+
+
+def _copy(data: np.ndarray, part: np.ndarray) -> None:
+    """Copies a block to its place, band by band where the place is the transpose of an array in memory."""
+    step = len(data) if part.flags.c_contiguous or part.strides[0] >= part.strides[-1] else _BAND
+    for row in range(0, len(data), step):
+        part[row : row + step] = data[row : row + step]
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an uninitialised array that a CPU device can use where it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _within(spans: Iterable[tuple[int, int]], box: Box) -> tuple[slice, slice]:
@@ -104,8 +140,7 @@ def _turned(array: jax.Array, sharding: jax.sharding.Sharding | None = None) -> 
 class Loader(NamedTuple):
     """Reads parameters, each given by its stored tensors in the order of the layers and by the slot of one of them.
 
-    Kernels are stored transposed. Accelerators receive them as they are stored and transpose them. Where the devices
-    are this machine's CPUs, the copy to the device transposes them at little cost.
+    Kernels are stored transposed.
     """
 
     dtype: np.dtype | None
@@ -115,25 +150,27 @@ class Loader(NamedTuple):
     def whole(self, layers: list[Stored], slot: names.Slot) -> jax.Array:
         """Reads a parameter and puts it on the default device."""
         (rows, columns), dtype = layers[0].matrix, self._dtype(layers, slot)
+        if _on_cpus(jax.devices()[0]):
+            return self._in_place(layers, slot, SingleDeviceSharding(jax.devices()[0]), dtype)
         stack = np.empty((len(layers), rows, columns), dtype)
         for stored, piece in zip(layers, stack, strict=True):
             fill_boxes(stored, {Box((0, rows), (0, columns)): piece}, self.reader, self.pool)
         stack = stack.reshape(*([] if slot.layer is None else [len(layers)]), *slot.shape)
-        if not slot.transposed:
-            return jax.device_put(stack)
-        return jax.device_put(stack.swapaxes(-1, -2)) if _on_cpus(jax.devices()[0]) else _turned(jax.device_put(stack))
+        return _turned(jax.device_put(stack)) if slot.transposed else jax.device_put(stack)
 
     def spread(self, layers: list[Stored], slot: names.Slot, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
         """Reads a parameter and shards it over a mesh by its logical axes."""
         dtype, shape = self._dtype(layers, slot), slot.shape[::-1] if slot.transposed else slot.shape
-        place = named_sharding(mesh, axes[-len(shape) :], shape)
-        turned = slot.transposed and not _on_cpus(mesh.devices.flat[0])
-        # The shape that is sent and its sharding: those of the stored tensor if the devices transpose it afterwards.
+        place, turned = named_sharding(mesh, axes[-len(shape) :], shape), slot.transposed
+        if _on_cpus(mesh.devices.flat[0]):
+            spec = place.spec if slot.layer is None else P(None, *place.spec)
+            return self._in_place(layers, slot, NamedSharding(mesh, spec), dtype)
+        # The shape that is sent and its sharding: those of the stored tensor, which the devices transpose afterwards.
         sent, goes = (slot.shape, NamedSharding(mesh, P(*place.spec[::-1]))) if turned else (shape, place)
         held = goes.addressable_devices_indices_map(sent).values()
 
         def send(stored: Stored) -> jax.Array:
-            pieces = self._pieces(stored, dtype, held, sent, slot.transposed and not turned)
+            pieces = self._pieces(stored, dtype, held, sent)
             return jax.make_array_from_callback(sent, goes, pieces)
 
         if slot.layer is None:
@@ -149,6 +186,25 @@ class Loader(NamedTuple):
             before = array
         return stack.block_until_ready()
 
+    def _in_place(self, layers: list[Stored], slot: names.Slot, place: Sharding, dtype: np.dtype) -> jax.Array:
+        """Reads a parameter into memory of this host, and hands that memory to the CPU devices."""
+        one = slot.shape[::-1] if slot.transposed else slot.shape
+        shape = one if slot.layer is None else (len(layers), *one)
+        spans = {
+            device: tuple(piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
+            for device, index in place.addressable_devices_indices_map(shape).items()
+        }
+        parts = {span: _aligned(tuple(end - begin for begin, end in span), dtype) for span in spans.values()}
+        for number, stored in enumerate(layers):
+            pieces = {}
+            for span, part in parts.items():
+                inner, target = (span, part) if slot.layer is None else (span[1:], part[number])
+                box = Box(*(inner[::-1] if slot.transposed else inner), *[(0, 1)] * (2 - len(inner)))
+                pieces[box] = target.T if slot.transposed else target.reshape(len(target), -1)
+            fill_boxes(stored, pieces, self.reader, self.pool)
+        arrays = [jax.device_put(parts[span], device, may_alias=True) for device, span in spans.items()]
+        return jax.make_array_from_single_device_arrays(shape, place, arrays)
+
     def _dtype(self, layers: list[Stored], slot: names.Slot) -> np.dtype:
         kinds = {stored.dtype for stored in layers}
         if self.dtype is None and len(kinds) > 1:
@@ -162,19 +218,15 @@ class Loader(NamedTuple):
         dtype: np.dtype,
         held: Iterable[tuple[slice, ...]],
         shape: tuple[int, ...],
-        turned: bool,
     ) -> Callable:
-        """Reads the parts `held` of a tensor and returns a function from the index of a part to that part.
-
-        The indices refer to an array of this shape: the stored tensor or, if `turned`, its transpose.
-        """
-        boxes = {_box(index, shape, turned) for index in held}
+        """Reads the parts `held` of a tensor of this shape; returns a function from a part's index to the part."""
+        boxes = {_box(index, shape) for index in held}
         pieces = {box: np.empty([end - begin for begin, end in box], dtype) for box in boxes}
         fill_boxes(stored, pieces, self.reader, self.pool)
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            piece = pieces[_box(index, shape, turned)]
-            return piece[:, 0] if len(shape) == 1 else piece.T if turned else piece
+            piece = pieces[_box(index, shape)]
+            return piece[:, 0] if len(shape) == 1 else piece
 
         return part
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from gdsd_jax.hub import names
 from gdsd_jax.hub.files import FLOATS, require_finite
 from gdsd_jax.runtime.errors import UserError
 
+_BAND, _TILE = 128, 128  # rows and columns that are transposed at a time
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 
 
@@ -47,7 +48,12 @@ def _host(array: Any) -> np.ndarray:
 
 
 def layer_of(array: Any, layer: int | None) -> Any:
-    """Returns one layer of a stacked parameter, on the devices or the host, wherever the parameter is."""
+    """Returns one layer of a stacked parameter, on the devices or the host, wherever the parameter is.
+
+    The layer of an array that lies whole on one CPU is a view of its memory.
+    """
+    if isinstance(array, jax.Array) and len(array.devices()) == 1 and _on_cpu(array):
+        array = np.asarray(array)
     if layer is None:
         return array
     return _pick(array, np.int32(layer)) if isinstance(array, jax.Array) else np.asarray(array)[layer]
@@ -69,11 +75,33 @@ def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, dtype
 def turned(array: Any) -> np.ndarray:
     """Returns the transpose of a matrix in host memory.
 
-    Accelerators transpose what they hold; for any other array, the copy to a CPU device does.
+    Accelerators transpose what they hold; of any other array this is a view, which `bands` transposes piece by piece.
     """
-    if isinstance(array, jax.Array) and next(iter(array.devices())).platform != "cpu":
+    if isinstance(array, jax.Array) and not _on_cpu(array):
         return _host(jnp.swapaxes(array, 0, 1))
-    return np.asarray(jax.device_put(_host(array).T, jax.local_devices(backend="cpu")[0]))
+    return _host(array).T
+
+
+def _on_cpu(array: jax.Array) -> bool:
+    return next(iter(array.devices())).platform == "cpu"
+
+
+def bands(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields an array in contiguous pieces, in the order of its entries; a piece is valid until the next is asked for.
+
+    A view of a transposed matrix is turned tile by tile in a buffer that stays in the processor's cache.
+    """
+    if array.flags.c_contiguous:
+        flat, step = array.reshape(-1), _BAND * _TILE * 64
+        yield from (flat[at : at + step] for at in range(0, flat.size, step))
+        return
+    rows, columns = array.shape
+    buffer = np.empty((min(rows, _BAND), columns), array.dtype)
+    for row in range(0, rows, _BAND):
+        piece = buffer[: min(_BAND, rows - row)]
+        for column in range(0, columns, _TILE):
+            piece[:, column : column + _TILE] = array[row : row + _BAND, column : column + _TILE]
+        yield piece
 
 
 def checkpoint_tensors(
@@ -108,7 +136,7 @@ def checkpoint_tensors(
                 tensor = _merged(tensor, a, b, np.float32(lora.alpha / lora.rank), dtype=target)
             elif tensor.dtype != target:
                 tensor = tensor.astype(target)
-            return turned(tensor) if slot.transposed else np.ascontiguousarray(_host(tensor))
+            return turned(tensor) if slot.transposed else _host(tensor)
 
         tensors[name] = Outgoing(target, slot.shape, fetch)
     return tensors
@@ -142,8 +170,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Outgoing], metadata: Map
                 before, ahead = ahead, name and (name, pool.submit(tensors[name].fetch))
                 if before:
                     data = before[1].result()
-                    require_finite(data, before[0], "what is exported")
-                    file.write(data.reshape(-1).view(np.uint8).data)
+                    for piece in bands(data):
+                        require_finite(piece, before[0], "what is exported")
+                        file.write(piece.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdsd_jax import hub
-from gdsd_jax.hub import files, incoming, tiny
+from gdsd_jax.hub import files, incoming, outgoing, tiny
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
 
@@ -81,7 +81,7 @@ def scratch(tmp_path_factory):
 @given(data=st.data())
 @settings(max_examples=60)
 def test_boxes_of_a_tensor(scratch, data):
-    """Boxes, overlapping or apart, of either dtype: right content, and exactly the bytes of their union are read."""
+    """Boxes, overlapping or apart, of either dtype, in rows or turned: right content, and no byte is read twice."""
     rows, columns = data.draw(st.integers(1, 9), "rows"), data.draw(st.integers(1, 9), "columns")
     whole = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
     span = lambda size: st.tuples(st.integers(0, size - 1), st.integers(1, size)).map(  # noqa: E731
@@ -89,17 +89,32 @@ def test_boxes_of_a_tensor(scratch, data):
     )
     boxes = data.draw(st.sets(st.builds(incoming.Box, span(rows), span(columns)), min_size=1, max_size=5))
     dtype = data.draw(st.sampled_from((np.float32, np.float16)))
-    pieces = {box: np.zeros([end - begin for begin, end in box], dtype) for box in boxes}
+    turned = data.draw(st.booleans())
+    sizes = {box: [end - begin for begin, end in box] for box in boxes}
+    pieces = {box: np.zeros(size[::-1], dtype).T if turned else np.zeros(size, dtype) for box, size in sizes.items()}
     (scratch / "tensor").write_bytes(b"abc" + whole.tobytes())
     stored = files.Stored(epath.Path(scratch / "tensor"), "F32", whole.shape, 3, whole.nbytes)
     reader, covered = files.Reader(), np.zeros_like(whole, bool)
     with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(incoming, "BLOCK_BYTES", data.draw(st.sampled_from((1, 50, 1000))))
+        patch.setattr(incoming, "LOCAL_BLOCK_BYTES", data.draw(st.sampled_from((1, 50, 1000))))
+        patch.setattr(incoming, "_BAND", data.draw(st.sampled_from((1, 2, 64))))
         incoming.fill_boxes(stored, pieces, reader, pool)
     for ((r0, r1), (c0, c1)), piece in pieces.items():
         np.testing.assert_array_equal(piece, whole[r0:r1, c0:c1])
         covered[r0:r1, c0:c1] = True
     assert reader.bytes_read == 4 * covered.sum()
+
+
+def test_what_cpus_load_is_not_copied_and_may_be_turned_back(small):
+    """A CPU device uses the memory that was read into, and an export turns views of it piece by piece."""
+    config, base = hub.load_checkpoint(small)
+    for path, leaf in jax.tree.leaves_with_path(base):
+        assert leaf.unsafe_buffer_pointer() % incoming._ALIGNMENT == 0, path
+    view = np.asarray(base["layers"]["gate"]["kernel"])
+    assert view.ctypes.data == base["layers"]["gate"]["kernel"].unsafe_buffer_pointer()
+    for array in (view[0], view[0].T, view[0, :131, :7].T, np.arange(5.0), np.zeros((0, 3)).T):
+        pieces = [piece.reshape(-1).copy() for piece in outgoing.bands(array)]
+        np.testing.assert_array_equal(np.concatenate([*pieces, np.zeros(0, array.dtype)]), array.reshape(-1))
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(small, tmp_path):
