@@ -26,7 +26,7 @@ from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import AXES, make_mesh
 from gdsd_jax.training.optimizer import make_optimizer
-from gdsd_jax.training.setup import dimensions, with_compute
+from gdsd_jax.training.setup import dimensions, spread_rows, with_compute
 
 # Share of the memory that estimates may fill; the rest is for what they leave out and for fragmentation.
 FILL = 0.85
@@ -152,7 +152,8 @@ def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Pl
     if None not in (config.rollout_rows, config.microbatch_rows) and config.model.remat != "auto":
         return config
     total, group = config.prompts_per_iteration * config.group_size, config.group_size
-    sizes = Sizes(config, model, views_of(config, method), place)
+    of_update = config.microbatch_rows is None or config.model.remat == "auto"
+    sizes = Sizes(config, model, views_of(config, method) if of_update else 0, place)
     divisors = [n for n in range(total, 0, -1) if total % n == 0 and n % place.rows == 0]
     if not divisors:
         raise UserError(
@@ -160,9 +161,12 @@ def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Pl
             "iteration: change config.prompts_per_iteration or config.mesh"
         )
     if config.rollout_rows is None:
-        parts = [n for n in divisors if n % group == 0] or divisors[:1]
+        further = config.refill.prompts * group if config.refill.rounds and config.refill.prompts else 0
+        parts = [n for n in divisors if n % group == 0 and further % n == 0] or divisors[:1]
         rows = next((n for n in parts if sizes.fits(sizes.sampler(n))), parts[-1])
         config = dataclasses.replace(config, rollout_rows=None if rows == total else rows)
+    if not of_update:
+        return config
     remats = POLICIES if config.model.remat == "auto" else (config.model.remat,)
     rows = divisors if config.microbatch_rows is None else [config.microbatch_rows]
     # Larger ones only take memory. Whole groups let the signal-to-noise ratio be measured.
@@ -198,7 +202,7 @@ def fitted_to_devices(config: TrainConfig, method: Method, plan: Mapping[str, An
     if config.model.remat == "auto" and "remat" in plan:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=plan["remat"]))
     sizes = with_compute(hub.read_config(config.checkpoint, config.overrides), config.model)
-    mesh = make_mesh(config.mesh, dimensions=dimensions(sizes, {}))
+    mesh = make_mesh(config.mesh, dimensions=dimensions(sizes, spread_rows(config)))
     return fitted(config, sizes, method, place_of(mesh, sizes, memory.of_devices() // jax.device_count()))
 
 
