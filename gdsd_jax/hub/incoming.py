@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from gdsd_jax.hub import names
-from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket, require_finite
+from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket
+from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import named_sharding
 

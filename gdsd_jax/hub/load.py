@@ -34,9 +34,9 @@ from gdsd_jax.hub.files import (
     read_header,
     read_json,
     read_metadata,
-    require_finite,
     weight_files,
 )
+from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.hub.incoming import THREADS, Loader
 from gdsd_jax.hub.redundant import without_redundant
 from gdsd_jax.runtime import ranges

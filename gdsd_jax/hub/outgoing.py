@@ -21,7 +21,8 @@ from jax.experimental import multihost_utils
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.hub import names
-from gdsd_jax.hub.files import FLOATS, require_finite
+from gdsd_jax.hub.files import FLOATS
+from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.runtime.errors import UserError
 
 _BAND, _TILE = 128, 128  # rows and columns that are transposed at a time
