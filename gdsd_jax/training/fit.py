@@ -168,7 +168,9 @@ def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Pl
     if not of_update:
         return config
     remats = POLICIES if config.model.remat == "auto" else (config.model.remat,)
-    rows = divisors if config.microbatch_rows is None else [config.microbatch_rows]
+    rows = [config.microbatch_rows]
+    if config.microbatch_rows is None:
+        rows = [n for n in divisors if (config.update_rows or total) % n == 0] or divisors[-1:]
     # Larger ones only take memory. Whole groups let the signal-to-noise ratio be measured.
     most = math.ceil(ENOUGH_TOKENS / (sizes.views * sizes._tokens)) * place.rows
     rows = [n for n in rows if n <= max(most, group)] or rows[-1:]
