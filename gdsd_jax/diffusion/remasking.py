@@ -264,6 +264,7 @@ def commit_plan(settings: SamplerConfig) -> np.ndarray:
     After the last step of a plan they are 0.
     """
     plan = STRATEGIES[settings.strategy].plan
+    assert plan is not None, f"the strategy {settings.strategy} follows no plan"
     rows = [plan(masked, settings.scheduled_steps) for masked in range(settings.block_length + 1)]
     return np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], np.int32)
 
@@ -300,7 +301,7 @@ def select(
     rank = ranks(jnp.where(eligible, score, -jnp.inf))
 
     if settings.threshold is not None:
-        least = 1
+        least = jnp.int32(1)
         if settings.floor:
             each, extra = divmod(settings.block_length, settings.scheduled_steps)
             least = jnp.maximum(each + (step_in_block < extra), 1)
