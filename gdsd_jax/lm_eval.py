@@ -165,7 +165,9 @@ class MaskedDiffusion(TemplateLM):
             context, settings = request.args
             settings = normalize_gen_kwargs(settings)
             stops.append(settings["until"])
-            sampler = self.sampler(settings["max_gen_toks"], float(settings["temperature"]))
+            # As in transformers, sampling without a temperature means 1.
+            temperature = settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0)
+            sampler = self.sampler(settings["max_gen_toks"], float(temperature))
             room = self.model.max_length - sampler.completion_length
             if room < 1:
                 raise UserError(

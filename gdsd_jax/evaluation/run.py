@@ -124,6 +124,8 @@ def run_decodings(
 def _samplers(
     config: TrainConfig, lengths: Sequence[int], steps: int | None, temperature: float
 ) -> list[SamplerConfig]:
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps {steps} must be at least 1")
     lengths = lengths or config.evaluation.lengths
     return [dataclasses.replace(greedy_sampler(config, n, steps), temperature=temperature) for n in lengths]
 

@@ -152,6 +152,7 @@ def test_settings_and_flags(override, named, config_file, refused, tmp_path):
         (evaluate, [], "--output"),
         (evaluate, ["--output=out"], "--checkpoint"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=8,x"], "--lengths"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--steps=0"], "--steps 0 must be at least 1"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=6"], "block_length 4"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--split=exam"], "exam"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--adapter={base}"], "adapter_config.json"),

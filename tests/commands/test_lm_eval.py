@@ -6,6 +6,7 @@ The right answers are what this library computes without lm-eval, for some of th
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 
 from gdsd_jax import hub
+from gdsd_jax.denoiser import init_lora
 from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.likelihood import lower_bound
 from gdsd_jax.hub import tiny
 from gdsd_jax.runtime import front
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import countdown
 from gdsd_jax.training.setup import with_tokens
 
@@ -187,6 +190,38 @@ def test_rolling_sums_windows(model):
     # The first window is given the EOS where lm-eval scores a text without context.
     alone = model._loglikelihood_tokens([(None, [], model.tok_encode("x" * 64))], disable_tqdm=True, greedy=False)
     assert whole == pytest.approx(alone[0][0] + pieces[1][0], rel=1e-5)
+
+
+def test_bos_and_several_ends_of_a_turn(model, directory, tmp_path):
+    """`add_bos_token` begins every text with the BOS, once; any of the tokens that end a turn ends a completion."""
+    from gdsd_jax.lm_eval import MaskedDiffusion
+
+    base = shutil.copytree(directory / "base", tmp_path / "base")
+    turn, letter = (model.tok_encode(text)[0] for text in ("<|eot|>", "e"))
+    ends = json.loads((base / "generation_config.json").read_text()) | {"eos_token_id": [model.eot_token_id, letter]}
+    (base / "generation_config.json").write_text(json.dumps(ends))
+    settings = {"dtype": "float32", "block_length": 4, "length": 24, "steps": 6, "batch_size": 20}
+    other = MaskedDiffusion(str(base), add_bos_token=True, **settings)
+    assert other.tok_encode("1") == [*model.tok_encode("<|bos|>"), *model.tok_encode("1")]
+    assert other.tok_encode("<|bos|>1") == other.tok_encode("1")
+    assert set(other.model.end_token_ids) == {letter, turn}
+    requests = [Request(f"question {n}:", {"until": [], "max_gen_toks": 24}) for n in range(20)]
+    texts = other.generate_until(requests, disable_tqdm=True)
+    plain = MaskedDiffusion(str(directory / "base"), add_bos_token=True, **settings)
+    longer = plain.generate_until(requests, disable_tqdm=True)
+    assert any("e" in text for text in longer) and not any("e" in text for text in texts)
+
+
+def test_an_adapter_of_another_base_is_refused_by_default(model, directory, tmp_path):
+    from gdsd_jax.lm_eval import MaskedDiffusion
+
+    tiny.build(tmp_path / "other", seed=1, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
+    lora = init_lora(model.model, jax.random.key(0), rank=2, alpha=4.0, targets=("q",))
+    hub.export_adapter(tmp_path / "adapter", model.model, lora, source=tmp_path / "other")
+    arguments = {"checkpoint": str(directory / "base"), "adapter": str(tmp_path / "adapter")}
+    with pytest.raises(UserError, match="trained on a base with fingerprint.*adapter_base of --model_args to any"):
+        MaskedDiffusion(**arguments)
+    assert MaskedDiffusion(**arguments, adapter_base="any").lora is not None
 
 
 def test_chat_prompts(model):
