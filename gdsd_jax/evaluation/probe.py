@@ -216,7 +216,8 @@ def measure(
     moved = {d: line.at(line.length(d)) for d in distances}
     ratios = {d: truth_of(there) - truth for d, there in moved.items()}
     smooth = {d: fine & line.smooth(d, ratio) for d, ratio in ratios.items()}
-    report("moved policies")
+    jumped = {str(d): float(1 - smooth[d][fine].mean()) for d in distances}
+    report(f"moved policies, with these shares of jumps: {jumped}")
     rows = {}
     for subject in subjects:
         here = make(subject)
@@ -243,7 +244,7 @@ def measure(
         "impossible": float(1 - fine.mean()),
         "log_prob": float(truth[fine].mean()),
         "distances": list(distances),
-        "jumped": {str(d): float(1 - smooth[d][fine].mean()) for d in distances},
+        "jumped": jumped,
         "log_ratio": {str(d): median_size(ratios[d]) for d in distances},
         "draws": draws,
         "methods": rows,
