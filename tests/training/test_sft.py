@@ -62,11 +62,14 @@ def test_interrupted_and_resumed(config, whole, tmp_path, monkeypatch, asked):
 def test_killed_after_its_export(config, whole, tmp_path, monkeypatch):
     """The next start finds the result, and removes the checkpoints."""
 
-    def killed(directory):
+    export = sft.hub.export_checkpoint
+
+    def killed(*arguments, **named):
+        export(*arguments, **named)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft.shutil, "rmtree", killed)
+        patch.setattr(sft.hub, "export_checkpoint", killed)
         trained(config, tmp_path)
     assert (tmp_path / "sft").is_dir()
     assert trained(config, tmp_path) == whole
