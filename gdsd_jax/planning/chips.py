@@ -94,7 +94,10 @@ def devices(topology: Slice) -> list[Any]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
+    # By default a host has 2 x 2 chips or more, which a smaller slice is not made of.
+    sizes = [*topology.sizes, 1][:3]
+    small = {"chips_per_host_bounds": sizes} if any(size % 2 for size in topology.sizes[:2]) else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **small).devices)
     except Exception as error:
         raise UserError(f"--topology {topology.name}: libtpu does not know it ({str(error).splitlines()[0]})") from None

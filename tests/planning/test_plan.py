@@ -512,6 +512,14 @@ def test_a_mesh_may_cut_a_row_of_chips():
 
 @pytest.mark.slow
 @pytest.mark.libtpu
+def test_a_slice_may_be_smaller_than_a_host():
+    for name in ("v5e:1x1", "v6e:1x1", "v5e:2x2"):
+        where = chips.parse_topology(name)
+        assert len(chips.devices(where)) == where.chips
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
 def test_the_real_compiler_refuses_what_does_not_fit():
     """And says by how much."""
     where = chips.parse_topology("v5e:2x4")
