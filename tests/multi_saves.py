@@ -28,9 +28,9 @@ def main(file: Path, workdir: Path) -> None:
         return TrainState(params, (), jnp.int32(0), jnp.int32(0), jax.random.key(0))
 
     config, state = freeze(TrainConfig, read_config(file)), make()
-    with Checkpoints(workdir, config, state) as checkpoints, Best(workdir, 0) as best:
+    with Checkpoints(workdir, config, state) as checkpoints, Best(workdir, 0, "eval/reward") as best:
         for iteration in range(1, SAVES + 1):
-            best.offer(iteration, state.params, "eval/reward", float(iteration))
+            best.offer(iteration, state.params, float(iteration))
             checkpoints.save(iteration, state, iteration)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import select
+import signal
 import subprocess
 import sys
 import weakref
@@ -14,7 +15,8 @@ from typing import Any
 from gdsd_jax.runtime.errors import UserError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_SECONDS = 10.0  # for one rendering; an ordinary template takes milliseconds
+_SECONDS = 10.0  # of processor time for one rendering; an ordinary template takes milliseconds
+_PATIENCE = 300.0  # seconds to wait for an answer, on however busy a machine
 
 
 class Renderer:
@@ -48,7 +50,7 @@ class Renderer:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER), json.dumps(sys.path)],
+            [sys.executable, "-I", str(_WORKER), json.dumps(sys.path), str(_SECONDS)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
         )  # fmt: skip
         weakref.finalize(self, self._process.kill)
@@ -58,12 +60,14 @@ class Renderer:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            if not select.select([self._process.stdout], [], [], _SECONDS)[0]:
-                raise self._ended(f"takes more than {_SECONDS:g} s")
+            if not select.select([self._process.stdout], [], [], _PATIENCE)[0]:
+                raise self._ended(f"gives no answer within {_PATIENCE:g} s")
             line = self._process.stdout.readline()
         except OSError:
             line = ""
         if not line.endswith("\n"):
+            if self._process.wait() == -signal.SIGPROF:
+                raise self._ended(f"takes more than {_SECONDS:g} s")
             raise self._ended("ended the process that renders it: it takes too much memory")
         answer = json.loads(line)
         if "error" in answer:
