@@ -16,6 +16,7 @@ from gdsd_jax.config import TrainConfig, freeze
 from gdsd_jax.families import FAMILIES
 from gdsd_jax.hub import tiny
 from gdsd_jax.planning import programs
+from gdsd_jax.planning.report import USUAL
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
@@ -57,5 +58,6 @@ def test_a_resumed_run_is_the_whole_run(family, tmp_path):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_program_of_a_run_can_be_planned(family, tmp_path):
     plan = programs.make_plan(make(tmp_path, family), make_mesh(MeshConfig(), jax.devices()[:1]))
-    for name, program in plan.programs.items():
+    for name in USUAL:
+        program = plan.programs[name]
         assert program.flops > 0 and "main" in program.lower().as_text(), name
