@@ -39,19 +39,16 @@ import compare_tiny
 
 def get_config():
     config = compare_tiny.get_config()
-    config.iterations, config.inner_updates, config.seed = 300, 8, 42
+    config.iterations, config.inner_updates, config.seed, config.save_every = 300, 8, 42, 50
     config.prompts_per_iteration, config.group_size, config.microbatch_rows = 2, 8, 16
-    config.checkpoint = "runs/start_stability/merged"
+    config.checkpoint, config.model.layer_unroll = "runs/start_stability/merged", 2
     config.tiny.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=96)
-    config.model.layer_unroll = 2
     config.lora.update(rank=4, alpha=8.0)
     config.optimizer.update(learning_rate=1e-3, schedule="constant", warmup_updates=8)
     config.evaluation.update(every=50, count=128, best="cells")
-    config.save_every = 50
     with config.unlocked():
         # Trust regions are what several updates put to the test: each method has that of its own recipe.
         config.settings.gdsd.update(eps_low=4e-4, eps_high=4e-4)
         config.settings.gdsd_tlc.update(eps_low=0.2, eps_high=0.2)
-        config.settings.exact_pg = {"at_once": 20}
-        config.settings.just_grpo = {"at_once": 20}
+        config.settings.update(exact_pg={"at_once": 20}, just_grpo={"at_once": 20})
     return config

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gdsd_jax.config.updates import OptimizerConfig, ReferenceConfig, RefillConfig, SFTConfig
+from gdsd_jax.denoiser import TARGETS
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
@@ -56,8 +57,13 @@ class LoRAConfig:
 
     rank: int = 128
     alpha: Positive = 64.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    targets: tuple[str, ...] = TARGETS
     dropout: BelowOne = 0.05
+
+    def __post_init__(self) -> None:
+        distinct = set(self.targets)
+        if not distinct or len(distinct) < len(self.targets) or distinct - set(TARGETS):
+            raise UserError(f"config.lora.targets {self.targets} must be distinct names out of {', '.join(TARGETS)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,7 @@ def lose_mask_token(directory: Path) -> None:
         (misshape, f"{NORM} in "),
         (truncate, "truncated"),
         (rename_model, "model_type 'gpt2'"),
-        (lose_mask_token, "mask_token in tokenizer_config.json"),
+        (lose_mask_token, "config.checkpoint_overrides.mask_token_id"),
     ],
 )
 def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path):

@@ -108,6 +108,8 @@ def test_an_interrupt_while_a_command_is_imported(command, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", f"gdsd_jax.{command}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+        # A shell starts its background jobs, and so perhaps these tests, with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.readline() == b"here\n"
     time.sleep(0.1)

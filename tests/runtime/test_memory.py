@@ -47,8 +47,8 @@ def test_the_bound_is_exact():
     ],
 )
 def test_each_estimate(setting, needed, fits, monkeypatch):
-    run = config(prompts_per_iteration=32, group_size=10, microbatch_rows=10)
     rows = {"config.rows": 7} if setting == "config.rows" else {}
+    run = config(prompts_per_iteration=1 if rows else 32, group_size=10, microbatch_rows=10)
     settings = {"gdsd": {"views": 5}} if "views" in setting else {"gdsd": {"views": 1}}
     rank = 8192 if "rank" in setting else 1
     run = dataclasses.replace(run, settings=settings, lora=dataclasses.replace(run.lora, rank=rank, targets=("q",)))
