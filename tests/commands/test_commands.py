@@ -127,6 +127,7 @@ def test_what_may_be_none_is_cleared():
         _parse(["test", tiny, "--config.seed=None"], {})
 
 
+@pytest.mark.slow
 def test_all_parameters_trained_keep_the_dtype_of_the_source(config_file, tmp_path, capsys):
     model, base = hub.load_checkpoint(config_file.parent / "base")
     half = tmp_path / "half"

@@ -170,6 +170,7 @@ def test_killed_and_resumed_ends_with_the_same_files(config_file, base, tmp_path
     assert not part.exists()
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_kept_evaluated_and_compared(config_file, tmp_path, monkeypatch, capsys):
     # What the three evaluations of the run are made to say: the second is best.
     said = iter([0.2, 0.7, 0.7])

@@ -140,7 +140,7 @@ def test_gpus_attend_through_cudnn_where_it_has_the_kernel(monkeypatch, capabili
     assert attention.chosen(dataclasses.replace(config, hidden_size=24)) == "plain"
 
 
-@pytest.mark.parametrize(("length", "window"), [(41, None), (40, 7)])
+@pytest.mark.parametrize(("length", "window"), [(41, None), pytest.param(40, 7, marks=pytest.mark.slow)])
 def test_the_call_for_cudnn_equals_the_plain_path(monkeypatch, length, window):
     """Pads, grouped heads, odd lengths, blocks, and a window under a cache of which it sees a part."""
     monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")

@@ -258,7 +258,9 @@ def logits_and_gradient(config, base, lora, tokens, key):
     return logits, gradient
 
 
-@pytest.mark.parametrize("unroll", [1, CONFIG.num_layers], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize(
+    "unroll", [1, pytest.param(CONFIG.num_layers, marks=pytest.mark.slow)], ids=["scanned", "unrolled"]
+)
 def test_remat_changes_nothing(small, dropping, unroll):
     """With dropout on: what is recomputed in the backward pass must drop the same entries."""
     base, tokens, *_ = small
@@ -272,7 +274,7 @@ def test_remat_changes_nothing(small, dropping, unroll):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, gradient)
 
 
-@pytest.mark.parametrize(("shifted", "remat"), [(False, "none"), (True, "full")])
+@pytest.mark.parametrize(("shifted", "remat"), [pytest.param(False, "none", marks=pytest.mark.slow), (True, "full")])
 def test_unrolled_layers_compute_what_is_read_as_the_scan_does(small, shifted, remat):
     """A slice, the same places in every row, each row's own: the last layer runs for these alone; and gradients."""
     base, tokens, _, lora = small

@@ -110,7 +110,7 @@ def test_a_window_over_its_own_cache_is_a_part_of_the_whole(config, unroll):
     assert (window(active, 9, 12) != window(tokens, 9, 12)).any(axis=-1)[:, after:].all()
 
 
-@pytest.mark.parametrize(("kind", "config"), [("none", TINY), ("dual", SHIFTED)])
+@pytest.mark.parametrize(("kind", "config"), [pytest.param("none", TINY, marks=pytest.mark.slow), ("dual", SHIFTED)])
 def test_unrolled_layers_roll_out_as_the_scan_does(kind, config):
     # Unrolled, a rollout reads the head by columns, and the first layer's projections from a table of its 23 tokens.
     run = settings(cache=kind, temperature=1.0)

@@ -474,7 +474,7 @@ def test_bad_inputs_are_named(base):
     "changes",
     [
         {"temperature": 1.0, "threshold": 0.3},
-        {"temperature": 0.0, "strategy": "random"},
+        pytest.param({"temperature": 0.0, "strategy": "random"}, marks=pytest.mark.slow),
         pytest.param({"temperature": 1.0, "strategy": "entropy", "alg_temp": 0.5}, marks=pytest.mark.slow),
     ],
 )

@@ -103,6 +103,7 @@ def test_malformed_programs():
     assert found["failures"] == 0 and sum(found["verdicts"].values()) == 80
 
 
+@pytest.mark.slow
 def test_code_trains(tmp_path):
     """Random weights write no program: what is shown is that rows, prompts, rewards and updates go together."""
     file = tiny_run.build(tmp_path)

@@ -182,7 +182,7 @@ def check_components(name, kl):
     assert metrics[f"grad/{kl}"] > 1e-4
 
 
-@pytest.mark.parametrize("microbatch_rows", [4, 2])
+@pytest.mark.parametrize("microbatch_rows", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_micro_batches_change_nothing(microbatch_rows):
     check_split("gdsd", microbatch_rows)
 
@@ -396,7 +396,8 @@ def test_clipping_and_decay(scale, clipped):
     np.testing.assert_allclose([changes["a"][0], changes["b"][0]], [-0.1 * (1 + 1.5), -0.1 * (1 + 2.0)], rtol=1e-5)
 
 
-@pytest.mark.parametrize("trained", [adapter, pytest.param(base, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [adapter, base])
 def test_an_update_in_bfloat16_points_where_that_in_float32_does(trained):
     """Also on a CPU, whose compiler lacks some products of bfloat16 with a float32 result."""
 
