@@ -24,11 +24,23 @@ from gdsd_jax.runtime import ranges  # noqa: E402
 
 HEAD = """# Configuration
 
-This page is generated from the dataclasses by `python docs/make_configuration.py`; edit their docstrings instead.
+A config file is Python with a `get_config` that edits the locked result of `gdsd_jax.config.default()`, or that of
+another file:
 
-A config file is Python with a `get_config` that edits the locked result of `gdsd_jax.config.default()`. The command
-line overrides single settings: `--config.iterations=100`, `--config.sampler.threshold=None`,
+```python
+from gdsd_jax.config import read_config
+
+
+def get_config():
+    config = read_config("configs/tiny_sudoku.py")  # from the current directory
+    config.iterations = 3
+    return config
+```
+
+The command line overrides single settings: `--config.iterations=100`, `--config.sampler.threshold=None`,
 `--config.optimizer.learning_rate=1e-4`. An unknown setting or a value of another type ends the command with one line.
+
+This page is generated from the dataclasses by `python docs/make_configuration.py`; edit their docstrings instead.
 """
 METHOD_HEAD = """## config.settings
 

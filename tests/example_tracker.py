@@ -7,7 +7,8 @@ class CSV:
     def __init__(self, workdir, resume_step):
         path = workdir / "metrics.csv"
         kept = []
-        if resume_step is None or resume_step >= 0:  # a resumed run: lines of later steps are no longer true
+        # A resumed run keeps its lines, but those of later steps are no longer true. It may have had no tracker before.
+        if resume_step != -1 and path.exists():
             with path.open(newline="") as file:
                 kept = [row for row in csv.reader(file) if resume_step is None or int(row[0]) <= resume_step]
         self.file = path.open("w", newline="")

@@ -26,7 +26,8 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     def field(match: re.Match) -> str:
         name = match.group(1)
         if name not in row:
-            raise UserError(f"the template names {{{name}}}, but rows of this task have: {', '.join(sorted(row))}")
+            known = ", ".join(sorted(row))
+            raise UserError(f"the template names {{{name}}}, rows of this task have: {known}; see config.task.settings")
         return str(row[name])
 
     return _FIELD.sub(field, template)
