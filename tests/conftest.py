@@ -56,6 +56,19 @@ def _mesh_of_its_own():
     jax.set_mesh(NO_MESH)
 
 
+# Half of what Linux allows a process by default (vm.max_map_count).
+MOST_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_memory_maps():
+    """Compiled programs hold memory maps, and XLA crashes when a process has too many: old programs are dropped."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For modules of many small programs."""
