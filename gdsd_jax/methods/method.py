@@ -76,7 +76,10 @@ class Batch:
     @property
     def step_limit(self) -> int:
         """Returns the number of steps that the sampler may have taken, the `commit_step` of what none of them wrote."""
-        return self.sampler.step_limit if self.unwritten is None else self.unwritten
+        if self.unwritten is not None:
+            return self.unwritten
+        assert self.sampler is not None, "a batch that records steps names its sampler"
+        return self.sampler.step_limit
 
     @property
     def completion_length(self) -> int:
