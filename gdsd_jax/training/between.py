@@ -1,4 +1,4 @@
-"""What lies between the updates of a run: which rows come next, the weight of the KL, and a reference that moves."""
+"""The steps between the updates of a run: choosing rows, adapting the weight of the KL, moving the reference."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ OPTIONAL = ("extras", "extras_opt_state", "reference", "kl_scale")
 
 
 class Beside(NamedTuple):
-    """What a state holds beside the policy and its optimizer.
+    """Describes the parts of a state beside the policy and its optimizer.
 
     extras: makes what the method trains beside the policy, without arguments, or None.
     optimizer: of the extras.

@@ -86,10 +86,10 @@ _COMMANDS = (
     (re.compile(r"\\[{]"), "{"),
     (re.compile(r"\\[}]"), "}"),
     (re.compile(r"(?<=[0-9)}\]])(\s{0,3})[xX•∙](\s{0,3})(?=[0-9({\[])"), r"\1*\2"),
-    (re.compile(r"(?<=[0-9)}\]])\s{1,3}(?i:times|multiplied by)\s{1,3}(?=[0-9({\[])"), "*"),
-    (re.compile(r"(?<=[0-9)}\]])\s{1,3}(?i:divided by)\s{1,3}(?=[0-9({\[])"), "/"),
-    (re.compile(r"(?<=[0-9)}\]])\s{1,3}(?i:plus)\s{1,3}(?=[0-9({\[])"), "+"),
-    (re.compile(r"(?<=[0-9)}\]])\s{1,3}(?i:minus)\s{1,3}(?=[0-9({\[])"), "-"),
+    *(
+        (re.compile(rf"(?<=[0-9)}}\]])\s{{1,3}}(?i:{words})\s{{1,3}}(?=[0-9({{\[])"), sign)
+        for words, sign in (("times|multiplied by", "*"), ("divided by", "/"), ("plus", "+"), ("minus", "-"))
+    ),
     # A remark in parentheses, without a number.
     (re.compile(r"(?<=[0-9)}\] ])\([^()0-9]{0,80}[A-Za-z][^()0-9]{0,80}\)"), " "),
     (re.compile(r"(\\[dtc]?frac)\s{0,3}([0-9])\s{0,3}([0-9])(?![0-9])"), r"\1{\2}{\3}"),
