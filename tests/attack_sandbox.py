@@ -42,8 +42,12 @@ _USER = "1001"
 _MOUNTED = "/mnt"
 
 
-def outcomes(backend: str) -> dict[str, tuple[Verdict, list[Verdict]]]:
-    """Returns {attack or cheat: (its verdict, those of the honest program right after it in the same sandbox)}."""
+def outcomes(backend: str, every: int = 1) -> dict[str, tuple[Verdict, list[Verdict]]]:
+    """Returns {attack or cheat: (its verdict, those of the honest program right after it in the same sandbox)}.
+
+    Args:
+      every: takes one program out of so many.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile("w") as secret:
         secret.write("secret")
         secret.flush()
@@ -52,8 +56,10 @@ def outcomes(backend: str) -> dict[str, tuple[Verdict, list[Verdict]]]:
         given = f"SECRET, PORT = {secret.name!r}, {server.getsockname()[1]}\n"
         programs = {name: Program(source, (given + test,)) for name, (source, test, _) in ATTACKS.items()}
         programs |= {name: Program(source, (test,)) for name, (source, test) in CHEATS.items()}
+        programs = {name: programs[name] for name in sorted(programs)[::every]}
         endless = {name for name, (_, _, wanted) in ATTACKS.items() if Verdict.TIMED_OUT in wanted}
         endless |= {name for name in CHEATS if "for ever" in name}
+        endless &= programs.keys()
         found = {}
         for limits, names in ((SHORT, endless), (LIMITS, programs.keys() - endless)):
             queue = [each for name in sorted(names) for each in (programs[name], HONEST)]

@@ -244,6 +244,7 @@ def tree(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_failing_rewards_are_counted_and_logged_and_a_finished_run_is_left_alone(
     config_file, refused, tmp_path, monkeypatch
 ):

@@ -140,7 +140,8 @@ def test_gpus_attend_through_cudnn_where_it_has_the_kernel(monkeypatch, capabili
     assert attention.chosen(dataclasses.replace(config, hidden_size=24)) == "plain"
 
 
-@pytest.mark.parametrize(("length", "window"), [(41, None), pytest.param(40, 7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "window"), [(41, None), (40, 7)])
 def test_the_call_for_cudnn_equals_the_plain_path(monkeypatch, length, window):
     """Pads, grouped heads, odd lengths, blocks, and a window under a cache of which it sees a part."""
     monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")
@@ -171,7 +172,7 @@ def test_the_call_for_cudnn_equals_the_plain_path(monkeypatch, length, window):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("shifted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_cached_denoiser_under_the_call_for_cudnn(monkeypatch, shifted):
     """A window whose tokens the cache has seen gives the states of the full pass, for either kind of logits."""
     monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")

@@ -53,8 +53,13 @@ def separate_passes(config, base, lora, row, noisy, pads):
     return np.asarray(states)[blocks, np.arange(width)][end - LENGTH : end]
 
 
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("origin", ["sequence", "column"])
+OTHERS = ("sequence", False), ("column", False), ("column", True)
+
+
+@pytest.mark.parametrize(
+    ("origin", "shifted"),
+    [("sequence", True), *(pytest.param(*both, marks=pytest.mark.slow) for both in OTHERS)],
+)
 def test_one_pass_over_two_copies_equals_a_pass_for_each_block(origin, shifted):
     config = dataclasses.replace(CONFIG, block_origin=origin, next_token_logits=shifted)
     base, lora = policy(config)

@@ -258,9 +258,8 @@ def logits_and_gradient(config, base, lora, tokens, key):
     return logits, gradient
 
 
-@pytest.mark.parametrize(
-    "unroll", [1, pytest.param(CONFIG.num_layers, marks=pytest.mark.slow)], ids=["scanned", "unrolled"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("unroll", [1, CONFIG.num_layers], ids=["scanned", "unrolled"])
 def test_remat_changes_nothing(small, dropping, unroll):
     """With dropout on: what is recomputed in the backward pass must drop the same entries."""
     base, tokens, *_ = small

@@ -53,6 +53,7 @@ def test_entries_are_off_by_half_a_scale_at_most():
     np.testing.assert_allclose(same, scale, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_and_gradients_are_those_of_the_rounded_matrices():
     base = init_base(SMALL, jax.random.key(0))
     wide = widened(base)

@@ -80,8 +80,8 @@ def test_refreshed_at_every_step_follows_the_recorded_trace(golden, name, kind):
         np.testing.assert_array_equal(sampler.replay(rollout, config, step), tokens, err_msg=f"after step {step}")
 
 
-@pytest.mark.parametrize("unroll", [1, 3], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("config", [TINY, SHIFTED], ids=["aligned", "shifted"])
+@pytest.mark.parametrize("unroll", [pytest.param(1, marks=SLOW), 3], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("config", [TINY, pytest.param(SHIFTED, marks=SLOW)], ids=["aligned", "shifted"])
 def test_a_window_over_its_own_cache_is_a_part_of_the_whole(config, unroll):
     config = dataclasses.replace(config, num_layers=3, layer_unroll=unroll)
     base, lora = random_base(config), random_adapter(config)
@@ -110,7 +110,8 @@ def test_a_window_over_its_own_cache_is_a_part_of_the_whole(config, unroll):
     assert (window(active, 9, 12) != window(tokens, 9, 12)).any(axis=-1)[:, after:].all()
 
 
-@pytest.mark.parametrize(("kind", "config"), [pytest.param("none", TINY, marks=pytest.mark.slow), ("dual", SHIFTED)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "config"), [("none", TINY), ("dual", SHIFTED)])
 def test_unrolled_layers_roll_out_as_the_scan_does(kind, config):
     # Unrolled, a rollout reads the head by columns, and the first layer's projections from a table of its 23 tokens.
     run = settings(cache=kind, temperature=1.0)
@@ -119,8 +120,8 @@ def test_unrolled_layers_roll_out_as_the_scan_does(kind, config):
     same(roll_out(run, scanned, lora), roll_out(run, unrolled, lora))
 
 
-@pytest.mark.parametrize("mask", [PADDED, None], ids=["padded", "all real"])
-@pytest.mark.parametrize("unroll", [1, 2], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("mask", [PADDED, pytest.param(None, marks=SLOW)], ids=["padded", "all real"])
+@pytest.mark.parametrize("unroll", [pytest.param(1, marks=SLOW), 2], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("config", [TINY, SHIFTED], ids=["aligned", "shifted"])
 def test_a_cache_around_the_window_lacks_only_what_is_never_read(config, unroll, mask):
     config = dataclasses.replace(config, num_layers=2, layer_unroll=unroll)
@@ -163,7 +164,8 @@ def test_caches_are_exact_for_a_single_layer(kind, config, changes):
     assert len(np.unique(exact.commit_step)) > 1
 
 
-@pytest.mark.parametrize("kind", ["dual", pytest.param("prefix", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dual", "prefix"])
 def test_a_cache_of_several_layers_is_an_approximation_until_refreshed(kind):
     config = dataclasses.replace(TINY, num_layers=3)
     exact = roll_out(settings(), config)

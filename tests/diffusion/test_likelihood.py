@@ -61,6 +61,7 @@ def test_bound_is_the_expectation_over_all_views(policy, batch):
         assert found[row] == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.slow
 def test_bound_of_one_token_is_its_log_probability_whatever_stands_beside_it(policy, batch):
     tokens, real = (x[:1].copy() for x in batch)
     real[0, PROMPT + 1 :] = False

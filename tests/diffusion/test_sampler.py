@@ -71,7 +71,17 @@ def commits(rollout, steps):
     return (np.asarray(rollout.commit_step)[:, :, None] == np.arange(steps)).sum(1)
 
 
-@pytest.mark.parametrize("name", CASES)
+# Variants of a strategy whose plain case is in the fast tier.
+VARIANTS = {
+    "llada_c_blocks_uneven2", "llada_d_more_steps_than_tokens", "llada_h_one_step_per_block", "llada_k_trainer_leftpad",
+    "llada_l_trainer_fewer_steps_than_blocks", "dream_b_maskgit_10", "dream_e_entropy_7", "dream_g_maskgit_leftpad",
+    "dream_h_entropy_more_steps_than_tokens", "dream_k_entropy_one_step", "dream_l_margin_eps",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
+)
 def test_recorded_trace_at_every_step(checkpoints, name):
     case, trace = CASES[name], np.load(SAMPLERS / f"{name}.npz")
     config, base = checkpoints[name.split("_")[0]]
@@ -98,7 +108,7 @@ def test_recorded_trace_at_every_step(checkpoints, name):
     assert (rollout.tokens == config.mask_token_id).sum() == case["masks_left_in_final"]
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", pytest.param("dream", marks=pytest.mark.slow)])
 def test_confidence_and_padding(checkpoints, family):
     """Confidences are those of the state before the commit; more left padding changes nothing."""
     config, base = checkpoints[family]
@@ -292,6 +302,7 @@ def test_candidates_at_masked_positions_are_those_of_all(base, masked, guided):
         np.testing.assert_allclose(one[eligible], other[eligible], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_vanishing_guidance_is_none(base):
     rollouts = [
         sample(TINY, base, None, PROMPTS, None, jax.random.key(0), settings(cfg_scale=scale))
@@ -473,7 +484,7 @@ def test_bad_inputs_are_named(base):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"temperature": 1.0, "threshold": 0.3},
+        pytest.param({"temperature": 1.0, "threshold": 0.3}, marks=pytest.mark.slow),
         pytest.param({"temperature": 0.0, "strategy": "random"}, marks=pytest.mark.slow),
         pytest.param({"temperature": 1.0, "strategy": "entropy", "alg_temp": 0.5}, marks=pytest.mark.slow),
     ],

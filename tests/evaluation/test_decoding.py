@@ -10,6 +10,7 @@ from gdsd_jax import evaluate
 from gdsd_jax.evaluation import decoding
 
 
+@pytest.mark.slow
 def test_every_way_is_held_against_exact_decoding(tmp_path, monkeypatch, capsys):
     ways = {name: decoding.WAYS[name] for name in ("exact", "dual", "threshold 0.9")}
     monkeypatch.setattr(decoding, "WAYS", ways | {"refreshed": {"cache": "prefix", "refresh_every": 1}})

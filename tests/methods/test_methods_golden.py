@@ -134,7 +134,17 @@ def reader(family: str, reads: tuple) -> tuple:
     return jax.jit(read, compiler_options=QUICK), jax.jit(pull_back, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+# Families differ in what they score, methods in what they do with it: few cases show both in the fast tier.
+TWICE = ("gdsd_unsaturated", "tlc_bar_top8_mixed_kl", "espo_mixed_kl")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=[] if family == "llada" or name in TWICE else [pytest.mark.slow])
+        for family, name in CASES
+    ],
+)
 def test_scores_losses_and_gradients(family, name):
     case, given = CASES[family, name], recorded(family, name)
     config, base = model(family)

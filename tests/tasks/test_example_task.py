@@ -30,6 +30,7 @@ def test_its_own_answers_have_full_marks():
     assert task.rows("train", count=20, seed=1) == task.rows("train", count=30, seed=1)[:20]
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_evaluated(tmp_path):
     config = tiny_run.build(tmp_path)
     workdir = tmp_path / "run"

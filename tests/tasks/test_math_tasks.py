@@ -136,9 +136,8 @@ def test_normalisation_is_linear_in_hostile_text():
         assert math_task.boxed(text) is None or last_boxed(text) is None
 
 
-@pytest.mark.parametrize(
-    "name", ["gsm8k", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gsm8k_xml", "math", "math_xml"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_xml", "math", "math_xml"])
 def test_training_from_local_files(tmp_path, name):
     config = tiny_run.build(tmp_path)
     rows = WORDS if "gsm8k" in name else PROBLEMS * 2

@@ -201,6 +201,7 @@ def test_every_method(name):
         check_later_update(name)
 
 
+@pytest.mark.slow
 def test_gradient_norm_of_each_component():
     check_components("gdsd", "kl")
 
@@ -226,6 +227,7 @@ def test_metrics_of_an_update():
     assert 0 < metrics["policy/entropy"] < np.log(CONFIG.vocab_size)
 
 
+@pytest.mark.slow
 def test_a_policy_that_has_not_moved_is_not_clipped_by_its_dropout():
     """Old and new drop the same, so that their ratio is 1 however much that is; the reference drops nothing."""
     lora, schedule = adapter().replace(dropout=0.5), optax.constant_schedule(RATE)
