@@ -178,3 +178,18 @@ COMPARED = {
     "rspo": {"views": 1},
     "trafl": {"views": 1},
 }
+
+# Settings of the bench of stability. GDSD's objectives have the paper's guidance, 10 for a sequence, here of 20 tokens,
+# each in the trust region of its own public recipe, or in none.
+STABILITY = {
+    "gdsd": {"psi": 0.5},
+    "gdsd_tlc": {"psi": 0.5},
+    "gdsd_teacher": {"psi": 0.5},
+    "exact_pg": {"steps": 4, "at_once": 4},
+    "just_grpo": {"at_once": 20},
+}
+REGIONS = {
+    "open": STABILITY,
+    "own": STABILITY
+    | {name: {"psi": 0.5, "eps_low": eps, "eps_high": eps} for name, eps in (("gdsd", 4e-4), ("gdsd_tlc", 0.2))},
+}

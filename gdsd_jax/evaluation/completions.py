@@ -12,6 +12,7 @@ import numpy as np
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.diffusion import SamplerConfig, masking, sample
+from gdsd_jax.diffusion.divergence import divergence
 from gdsd_jax.diffusion.scoring import read_views
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch, common
@@ -131,21 +132,21 @@ def judge_by_all(task: Task, rows: list[dict], batches: list[Completed]) -> dict
 def reference_kl(
     config: DenoiserConfig, base: Any, lora: LoRA, tokens: jax.Array, prompt_mask: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Measures how far the adapter moved each completion's token log-probabilities from the base.
+    """Measures how far the adapter moved the distributions of each completion's tokens from the base's.
 
-    The result, `[B]` in nats per token, is the mean over tokens of `exp(-d) + d - 1` with `d = l_theta - l_ref`, read
-    in one coupled pair of views of `tokens` `[B, P+L]`, P from `prompt_mask`. It is zero where the two policies agree,
-    and estimates their KL divergence only as far as the completions are the adapted policy's own samples.
+    The result, `[B]` in nats per token, is the mean over tokens of `KL(p_theta || p_ref)`, summed over the vocabulary,
+    at the states of one coupled pair of views of `tokens` `[B, P+L]`, P from `prompt_mask`: each token is read in the
+    view that masks it.
     """
     rows, length = tokens.shape[0], tokens.shape[1] - prompt_mask.shape[1]
     masked = masking.stratified(key, rows, length, stratum=rows)
     batch = Batch(tokens, prompt_mask, jnp.ones((rows, length)), group_size=rows)
     views = common.coupled_views(masking.behind_prompt(masked, prompt_mask.shape[1])[None], batch, weighted=False)
 
-    def log_prob(lora: LoRA | None) -> jax.Array:
-        return read_views(config, base, lora, tokens, views, ("log_prob",), prompt_mask=prompt_mask)["log_prob"][0]
+    def hidden(lora: LoRA | None) -> jax.Array:
+        return read_views(config, base, lora, tokens, views, ("hidden",), prompt_mask=prompt_mask)["hidden"][0]
 
-    return jnp.mean(common.k3(log_prob(lora), log_prob(None)), axis=1)
+    return jnp.mean(divergence(config, base, hidden(lora), hidden(None)), axis=1)
 
 
 class Part(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 from tiny_run import build, command
 
+from benchmarks.side_by_side import Arm, Protocol
 from gdsd_jax import compare, evaluate, train
 from gdsd_jax.config import TrainConfig, freeze, read_config
 from gdsd_jax.diffusion.sampler import compiled_sample
@@ -244,3 +245,27 @@ def test_the_tiny_config_gives_every_method_one_protocol():
         settings = recipe.settings(**config.settings.get(name, {}))
         assert getattr(settings, "beta", 0.0) == 0.0, name
         assert getattr(settings, "views", 1) == getattr(settings, "pairs", 1) == 1, name
+
+
+@pytest.mark.slow
+def test_runs_made_side_by_side_are_those_of_train(config_file, config, tmp_path, monkeypatch):
+    """Within rounding: two seeds in one program, and one of them alone. The report trains nothing anew."""
+    text = config_file.read_text().replace("inner_updates=1", "inner_updates=2")
+    (tmp_path / "config.py").write_text(text)
+    config = dataclasses.replace(config, inner_updates=2)
+    sizes = {"iterations": None, "at_once": 2}
+    bench = tmp_path / "bench"
+    Protocol(tmp_path / "config.py", bench, [0.05], 1, math.inf, **sizes).share([Arm.of("gdsd=2")], worker=0)
+    runs = [compare.run_config(config, "gdsd", seed, 0.05) for seed in SEEDS]
+    train.train(runs[1], tmp_path / "alone")
+    together = read_metrics(bench / "own" / "seeds" / "gdsd" / "seed43")
+    for ours, theirs in zip(together, read_metrics(tmp_path / "alone"), strict=True):
+        shared = [name for name in ours if not name.startswith("time/")]
+        assert {"loss", "reward/mean", "policy/log_ratio"} <= set(shared)
+        for name in shared:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+    kept = read_metrics(bench / "own" / "tenfold" / "gdsd" / "seed42")
+    assert kept[-1]["lr"] == pytest.approx(10 * together[-1]["lr"])
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("all runs are there"))
+    table = compare.compare(config, bench / "own" / "seeds", ["gdsd"], 2, metric="cells")
+    assert table["runs_in"] == 2

@@ -10,6 +10,7 @@ import pytest
 
 from gdsd_jax.denoiser import DenoiserConfig, init_base, init_lora
 from gdsd_jax.diffusion import masking
+from gdsd_jax.diffusion.divergence import divergence
 from gdsd_jax.diffusion.scoring import Views, read_tokens, read_views, target_and_normaliser
 
 CONFIG = DenoiserConfig(
@@ -309,3 +310,17 @@ def test_memory_grows_with_the_chunk_not_with_the_vocabulary(gradient, entropy):
     assert small < logits / 7
     assert planned(gradient, 2 * VOCAB, SMALL_CHUNK, entropy) < 1.05 * small
     assert planned(gradient, VOCAB, VOCAB, entropy) > logits
+
+
+@pytest.mark.parametrize("chunk", [48, 17])
+def test_the_divergence_sums_over_the_whole_vocabulary(chunk):
+    head, hidden, _ = case(CONFIG.vocab_size)
+    other = hidden[::-1] * 3
+    dtype = dataclasses.replace(CONFIG, dtype="float32")
+    measure = jit(lambda hidden, other: divergence(dtype, {"head": head}, hidden, other, chunk=chunk))
+    z, z_other = (np.asarray(h, np.float64) @ np.asarray(head, np.float64).T for h in (hidden, other))
+    log_p, log_q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (z, z_other))
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    assert expected.min() > 0.01
+    np.testing.assert_allclose(measure(hidden, other), expected, rtol=1e-5, atol=1e-6)
+    assert (measure(hidden, hidden) == 0).all()

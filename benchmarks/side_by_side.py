@@ -1,0 +1,391 @@
+"""Makes the runs of a bench of methods in processes that share them, several runs in one compiled program if wanted.
+
+    python -m benchmarks.side_by_side --config configs/compare_stability.py --workdir runs/stability \\
+        --arms gdsd=5,espo=5,open:gdsd=5 --rates 1e-4,3e-4,1e-3 --tenfold 2 [--seconds 500] [--worker 0]
+
+This is the protocol of `configs/compare_stability.py`. An arm is a method with its number of seeds, under what follows
+the colon of `--config` (`own` if it names nothing). First come the rates on the config's own seed, in
+`WORKDIR/ARM/rate_R/METHOD/seedN`; the best of them by the final metric on the validation rows is chosen. Then come the
+seeds at that rate, in `WORKDIR/ARM/seeds`, and the first of them at ten times that rate, in `WORKDIR/ARM/tenfold`.
+
+A run makes what `gdsd_jax.train` makes of the same config, within rounding: the same prompts, draws and updates. It
+leaves the same files, without completions and with its last checkpoint only, so that `gdsd_jax.compare` with
+`--workdir WORKDIR/ARM/seeds` makes table and figure of finished runs, and `gdsd_jax.evaluate` and `gdsd_jax.meter` read
+them. Besides the evaluation of the last policy there is `passes`, its 16 samples of 64 test rows at temperature 1.
+
+Processes with the same workdir share the arms: each begins with the arm of its number, `--worker`, and then helps where
+runs are left. Finished runs are not made anew. Runs that `--seconds` stops keep the metrics that they have; before the
+same command begins anew, remove `WORKDIR/claims`. `--at_once` is the number of runs that share a program: a GPU takes
+all of them, a CPU core is as fast with one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
+from gdsd_jax.denoiser import init_lora
+from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion.sampler import compiled_sample
+from gdsd_jax.evaluation import reports
+from gdsd_jax.evaluation.comparison import state_of
+from gdsd_jax.evaluation.completions import Part, complete
+from gdsd_jax.evaluation.run import result
+from gdsd_jax.methods import Batch, Method
+from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
+from gdsd_jax.tasks.task import weighted_sum
+from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
+from gdsd_jax.train import make_evaluation, update_metrics
+from gdsd_jax.training.between import finished
+from gdsd_jax.training.optimizer import make_optimizer
+from gdsd_jax.training.record import keep_record, with_first_schedule
+from gdsd_jax.training.rollout import Prompts, completion_mask
+from gdsd_jax.training.setup import (
+    Setup,
+    checked_method,
+    encoded_rows,
+    evaluated_task,
+    known_metric,
+    load_setup,
+    resolve_task,
+    task_rows,
+)
+from gdsd_jax.training.state import TrainState, init_state, policy
+from gdsd_jax.training.update import Before, Recipe, inner_update
+
+SAMPLES, SAMPLED_ROWS, TEST_ROWS = 16, 64, 256
+
+
+class Run(NamedTuple):
+    """One run: its config, with its seed and rate, and its directory."""
+
+    config: TrainConfig
+    directory: Path
+
+
+class Programs(NamedTuple):
+    """The compiled parts of an iteration, over stacks of runs along the first axis of every argument but the base."""
+
+    start: Any
+    roll_out: Any
+    update: Any
+
+
+def scaled_by_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer whose state has one more entry, a factor of all its changes."""
+
+    def init(params: Any) -> tuple:
+        return optimizer.init(params), jnp.ones(())
+
+    def update(gradient: Any, state: tuple, params: Any = None) -> tuple:
+        changes, inner = optimizer.update(gradient, state[0], params)
+        return jax.tree.map(lambda x: state[1] * x, changes), (inner, state[1])
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_programs(config: TrainConfig, setup: Setup, method: Method, sampler: SamplerConfig) -> Programs:
+    """Compiles the parts of an iteration for runs that differ in seed and learning rate alone.
+
+    The optimizer has the config's schedule at a rate of 1, and the state's factor is the rate: changes are proportional
+    to it.
+    """
+    unit = dataclasses.replace(config.optimizer, learning_rate=1.0)
+    optimizer, schedule = make_optimizer(unit, config.iterations * config.inner_updates)
+    recipe = Recipe(
+        setup.model, method, scaled_by_state(optimizer), schedule, config.microbatch_rows, config.model.vocab_chunk,
+        config.inner_updates, config.update_rows,
+    )  # fmt: skip
+    rows = config.prompts_per_iteration * config.group_size
+
+    def start(seed: jax.Array, rate: jax.Array) -> TrainState:
+        key = stream_key(jax.random.key(seed), Stream.ADAPTER)
+        lora = init_lora(setup.model, key, **dataclasses.asdict(config.lora))
+        state = init_state(lora, recipe.optimizer, seed)
+        return state.replace(opt_state=(state.opt_state[0], rate))
+
+    def roll_out(base: Any, state: TrainState, prompts: jax.Array, mask: jax.Array) -> Any:
+        key = stream_key(state.key, Stream.ROLLOUT, state.iteration)
+        weights = policy(base, state.params)
+        return compiled_sample(setup.model, *weights, prompts, mask, key, sampler, jnp.arange(rows))
+
+    def update(base: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        before = None if method.old == "unused" else Before(state.params, state.extras)
+        step = lambda state, _: inner_update(recipe, state, base, before, batch, False)  # noqa: E731
+        state, reports = jax.lax.scan(step, state, None, length=config.inner_updates)
+        return finished(state, config.reference), reports
+
+    return Programs(
+        jax.jit(jax.vmap(start)),
+        jax.jit(jax.vmap(roll_out, in_axes=(None, 0, 0, 0))),
+        jax.jit(jax.vmap(update, in_axes=(None, 0, 0)), donate_argnums=1),
+    )
+
+
+def asked(config: TrainConfig, setup: Setup) -> Prompts:
+    """Returns the prompts of all iterations of one run, in their order, each repeated for its group."""
+    rows = task_rows(config.task, setup.task, "train", count=config.task.train_rows, seed=config.seed)
+    order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
+    count = config.prompts_per_iteration * config.iterations
+    found = encoded_rows(config, setup.task, setup.tokenizer, [rows[order[i]] for i in range(count)])
+    repeated = (np.repeat(x, config.group_size, axis=0) for x in (found.tokens, found.mask))
+    return Prompts(*repeated, [row for row in found.rows for _ in range(config.group_size)])
+
+
+class Bench:
+    """Runs of one method, with the programs and data that they share."""
+
+    def __init__(self, config: TrainConfig, deadline: float):
+        self.config, self.deadline = config, deadline
+        self.method = checked_method(config)
+        self.setup = load_setup(config)
+        self.sampler = dataclasses.replace(config.sampler, record=config.sampler.record or self.method.records)
+        self.programs = make_programs(config, self.setup, self.method, self.sampler)
+        self.prompts: dict[int, Prompts] = {}
+        self.evaluations: dict[int, Any] = {}
+
+    def train(self, runs: Sequence[Run]) -> None:
+        """Makes the runs side by side, until the deadline."""
+        config, setup = self.config, self.setup
+        for seed in {run.config.seed for run in runs}:
+            if seed not in self.prompts:
+                own = dataclasses.replace(config, seed=seed)
+                self.prompts[seed], self.evaluations[seed] = asked(own, setup), make_evaluation(own, setup)[0]
+        per_run = [self.prompts[run.config.seed] for run in runs]
+        rates = np.array([run.config.optimizer.learning_rate for run in runs], np.float32)
+        state = self.programs.start(np.array([run.config.seed for run in runs], np.int32), rates)
+        rows = config.prompts_per_iteration * config.group_size
+        for run in runs:
+            keep_record(run.directory, with_first_schedule(run.config, run.directory))
+        writers = [MetricWriter(run.directory, resume_step=-1) for run in runs]
+        failed, each = set(), range(config.inner_updates)
+        for iteration in range(1, config.iterations + 1):
+            begin = time.perf_counter()
+            part = slice((iteration - 1) * rows, iteration * rows)
+            tokens, mask = (np.stack([getattr(p, name)[part] for p in per_run]) for name in ("tokens", "mask"))
+            rollout = self.programs.roll_out(setup.base, state, tokens, mask)
+            batch, rewards = self.rewarded(rollout, mask, [p.rows[part] for p in per_run])
+            state, found = self.programs.update(setup.base, state, batch)
+            found = jax.device_get(found)
+            seconds = (time.perf_counter() - begin) / len(runs)
+            last = iteration == config.iterations
+            for index, run in enumerate(runs):
+                if index in failed:
+                    continue
+                groups = rewards[index].reshape(-1, config.group_size)
+                metrics = update_metrics([{k: v[index, n] for k, v in found.items()} for n in each])
+                metrics["lr"] *= float(rates[index])
+                failing = not np.isfinite([metrics[name] for name in ("loss", "grad/norm", "update/norm")]).all()
+                metrics |= {"reward/mean": float(groups.mean()), "reward/std": float(groups.std(1, ddof=1).mean())}
+                metrics |= {"reward/zero_spread": float((groups.std(1) < 1e-6).mean()), "time/iteration": seconds}
+                if last or iteration % config.evaluation.every == 0:
+                    held_out = self.evaluations[run.config.seed](jax.tree.map(lambda x, i=index: x[i], state))
+                    metrics |= {f"eval/{name}": value for name, value in held_out.items()}
+                # Six digits keep the files of a hundred runs small.
+                writers[index].write(iteration, {name: float(f"{value:.6g}") for name, value in metrics.items()})
+                if failing:
+                    failed.add(index)
+                    (run.directory / "diverged").mkdir()
+            if time.time() > self.deadline:
+                return
+        for index, run in enumerate(runs):
+            if index not in failed:
+                self.finish(run, jax.tree.map(lambda x, i=index: x[i], state))
+
+    def rewarded(self, rollout: Any, mask: np.ndarray, rows: list[list[dict]]) -> tuple[Batch, np.ndarray]:
+        """Returns the batch of every run, stacked, and the rewards `[runs, rows]`."""
+        setup, task = self.setup, self.setup.task
+        completions = np.asarray(rollout.tokens)[:, :, mask.shape[2] :]
+        runs, count, length = completions.shape
+        seen = completion_mask(completions.reshape(-1, length), setup.model.ends).reshape(completions.shape)
+        texts = setup.tokenizer.decode(np.where(seen, completions, setup.model.eos_token_id).reshape(-1, length))
+        components = task.rewards(texts, [row for own in rows for row in own])
+        rewards = weighted_sum(components, task.weights).reshape(runs, count)
+        columns = np.nan_to_num(np.stack([components[name] for name in task.weights], axis=1))
+        batch = Batch(
+            tokens=rollout.tokens, prompt_mask=mask, completion_mask=seen, rewards=rewards,
+            components=columns.reshape(runs, count, -1), component_weights=tuple(task.weights.items()),
+            commit_step=rollout.commit_step, confidence=rollout.confidence, log_prob=rollout.log_prob,
+            entropy=rollout.entropy, group_size=self.config.group_size, eos_token_id=setup.model.eos_token_id,
+            sampler=self.sampler,
+        )  # fmt: skip
+        return batch, rewards
+
+    def finish(self, run: Run, state: TrainState) -> None:
+        """Saves the last state of a run and evaluates it on test rows, at temperature 0 and with several samples."""
+        # Imported only here, because Orbax takes seconds to import.
+        from gdsd_jax.training.checkpoint import Checkpoints
+
+        config = with_first_schedule(run.config, run.directory)
+        whole = state.replace(opt_state=state.opt_state[0])
+        with Checkpoints(run.directory, config, whole) as checkpoints:
+            checkpoints.save(config.iterations, whole, config.iterations * config.prompts_per_iteration)
+        greedy, policy_now = greedy_sampler(config), policy(self.setup.base, state.params)
+        drawn = dataclasses.replace(greedy, temperature=1.0)
+        self.evaluate(run, policy_now, greedy, run.directory / "evaluation", rows=TEST_ROWS, samples=1)
+        self.evaluate(run, policy_now, drawn, run.directory / "passes", rows=SAMPLED_ROWS, samples=SAMPLES)
+
+    def evaluate(
+        self, run: Run, weights: tuple, sampler: SamplerConfig, output: Path, *, rows: int, samples: int
+    ) -> None:
+        """Writes the summary that `gdsd_jax.evaluate` writes of the same policy and rows."""
+        config, setup = run.config, self.setup
+        task = evaluated_task(config)
+        items = task_rows(config.task, task, "test", count=rows)
+        prompts = encoded_rows(config, task, setup.tokenizer, items)
+        repeated = (np.repeat(x, samples, axis=0) for x in (prompts.tokens, prompts.mask))
+        part = Part(task, "test", items, Prompts(*repeated, [r for r in items for _ in range(samples)]), sampler)
+        batches = list(
+            complete(
+                setup.model, *weights, part.prompts, sampler, setup.tokenizer,
+                batch_rows=min(config.evaluation.batch_rows, rows * samples),
+                key=stream_of_seed(config.seed, Stream.EVALUATION), divergence=samples == 1,
+            )
+        )  # fmt: skip
+        entry, _ = result(part, batches, samples, (1, samples) if samples > 1 else ())
+        summary = {"checkpoint": config.checkpoint, "iteration": config.iterations, "split": "test", "samples": samples}
+        output.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(summary | {"temperature": sampler.temperature, "results": [entry]}, indent=1)
+        (output / reports.SUMMARY).write_text(text + "\n")
+
+
+class Arm(NamedTuple):
+    """A method under one run of the config file, and its number of seeds."""
+
+    run: str
+    method: str
+    seeds: int
+
+    @classmethod
+    def of(cls, text: str) -> Arm:
+        name, _, seeds = text.partition("=")
+        run, colon, method = name.rpartition(":")
+        return cls(run if colon else "own", method, int(seeds))
+
+
+class Protocol:
+    """The runs of all arms, and this process's share of them.
+
+    Args:
+      file: the config file.
+      iterations: of each run; None: the config's.
+    """
+
+    def __init__(self, file: str, workdir: Path, rates: Sequence[float], tenfold: int, deadline: float, **sizes: Any):
+        self.file, self.workdir, self.rates, self.tenfold = file, workdir, rates, tenfold
+        self.deadline, self.iterations, self.at_once = deadline, sizes["iterations"], sizes["at_once"]
+        self.configs: dict[Arm, TrainConfig] = {}
+        self.benches: dict[Arm, Bench] = {}
+        self.took: dict[Arm, float] = {}
+
+    def config(self, arm: Arm) -> TrainConfig:
+        """Returns the config of an arm, without the settings of other methods."""
+        if arm in self.configs:
+            return self.configs[arm]
+        named = self.file if arm.run == "own" else f"{self.file}:{arm.run}"
+        config = freeze(TrainConfig, read_config(named))
+        own = {arm.method: dict(config.settings.get(arm.method, {}))}
+        iterations = self.iterations or config.iterations
+        self.configs[arm] = dataclasses.replace(config, method=arm.method, settings=own, iterations=iterations)
+        return self.configs[arm]
+
+    def runs(self, arm: Arm) -> list[Run]:
+        """Returns the runs of an arm that can be made: the seeds come once all rates have been tried."""
+        config = self.config(arm)
+
+        def run(part: str, seed: int, rate: float) -> Run:
+            optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+            own = dataclasses.replace(config, seed=seed, optimizer=optimizer)
+            return Run(own, self.workdir / arm.run / part / arm.method / f"seed{seed}")
+
+        tried = [run(f"rate_{rate:g}", config.seed, rate) for rate in self.rates]
+        if any(state_of(*each) == "open" for each in tried):
+            return tried
+        rate = chosen_rate(tried, known_metric(resolve_task(config), config.evaluation.best, "config.evaluation.best"))
+        if rate is None:
+            return []
+        later = [run("seeds", config.seed + n, rate) for n in range(arm.seeds)]
+        return later + [run("tenfold", config.seed + n, 10 * rate) for n in range(self.tenfold)]
+
+    def claim(self, arm: Arm) -> list[Run]:
+        """Returns up to `at_once` runs that no process has made or begun, and which are now this one's."""
+        found = []
+        for run in self.runs(arm):
+            claim = self.workdir / "claims" / "-".join(run.directory.relative_to(self.workdir).parts)
+            if len(found) < self.at_once and state_of(*run) == "open" and not claim.exists():
+                claim.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    claim.mkdir()
+                    found.append(run)
+        return found
+
+    def share(self, arms: Sequence[Arm], worker: int) -> None:
+        """Makes runs until none is left or the time is up: first those of its own arm, then those of the first arms."""
+        own = arms[worker % len(arms)]
+        while time.time() < self.deadline:
+            for arm in (own, *arms):
+                if self.took.get(arm, 0.0) > self.deadline - time.time():
+                    continue
+                if runs := self.claim(arm):
+                    own = arm
+                    break
+            else:
+                if all(state_of(*run) != "open" for arm in arms for run in self.runs(arm)):
+                    return
+                time.sleep(2.0)
+                continue
+            if own not in self.benches:
+                self.benches[own] = Bench(self.config(own), self.deadline)
+            begin = time.time()
+            self.benches[own].train(runs)
+            # The first runs of an arm include compilation.
+            self.took[own] = min(time.time() - begin, self.took.get(own, math.inf))
+            names = ", ".join(str(run.directory.relative_to(self.workdir)) for run in runs)
+            print(f"{names}: {state_of(*runs[-1])} after {time.time() - begin:.0f} s", flush=True)
+
+
+def chosen_rate(runs: Sequence[Run], metric: str) -> float | None:
+    """Returns the rate whose finished run has the highest final metric on the held-out rows; None where none has."""
+    finals = {
+        run.config.optimizer.learning_rate: read_metrics(run.directory)[-1][f"eval/{metric}"]
+        for run in runs
+        if state_of(*run) == "finished"
+    }
+    return max(finals, key=finals.__getitem__) if finals else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--arms", required=True, help="[RUN:]METHOD=SEEDS, with commas between")
+    parser.add_argument("--rates", required=True, help="learning rates, with commas between")
+    parser.add_argument("--tenfold", type=int, default=2)
+    parser.add_argument("--iterations", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--at_once", type=int, default=1)
+    parser.add_argument("--worker", type=int, default=0)
+    flags = parser.parse_args()
+    rates = [float(rate) for rate in flags.rates.split(",")]
+    deadline = time.time() + flags.seconds
+    sizes = {"iterations": flags.iterations, "at_once": flags.at_once}
+    arms = [Arm.of(text) for text in flags.arms.split(",")]
+    Protocol(flags.config, flags.workdir, rates, flags.tenfold, deadline, **sizes).share(arms, flags.worker)
+
+
+if __name__ == "__main__":
+    main()
