@@ -27,6 +27,7 @@ import dataclasses
 import json
 import math
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ from gdsd_jax.methods import Batch, Method
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.tasks.task import weighted_sum
 from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
-from gdsd_jax.train import make_evaluation, update_metrics
+from gdsd_jax.train import due, make_evaluation, update_metrics
 from gdsd_jax.training.between import finished
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.record import keep_record, with_first_schedule
@@ -113,10 +114,10 @@ def make_programs(config: TrainConfig, setup: Setup, method: Method, sampler: Sa
     rows = config.prompts_per_iteration * config.group_size
 
     def start(seed: jax.Array, rate: jax.Array) -> TrainState:
-        key = stream_key(jax.random.key(seed), Stream.ADAPTER)
-        lora = init_lora(setup.model, key, **dataclasses.asdict(config.lora))
-        state = init_state(lora, recipe.optimizer, seed)
-        return state.replace(opt_state=(state.opt_state[0], rate))
+        key = jax.random.key(seed)
+        lora = init_lora(setup.model, stream_key(key, Stream.ADAPTER), **dataclasses.asdict(config.lora))
+        state = init_state(lora, recipe.optimizer, config.seed)
+        return state.replace(opt_state=(state.opt_state[0], rate), key=key)
 
     def roll_out(base: Any, state: TrainState, prompts: jax.Array, mask: jax.Array) -> Any:
         key = stream_key(state.key, Stream.ROLLOUT, state.iteration)
@@ -192,7 +193,7 @@ class Bench:
                 failing = not np.isfinite([metrics[name] for name in ("loss", "grad/norm", "update/norm")]).all()
                 metrics |= {"reward/mean": float(groups.mean()), "reward/std": float(groups.std(1, ddof=1).mean())}
                 metrics |= {"reward/zero_spread": float((groups.std(1) < 1e-6).mean()), "time/iteration": seconds}
-                if last or iteration % config.evaluation.every == 0:
+                if last or due(iteration, config.evaluation.every):
                     held_out = self.evaluations[run.config.seed](jax.tree.map(lambda x, i=index: x[i], state))
                     metrics |= {f"eval/{name}": value for name, value in held_out.items()}
                 # Six digits keep the files of a hundred runs small.
@@ -348,10 +349,16 @@ class Protocol:
                     return
                 time.sleep(2.0)
                 continue
-            if own not in self.benches:
-                self.benches[own] = Bench(self.config(own), self.deadline)
             begin = time.time()
-            self.benches[own].train(runs)
+            try:
+                if own not in self.benches:
+                    self.benches[own] = Bench(self.config(own), self.deadline)
+                self.benches[own].train(runs)
+            except Exception:
+                # One method that fails, on a machine that is lent for minutes, must not end the others.
+                traceback.print_exc()
+                self.took[own] = math.inf
+                continue
             # The first runs of an arm include compilation.
             self.took[own] = min(time.time() - begin, self.took.get(own, math.inf))
             names = ", ".join(str(run.directory.relative_to(self.workdir)) for run in runs)
