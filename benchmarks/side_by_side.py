@@ -326,13 +326,21 @@ class Protocol:
         """Returns up to `at_once` runs that no process has made or begun, and which are now this one's."""
         found = []
         for run in self.runs(arm):
-            claim = self.workdir / "claims" / "-".join(run.directory.relative_to(self.workdir).parts)
+            claim = self.place(run)
             if len(found) < self.at_once and state_of(*run) == "open" and not claim.exists():
                 claim.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileExistsError):
                     claim.mkdir()
                     found.append(run)
         return found
+
+    def place(self, run: Run) -> Path:
+        """Returns the directory that marks a run as begun; one named `failed` in it marks that it ended by an error."""
+        return self.workdir / "claims" / "-".join(run.directory.relative_to(self.workdir).parts)
+
+    def settled(self, run: Run) -> bool:
+        """Returns whether nothing more will come of a run."""
+        return state_of(*run) != "open" or (self.place(run) / "failed").exists()
 
     def share(self, arms: Sequence[Arm], worker: int) -> None:
         """Makes runs until none is left or the time is up: first those of its own arm, then those of the first arms."""
@@ -345,7 +353,7 @@ class Protocol:
                     own = arm
                     break
             else:
-                if all(state_of(*run) != "open" for arm in arms for run in self.runs(arm)):
+                if all(self.settled(run) for arm in arms for run in self.runs(arm)):
                     return
                 time.sleep(2.0)
                 continue
@@ -357,7 +365,8 @@ class Protocol:
             except Exception:
                 # One method that fails, on a machine that is lent for minutes, must not end the others.
                 traceback.print_exc()
-                self.took[own] = math.inf
+                for run in runs:
+                    (self.place(run) / "failed").mkdir()
                 continue
             # The first runs of an arm include compilation.
             self.took[own] = min(time.time() - begin, self.took.get(own, math.inf))
