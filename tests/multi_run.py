@@ -42,6 +42,12 @@ def get_config():
 """
 
 
+def above_the_mean(candidates: Any) -> Any:
+    """A choice of groups (`config.refill.select`) that some group of every rollout fails."""
+    reward = candidates.rewards.mean(axis=1)
+    return reward - reward.mean()
+
+
 def build(directory: Path, family: str) -> Path:
     """A tiny checkpoint of a family and the config file that trains it; returns the file."""
     from gdsd_jax.families import FAMILIES

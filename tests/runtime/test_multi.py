@@ -129,6 +129,25 @@ def test_sharded_equals_unsharded(family, meshes, tmp_path):
         check_same_record(tmp_path / name, tmp_path / "whole", steps=1)
 
 
+def test_sharded_equals_unsharded_with_all_that_comes_between(tmp_path):
+    """Refilled groups, updates on parts of a rollout, a reference that moves, an adapted KL, rollouts in parts."""
+    file = multi_run.build(tmp_path, "llada")
+    # Adam turns rounding of gradients near zero into steps of the learning rate: several updates take a small one.
+    between = {
+        "iterations": 2, "inner_updates": 2, "update_rows": 8, "rollout_rows": 8, "optimizer.learning_rate": 0.002,
+        "refill.rounds": 1, "refill.prompts": 4, "refill.select": "multi_run:above_the_mean", "reference.every": 1,
+        "reference.decay": 0.5, "reference.kl_target": 1e-6,
+    }  # fmt: skip
+    for name, devices, mesh in (("one", 1, ONE), ("eight", 8, (2, 2, 2))):
+        run = flags(file, tmp_path / f"run_{name}", mesh, **between)
+        finish([(launch(devices, tmp_path / name, run, log=tmp_path / f"{name}.log"), tmp_path / f"{name}.log")])
+    check_same(read(tmp_path / "eight"), read(tmp_path / "one"))
+    check_same_record(tmp_path / "run_eight", tmp_path / "run_one", steps=2)
+    # Without a group to replace, a reference that has moved and a KL this would show nothing.
+    assert all(line["refill/rows_sampled"] > 16 for line in metrics(tmp_path / "run_one"))
+    assert metrics(tmp_path / "run_one")[-1]["policy/kl"] > 0
+
+
 MESH = (2, 2, 2)
 
 
