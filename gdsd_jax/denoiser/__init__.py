@@ -5,16 +5,16 @@ from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.forward import (
     Read,
     denoise,
-    head_weights,
     hidden_states,
     hidden_states_at,
     logits_from_hidden,
     refresh_cache,
-    repeated,
+    window_pass,
     window_states_at,
 )
 from gdsd_jax.denoiser.lora import TARGETS, LoRA, init_lora
-from gdsd_jax.denoiser.model import init_base, logical_axes, pick
+from gdsd_jax.denoiser.model import head_weights, init_base, logical_axes, pick
+from gdsd_jax.denoiser.prepared import repeated
 
 __all__ = [
     "TARGETS",
@@ -33,5 +33,6 @@ __all__ = [
     "pick",
     "refresh_cache",
     "repeated",
+    "window_pass",
     "window_states_at",
 ]

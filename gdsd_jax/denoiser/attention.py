@@ -4,7 +4,7 @@
     splash   the kernel for TPUs, see `splash`
     cudnn    flash attention of cuDNN, for whole sequences and for windows under a cache
 
-B rows, T tokens, H heads, K head size.
+B rows, T tokens, S queries, W tokens of a window, H heads, K head size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.splash import LANES, on_each_device
@@ -56,21 +56,10 @@ def cudnn(
     key: Float[Array, "B T kv K"],
     value: Float[Array, "B T kv K"],
     real: Bool[Array, "#B T"] | None,
-    cached: tuple[Float[Array, "B C kv K"], Float[Array, "B C kv K"], Bool[Array, "#B C"] | None] | None = None,
     allowed: Bool[Array, "#B S T"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Computes the same attention as `ops.attention`, with cuDNN; the softmax is float32.
-
-    In the cached keys and values the head axis follows the token axis: `[B, C, kv, K]`.
-    """
-    masks = [None if real is None else real[:, None], allowed]
-    if cached is not None:
-        more = cached[0].shape[1]
-        masks = [None if mask is None else _pad(mask, -1, more, True) for mask in masks]
-        if cached[2] is not None:
-            masks.append(jnp.pad(cached[2][:, None], ((0, 0), (0, 0), (key.shape[1], 0)), constant_values=True))
-        key, value = (jnp.concatenate(pair, axis=1) for pair in zip((key, value), cached[:2], strict=True))
-    masks = [mask for mask in masks if mask is not None]
+    """Computes the same attention as `ops.attention`, with cuDNN; the softmax is float32."""
+    masks = [mask for mask in (None if real is None else real[:, None], allowed) if mask is not None]
     if not masks:
         return on_each_device(_kernel, [query, key, value], [])
     (rows, length), total = query.shape[:2], key.shape[1]
@@ -81,9 +70,29 @@ def cudnn(
     return on_each_device(_kernel, [query, key, value], [seen])[:, :length]
 
 
-def _pad(x: Array, axis: int, count: int, value: bool = False) -> Array:
-    """Appends `count` places of one value along an axis."""
-    return jnp.pad(x, [(0, count if n == axis % x.ndim else 0) for n in range(x.ndim)], constant_values=value)
+def written(
+    cached: tuple[Float[Array, "B T kv K"], Float[Array, "B T kv K"]],
+    window: tuple[Float[Array, "B W kv K"], Float[Array, "B W kv K"]],
+    start: Int[Array, ""],
+    own: Bool[Array, "#B W"] | None,
+) -> tuple[Float[Array, "B T kv K"], ...]:
+    """Returns the keys and values of all T columns, with those of a window written over them from `start` on.
+
+    They are written where `own` is True (None: everywhere). A loop that carries the arrays writes without a copy.
+    """
+
+    def put(old: Array, new: Array) -> Array:
+        if own is not None:
+            here = jax.lax.dynamic_slice_in_dim(old, start, new.shape[1], axis=1)
+            new = jnp.where(own[..., None, None], new, here)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+
+    return tuple(map(put, cached, window))
+
+
+def _pad(x: Array, axis: int, count: int) -> Array:
+    """Appends `count` places of zeros along an axis."""
+    return jnp.pad(x, [(0, count if n == axis % x.ndim else 0) for n in range(x.ndim)])
 
 
 def _kernel(query: Array, key: Array, value: Array, seen: Array | None = None) -> Array:

@@ -157,17 +157,26 @@ def block_states(
     cache: Any,
     seen: Bool[Array, "B W"],
     rope: tuple[Array, Array],
-    real: Bool[Array, "B S"] | None = None,
+    real: Bool[Array, "B S"] | None,
+    start: Int[Array, ""],
 ) -> Any:
-    """Runs the columns of one block, which attend to each other and to the cached columns that are `seen`.
+    """Runs the columns of one block, from `start` on, which attend to each other and to the cached columns `seen`.
 
     Returns what `run` returns, keys and values included.
     """
-    return run(config, base, lora, tokens, real, rope, cache=cache, outside=seen, keep=True)
+    if attention.chosen(config) == "cudnn":
+        inside = jnp.ones(tokens.shape, bool) if real is None else real
+        seen = jax.lax.dynamic_update_slice_in_dim(seen, inside, start, axis=1)
+    return run(config, base, lora, tokens, real, rope, cache=cache, outside=seen, start=start, keep=True)
 
 
 def stored(config: DenoiserConfig, cache: Any, new: Any, start: Int[Array, ""]) -> Any:
-    """Returns the cache with the keys and values of the columns from `start` on replaced by those of `new`."""
+    """Returns the cache with the keys and values of the columns from `start` on replaced by those of `new`.
+
+    Here `new` is what `block_states` gave; under cuDNN it is the whole cache already.
+    """
+    if attention.chosen(config) == "cudnn":
+        return new
     keys, values = _token_axes(config)
 
     def store(old: KeyValues, new: KeyValues) -> KeyValues:

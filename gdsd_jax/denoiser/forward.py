@@ -1,7 +1,7 @@
 """The denoiser as pure functions of tokens: hidden states at all or some positions, with or without a cache; logits.
 
-A denoiser whose layers are all unrolled (`layer_unroll`) runs as a plain loop over them, and then its last layer
-computes only the positions that are read.
+A denoiser whose layers are all unrolled (`layer_unroll`), or whose parameters are a tuple of layers, runs as a plain
+loop over them, and then its last layer computes only the positions that are read.
 
 B rows, T tokens, D model size, V vocabulary, S positions that are read, W tokens of a window.
 """
@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gdsd_jax.denoiser import ops
+from gdsd_jax.denoiser import attention, ops
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA
-from gdsd_jax.denoiser.model import Denoiser, KeyValues, Layer, embed, linear_of, pick, precision_of, remat
+from gdsd_jax.denoiser.model import Denoiser, KeyValues, Layer, embed, head_weights, pick, precision_of, remat
+from gdsd_jax.denoiser.prepared import unstacked
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import constrain
 
@@ -40,55 +41,6 @@ def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | N
     return jnp.concatenate([prompt_mask.astype(bool), jnp.ones((batch, missing), bool)], axis=1)
 
 
-def unstacked(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any, LoRA | None]:
-    """Returns the parameters with a tuple of layers instead of stacked arrays, if all layers are unrolled.
-
-    The loop over unrolled layers takes them in this form; otherwise they are returned unchanged. The functions of this
-    module call this themselves, but a loop of many passes does it once beforehand, see `repeated`.
-    """
-
-    def split(tree: Any) -> Any:
-        if isinstance(tree["layers"], tuple):
-            return tree
-        layers = tuple(jax.tree.map(lambda p: p[n], tree["layers"]) for n in range(config.num_layers))  # noqa: B023
-        return tree | {"layers": layers}
-
-    if config.layer_unroll < config.num_layers:
-        return base, lora
-    return split(base), None if lora is None else lora.replace(weights=split(lora.weights))
-
-
-def repeated(config: DenoiserConfig, base: Any, lora: LoRA | None, tokens: int) -> tuple[Any, LoRA | None]:
-    """Returns the parameters prepared for a loop of passes over `tokens` tokens in total.
-
-    Where all layers are unrolled, this adds what needs to be computed only once. One such array is the head with the
-    vocabulary as its last axis, with which a CPU multiplies up to a third faster. If the vocabulary is smaller than
-    `tokens`, the others are the queries, keys and values of the first layer for every entry of the vocabulary.
-    """
-    base, lora = unstacked(config, base, lora)
-    if config.layer_unroll < config.num_layers:
-        return base, lora
-    # Without the barrier the compiler would put the transposition back into every product.
-    base |= {"head_columns": jax.lax.optimization_barrier(head_weights(config, base).astype(config.dtype).T)}
-    if config.vocab_size < tokens and config.num_layers > 1:
-        base |= {"first_projections": _first_projections(config, base, lora)}
-    return base, lora
-
-
-def _first_projections(config: DenoiserConfig, base: Any, lora: LoRA | None) -> dict[str, Float[Array, "V O"]]:
-    """Computes the first layer's queries, keys and values of every vocabulary entry, before they are rotated."""
-    own = {"params": base["layers"][0]} | ({} if lora is None else {"lora": lora.weights["layers"][0]})
-    x = embed(config, base["embedding"], jnp.arange(config.vocab_size)[None])
-    h = ops.rms_norm(x, own["params"]["attn_norm"], config.rms_norm_eps)
-    adapter = None if lora is None else lora.replace(weights=None)
-
-    def projected(name: str) -> Array:
-        variables = {kind: tree.get(name, {}) for kind, tree in own.items()}
-        return linear_of(config, name, adapter).apply(variables, h, False)[0]
-
-    return {name: projected(name) for name in "qkv"}
-
-
 def rope_of(config: DenoiserConfig, length: int, layout: Layout | None = None) -> tuple[Array, Array]:
     """Returns the rotation tables of the columns of a pass."""
     columns = jnp.arange(length)
@@ -106,6 +58,7 @@ def run(
     *,
     cache: Any = None,
     outside: Array | None = None,
+    start: Array | None = None,
     keep: bool = False,
     kept: Array | None = None,
     layout: Layout | None = None,
@@ -116,7 +69,8 @@ def run(
     Where all layers are unrolled, the last one runs when that function is called, and only for the places asked for.
     The function takes places in `tokens` (None: all). It gives their states after the final norm, not yet
     target-aligned, and with `keep` also the keys and values of the places `kept` (None: of all tokens). The keys and
-    values are stacked, or, where all layers are unrolled, a tuple with one entry per layer.
+    values are stacked, or, where all layers are unrolled, a tuple with one entry per layer. Under cuDNN they are those
+    of the whole `cache`, if there is one, with the tokens' own written into it from the column `start` on.
     """
     base, lora = unstacked(config, base, lora)
     adapter = None if lora is None else lora.replace(weights=None)
@@ -126,10 +80,10 @@ def run(
     def normed(x: Array) -> Array:
         return ops.rms_norm(x, base["final_norm"], config.rms_norm_eps)
 
-    if config.layer_unroll < config.num_layers:
+    if not isinstance(base["layers"], tuple):
         model = Denoiser(config, adapter, dropout, keep, layout)
         rngs = {"dropout": dropout_key} if dropout else None
-        x, key_values = model.apply(parts, tokens, real, rope, cache, outside, kept, rngs=rngs)
+        x, key_values = model.apply(parts, tokens, real, rope, cache, outside, start, kept, rngs=rngs)
         return lambda at: (normed(x if at is None else pick(x, at)), key_values)
 
     module = remat(Layer, config.remat)(config, adapter, dropout, keep, layout)
@@ -143,7 +97,7 @@ def run(
             # A function under rematerialisation takes arrays only.
             at = jnp.arange(at.start, at.stop)
         seen = None if cache is None else cache[n]
-        return module.apply(own, x, seen, real, rope, outside, kept, at, known, rngs=rngs)
+        return module.apply(own, x, seen, real, rope, outside, start, kept, at, known, rngs=rngs)
 
     x, before = embed(config, base["embedding"], tokens), []
     known = {name: jnp.take(table, tokens, axis=0) for name, table in base.get("first_projections", {}).items()}
@@ -240,10 +194,10 @@ def refresh_cache(
 
     Args:
       around: start and size of the only window that the keys and values will serve; those of the window's own tokens
-        are left out. None keeps all.
+        are left out, except under cuDNN, where the window's passes write into them. None keeps all.
     """
     length = tokens.shape[1]
-    kept = None if around is None else _around(*around, length)
+    kept = None if around is None or attention.chosen(config) == "cudnn" else _around(*around, length)
     real = real_tokens(prompt_mask, *tokens.shape)
     last = run(config, base, lora, tokens, real, rope_of(config, length), keep=True, kept=kept)
     return last(source(config, at))
@@ -269,9 +223,34 @@ def window_states_at(
     """Runs only the window of `size` tokens from position `start` on; returns a function that reads its places.
 
     The function gives target-aligned hidden states, as that of `hidden_states_at` does; places are counted from
-    `start`. Keys and values come from `cache` for positions outside the window and for positions before `frozen`; all
-    others are computed from `tokens`. With a cache of these very tokens the states equal those of `hidden_states`;
-    otherwise they are an approximation. `start` is at least 1 where raw logits predict the next token.
+    `start`. The arguments are those of `window_pass`.
+    """
+    last = window_pass(
+        config, base, lora, tokens, cache, start=start, size=size, frozen=frozen, prompt_mask=prompt_mask
+    )
+    return lambda at: last(at)[0]
+
+
+def window_pass(
+    config: DenoiserConfig,
+    base: Any,
+    lora: LoRA | None,
+    tokens: Int[Array, "B T"],
+    cache: Any,
+    *,
+    start: Int[Array, ""],
+    size: int,
+    frozen: Int[Array, ""] | None = None,
+    prompt_mask: Bool[Array, "B P"] | None = None,
+    keep: bool = False,
+) -> Callable[[At], tuple[Float[Array, "B S D"], Any]]:
+    """Runs only the window of `size` tokens from position `start` on; returns a function that reads its places.
+
+    The function gives target-aligned hidden states, and with `keep`, under cuDNN, the cache with the window's keys
+    and values in it. Places are counted from `start`. Keys and values come from `cache`
+    for positions outside the window and for positions before `frozen`; all others are computed from `tokens`. With a
+    cache of these very tokens the states equal those of `hidden_states`; otherwise they are an approximation. `start`
+    is at least 1 where raw logits predict the next token.
 
     Args:
       cache: from `refresh_cache`; without `frozen`, made with `around` set to this window; with `frozen`, made of all
@@ -290,17 +269,15 @@ def window_states_at(
     if frozen is not None:
         outside = ((positions < frozen) | (positions >= start + size))[None]
         inside = cut(~outside)
-    if real is not None:
+    if attention.chosen(config) == "cudnn":
+        # The cache has every position once, the window's own included.
+        outside = real
+    elif real is not None:
         inside = cut(real) if inside is None else inside & cut(real)
         outside = real[:, _around(start, size, length)] if outside is None else outside & real
     rope = tuple(jax.lax.dynamic_slice_in_dim(t, first, width) for t in rope_of(config, length))
-    last = run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside)
-    return lambda at: last(at)[0]
-
-
-def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
-    """Returns the rows of the output head; these are the embedding's where the two are tied."""
-    return base["embedding"] if config.tied_head else base["head"]
+    last = run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside, start=first, keep=keep)
+    return last
 
 
 def logits_from_hidden(config: DenoiserConfig, base: Any, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

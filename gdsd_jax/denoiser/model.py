@@ -59,6 +59,8 @@ def adapter_axes(into: str, out: str) -> tuple[tuple[str, str], tuple[str, str]]
 class Linear(nn.Module):
     """`x W (+ b)`, plus the adapter's product where the `lora` collection has one under this module's name.
 
+    Where that collection holds `joined`, of `prepared`, one product does both.
+
     With weights in 8 bits the kernel is int8 and has a float32 `scale` for each output channel beside it.
     """
 
@@ -82,7 +84,12 @@ class Linear(nn.Module):
         if self.bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
             addends.append(self.param("bias", bias_init, self.features[1:], jnp.float32).astype(dtype))
-        if self.adapter is not None and self.has_variable("lora", "a"):
+        if self.has_variable("lora", "joined"):
+            a, kernel = (self.get_variable("lora", name) for name in ("a", "joined"))
+            x = jnp.concatenate([x, jnp.dot(x, a, precision=precision)], axis=-1)
+            if not addends:
+                return jnp.dot(x, kernel, precision=precision)
+        elif self.adapter is not None and self.has_variable("lora", "a"):
             seen = x
             if dropout and self.adapter.dropout:
                 seen = nn.Dropout(self.adapter.dropout, deterministic=False, name="drop")(x)
@@ -104,9 +111,12 @@ class Layer(nn.Module):
     """Pre-norm block: attention and SwiGLU, each added to the residual stream.
 
     With a `cache`, `x` is a window of the tokens. It attends to itself where `real` is True and to the cache where
-    `outside` is True (None: everywhere). With `at`, places in `x` (see `pick`), queries are computed for these places
-    only, which attend to all of `x`, and only these places are returned. With `keep`, keys and values are returned too,
-    those of the places `kept` in `x` or of all. `known` holds queries, keys and values of `x` before norm and rotation,
+    `outside` is True (None: everywhere). Under cuDNN the cache has all columns; those from `start` on are replaced by
+    the window's where `real` is True, `outside` then says which of all columns are seen, and `keep` returns all.
+
+    With `at`, places in `x` (see `pick`), queries are computed for these places only, which attend to all of `x`, and
+    only these places are returned. With `keep`, keys and values are returned too, those of the places `kept` in `x` or
+    of all. `known` holds queries, keys and values of `x` before norm and rotation,
     for a caller that has them already. A `layout` restricts which columns attend to which.
     """
 
@@ -124,6 +134,7 @@ class Layer(nn.Module):
         real: Array | None,
         rope: tuple[Array, Array],
         outside: Array | None = None,
+        start: Array | None = None,
         kept: Array | None = None,
         at: slice | Array | None = None,
         known: dict[str, Array] | None = None,
@@ -149,15 +160,19 @@ class Layer(nn.Module):
             if at is not None:
                 x, h, rope = pick(x, at), pick(h, at), tuple(table[at] for table in rope)
             q = ops.rotate(heads("q", h), rope)
-            kind, cached = attention.chosen(c), None if cache is None else (*cache, outside)
+            kind = attention.chosen(c)
             if kind == "splash" and cache is None and at is None:
                 # The kernel requires as many queries as keys.
                 mixed = splash.attention(q, k, v, real, layout=self.layout)
             else:
                 allowed = None if self.layout is None else allowed_of(self.layout, k.shape[1], at)
                 if kind == "cudnn":
-                    mixed = attention.cudnn(q, k, v, real, cached, allowed)
+                    seen = real
+                    if cache is not None:
+                        (k, v), seen = attention.written(cache, (k, v), start, real), outside
+                    mixed = attention.cudnn(q, k, v, seen, allowed)
                 else:
+                    cached = None if cache is None else (*cache, outside)
                     mixed = ops.attention(q, k, v, real, precision_of(c), cached, allowed)
             if c.blind_pads and real is not None:
                 sees = jnp.broadcast_to(real, (len(x), real.shape[1]))[..., None].astype(mixed.dtype)
@@ -203,11 +218,16 @@ def embed(config: DenoiserConfig, embedding: Float[Array, "V D"], tokens: Int[Ar
     return constrain(jnp.take(embedding, tokens, axis=0).astype(config.dtype), RESIDUAL_AXES)
 
 
+def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
+    """Returns the rows of the output head; these are the embedding's where the two are tied."""
+    return base["embedding"] if config.tied_head else base["head"]
+
+
 class Denoiser(nn.Module):
     """Maps token ids to the residual stream after the last layer, and to keys and values.
 
-    `rope`, `cache`, `outside`, `keep`, `kept` and `layout` are as in `Layer`. This module declares the parameters of
-    the final norm and of the head; `forward` applies them.
+    `rope`, `cache`, `outside`, `start`, `keep`, `kept` and `layout` are as in `Layer`. This module declares the
+    parameters of the final norm and of the head; `forward` applies them.
     """
 
     config: DenoiserConfig
@@ -224,6 +244,7 @@ class Denoiser(nn.Module):
         rope: tuple[Array, Array],
         cache: KeyValues | None = None,
         outside: Array | None = None,
+        start: Array | None = None,
         kept: Array | None = None,
     ) -> tuple[Array, KeyValues | None]:
         c = self.config
@@ -236,7 +257,7 @@ class Denoiser(nn.Module):
             remat(Layer, c.remat),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 4),
+            in_axes=(0, *[nn.broadcast] * 5),
             length=c.num_layers,
             unroll=c.layer_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -244,7 +265,7 @@ class Denoiser(nn.Module):
         norm_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
         stack = layers(c, self.adapter, self.dropout, self.keep, self.layout, name="layers")
-        return stack(x, cache, real, rope, outside, kept)
+        return stack(x, cache, real, rope, outside, start, kept)
 
 
 def _init(config: DenoiserConfig, key: jax.Array) -> Any:

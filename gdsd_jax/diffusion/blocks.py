@@ -124,7 +124,7 @@ def sample_blocks(
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=-1)  # noqa: E731
         rope = rotation(cut(positions))
         behind = doubled(valid & (jnp.arange(grid.width) < start))
-        return block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, doubled(cut(valid)))
+        return block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, doubled(cut(valid)), start)
 
     def aligned(last: Any, carried: Array, offset: Array) -> Read:
         """Returns a function that gives target-aligned hidden states in the block that `last` has run.
@@ -163,7 +163,7 @@ def sample_blocks(
             around = (column < start + size) & ((column < begin) | (column >= begin + part))
             rope = rotation(begin + place)
             behind, real = doubled(valid & around), doubled(cut(valid))
-            last = block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, real)
+            last = block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, real, begin)
             return aligned(last, nothing, jnp.zeros((), jnp.int32))(place), cache
 
         masked = lax.dynamic_index_in_dim(tokens, begin, axis=1, keepdims=False) == config.mask_token_id

@@ -10,12 +10,13 @@ a fifth more tokens than windows of the exact length would. Where a window begin
 before the block stay frozen.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, pick, refresh_cache, window_states_at
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, attention, pick, refresh_cache, window_pass, window_states_at
 from gdsd_jax.diffusion.remasking import SamplerConfig
 
 
@@ -71,10 +72,11 @@ def cached_states_at(
     prompt_mask: Array | None,
     block: Array,
     settings: SamplerConfig,
-) -> Read:
-    """Returns a function that gives the hidden states at places of the region.
+) -> tuple[Read, Any]:
+    """Returns a function that gives the hidden states at places of the region, and the cache for the next step.
 
-    Inside the window they are computed from `tokens` [B, T]; outside it they are the refreshed `hidden`.
+    Inside the window the states are computed from `tokens` [B, T]; outside it they are the refreshed `hidden`. The
+    cache is the one that was given, except under cuDNN, where with "dual" the window's keys and values are in it.
     """
     length, active = settings.completion_length, block * settings.block_length
     prompt_length = tokens.shape[1] - length
@@ -88,7 +90,14 @@ def cached_states_at(
         )  # fmt: skip
 
     if size == settings.block_length and settings.cache == "dual":
-        return window(active, size)
+        if attention.chosen(config) == "cudnn":
+            last = window_pass(
+                config, base, lora, tokens, cache,
+                start=prompt_length + active, size=size, prompt_mask=prompt_mask, keep=True,
+            )  # fmt: skip
+            found, cache = last(slice(0, size))
+            return functools.partial(pick, found), cache
+        return window(active, size), cache
 
     def states(width: int) -> Array:
         """Computes the region's states with a window of this width.
@@ -104,4 +113,4 @@ def cached_states_at(
     widths = window_lengths(settings)
     reaching = sum((width >= length - active).astype(jnp.int32) for width in widths)
     found = lax.switch(reaching - 1, [lambda width=width: states(width) for width in widths])
-    return lambda place: pick(found, place)
+    return functools.partial(pick, found), cache

@@ -11,6 +11,7 @@ fixed number of tokens per step; a time schedule with a confidence ordering), Fa
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +158,8 @@ def unmask(
         return more
 
     # Each step runs at least one block.
-    base, lora = repeated(config, base, lora, tokens=limit * rows * settings.block_length)
+    cached = settings.cache != "none"
+    base, lora = repeated(config, base, lora, tokens=limit * rows * settings.block_length, cached=cached)
     keys = row_keys(key, rows, numbers)
     write = functools.partial(commit, config, base, keys, settings)
 
@@ -176,22 +178,25 @@ def unmask(
     def refreshed_steps(state: State) -> State:
         """Takes a full step and the cached steps up to the next full one.
 
-        The cache is a constant of the loop over cached steps, and so is never copied.
+        The cache is never copied: it is a constant of the loop over cached steps, or each step writes into it.
         """
         with jax.named_scope("refresh"):
             inputs, mask = passes(config, settings, state.tokens, prompt_mask)
             hidden, cache = refresh(config, base, lora, inputs, mask, state.block, settings)
 
-        def cached_step(state: State) -> State:
+        def cached_step(loop: tuple[State, Any]) -> tuple[State, Any]:
+            state, cache = loop
             with jax.named_scope("denoise"):
                 inputs, _ = passes(config, settings, state.tokens, prompt_mask)
-                read = cached_states_at(config, base, lora, hidden, cache, inputs, mask, state.block, settings)
-            return write(state, read)
+                read, cache = cached_states_at(config, base, lora, hidden, cache, inputs, mask, state.block, settings)
+            return write(state, read), cache
 
-        def fresh_enough(state: State) -> Array:
+        def fresh_enough(loop: tuple[State, Any]) -> Array:
+            state, _ = loop
             return unfinished(state) & (state.step_in_block % (settings.refresh_every or settings.steps_per_block) > 0)
 
-        return lax.while_loop(fresh_enough, cached_step, write(state, functools.partial(pick, hidden)))
+        first = write(state, functools.partial(pick, hidden))
+        return lax.while_loop(fresh_enough, cached_step, (first, cache))[0]
 
     step = exact_step if settings.cache == "none" else refreshed_steps
     end = lax.while_loop(unfinished, step, start)

@@ -221,15 +221,21 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fitted_spec(mesh, axes, x.shape))
 
 
+def alone() -> bool:
+    """Tells whether programs are for a single device: no mesh is set, or one of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def gathered(weights: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Gathers parameters with these logical axes along fsdp, for the product that reads them next.
 
     If a matrix is cut along the axis that a product contracts, the TPU compiler passes shards around in a loop, which
     reads and writes the whole result once for each shard and adds partial sums in the result's dtype.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if alone():
         return weights
+    mesh = jax.sharding.get_abstract_mesh()
     # The first constraint keeps the parameters as they lie. In the backward pass it comes last and scatters the
     # gradient, which is summed over the shards, over them again.
     weights = jax.lax.with_sharding_constraint(weights, fitted_spec(mesh, axes, weights.shape))

@@ -21,6 +21,7 @@ from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig, attention
 from gdsd_jax.denoiser.lora import target_shapes
+from gdsd_jax.denoiser.prepared import SHARE
 from gdsd_jax.methods import Batch, Method
 from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
@@ -39,7 +40,8 @@ POLICIES = ("none", "dots", "full")
 class Place(NamedTuple):
     """One device among others: its bytes of memory, the devices along each axis of the mesh, and the attention's kind.
 
-    kernel: whether attention is a fused kernel, which never holds a matrix of scores.
+    kernel: whether attention is a fused kernel, which never holds a matrix of scores. apart: whether a rollout under a
+    cache copies the layers where they fit twice, see `denoiser.prepared`.
     """
 
     memory: int
@@ -47,6 +49,7 @@ class Place(NamedTuple):
     fsdp: int
     tensor: int
     kernel: bool
+    apart: bool = False
 
     @property
     def rows(self) -> int:
@@ -78,13 +81,17 @@ class Sizes(NamedTuple):
         """Returns the parameters of the matrices of one layer."""
         return sum(i * o for i, o in target_shapes(self.model).values())
 
+    @property
+    def _stored(self) -> int:
+        """Returns the bytes of an entry of a layer's matrices."""
+        return 1 if self.config.model.weights == "int8" else self._width
+
     def resident(self) -> float:
         """Estimates what stays in memory: base, trained parameters, moments, two gradients, the old policy."""
         c, m, cut = self.config, self.model, self.place.fsdp * self.place.tensor
         tables = m.vocab_size * m.hidden_size * (1 if m.tied_head else 2)
         layers = m.num_layers * self._layer
-        small = c.model.weights == "int8"
-        base = layers * (1 if small else self._width) + tables * self._width
+        base = layers * self._stored + tables * self._width
         if c.lora.rank:
             targets = target_shapes(m)
             trained = m.num_layers * c.lora.rank * sum(sum(targets[name]) for name in c.lora.targets)
@@ -117,7 +124,10 @@ class Sizes(NamedTuple):
         row = self._working(gradient=False) + read * m.vocab_size * 4 * 0.6 / self.place.tensor
         if s.cache != "none" or m.block_size is not None:
             row += 2 * m.num_layers * self._tokens * m.num_kv_heads * m.head_dim * self._width / self.place.tensor
-        return self.resident() + self.gathered() + local * row
+        copied = m.num_layers * self._layer * self._stored / (self.place.fsdp * self.place.tensor)
+        if s.cache == "none" or not self.place.apart or copied > SHARE * self.place.memory:
+            copied = 0
+        return self.resident() + self.gathered() + copied + local * row
 
     def update(self, rows: int, remat: str) -> float:
         """Estimates an update in micro-batches of `rows` rows, with all that lives beside it."""
@@ -187,8 +197,8 @@ def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Pl
 def place_of(mesh: Mesh, model: DenoiserConfig, memory: int) -> Place:
     """Returns what one device of a mesh is to the estimates."""
     with jax.set_mesh(mesh):
-        kernel = attention.chosen(model) != "plain"
-    return Place(memory, *(mesh.shape[axis] for axis in AXES), kernel)
+        kind = attention.chosen(model)
+    return Place(memory, *(mesh.shape[axis] for axis in AXES), kind != "plain", kind == "cudnn")
 
 
 def fitted_to_devices(config: TrainConfig, method: Method, plan: Mapping[str, Any]) -> TrainConfig:

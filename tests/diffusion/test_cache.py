@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdsd_jax.denoiser import DenoiserConfig, hidden_states, init_base, init_lora, refresh_cache, window_states_at
+from gdsd_jax.denoiser import (
+    DenoiserConfig,
+    attention,
+    hidden_states,
+    init_base,
+    init_lora,
+    prepared,
+    refresh_cache,
+    window_states_at,
+)
 from gdsd_jax.diffusion import SamplerConfig, cache, sample, sampler
 from gdsd_jax.hub import load_checkpoint
 from gdsd_jax.runtime.errors import UserError
@@ -118,6 +127,28 @@ def test_unrolled_layers_roll_out_as_the_scan_does(kind, config):
     scanned, unrolled = (dataclasses.replace(config, num_layers=2, layer_unroll=n) for n in (1, 2))
     lora = random_adapter(scanned)
     same(roll_out(run, scanned, lora), roll_out(run, unrolled, lora))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(TINY, "dual"), pytest.param(SHIFTED, "dual", marks=SLOW), pytest.param(TINY, "prefix", marks=SLOW)],
+)
+def test_layers_apart_over_one_cache_roll_out_as_the_scan_does(monkeypatch, config, kind):
+    """On an NVIDIA GPU: each layer's matrices with the adapter below them, and windows written into the cache."""
+    monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")
+    run = settings(cache=kind, refresh_every=3, temperature=1.0)
+    config = dataclasses.replace(config, num_layers=2)
+    lora, fused = random_adapter(config), dataclasses.replace(config, attention="cudnn")
+    base, adapter = prepared.repeated(fused, random_base(config), lora, 1, cached=True)
+    assert len(base["layers"]) == len(adapter.weights["layers"]) == 2
+    assert {name: own["joined"].shape[0] for name, own in adapter.weights["layers"][1].items()} == {
+        "q": 18, "k": 18, "v": 18, "down": 18,
+    }  # fmt: skip
+    same(roll_out(run, fused, lora), roll_out(run, config, lora))
+    monkeypatch.setattr(prepared, "SHARE", 1e-9)
+    monkeypatch.setattr(prepared, "_memory", lambda: 1e9)
+    stacked, _ = prepared.repeated(fused, random_base(config), lora, 1, cached=True)
+    assert isinstance(stacked["layers"], dict)
 
 
 @pytest.mark.parametrize("mask", [PADDED, pytest.param(None, marks=SLOW)], ids=["padded", "all real"])
