@@ -8,7 +8,7 @@ run, counted without recomputation. Medians over turns, each waited for; compila
 
     product   a square matrix product, and a copy
     full      a whole sampler step, 32 rows: all tokens through the layers, the head on the block, a token drawn
-    dual      the same under a cache of all around the block
+    dual      a step of a rollout under a cache of all around the block: many steps in a loop, less few
     update    an inner update, 8 rows: one coupled pair of views, KL to the base
     disk      export of the checkpoint (16 GB) and its loading
     train     `gdsd_jax.train` on that checkpoint for two iterations, then `gdsd_jax.export`; needs `disk` before

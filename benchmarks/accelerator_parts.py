@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from gdsd_jax.config import OptimizerConfig
-from gdsd_jax.denoiser import TARGETS, hidden_states_at, init_base, init_lora, refresh_cache, window_states_at
+from gdsd_jax.denoiser import TARGETS, hidden_states_at, init_base, init_lora, pick, repeated
 from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion.cache import cached_states_at, refresh
 from gdsd_jax.diffusion.proposals import propose
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK
+from gdsd_jax.diffusion.step import beginning, row_keys
+from gdsd_jax.diffusion.step import commit as write
 from gdsd_jax.hub import export_checkpoint, load_checkpoint, names, tiny
 from gdsd_jax.hub.published import LLADA_8B
 from gdsd_jax.methods import Batch, build
@@ -137,7 +140,9 @@ def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict
     model, base, lora, tokens, mask = shapes
     model = dataclasses.replace(model, remat="none")
     rows, length = tokens.shape
-    settings = SamplerConfig(sizes.completion, sizes.completion, sizes.block, "low_confidence", temperature=1.0)
+    settings = SamplerConfig(
+        sizes.completion, sizes.completion, sizes.block, "low_confidence", temperature=1.0, cache="dual"
+    )
     start, places = jnp.int32(sizes.prompt + sizes.block), jnp.arange(sizes.block)
     uniform = jax.random.uniform(jax.random.key(3), (rows, sizes.block, 2))
     counted = flops.Model(model, sizes.rank, TARGETS)
@@ -152,18 +157,22 @@ def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict
         return commit(base, read(start + places), uniform)
 
     @jax.jit
-    def refreshed(base: Any, lora: Any, tokens: jax.Array, mask: jax.Array, start: jax.Array) -> Any:
-        around = start, sizes.block
-        return refresh_cache(model, base, lora, tokens, places, around=around, prompt_mask=mask)[1]
+    def cached_steps(base: Any, lora: Any, tokens: jax.Array, mask: jax.Array, count: jax.Array) -> Any:
+        """A refresh of the second block and so many cached steps, as in a rollout of one more block."""
+        base, lora = repeated(model, base, lora, tokens=rows * length, cached=True)
+        state = beginning(model, settings, tokens, settings.step_limit)._replace(block=jnp.int32(1))
+        keys = row_keys(jax.random.key(3), rows, None)
+        hidden, cache = refresh(model, base, lora, tokens, mask, state.block, settings)
+        first = write(model, base, keys, settings, state, functools.partial(pick, hidden))
 
-    @jax.jit
-    def dual(
-        base: Any, lora: Any, tokens: jax.Array, mask: jax.Array, cache: Any, start: jax.Array, uniform: jax.Array
-    ) -> tuple:
-        read = window_states_at(
-            model, base, lora, tokens, cache, start=start, size=sizes.block, prompt_mask=mask
-        )
-        return commit(base, read(places), uniform)
+        def step(loop: tuple) -> tuple:
+            state, cache = loop
+            read, cache = cached_states_at(
+                model, base, lora, hidden, cache, state.tokens, mask, state.block, settings
+            )
+            return write(model, base, keys, settings, state, read), cache
+
+        return jax.lax.while_loop(lambda loop: loop[0].step <= count, step, (first, cache))[0].tokens
 
     def run_full() -> dict[str, Any]:
         return timed(lambda: full(base, lora, tokens, mask, start, uniform), sizes.turns) | {
@@ -171,10 +180,16 @@ def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict
         }  # fmt: skip
 
     def run_dual() -> dict[str, Any]:
-        cache = jax.block_until_ready(refreshed(base, lora, tokens, mask, start))
-        needed = counted.forward(rows, length, window=sizes.block) + head
-        work = lambda: dual(base, lora, tokens, mask, cache, start, uniform)  # noqa: E731
-        return timed(work, 4 * sizes.turns) | {"rows": rows, "flops_needed": needed}
+        """One cached step, from the difference of many and few of them."""
+        # The head is for what is still masked, on average half of the block.
+        needed = counted.forward(rows, length, window=sizes.block) + head / 2
+        few, many = 1, sizes.block - 2
+        some, more = (
+            timed(lambda: cached_steps(base, lora, tokens, mask, jnp.int32(count)), sizes.turns)  # noqa: B023
+            for count in (few, many)
+        )
+        taken = {key: (more[key] - some["seconds"]) / (many - few) for key in ("seconds", "worst_seconds")}
+        return {"first_seconds": some["first_seconds"]} | taken | {"rows": rows, "flops_needed": needed}
 
     yield "full", run_full
     yield "dual", run_dual

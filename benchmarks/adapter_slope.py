@@ -18,7 +18,7 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -71,8 +71,9 @@ def scorer(config: DenoiserConfig, base: Any, rows: int) -> tuple[Callable, Call
     def scores(base: Any, lora: Any) -> jax.Array:
         return read_views(config, base, lora, tokens, views, ("log_prob",), chunk=config.vocab_size)["log_prob"][0]
 
-    gradient = jax.grad(lambda lora, base: jnp.sum(advantages * scores(base, lora)))
-    return jax.jit(functools.partial(scores, base)), jax.jit(lambda lora: gradient(lora, base))
+    compiled = jax.jit(jax.grad(lambda lora, base: jnp.sum(advantages * scores(base, lora))))
+    # The base is an argument of the programs: as a constant in them the compiler would spend minutes on it.
+    return functools.partial(jax.jit(scores), base), lambda lora: compiled(lora, base)
 
 
 def slope(seen: np.ndarray, true: np.ndarray) -> tuple[float, float]:
@@ -114,10 +115,9 @@ def merged(base: Any, lora: Any, dtype: Any) -> Any:
 
 def merged_slopes(
     layers: int, width: int, rows: int, updates: Sequence[int], rate: float
-) -> dict[str, dict[int, tuple[float, float]]]:
-    """`{"export dtype, computed in dtype": {updates: (slope, error)}}`."""
+) -> Iterator[tuple[str, dict[int, tuple[float, float]]]]:
+    """Yields `"export dtype, computed in dtype", {updates: (slope, error)}`."""
     base, adapters, expected = trained(layers, width, rows, updates, rate)
-    found = {}
     for stored, computed in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16"),
                              ("float32", "float32")):  # fmt: skip
         config = model(layers, width, computed)
@@ -126,23 +126,20 @@ def merged_slopes(
             for count, lora in adapters.items()
         }
         name = f"merged in {stored}, computed in {computed}"
-        found[name] = {n: slope(values[n] - values[0], expected[n] - expected[0]) for n in updates}
-    return found
+        yield name, {n: slope(values[n] - values[0], expected[n] - expected[0]) for n in updates}
 
 
 def slopes(
     layers: int, width: int, rows: int, updates: Sequence[int], rate: float, ways: Sequence[str] = tuple(WAYS)
-) -> dict[str, dict[int, tuple[float, float]]]:
-    """`{way: {updates: (slope, error)}}`."""
+) -> Iterator[tuple[str, dict[int, tuple[float, float]]]]:
+    """Yields `way, {updates: (slope, error)}`."""
     base, adapters, expected = trained(layers, width, rows, updates, rate)
-    found = {}
     for way in ways:
         ops.product_plus = WAYS[way]
         seen, _ = scorer(model(layers, width, "bfloat16"), base, rows)
         values = {count: np.asarray(seen(lora)) for count, lora in adapters.items()}
-        found[way] = {n: slope(values[n] - values[0], expected[n] - expected[0]) for n in updates}
-    ops.product_plus = WAYS[next(iter(WAYS))]
-    return found
+        ops.product_plus = WAYS[next(iter(WAYS))]
+        yield way, {n: slope(values[n] - values[0], expected[n] - expected[0]) for n in updates}
 
 
 def seconds(work: Callable[[], Any], turns: int = 20) -> float:
@@ -182,14 +179,14 @@ def main() -> None:
     updates = [int(count) for count in given.updates.split(",")]
     print(f"{jax.devices()[0].device_kind}, {given.layers} layers, width {given.width}, rate {given.rate:g}")
     work = merged_slopes if given.merged else slopes
-    found = work(given.layers, given.width, given.rows, updates, given.rate)
-    print("| way | " + " | ".join(f"{n} updates" for n in updates) + " |\n|" + "---|" * (len(updates) + 1))
-    for way, by_count in found.items():
-        print(f"| {way} | " + " | ".join(f"{by_count[n][0]:.3f} +- {by_count[n][1]:.3f}" for n in updates) + " |")
+    print("| way | " + " | ".join(f"{n} updates" for n in updates) + " |\n|" + "---|" * (len(updates) + 1), flush=True)
+    for way, by_count in work(given.layers, given.width, given.rows, updates, given.rate):
+        cells = " | ".join(f"{by_count[n][0]:.3f} +- {by_count[n][1]:.3f}" for n in updates)
+        print(f"| {way} | {cells} |", flush=True)
     if given.products:
         for size in ((4096, 4096), (4096, 12288), (12288, 4096)):
             for way, taken in product_seconds(8192, size, 128).items():
-                print(f"8192 rows through {size[0]} x {size[1]}, {way}: {1e3 * taken:.3f} ms")
+                print(f"8192 rows through {size[0]} x {size[1]}, {way}: {1e3 * taken:.3f} ms", flush=True)
 
 
 if __name__ == "__main__":

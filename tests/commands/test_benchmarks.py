@@ -92,7 +92,7 @@ def test_spread_is_half_the_distance_of_the_quartiles():
 @pytest.mark.slow
 def test_bfloat16_sees_an_adapter_from_its_first_update_on():
     """At the recipes' learning rate; with the base's product rounded first it is 0.09 and 0.21."""
-    found = adapter_slope.slopes(6, 256, 32, (1, 8), 3e-6, ways=("once, float32 sum",))["once, float32 sum"]
+    found = dict(adapter_slope.slopes(6, 256, 32, (1, 8), 3e-6, ways=("once, float32 sum",)))["once, float32 sum"]
     for updates, (slope, error) in found.items():
         assert slope > 0.9 and error < 0.1, (updates, slope, error)
 

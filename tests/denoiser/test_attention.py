@@ -150,7 +150,7 @@ def test_the_call_for_cudnn_equals_the_plain_path(monkeypatch, length, window):
     if window is None:
         blocks = allowed_of(Layout(size=8, clean=length), length, None)
         plain = lambda *qkv: ops.attention(*qkv, real, jax.lax.Precision.HIGHEST, None, blocks)  # noqa: E731
-        call = lambda *qkv: attention.cudnn(*qkv, real, None, blocks)  # noqa: E731
+        call = lambda *qkv: attention.cudnn(*qkv, real, blocks)  # noqa: E731
     else:
         q, weight = q[:, :window], weight[:, :window]
 
