@@ -1,6 +1,6 @@
 """The 8B shape on whatever accelerator is there: steps, update, disk, and two iterations of a run.
 
-    python -m benchmarks.accelerator --workdir DIR [--parts product,full,dual,update,disk,train] [--json FILE]
+    python -m benchmarks.accelerator --workdir DIR [--parts product,full,dual,update,torch,disk,train] [--json FILE]
 
 Random weights of LLaDA-8B's shape in bfloat16, LoRA of rank 128 on all seven matrices, prompt 400 (a part of it pads),
 completion 256, blocks of 32. Utilisation is the share of the device's own large matrix product, measured in the same
@@ -10,6 +10,7 @@ run, counted without recomputation. Medians over turns, each waited for; compila
     full      a whole sampler step, 32 rows: all tokens through the layers, the head on the block, a token drawn
     dual      a step of a rollout under a cache of all around the block: many steps in a loop, less few
     update    an inner update, 8 rows: one coupled pair of views, KL to the base
+    torch     the lean step and the update in PyTorch (`benchmarks.torch_steps`), where it is installed
     disk      export of the checkpoint (16 GB) and its loading
     train     `gdsd_jax.train` on that checkpoint for two iterations, then `gdsd_jax.export`; needs `disk` before
 
@@ -21,6 +22,7 @@ ten minutes on an H100.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("product", "full", "dual", "update", "disk", "train")
+PARTS = ("product", "full", "dual", "update", "torch", "disk", "train")
 # Those that share a process, and so the weights.
 TOGETHER = ("product", "full", "dual", "update", "disk")
 TINY_RUN = (
@@ -85,7 +87,7 @@ def together(wanted: list[str], tiny: bool, attention: str, workdir: Path) -> It
             try:
                 yield {"part": name} | work[name]()
             except Exception as error:
-                yield {"part": name, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                yield {"part": name, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
 
 
 def line(row: dict[str, Any], peak: float | None) -> str:
@@ -132,18 +134,27 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if flags.json:
             flags.json.write_text(json.dumps(rows, indent=1) + "\n")
 
-    shared = [part for part in TOGETHER if part in wanted]
-    if shared:
-        own = [f"--parts={','.join(shared)}", f"--workdir={flags.workdir}", f"--attention={flags.attention}"]
+    def follow(part: str, module: str, *arguments: str) -> None:
+        """Runs a module in a process of its own, and reports the rows that it prints as they come."""
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.accelerator", *own, "--inside", *["--tiny"] * flags.tiny],
+            [sys.executable, "-m", module, *arguments, *["--tiny"] * flags.tiny],
             cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"},
         )  # fmt: skip
         for text in child.stdout:
             if text.startswith("{"):
                 report(json.loads(text))
         if child.wait():
-            report({"part": ",".join(shared), "error": f"the process ended with exit code {child.returncode}"})
+            report({"part": part, "error": f"the process ended with exit code {child.returncode}"})
+
+    shared = [part for part in TOGETHER if part in wanted]
+    if shared:
+        own = [f"--parts={','.join(shared)}", f"--workdir={flags.workdir}", f"--attention={flags.attention}"]
+        follow(",".join(shared), "benchmarks.accelerator", *own, "--inside")
+    if "torch" in wanted:
+        if all(importlib.util.find_spec(name) for name in ("torch", "peft")):
+            follow("torch", "benchmarks.torch_steps")
+        else:
+            print("torch: PyTorch or PEFT is not installed here", flush=True)
     if "train" in wanted:
         try:
             report({"part": "train"} | train(flags.workdir, flags.tiny))

@@ -107,3 +107,14 @@ def test_the_bench_for_accelerators_reports_every_part(tmp_path):
     for row in rows[1:4]:
         assert row["flops_needed"] > 0 and 0 < row["seconds"] <= row["worst_seconds"] < row["first_seconds"]
     assert rows[-1]["export_seconds"] > 0 and "iteration 2" in rows[-1]
+
+
+@pytest.mark.slow
+def test_the_bench_for_accelerators_times_pytorch_beside_ours(tmp_path):
+    pytest.importorskip("peft")
+    rows = accelerator.main(["--tiny", f"--workdir={tmp_path}", "--parts=product,torch"])
+    assert [row["part"] for row in rows[1:]] == [
+        "torch step, eager", "torch step, compiled", "torch step with LoRA, eager", "torch step with LoRA, compiled",
+        "torch update",
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 for row in rows[1:])
