@@ -343,10 +343,13 @@ class Protocol:
         return state_of(*run) != "open" or (self.place(run) / "failed").exists()
 
     def share(self, arms: Sequence[Arm], worker: int) -> None:
-        """Makes runs until none is left or the time is up: first those of its own arm, then those of the first arms."""
+        """Makes runs until none is left or the time is up.
+
+        It begins with its own arm. Later it prefers the first of the arms whose programs it has compiled already.
+        """
         own = arms[worker % len(arms)]
         while time.time() < self.deadline:
-            for arm in (own, *arms):
+            for arm in (*(arm for arm in arms if arm in self.benches), own, *arms):
                 if self.took.get(arm, 0.0) > self.deadline - time.time():
                     continue
                 if runs := self.claim(arm):
