@@ -163,7 +163,7 @@ def test_the_call_for_cudnn_equals_the_plain_path(monkeypatch, length, window):
 
         def call(q, k, v):
             stale = (x.at[:, -window:].set(3.0) for x in (k, v))
-            keys, values = attention.written(tuple(stale), split(k, v)[:2], length - window, None)
+            keys, values = attention.written(tuple(stale), split(k, v)[:2], jnp.int32(length - window), None)
             return attention.cudnn(q, keys, values, real)
 
         real = real.at[:, -window:].set(True)
