@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdsd_jax.denoiser import DenoiserConfig, denoise, init_base
+from gdsd_jax.denoiser import DenoiserConfig, attention, denoise, init_base
 from gdsd_jax.diffusion import SamplerConfig, sample
 from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.diffusion.sampler import replay
@@ -76,6 +76,21 @@ def test_every_commit_is_what_a_pass_without_a_cache_gives(settings, shifted, te
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "shifted"), [(STATIC, False), (dataclasses.replace(FAST, cache="dual"), True)])
+def test_the_call_for_cudnn_writes_the_same(monkeypatch, settings, shifted):
+    """There a block is written into the cache that it attends to."""
+    monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")
+    config = dataclasses.replace(CONFIG, next_token_logits=shifted)
+    plain, fused = (
+        sample(dataclasses.replace(config, attention=kind), base(), None, PROMPTS, REAL, jax.random.key(3), settings)
+        for kind in ("plain", "cudnn")
+    )
+    np.testing.assert_array_equal(fused.tokens, plain.tokens)
+    np.testing.assert_array_equal(fused.commit_step, plain.commit_step)
+    np.testing.assert_allclose(fused.confidence, plain.confidence, atol=1e-5)
+
+
 def test_rows_do_not_depend_on_their_neighbours():
     """A row alone, without its pads, writes what it writes beside rows with longer prompts."""
     together = sample(CONFIG, base(), None, PROMPTS, REAL, jax.random.key(3), STATIC)
