@@ -11,6 +11,7 @@ the whole family of processes; rewards run beside the trainer, so with several `
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -66,7 +67,18 @@ def prepare(job: measure.Job) -> measure.Contest:
         for completion, row in pairs:
             plain(completion, row)
 
-    return measure.Contest(inline if job.variant == "inline" else lambda: task.rewards(completions, rows))
+    turns = itertools.count()
+
+    def rewards() -> None:
+        if job.workload != "code":
+            task.rewards(completions, rows)
+            return
+        # Programs that were judged before keep their verdict, so that every turn has programs of its own.
+        turn = next(turns)
+        fresh = [text.replace("```python\n", f"```python\n# {turn}.{n}\n") for n, text in enumerate(completions)]
+        task.rewards(fresh, rows)
+
+    return measure.Contest(inline if job.variant == "inline" else rewards)
 
 
 BENCH = measure.Bench(

@@ -110,27 +110,46 @@ def score(completion: str, row: Row, backend: str | None = None) -> dict[str, fl
     Each test runs after the program in a fresh namespace.
     """
     form, found = found_program(completion, row)
-    return {"format": form, "tests": _passed([found], backend) if form == 1.0 else 0.0}
+    return {"format": form, "tests": _passed(found, backend) if form == 1.0 else 0.0}
 
 
 def measure(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
     """Returns whether all tests pass."""
-    return {"passed": float(_passed([found_program(completion, row)[1]], backend) == 1.0)}
+    return {"passed": float(_passed(found_program(completion, row)[1], backend) == 1.0)}
 
 
 def public_score(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
     """Scores as `score` does, but accepts a program only in a single block, fenced as `python`, at the end."""
     form = format_reward(completion)
-    return {"format": form, "tests": _passed([program(fenced(completion), row)], backend) if form == 1.0 else 0.0}
+    return {"format": form, "tests": _passed(program(fenced(completion), row), backend) if form == 1.0 else 0.0}
 
 
 def public_measure(completion: str, row: Row, backend: str | None = None) -> dict[str, float]:
     """Returns whether all tests pass."""
-    return {"passed": float(_passed([program_from(completion, row)], backend) == 1.0)}
+    return {"passed": float(_passed(program_from(completion, row), backend) == 1.0)}
 
 
-def _passed(judged: list[Program], backend: str | None) -> float:
-    (verdicts,) = sandbox.judge(judged, backend=backend)
+class _Refused(Exception):
+    """No sandbox has run the program."""
+
+
+def _passed(judged: Program, backend: str | None) -> float:
+    """Returns the share of a program's tests that pass; 0 if the sandbox refuses it."""
+    try:
+        return _share(judged, backend)
+    except _Refused:
+        return 0.0
+
+
+@functools.lru_cache(maxsize=1024)
+def _share(judged: Program, backend: str | None) -> float:
+    """Returns the share of the tests that pass.
+
+    Reward and metric are one verdict: a program near its limit of time may pass once and fail the next time.
+    """
+    ((*verdicts,),) = sandbox.judge([judged], backend=backend)
+    if Verdict.REFUSED in verdicts:
+        raise _Refused
     return verdicts.count(Verdict.PASSED) / len(verdicts)
 
 

@@ -123,6 +123,27 @@ NUMBERS = [
     ("2", "<answer>18 sq. ft</answer>", 0),
     ("18", "<answer>It takes 18 hours and she has 2 left</answer>", 1),
     ("2", "<answer>It takes 18 hours and she has 2 left</answer>", 0),
+    ("15", "The answer is not 15.", 0),
+    ("15", "more than 15", 0),
+    ("15", "<answer>15 (or 16)</answer>", 0),
+    ("15", "<answer>maybe 15, maybe 16</answer>", 0),
+    ("15", "<answer>fifteen or sixteen</answer>", 0),
+    ("15", "<answer>15 and a half</answer>", 0),
+    ("15.5", "<answer>15 and a half</answer>", 1),
+    ("15", "<answer>15 squared inches of it</answer>", 0),
+    ("15", "<answer>half of 15</answer>", 0),
+    ("15", "<answer>15 hours 30 minutes</answer>", 0),
+    ("15", "<answer>negative 15</answer>", 0),
+    ("-15", "<answer>negative 15</answer>", 1),
+    ("15", "<answer>x ≥ 15</answer>", 0),
+    ("15", "<answer>15? No, 16</answer>", 0),
+    ("15", "<answer>15 16 17</answer>", 0),
+    ("15", "<answer>15% of 100</answer>", 0),
+    ("2", "<answer>2 hours or 120 minutes in all</answer>", 1),
+    ("3", "<answer>3:00 PM</answer>", 1),
+    ("15", "14.6 ≈ 15", 1),
+    ("15", "So she has 15!", 1),
+    ("1500", "<answer>15 hundred of them, for 3 days</answer>", 1),
 ]
 
 # Answers inside the tags, for 3, 5, 7 and the target 22, and for 10, 4, 60 and 24.
@@ -197,6 +218,11 @@ OF_22 = [
     ("• 3*5+7", 1),
     ("3*5+7=22 (each number once)", 1),
     ("3*5 (first) + 7", 1),
+    ("3*5+7 -> 22", 1),
+    ("3*5+7 == 22", 1),
+    ("First 3*5=15, then 15+7=22. Expression: 3*5+7", 1),
+    ("3*5+7. Expression: 15+7", 0),
+    ("3*5 → 15 → 15+7 → 22", 0),
     ("3*5 (+7)", 0),
     ("3*5+8 (nearly)", 0),
 ]
@@ -276,6 +302,8 @@ FRAMES = [
     "```python\n{}\n```\nUsage:\n```python\nprint(add(4, 4))\n```", "<answer>\n```python\n{}\n```\n</answer>",
     "```bash\nls\n```\n```\n{}\n```", "```text\n0\n```\n\n{}\n",
     "```python\ndef add(a, b): return 0\n```\nBetter:\n```python\n{}\n```",
+    "Sure! ```python\n{}\n```", "```python\n{}```", "Here: ```py\n{}```\nDone.", "{}\n[DONE]\n\nMore.",
+    "[PYTHON]\n{}\n[/PYTHON]",
 ]  # fmt: skip
 CHANGES = {"as it is": ("", ""), "CRLF": ("\n", "\r\n"), "indented": ("```", "  ```")}
 
@@ -324,6 +352,8 @@ PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(d):\n   
         "    return math.pi * half(d) ** 2\n",
         "```python\n    return math.pi * half(d) ** 2\n```",
         "return math.pi * half(d) ** 2",
+        "    return math.pi * half(d) ** 2\n\n\narea(3)\n\n\ndef other():\n    pass\n",
+        "\n    return math.pi * half(d) ** 2\n\nThis is the area of the disc.\n",
         "```python\ndef area(d):\n    return math.pi * half(d) ** 2\n```",
         "```python\nfrom __future__ import annotations\ndef area(d: float):\n    return math.pi * half(d) ** 2\n```",
         PROMPT + "    return math.pi * half(d) ** 2\n",
@@ -338,6 +368,16 @@ def test_a_prompt_gives_imports_helpers_and_the_head_of_a_body(completion):
 def located(completion, names, prompt):
     place = code.programs.locate(completion, names, prompt)
     return code.programs.complete(code.programs.joined(completion, place), names, prompt)
+
+
+def test_reward_and_metric_of_a_program_are_one_verdict(monkeypatch):
+    row = code.to_row("here", {"question": "Write one().", "test_cases": ["assert one() == 1"]})
+    verdicts = iter([code.Verdict.REFUSED, code.Verdict.TIMED_OUT, code.Verdict.PASSED])
+    monkeypatch.setattr(code.sandbox, "judge", lambda programs, backend: [[next(verdicts)] for _ in programs])
+    completion = "```python\ndef one():\n    return 1  # judged once\n```"
+    # A program that no sandbox has run is judged again, one near its limit of time is not.
+    assert [code.measure(completion, row)["passed"] for _ in range(2)] == [0, 0]
+    assert code.score(completion, row)["tests"] == 0 and next(verdicts) == code.Verdict.PASSED
 
 
 def test_rows_of_an_array_with_imports_for_their_tests(tmp_path):

@@ -52,7 +52,7 @@ x \in [-2,7] | y \in [-2,7] | 0
 (3,4) | x=4, y=3 | 0
 \left( 3, \frac{\pi}{2} \right) | r = 3, \theta = \frac{\pi}{2} | 1
 \left( 3, \frac{\pi}{2} \right) | (3, \pi/2) | 1
-\left( 3, \frac{\pi}{2} \right) | (3, 90^\circ) | 0
+\left( 3, \frac{\pi}{2} \right) | (3, 90^\circ) | 1
 52_8 | 52 | 0
 52_8 | 42 | 0
 52_8 | (52)_8 | 1
@@ -119,7 +119,7 @@ x \in [-2,7] | y \in [-2,7] | 0
 6 - 5i | 6-5i | 1
 6 - 5i | -5i+6 | 1
 6 - 5i | 6+5i | 0
-90^\circ | \frac{\pi}{2} | 0
+90^\circ | \frac{\pi}{2} | 1
 90^\circ | 90 degrees | 1
 90^\circ | 90 | 1
 90^\circ | 90^{\circ} | 1
@@ -132,7 +132,7 @@ x \in [-2,7] | y \in [-2,7] | 0
 \text{(C)} | \text{C.} | 1
 \text{east} | East | 1
 \text{east} | west | 0
-\text{ellipse} | \text{an ellipse} | 0
+\text{ellipse} | \text{an ellipse} | 1
 \text{ellipse} | Ellipse. | 1
 \text{Navin} | Navin | 1
 \text{Tom} | Tom | 1
@@ -267,6 +267,50 @@ x<3 | 3>x | 1
 2x+y<3 | 4x+2y<6 | 1
 \begin{cases} 1 \\ 2 \end{cases} | \begin{cases} 1 \\ 3 \end{cases} | 0
 \int x dx | \int y dy | 0
+5 | 5 \text{ hundredths} | 0
+\frac{3}{5} | 3 \text{ fifths} | 1
+3 | 3 \text{ fifths} | 0
+5 | 5 \text{ squared} | 0
+5 | 5 \text{ choose } 2 | 0
+5 | 5\text{ feet } 6\text{ inches} | 0
+5 | 5\text{ cm by }3\text{ cm} | 0
+5 | 5\text{ out of }12 | 0
+|x+5| | x+5 | 0
+\sqrt{x-5} | (x-5)^{1/2} | 1
+12\sqrt{3} | x = 12\sqrt{3} \approx 20.78 | 1
+20.78 | 12\sqrt{3} \approx 20.78 | 1
+12\sqrt{3} | 12\sqrt{3} \approx 21.78 | 0
+43 | 42 \approx 43 | 0
+3 | 3:00 \text{ PM} | 1
+3 | 3:30 \text{ PM} | 0
+3 \text{ p.m.} | 3:00 \text{ PM} | 1
+3 \text{ p.m.} | 3:00 \text{ AM} | 0
+12 | \text{twelve apples} | 1
+12 | twelve or thirteen | 0
+12 | \text{twelve and a half} | 0
+12 | not twelve | 0
+2 | two thirds | 0
+-\frac{1}{2} | minus three | 0
+3.5 | three and a half | 1
+30^\circ | \frac{\pi}{6} | 1
+\frac{\pi}{6} | 30^\circ | 1
+30 | \frac{\pi}{6} | 0
+30^\circ | 30\text{ radians} | 0
+\frac{\pi}{2} | \pi \sin 30^\circ | 1
+8 | P(3) = 8 | 1
+P(x) = 2x+1 | 2x+1 | 1
+P(x) = 2x+1 | Q(x) = 2x+1 | 0
+8 | P(x+1) = 8 | 0
+3 \pmod 7 | 3 | 1
+3 | 3 \pmod 7 | 1
+10 | 10 \pmod 7 | 0
+3:4 | 6:8 | 1
+3:45 | 1:15 | 0
+(1,234) | 1234 | 0
+13 | 13_{10} | 1
+\text{(C)} | \textbf{(C) } 5 | 1
+\text{(C)} | \text{(C) or (D)} | 0
+\text{ellipse} | \text{not an ellipse} | 0
 9^{9^{9}} | 9^{9^{9}} | 1
 9^{9^{9}} | 9^{9^{8}} | 0
 """
@@ -283,7 +327,7 @@ GOLDS = [
     "5", "-12", "\\frac{7}{12}", "3\\sqrt{7}", "2\\pi", "12\\text{ cm}", "40^\\circ", "15\\%", "x^2-4x+1", "(2,-5)",
     "[0,4)", "1,-3", "\\{2,5\\}", "y = 3x - 1", "x = 4", "m \\ge 2", "(-\\infty,1)\\cup(6,\\infty)", "4 - 9i", "132_5",
     "7:15", "3:4:6", "2 \\pm \\sqrt{6}", "\\begin{pmatrix} 2 \\\\ -1 \\end{pmatrix}", "\\text{west}", "\\text{(D)}",
-    "1,\\!500", ".0031", "2^{-70}", "4 \\pmod{9}", "\\$45", "6\\frac{1}{4}", "a_{12}",
+    "1,\\!500", ".0031", "2^{-70}", "8 \\pmod{9}", "\\$45", "6\\frac{1}{4}", "a_{12}",
 ]  # fmt: skip
 
 

@@ -5,88 +5,35 @@ a ratio or time, or words. Any other answer is kept as its tokens in one spellin
 """
 
 import functools
-from typing import NamedTuple
 
 from gdsd_jax.tasks.graders import units
+from gdsd_jax.tasks.graders.kinds import (
+    EMPTY,
+    REALS,
+    Answer,
+    Based,
+    Matrix,
+    Opaque,
+    Ratio,
+    Relation,
+    Residue,
+    Scalar,
+    Sequence,
+    Union,
+)
 from gdsd_jax.tasks.graders.syntax import parse
 from gdsd_jax.tasks.graders.tokens import Token, Unreadable, flat, tokenize
-from gdsd_jax.tasks.graders.trees import Tree
+from gdsd_jax.tasks.graders.trees import number
 
 RELATIONS = {
     "=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in", "notin": "notin", "equiv": "=",
-    "approx": "=",
+    "approx": "approx",
 }  # fmt: skip
 _OPENING = {"(", "[", "{", "\\{", "langle", "lfloor", "lceil"}
 _CLOSING = {")", "]", "}", "\\}", "rangle", "rfloor", "rceil"}
 _MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix"}
+_CALLED = set("ABCDEIJKLMNOPQRSTUVWXYZpqrsuvw")
 _NOTHING = {"noneofthese", "nosolution", "nosolutions", "norealsolution", "norealsolutions"}
-
-
-class Scalar(NamedTuple):
-    """A number or expression; it has two trees if it contains plus-minus signs."""
-
-    trees: tuple[Tree, ...]
-    unit: str = ""
-    percent: bool = False
-
-
-class Sequence(NamedTuple):
-    """Members in brackets: a tuple, an interval or a set. If `opening` is empty, a list joined by `joint`."""
-
-    items: tuple
-    opening: str = ""
-    closing: str = ""
-    joint: str = ","
-
-
-class Relation(NamedTuple):
-    """The sides of a relation and the signs between them: x = 5, 0 < x < 1, x in S."""
-
-    sides: tuple
-    signs: tuple[str, ...]
-
-
-class Union(NamedTuple):
-    """Sets joined by `sign`: cup, cap or setminus."""
-
-    sets: tuple
-    sign: str
-
-
-class Ratio(NamedTuple):
-    """A ratio or a time, whose parts colons separate; `half` is am or pm."""
-
-    parts: tuple
-    texts: tuple[str, ...]
-    half: str = ""
-
-
-class Based(NamedTuple):
-    """Digits of a number and its base."""
-
-    digits: str
-    base: str
-
-
-class Residue(NamedTuple):
-    value: object
-    modulus: object
-
-
-class Matrix(NamedTuple):
-    rows: tuple
-
-
-class Opaque(NamedTuple):
-    """Any other answer: its tokens in one spelling; `words` tells whether these are words and signs around them."""
-
-    text: str
-    words: bool = False
-
-
-Answer = Scalar | Sequence | Relation | Union | Ratio | Based | Residue | Matrix | Opaque
-REALS = Opaque("set:R")
-EMPTY = Sequence((), "{", "}")
 
 
 @functools.lru_cache(maxsize=512)
@@ -174,8 +121,10 @@ def read_tokens(tokens: list[Token]) -> Answer:
 
 
 def opaque(tokens: list[Token]) -> Opaque:
-    """Returns the tokens as one string: words in lower case, parentheses around a single choice left out."""
+    """Returns the tokens as one string: words in lower case, without an article in front."""
     tokens = [token for token in tokens if token.text not in ("{", "}")]
+    if len(tokens) > 1 and tokens[1].kind == "word" and tokens[0].text in ("a", "an", "the", "An", "The"):
+        tokens = tokens[1:]
     text = flat(tokens)
     if text in _NOTHING:
         return Opaque("emptyset")
@@ -255,7 +204,17 @@ def _relation(tokens: list[Token], signs: list[int]) -> Answer | None:
         parts[0] = [Token("symbol", "")]
     if not all(parts):
         return None
-    return Relation(tuple(read_tokens(part) for part in parts), names)
+    return Relation(tuple(_call(part) or read_tokens(part) for part in parts), names)
+
+
+def _call(tokens: list[Token]) -> Scalar | None:
+    """Reads P(x) and P(3) as a side of a relation: there they are calls, while P(x + 1) may be a product."""
+    if [token.text for token in tokens[1::2]] != ["(", ")"] or len(tokens) != 4:
+        return None
+    name, argument = tokens[0], tokens[2]
+    if name.kind != "symbol" or name.text not in _CALLED or argument.kind not in ("symbol", "number"):
+        return None
+    return Scalar((("unknown", name.text, parse([argument])[0]),))
 
 
 def _ratio(tokens: list[Token], colons: list[int]) -> Answer | None:
@@ -309,8 +268,8 @@ def _bracketed(tokens: list[Token]) -> Answer | None:
     return None
 
 
-def _based(tokens: list[Token]) -> Based | None:
-    """Reads 2516_8, 2516_{8}, (2516)_8, 3A_{16}, 11_{\\text{two}}, 2516 (base 8)."""
+def _based(tokens: list[Token]) -> Based | Scalar | None:
+    """Reads 2516_8, 2516_{8}, (2516)_8, 3A_{16}, 11_{\\text{two}}, 2516 (base 8), and 13_{10} as 13."""
     if any(token.kind == "word" and token.text.lower() == "base" for token in tokens):
         tokens = [token for token in tokens if token.text not in ("(", ")", "{", "}", "_")]
     for index, token in enumerate(tokens):
@@ -318,6 +277,8 @@ def _based(tokens: list[Token]) -> Based | None:
             digits = flat([part for part in tokens[:index] if part.text not in ("(", ")", "{", "}")])
             base = flat([part for part in tokens[index + 1 :] if part.text not in ("(", ")", "{", "}")])
             base = str(_BASES[base]) if base in _BASES else base
+            if base == "10" and digits.isascii() and digits.isdigit():
+                return Scalar((number(digits),))
             if digits and digits[0].isdigit() and digits.isalnum() and base.isdigit():
                 return Based(digits.upper(), base)
             return None

@@ -95,7 +95,10 @@ _COMMANDS = (
     (re.compile(r"(\\[dtc]?frac)\s{0,3}([0-9])\s{0,3}([0-9])(?![0-9])"), r"\1{\2}{\3}"),
     (re.compile(r"(?i)\b(?:is equal to|equals(?: to)?|equal to)\b|≈|\\approx"), "="),
     (re.compile(r"\(\s{0,3}=\s{0,3}([0-9.]{1,30})\s{0,3}\)"), r"=\1"),
+    (re.compile(r"==|[-=]{1,2}>|→|⇒|⟹|\\(?:to|rightarrow|Rightarrow|longrightarrow|implies)(?![A-Za-z])"), "="),
 )
+# What comes before the one expression of an answer that also shows the steps to it.
+_STATED = re.compile(r"(?i)\b(?:expression|equation|solution|answer)(?:\*\*)?(?:\s{0,3}:|\s{1,3}is\b:?)")
 _FRACTION = re.compile(r"\\[dtc]?frac\s{0,3}\{([^{}]{1,200})\}\s{0,3}\{([^{}]{1,200})\}")
 _RUN = re.compile(r"[-+*/()=0-9. \t]+")
 _ARITHMETIC = "-+*/()=0123456789."
@@ -174,4 +177,12 @@ def right(completion: str, numbers: list[int], target: int) -> bool:
     else:
         lines = (expressions(line) for line in reversed(text.splitlines()[-20:]) if len(line) <= MAX_EXPRESSION)
         found = next(filter(None, lines), [])
+    if len(found) > 1 and held is None:
+        found = _after_steps(text)
     return len(found) == 1 and solves(found[0], numbers, target)
+
+
+def _after_steps(text: str) -> list[str]:
+    """Returns the expressions behind the last "Expression:" or "The answer is"; none if the text has no such place."""
+    last = next(reversed(list(_STATED.finditer(text))), None)
+    return expressions(text[last.end() :]) if last is not None and len(text) <= 4 * MAX_EXPRESSION else []

@@ -4,11 +4,12 @@ The two sides have different roles. The right answer (`gold`) says what is asked
 the `x =` and the brackets, but may not add a claim of its own.
 """
 
+import re
 from collections.abc import Callable
-from typing import Any
 
-from gdsd_jax.tasks.graders import scalars, sets, values
-from gdsd_jax.tasks.graders.answers import (
+from gdsd_jax.tasks.graders import ratios, scalars, sets, values, words
+from gdsd_jax.tasks.graders.answers import opaque, read, strip
+from gdsd_jax.tasks.graders.kinds import (
     EMPTY,
     Answer,
     Based,
@@ -20,26 +21,45 @@ from gdsd_jax.tasks.graders.answers import (
     Scalar,
     Sequence,
     Union,
-    opaque,
-    read,
-    strip,
 )
+from gdsd_jax.tasks.graders.names import is_call, is_name, label, same_name, symbols_in
 from gdsd_jax.tasks.graders.tokens import Unreadable, tokenize
 from gdsd_jax.tasks.graders.trees import Tree, symbols
 
+# A pair of numbers whose comma does not separate thousands.
+_PAIR = re.compile(r"\W*\(\s*[0-9]{1,3},\s*[0-9]{3}\s*(?:\\right)?\)\W*")
+_CHOICE = re.compile(r"\s*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{\s*)?\(?([A-Z])\)?[\s}]*\Z")
+_CHOSEN = re.compile(
+    r"\s*(?:\\(?:text|textbf|mathrm|mathbf|rm|bf)\s?\{?\s*){0,2}\(([A-Z])\)(?!.*(?:\([A-Z]\)|\bor\b|\band\b|\bnot\b))",
+    re.DOTALL,
+)
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
 def equal(gold: str, answer: str) -> bool:
     """Returns whether the answer says the same as the gold. No text makes this function raise."""
     for loose in (True, False):
+        if loose and _PAIR.fullmatch(gold):
+            continue
         try:
             wanted, found = read(gold, loose), read(answer, loose)
             if same(wanted, found) or _same_words(wanted, answer):
                 return True
         except (Unreadable, RecursionError):
             continue
-    return False
+    return _same_choice(gold, answer) or _same_number(gold, answer)
+
+
+def _same_choice(gold: str, answer: str) -> bool:
+    """Returns whether the answer names the gold's choice, with its text behind it, and no other choice: (C) 5."""
+    wanted, found = _CHOICE.match(gold), _CHOSEN.match(answer)
+    return bool(wanted and found and wanted[1] == found[1])
+
+
+def _same_number(gold: str, answer: str) -> bool:
+    """Returns whether the answer is the gold in words, such as twelve."""
+    digits = words.number(answer)
+    return digits is not None and re.fullmatch(r"[-0-9.,/\s]{1,40}", gold) is not None and equal(gold, digits)
 
 
 def _same_words(gold: Answer, answer: str) -> bool:
@@ -54,7 +74,7 @@ def same(gold: Answer, answer: Answer) -> bool:
     if isinstance(gold, Scalar) and isinstance(answer, Scalar) and len(gold.trees) == len(answer.trees) == 1:
         return scalars.same(gold, answer)
     if isinstance(gold, Ratio) or isinstance(answer, Ratio):
-        return _same_ratio(gold, answer)
+        return ratios.same(gold, answer, same)
     kinds = (type(gold), type(answer))
     if kinds == (Based, Based):
         return gold == answer
@@ -62,6 +82,8 @@ def same(gold: Answer, answer: Answer) -> bool:
         return gold.text == answer.text or sets_equal(gold, answer)
     if kinds == (Residue, Residue):
         return same(gold.value, answer.value) and same(gold.modulus, answer.modulus)
+    if set(kinds) == {Residue, Scalar}:
+        return ratios.same_remainder(gold, answer)
     if kinds == (Matrix, Matrix):
         return list(map(len, gold.rows)) == list(map(len, answer.rows)) and all(
             same(one, other)
@@ -99,28 +121,6 @@ def _members(answer: Answer) -> Answer:
             items += opened.items if isinstance(item, Scalar) and isinstance(opened, Sequence) else [item]
         return answer._replace(items=tuple(items))
     return answer
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
-def _same_ratio(gold: Answer, answer: Answer) -> bool:
-    if isinstance(gold, Ratio) and isinstance(answer, Ratio):
-        halves = gold.half == answer.half or not (gold.half and answer.half)
-        return halves and len(gold.parts) == len(answer.parts) and all(map(same, gold.parts, answer.parts))
-    ratio, scalar = (gold, answer) if isinstance(gold, Ratio) else (answer, gold)
-    if not all(isinstance(part, Scalar) and len(part.trees) == 1 for part in (scalar, *ratio.parts)):
-        return False
-    if scalar.percent or scalar.unit or len(ratio.parts) != 2 or _is_time(ratio):
-        return False
-    quotient = ("/", ratio.parts[0].trees[0], ratio.parts[1].trees[0])
-    return scalar.trees[0][0] == "/" and values.equal(quotient, scalar.trees[0])
-
-
-def _is_time(ratio: Ratio) -> bool:
-    hour, minute = ratio.texts
-    return bool(ratio.half) or (hour.isdigit() and minute.isdigit() and len(minute) == 2 and int(minute) < 60)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _assignments(answer: Sequence) -> tuple[tuple, bool] | None:
     pairs = [_named_value(item) if isinstance(item, Relation) else (None, item) for item in answer.items]
     if any(pair is None for pair in pairs):
         return None
-    names = [_label(name) for name, _ in pairs if name is not None]
+    names = [label(name) for name, _ in pairs if name is not None]
     found = tuple(value for _, value in pairs)
     if len(names) != len(pairs):
         return (found, False) if len(names) == 1 else None
@@ -192,15 +192,32 @@ def _assignments(answer: Sequence) -> tuple[tuple, bool] | None:
     return tuple(found[index] for index in order), True
 
 
-def _label(name: Answer) -> str | None:
-    return name.trees[0][1] if isinstance(name, Scalar) and name.trees[0][0] == "symbol" else None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Relations
 
 
+def _readings(relation: Relation) -> tuple[Answer, ...]:
+    """Returns what a relation with an approximation says: both the exact value and, if it is one, its rounding.
+
+    `x = 12\\sqrt{3} \\approx 20.78` says `x = 12\\sqrt{3}` and `x = 20.78`; it says nothing if the rounding is wrong.
+    """
+    *before, last = relation.sides
+    exact = before[-1]
+    numbers = all(isinstance(side, Scalar) and len(side.trees) == 1 and not symbols_in(side) for side in (exact, last))
+    if not numbers or set(relation.signs[:-1]) - {"="}:
+        return (relation._replace(signs=tuple("=" if sign == "approx" else sign for sign in relation.signs)),)
+    if not scalars.rounds(exact, last):
+        return ()
+    if len(before) == 1:
+        return exact, last
+    return Relation(tuple(before), relation.signs[:-1]), Relation((before[0], last), ("=",))
+
+
 def _with_relation(gold: Answer, answer: Answer) -> bool:
+    if isinstance(answer, Relation) and "approx" in answer.signs:
+        return any(same(gold, reading) for reading in _readings(answer))
+    if isinstance(gold, Relation) and "approx" in gold.signs:
+        gold = gold._replace(signs=tuple("=" if sign == "approx" else sign for sign in gold.signs))
     one, other = sets.read(gold), sets.read(answer)
     if one is not None and not _is_equation(gold) and not _is_equation(answer):
         # If the gold is in solved form, the answer must be in solved form too.
@@ -209,7 +226,7 @@ def _with_relation(gold: Answer, answer: Answer) -> bool:
         return _same_relation(gold, answer)
     if isinstance(gold, Relation):
         pair = _named_value(gold)
-        if pair is None or (not _is_call(pair[0]) and _symbols(pair[1])):
+        if pair is None or (not is_call(pair[0]) and symbols_in(pair[1])):
             return False
         return same(pair[1], answer)
     value = _unwrapped(answer)
@@ -222,9 +239,9 @@ def _is_equation(answer: Answer) -> bool:
 
 def _same_relation(gold: Relation, answer: Relation) -> bool:
     solved = _named_value(gold), _named_value(answer)
-    if all(solved) and _same_name(solved[0][0], solved[1][0]):
+    if all(solved) and same_name(solved[0][0], solved[1][0]):
         return gold.signs[-1] == answer.signs[-1] and same(solved[0][1], solved[1][1])
-    if solved[0] and not _symbols(solved[0][1]):
+    if solved[0] and not symbols_in(solved[0][1]):
         return False
     if len(gold.sides) != len(answer.sides):
         return False
@@ -257,16 +274,18 @@ def _named_value(relation: Relation) -> tuple[Answer, Answer] | None:
     """
     sides = relation.sides
     if relation.signs == ("in",):
-        return sides if _is_name(sides[0]) else None
+        return sides if is_name(sides[0]) else None
     if set(relation.signs) != {"="}:
         return None
-    if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]):
+    if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]
     name, value = sides[0], sides[-1]
-    if not _is_name(name) or (not _is_call(name) and _symbols(name) & _symbols(value)):
+    if not is_name(name) or (not is_call(name) and symbols_in(name) & symbols_in(value)):
         return None
     for step in sides[1:-1]:
-        if _symbols(step) & _symbols(name) or (not _symbols(step) and not _symbols(value) and not same(value, step)):
+        if symbols_in(step) & symbols_in(name) or (
+            not symbols_in(step) and not symbols_in(value) and not same(value, step)
+        ):
             return None
     return name, value
 
@@ -276,43 +295,7 @@ def _unwrapped(relation: Relation) -> Answer | None:
     pair = _named_value(relation)
     if pair is not None:
         return pair[1]
-    numbers = all(isinstance(side, Scalar) and not _symbols(side) for side in relation.sides)
+    numbers = all(isinstance(side, Scalar) and not symbols_in(side) for side in relation.sides)
     if numbers and _is_equation(relation) and all(same(relation.sides[-1], side) for side in relation.sides[:-1]):
         return relation.sides[-1]
     return None
-
-
-def _is_call(answer: Answer) -> bool:
-    return isinstance(answer, Scalar) and answer.trees[0][0] == "unknown"
-
-
-def _is_name(answer: Answer) -> bool:
-    """Returns whether the answer is a name: x, x_1, f(x), AB, "Area", (x, y)."""
-    if isinstance(answer, Opaque):
-        return answer.words
-    if isinstance(answer, Sequence):
-        return answer.opening == "(" and all(isinstance(item, Scalar) and _is_name(item) for item in answer.items)
-    if not isinstance(answer, Scalar) or len(answer.trees) != 1 or answer.percent:
-        return False
-    return answer.trees[0][0] in ("symbol", "unknown") or _is_word(answer.trees[0])
-
-
-def _is_word(tree: Tree) -> bool:
-    """Returns whether the tree consists of capital letters side by side, as in names of segments in geometry."""
-    if tree[0] == "symbol":
-        return len(tree[1]) == 1 and tree[1].isupper()
-    return tree[0] == "*" and _is_word(tree[1]) and _is_word(tree[2])
-
-
-def _same_name(one: Answer, other: Answer) -> bool:
-    if isinstance(one, Scalar) and isinstance(other, Scalar):
-        return values.equal(one.trees[0], other.trees[0])
-    return one == other
-
-
-def _symbols(answer: Any) -> set[str]:
-    """Returns the names of all symbols in an answer."""
-    if isinstance(answer, Scalar):
-        return set().union(*map(symbols, answer.trees))
-    parts = answer if isinstance(answer, tuple) else ()
-    return set().union(*(_symbols(part) for part in parts if isinstance(part, tuple)))

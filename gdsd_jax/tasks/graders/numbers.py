@@ -7,7 +7,8 @@ sentence is not mathematics: its number is the first one, or the first one behin
 import re
 
 from gdsd_jax.tasks.graders import compare, extract
-from gdsd_jax.tasks.graders.answers import Answer, Opaque, Relation, Scalar, read
+from gdsd_jax.tasks.graders.answers import read
+from gdsd_jax.tasks.graders.kinds import Answer, Opaque, Relation, Scalar
 from gdsd_jax.tasks.graders.tokens import Unreadable, translate
 from gdsd_jax.tasks.graders.trees import symbols
 
@@ -20,6 +21,8 @@ _LATEX = (
     (re.compile(r"(?<=[0-9])\s*\{,\}\s*(?=[0-9]{3})"), ","),
     (re.compile(r"\\(?:left|right|quad|displaystyle|[()\[\]])"), " "),
     (re.compile(r"\\times|\\cdot"), "*"),
+    (re.compile(r"[-=]{1,2}>|→|⇒|\\(?:to|rightarrow|Rightarrow|implies)(?![A-Za-z])"), " : "),
+    (re.compile(r"</?[a-z]{1,10}>"), " "),
     (re.compile(r"[{}]|\*\*|__|`"), ""),
 )
 # A sign belongs to the number if nothing before it could be the minuend of a subtraction.
@@ -28,16 +31,29 @@ _NUMBER = re.compile(
     r"(?P<whole>[0-9]{1,3}(?:[, ][0-9]{3})+(?![0-9])|[0-9]{1,3}(?:['’][0-9]{3})+(?![0-9])|[0-9]{1,400})"
     r"(?P<point>\.[0-9]{1,400})?(?P<fraction>\s[0-9]{1,20}/[0-9]{1,20}|/[0-9]{1,20})?"
 )
-_LEAD = re.compile(r"^(?:the answer is|answer:|\$|\s)+")
-_LOW = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_WORDS = {word: number for number, word in enumerate(f"{_LOW} eighteen nineteen".split())}
-_WORDS |= {word: 10 * number for number, word in enumerate(_TENS.split(), start=2)}
 _SEPARATORS = str.maketrans("", "", ", '’")
-_SCALE = re.compile(r"\s?(?:(?P<k>[kK]|thousand)|(?P<m>million)|(?P<b>billion))\b")
-_POWERS = {"k": 1000, "m": 1000**2, "b": 1000**3}
+_SCALE = re.compile(r"\s?(?:(?P<h>hundred)|(?P<k>[kK]|thousand)|(?P<m>million)|(?P<b>billion))\b")
+_POWERS = {"h": 100, "k": 1000, "m": 1000**2, "b": 1000**3}
+_HALF = re.compile(r"\s+and (?:a|one) half\b")
+_SIGNED = re.compile(r"(?i)(?<![\w)])(?:minus|negative)\s+(?=\$?[0-9])")
+# A number behind one of these is not the answer, but a bound of it, a part of it, or what it is not.
+_BOUND = re.compile(
+    r"(?i)(?:\b(?:not|never|than|between|half of|twice|double|triple)|n't|[<>]|\\(?:le|ge|ne|lt|gt)q?)"
+    r"\s*(?:about\s|a\s)?\Z"
+)
+_LARGE = r"(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|feet|foot|ft|pounds?|lbs?|dollars?)"
+_SMALL = r"(?:months?|weeks?|days?|hours?|minutes?|mins?|m|seconds?|secs?|inches|inch|in|ounces?|oz|cents?)"
+_FRACTIONS = "(?:fif|six|seven|eigh|nin|ten|twelf|hundred|thousand)ths"
+# Behind a number: what makes it another one, or the answer a list of several.
+_CONTINUED = re.compile(
+    rf"(?i)\s*(?:\?|[,;]?\s*-?\$?[0-9]|(?:squared|cubed|factorial|halves|thirds|fourths|{_FRACTIONS})\b"
+    rf"|(?:%|percent)\s*of\s+\$?[0-9]|{_LARGE}\s*,?\s*(?:and\s+)?\$?[0-9]+\s*{_SMALL}\b)"
+)
+_OTHER = re.compile(
+    r"(?i)\W{0,3}(?P<unit>[a-z]{0,20})\W{0,3}\b(?:or|maybe|perhaps|possibly)\b[^0-9]{0,20}[0-9.,]{1,40}%?\W{0,3}(?P<other>[a-z]{0,20})"
+)
 _VERB = re.compile(r"(?i)\b(?:is|are|equals?|was)\b|=|:")
-_REMARK = re.compile(r"\s+\((?=[^()]{0,200}\)[\s.]{0,4}$)")
+_REMARK = re.compile(r"\s+\((?!\s?(?:or|not|and|maybe|perhaps)\b)(?=[^()]{0,200}\)[\s.]{0,4}$)")
 _RAISED = re.compile(r"(?<=[A-Za-z)])\s?\^\s?[0-9]+|(?<=[A-Za-z])[23](?![0-9])")
 
 
@@ -74,13 +90,13 @@ def _last_sentence(text: str) -> str | None:
 
 def says(gold: str, text: str) -> bool:
     """Returns whether a text that gives an answer gives this number."""
-    text = _without_remark(text.strip()[:MAX_LINE])
+    text = _without_remark(text.strip()[:MAX_LINE]).rstrip("!")
     if compare.equal(gold, text):
         return True
     typed = _typed(text)
     if typed is not None:
         return False
-    number = first_number(text) or spelled(text)
+    number = first_number(text)
     return number is not None and compare.equal(gold, number)
 
 
@@ -115,33 +131,15 @@ def _mentions(found: object) -> bool:
     return isinstance(found, tuple) and any(_mentions(part) for part in found if isinstance(part, tuple))
 
 
-def spelled(text: str) -> str | None:
-    """Returns the number in words with which a text without digits begins, such as "seventy-two clips", as digits."""
-    if re.search("[0-9]", text):
-        return None
-    for pattern, replacement in _LATEX:
-        text = pattern.sub(replacement, text)
-    total = part = 0
-    found = False
-    for word in re.split(r"[\s-]+", _LEAD.sub("", text.strip().lower()))[:20]:
-        word = word.rstrip(".,;:!")
-        if word in _WORDS:
-            part, found = part + _WORDS[word], True
-        elif word == "hundred" and found:
-            part *= 100
-        elif word in ("thousand", "million") and found:
-            total, part = total + part * (1000 if word == "thousand" else 10**6), 0
-        elif word != "and" or not found:
-            break
-    return str(total + part) if found else None
-
-
 def first_number(text: str) -> str | None:
-    """Returns the number of a sentence, as plain text; None if there is none, or if it is part of an operation."""
+    """Returns the number of a sentence, as plain text.
+
+    The result is None if there is none, or if it is part of an operation, a bound, or one of several.
+    """
     text = translate(text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
-    text = _RAISED.sub("", text)
+    text = _SIGNED.sub("-", _RAISED.sub("", text))
     verbs = [found.end() for found in _VERB.finditer(text) if re.search("[0-9]", text[found.end() :])]
     found = _NUMBER.search(text, verbs[-1] if verbs else 0)
     if found is None:
@@ -152,8 +150,19 @@ def first_number(text: str) -> str | None:
         return None
     if before[-1:] == "-" and found["minus"] is None:
         return None
+    if _BOUND.search(before) or _is_continued(text, found.end()):
+        return None
     scale = _SCALE.match(text, found.end())
-    factor = f"*{_POWERS[scale.lastgroup]}" if scale else ""
+    factor = f"*{_POWERS[scale.lastgroup]}" if scale else "+1/2" if _HALF.match(text, found.end()) else ""
     sign = "-" if bool(found["minus"]) != bool(found["inner"]) else ""
-    number = f"{sign}{found['whole'].translate(_SEPARATORS)}{found['point'] or ''}{found['fraction'] or ''}"
-    return f"({number}){factor}" if factor else number
+    number = f"{found['whole'].translate(_SEPARATORS)}{found['point'] or ''}{found['fraction'] or ''}"
+    return f"{sign}({number}{factor})" if factor else f"{sign}{number}"
+
+
+def _is_continued(text: str, end: int) -> bool:
+    """Returns whether the text behind a number makes it another one, or names a second answer: 15 or 16."""
+    if _CONTINUED.match(text, end):
+        return True
+    found = _OTHER.match(text, end)
+    # 2 hours or 120 minutes are one answer.
+    return found is not None and not (found["unit"] and found["other"] and found["unit"] != found["other"])

@@ -1,9 +1,9 @@
 r"""Finds the program of a completion: the fenced block that defines the requested names, else unfenced code.
 
-Fences are runs of ``` or ~~~ at the start of a line, indented or not, with any name of Python or none. A fence inside a
-docstring does not end a block: the block ends at the first fence that leaves a program that parses. Earlier blocks that
-define what it uses and lacks come in front of it. Everything runs in a worker, because parsing alone may take seconds
-or gigabytes.
+Fences are runs of ``` or ~~~ at the start of a line, indented or not, with any name of Python or none. Behind text on
+the same line, a fence with a name opens a block and one without may end it. A fence inside a docstring does not end a
+block: the block ends at the first fence that leaves a program that parses. Earlier blocks that define what it uses and
+lacks come in front of it. Everything runs in a worker, because parsing alone may take seconds or gigabytes.
 """
 
 import ast
@@ -17,11 +17,15 @@ MAX_FENCES = 64
 MAX_PARSES = 60
 MAX_HELPERS = 8
 _FENCE = re.compile(
-    r"^[ \t]{0,12}(?:[-*+>]\s|\d{1,2}[.)]\s)?[ \t]{0,8}(?P<fence>`{3,}|~{3,})[ \t]*(?P<name>[\w+#.-]*)[^\n`]*$",
+    r"^(?:[ \t]{0,12}(?:[-*+>]\s|\d{1,2}[.)]\s)?[ \t]{0,8}|(?P<before>[^\n`]{1,400}))"
+    r"(?P<fence>`{3,}|(?<![^\s])~{3,})[ \t]*(?P<name>[\w+#.-]*)[^\n`]*$",
     re.MULTILINE,
 )
 _LANGUAGES = {"", "py", "python", "python2", "python3", "py3", "python3.11", "code", "pycon"}
-_MARKED = re.compile(r"\[BEGIN\][ \t]*\n?(.*?)(?:\[DONE\]|\[END\]|\Z)", re.DOTALL)
+_MARKED = re.compile(r"\[(?:BEGIN|PYTHON)\][ \t]*\n?(.*?)(?:\[DONE\]|\[END\]|\[/PYTHON\]|\Z)", re.DOTALL)
+_DONE = re.compile(r"^\[(?:DONE|END)\]", re.MULTILINE)
+# The first line of a body that continues a prompt.
+_BODY = re.compile(r"(?:[ \t]*\n)*[ \t]+\S")
 _CODE_LINE = re.compile(r"^(?:def |async def |class |import |from \w[\w.]* import |@\w)", re.MULTILINE)
 _DEFINITION = re.compile(r"^[ \t]*(?:async +def|def|class)[ \t]+(\w+)", re.MULTILINE)
 _INLINE = re.compile(r"`((?:def|class) [^`\n]+)`")
@@ -97,7 +101,9 @@ def complete(code: str, names: tuple[str, ...], prompt: str) -> str:
         future = "".join(_FUTURE.findall(program))
         preamble = prompt[: head.start()] if head else ""
         return f"{future}{preamble}\n{_FUTURE.sub('', program)}"
-    return f"{prompt.rstrip()}\n{textwrap.indent(program, '    ')}\n"
+    # A body with more behind it, such as a call at the start of a line, has no common indentation.
+    body = program if program[:1] in (" ", "\t") else textwrap.indent(program, "    ")
+    return f"{prompt.rstrip()}\n{body}\n"
 
 
 def _blocks(text: str) -> list[Block]:
@@ -105,6 +111,9 @@ def _blocks(text: str) -> list[Block]:
     found, index, budget = [], 0, MAX_PARSES
     while index < len(fences):
         opening = fences[index]
+        if opening["before"] and not (opening["name"] and _is_python(opening)):
+            index += 1
+            continue
         closing = [
             (later, fences[later])
             for later in range(index + 1, len(fences))
@@ -117,18 +126,23 @@ def _blocks(text: str) -> list[Block]:
             # A block that was cut off.
             found += [Block(start, len(text))] if _is_python(opening) else []
             break
-        chosen = closing[0]
+        chosen = next((each for each in closing if not each[1]["before"]), closing[0])
         if _is_python(opening):
             for candidate in closing[:8]:
                 budget -= 1
                 if budget < 0:
                     break
-                if parses(textwrap.dedent(text[start : candidate[1].start()])):
+                if parses(textwrap.dedent(text[start : _code_end(candidate[1])])):
                     chosen = candidate
                     break
-            found.append(Block(start, chosen[1].start()))
+            found.append(Block(start, _code_end(chosen[1])))
         index = chosen[0] + 1
     return found
+
+
+def _code_end(closing: re.Match) -> int:
+    """Returns the end of the code before a closing fence, which may follow code on its own line."""
+    return closing.start("fence") if closing["before"] else closing.start()
 
 
 def _helpers(text: str, blocks: list[Block], chosen: Block) -> list[Block]:
@@ -181,19 +195,24 @@ def _unfenced(text: str, prompt: str) -> Block | None:
     marked = _MARKED.search(text)
     if marked:
         return Block(marked.start(1), marked.end(1))
+    done = _DONE.search(text)
+    text = text[: done.start()] if done else text
+    is_body = bool(prompt) and _BODY.match(text) is not None
     first = _CODE_LINE.search(text)
-    if first is None:
+    if first is None and not is_body:
         inline = [Block(*found.span(1)) for found in _INLINE.finditer(text)]
         whole = [block for block in inline[:MAX_FENCES] if parses(text[block.start : block.end])]
         if whole and not prompt:
             return whole[-1]
         # A bare body, or code of another form such as an assignment.
         return Block(0, len(text)) if text.strip() else None
-    start, end = first.start(), len(text)
-    if prompt and text[:start].strip() and re.match(r"[ \t]+\S", text):
-        start = 0
+    if first is None or (is_body and text[: first.start()].strip()):
+        start, head = 0, "def body():\n"
+    else:
+        start, head = first.start(), ""
+    end = len(text)
     for _ in range(MAX_PARSES // 2):
-        if parses(text[start:end]):
+        if parses(head + text[start:end]):
             return Block(start, end)
         cut = text.rfind("\n", start, end)
         if cut <= start:

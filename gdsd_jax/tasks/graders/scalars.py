@@ -7,18 +7,23 @@ fraction whose decimals never end may be rounded at enough of them.
 from fractions import Fraction
 
 from gdsd_jax.tasks.graders import sets, units, values
-from gdsd_jax.tasks.graders.answers import Scalar
+from gdsd_jax.tasks.graders.kinds import Scalar
 from gdsd_jax.tasks.graders.trees import Tree
 
+_DEGREE: Tree = ("/", ("constant", "pi"), ("number", Fraction(180), None))
 # Digits that a rounded decimal of 1/3 needs at least, and those from which it may be cut off instead of rounded.
 ROUNDED, CUT = 6, 10
 
 
 def same(gold: Scalar, answer: Scalar) -> bool:
     """Returns whether two expressions of one tree each are the same number, in units that may go together."""
+    (one,), (other,) = gold.trees, answer.trees
+    if _is_angle(gold, answer):
+        return values.equal(("*", one, _DEGREE), other)
+    if _is_angle(answer, gold):
+        return values.equal(one, ("*", other, _DEGREE))
     if not units.agree(gold.unit, answer.unit):
         return False
-    (one,), (other,) = gold.trees, answer.trees
     if sets.infinite(one) or sets.infinite(other):
         return sets.infinite(one) == sets.infinite(other)
     if gold.percent == answer.percent:
@@ -34,6 +39,29 @@ def same(gold: Scalar, answer: Scalar) -> bool:
     if value.denominator == 1:
         return values.equal(one, other)
     return as_share or (abs(value) > 1 and values.equal(one, other))
+
+
+def _is_angle(one: Scalar, other: Scalar) -> bool:
+    """Returns whether the first is in degrees and the second in radians, which it says or shows by a multiple of pi."""
+    return one.unit == "degree" and (other.unit == "radian" or (not other.unit and _has_pi(other.trees[0])))
+
+
+def _has_pi(tree: object) -> bool:
+    return isinstance(tree, tuple) and (tree == ("constant", "pi") or any(map(_has_pi, tree)))
+
+
+def rounds(exact: Scalar, shown: Scalar) -> bool:
+    """Returns whether the second, a written number, is the first, a number, rounded to as many decimals as it has.
+
+    It may also be cut off after two decimals or more: 0.66 for 2/3.
+    """
+    (one,), (other,) = exact.trees, shown.trees
+    literal = other[2] if other[0] == "-" and values.exact(other[1]) == 0 else other
+    value, found = values.approximate(one), values.approximate(other)
+    if literal[0] != "number" or value is None or found is None:
+        return False
+    decimals = literal[2] or 0
+    return exact.percent == shown.percent and bool(abs(value - found) * 10**decimals <= (0.5 if decimals < 2 else 1))
 
 
 def _is_rounded(gold: Tree, answer: Tree) -> bool:

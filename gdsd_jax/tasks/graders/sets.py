@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mpmath import mp
 
 from gdsd_jax.tasks.graders import values
-from gdsd_jax.tasks.graders.answers import EMPTY, REALS, Answer, Opaque, Relation, Scalar, Sequence, Union
+from gdsd_jax.tasks.graders.kinds import EMPTY, REALS, Answer, Opaque, Relation, Scalar, Sequence, Union
 from gdsd_jax.tasks.graders.trees import Tree, symbols
 
 _INFINITY: Tree = ("constant", "infty")

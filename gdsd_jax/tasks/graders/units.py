@@ -7,19 +7,24 @@ make two different answers; an answer without a unit has the unit of the questio
 from fractions import Fraction
 from typing import NamedTuple
 
-from gdsd_jax.tasks.graders.tokens import Token
+from gdsd_jax.tasks.graders.tokens import FUNCTIONS, Token
 
 # Words that say more than a unit: an answer with one of them is not its number alone.
 SENTENCE = {
     "if", "when", "where", "whenever", "otherwise", "unless", "not", "than", "least", "most", "less", "more", "for",
     "except", "but", "no", "is", "are", "mod", "modulo", "base", "between", "through", "such", "with", "without", "all",
     "any", "every", "only", "times", "over", "minus", "plus", "divided", "multiplied", "remainder", "or", "and",
-    "either", "both", "to", "from", "undefined", "solutions", "solution",
+    "either", "both", "to", "from", "undefined", "solutions", "solution", "below", "negative", "wrong", "incorrect",
+    "out", "by", "add", "added", "subtract", "subtracted", "maybe", "perhaps", "possibly", "choose", "greater", "fewer",
+    "instead",
 }  # fmt: skip
 SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9,
     "trillion": 10**12, "dozen": 12, "dozens": 12, "half": Fraction(1, 2), "halves": Fraction(1, 2),
-    "thirds": Fraction(1, 3), "third": None, "quarters": Fraction(1, 4), "quarter": None,
+    "thirds": Fraction(1, 3), "third": None, "quarters": Fraction(1, 4), "quarter": None, "fourths": Fraction(1, 4),
+    "fifths": Fraction(1, 5), "sixths": Fraction(1, 6), "sevenths": Fraction(1, 7), "eighths": Fraction(1, 8),
+    "ninths": Fraction(1, 9), "tenths": Fraction(1, 10), "twelfths": Fraction(1, 12), "hundredths": Fraction(1, 100),
+    "thousandths": Fraction(1, 1000),
 }  # fmt: skip
 _ORDINALS = {"st", "nd", "rd", "th"}
 _NAMES = {
@@ -33,6 +38,9 @@ _NAMES = {
     "deg": "degree", "cubed": "cubic", "people": "person", "men": "man", "women": "woman", "children": "child",
     "yr": "year", "yrs": "year", "rad": "radian", "per": "/", "an": "", "a": "", "of": "of", "the": "",
 }  # fmt: skip
+# Words that are operations if they follow a number: 5 squared is no 5.
+_OPERATIONS = {"squared", "cubed", "factorial", "choose", "R"}
+_RATES = {"per", "every", "each"}
 _GENERIC = {"", "unit", "square unit", "unit^2", "cubic unit", "unit^3"}
 _BETWEEN = {"^", "/", "(", ")", "{", "}", "-", ".", "*", "'", "["}
 
@@ -61,7 +69,7 @@ def split(tokens: list[Token]) -> Measured:
     percent = bool(head) and (head[-1].kind, head[-1].text) == ("sign", "%")
     if percent:
         head = head[:-1]
-    elif head and head[-1].text == "degree" and not unit:
+    elif head and head[-1].text == "degree" and not unit and FUNCTIONS.isdisjoint(token.text for token in head):
         unit = "degree"
     if money and not unit:
         unit = money[0]
@@ -85,13 +93,32 @@ def _is_unit(tail: list[Token]) -> bool:
     words = [token.text.lower() for token in tail if token.kind == "word"]
     if any(word in SENTENCE or (word in SCALES and SCALES[word] is None) for word in words):
         return False
+    if tail[0].text in _OPERATIONS:
+        return False
     return all(
-        token.kind in ("word", "number") or token.written or token.text in _BETWEEN or token.text in ("degree", *"hsm")
-        for token in tail
+        _is_power(tail, index)
+        if token.kind == "number"
+        else token.kind == "word" or token.written or token.text in _BETWEEN or token.text in ("degree", *"hsm")
+        for index, token in enumerate(tail)
     )
 
 
+def _is_power(tail: list[Token], index: int) -> bool:
+    """Returns whether a number in a unit is a power, as in cm^2 and cm2, or counts a rate, as in "per 2 weeks".
+
+    Any other number is a second answer, as in "5 feet 6 inches".
+    """
+    before = [token.text for token in tail[:index] if token.text not in ("{", "(", "-")]
+    if not before or before[-1] in ("^", "/", *_RATES):
+        return bool(before)
+    ends = index + 1 == len(tail) or tail[index + 1].text in ("/", "}", ")", ".")
+    return tail[index].text in ("2", "3") and before[-1] in {*_NAMES, "m"} and ends
+
+
 def _spelled(tail: list[Token]) -> str:
+    half = "".join(token.text for token in tail if token.text.isalpha()).lower()
+    if half in ("am", "pm"):
+        return half
     parts = []
     for token in tail:
         text = token.text.lower() if token.kind == "word" else token.text
