@@ -281,6 +281,7 @@ x<3 | 3>x | 1
 20.78 | 12\sqrt{3} \approx 20.78 | 1
 12\sqrt{3} | 12\sqrt{3} \approx 21.78 | 0
 43 | 42 \approx 43 | 0
+(3.2,4.1) | x \approx 3.2, y \approx 4.1 | 1
 3 | 3:00 \text{ PM} | 1
 3 | 3:30 \text{ PM} | 0
 3 \text{ p.m.} | 3:00 \text{ PM} | 1

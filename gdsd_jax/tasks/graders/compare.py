@@ -275,7 +275,7 @@ def _named_value(relation: Relation) -> tuple[Answer, Answer] | None:
     sides = relation.sides
     if relation.signs == ("in",):
         return sides if is_name(sides[0]) else None
-    if set(relation.signs) != {"="}:
+    if set(relation.signs) - {"=", "approx"}:
         return None
     if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]
