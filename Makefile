@@ -54,6 +54,7 @@ test-multi: .venv/.installed
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 format: .venv/.installed
 	.venv/bin/ruff check --fix .

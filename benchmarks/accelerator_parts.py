@@ -90,9 +90,7 @@ def make(sizes: Sizes, attention: str) -> Shapes:
     """Random weights: normal kernels of standard deviation `in^-0.5`, an adapter that is not zero."""
     tokenizer = tiny.make_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    model = dataclasses.replace(
-        LLADA_8B, **sizes.model | ids, dtype="bfloat16", remat="full", attention=attention
-    )
+    model = dataclasses.replace(LLADA_8B, **sizes.model | ids, dtype="bfloat16", remat="full", attention=attention)
     shapes = jax.eval_shape(functools.partial(init_base, model), jax.random.key(0))
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -167,9 +165,7 @@ def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict
 
         def step(loop: tuple) -> tuple:
             state, cache = loop
-            read, cache = cached_states_at(
-                model, base, lora, hidden, cache, state.tokens, mask, state.block, settings
-            )
+            read, cache = cached_states_at(model, base, lora, hidden, cache, state.tokens, mask, state.block, settings)
             return write(model, base, keys, settings, state, read), cache
 
         return jax.lax.while_loop(lambda loop: loop[0].step <= count, step, (first, cache))[0].tokens
@@ -200,9 +196,7 @@ def update(sizes: Sizes, shapes: Shapes) -> dict[str, Any]:
     rows, length = sizes.update_rows, sizes.prompt + sizes.completion
     method = build("gdsd", psi=1.0, beta=1e-3, views=1)
     optimizer, schedule = make_optimizer(OptimizerConfig(), updates=10)
-    run = make_inner_update(
-        shapes.model, method, optimizer, schedule, microbatch_rows=rows, vocab_chunk=DEFAULT_CHUNK
-    )
+    run = make_inner_update(shapes.model, method, optimizer, schedule, microbatch_rows=rows, vocab_chunk=DEFAULT_CHUNK)
     batch = Batch(
         tokens=jax.random.randint(jax.random.key(4), (rows, length), 0, shapes.model.vocab_size, jnp.int32),
         prompt_mask=jnp.tile(shapes.mask, (-(-rows // sizes.rows), 1))[:rows],
@@ -249,5 +243,3 @@ def disk(shapes: Shapes, workdir: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     jax.block_until_ready(load_checkpoint(target, mesh=make_mesh(MeshConfig(), jax.devices()[:1])))
     return {"gb": size / 1e9, "export_seconds": written - start, "load_seconds": time.perf_counter() - begin} | memory()
-
-

@@ -1,6 +1,6 @@
 """Sphinx: the pages of this directory, the notebook of examples/ (executed), and an API reference from the docstrings.
 
-    make docs      # into build/docs; a warning is an error
+make docs      # into build/docs; a warning is an error
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """Checks that the workers of a pod see all its chips. Waits for the others, so every worker must run it.
 
-    python launch/check_devices.py CHIPS
+python launch/check_devices.py CHIPS
 """
 
 import sys

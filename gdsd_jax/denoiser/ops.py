@@ -61,16 +61,12 @@ def rotate(x: Float[Array, "B T H K"], tables: tuple[Array, Array]) -> Float[Arr
     return (halves * cos + halves[..., ::-1, :] * sin).astype(x.dtype).reshape(x.shape)
 
 
-def over_rows(
-    x: Float[Array, "*B I"], y: Float[Array, "*B O"], precision: jax.lax.Precision
-) -> Float[Array, "I O"]:
+def over_rows(x: Float[Array, "*B I"], y: Float[Array, "*B O"], precision: jax.lax.Precision) -> Float[Array, "I O"]:
     """Returns `x^T y`, summed over rows, in float32.
 
     Where rows are split over devices, the sums of the devices are added in float32 too.
     """
-    product = functools.partial(
-        jnp.einsum, "...i,...o->io", precision=precision, preferred_element_type=jnp.float32
-    )
+    product = functools.partial(jnp.einsum, "...i,...o->io", precision=precision, preferred_element_type=jnp.float32)
     # A CPU widens bfloat16 before it multiplies anyway, and XLA has no such product for every layout there.
     return jax.lax.platform_dependent(
         x, y, cpu=lambda x, y: product(x.astype(jnp.float32), y.astype(jnp.float32)), default=product

@@ -28,9 +28,7 @@ from gdsd_jax.diffusion.remasking import SamplerConfig
 SPACING, BEFORE, BEHIND = 0.4, 17.0, 3.69
 
 
-def nodes(
-    rate: Array, most: Array, runs: Array, eligible: Array, settings: SamplerConfig, vocab_size: int
-) -> Array:
+def nodes(rate: Array, most: Array, runs: Array, eligible: Array, settings: SamplerConfig, vocab_size: int) -> Array:
     """Returns the values of log t, `[..., N]`, over which the integral is a sum.
 
     The first lies before the first arrival and the last one after the last arrival.
@@ -75,9 +73,7 @@ def summed_survival(
     return walk(step, jnp.zeros((*shape, log_t.shape[-1]), dtype))
 
 
-def race(
-    rate: Array, log_t: Array, runs: Array, lead: Array, rest: Array, log_survival: Array, early: bool
-) -> Array:
+def race(rate: Array, log_t: Array, runs: Array, lead: Array, rest: Array, log_survival: Array, early: bool) -> Array:
     """Computes the log-probability `[...]` that all of `runs` arrive before the rest.
 
     With `early` it is the log-probability that one of `lead` is the first to arrive.

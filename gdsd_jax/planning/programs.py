@@ -135,9 +135,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     denoising = math.prod(loops)
     programs = {
         "sampler": Program(
-            on_mesh(
-                compiled_sample.lower, model, weights, lora, *asked, key, config.sampler, of_part(jnp.int32)
-            ),
+            on_mesh(compiled_sample.lower, model, weights, lora, *asked, key, config.sampler, of_part(jnp.int32)),
             flops.sampler(counted, config.sampler, part, batch.prompt_length),
             beside,
             f"{part} completions of {batch.completion_length} tokens after {batch.prompt_length}, {denoising} steps",

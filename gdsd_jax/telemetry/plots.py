@@ -1,7 +1,7 @@
 """Curves of a run as a picture.
 
-    python -m gdsd_jax.telemetry.plots WORKDIR                           draws WORKDIR/curves.png, at any time
-    python -m gdsd_jax.telemetry.plots WORKDIR reward/mean eval/puzzles  draws these metrics alone
+python -m gdsd_jax.telemetry.plots WORKDIR                           draws WORKDIR/curves.png, at any time
+python -m gdsd_jax.telemetry.plots WORKDIR reward/mean eval/puzzles  draws these metrics alone
 """
 
 from __future__ import annotations

@@ -189,9 +189,7 @@ def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Pl
     remat, some = next(
         ((remat, n) for remat, n in choices if sizes.fits(sizes.update(n, remat))), (remats[-1], min(rows))
     )
-    return dataclasses.replace(
-        config, microbatch_rows=some, model=dataclasses.replace(config.model, remat=remat)
-    )
+    return dataclasses.replace(config, microbatch_rows=some, model=dataclasses.replace(config.model, remat=remat))
 
 
 def place_of(mesh: Mesh, model: DenoiserConfig, memory: int) -> Place:

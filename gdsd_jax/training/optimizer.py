@@ -60,9 +60,7 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule, setting: str) -> o
         make = _adamw if config.name == ADAMW else getattr(importlib.import_module(module), attribute)
         known = inspect.signature(make).parameters
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{setting}.name {config.name!r} is not package.module:NAME of an optimizer: {error}"
-        ) from None
+        raise UserError(f"{setting}.name {config.name!r} is not package.module:NAME of an optimizer: {error}") from None
     # Arguments of optimizers that describe our parameters, which no config file could give.
     ours = {"mask": decayed, "weight_decay_mask": decayed, "muon_weight_dimension_numbers": matrices}
     settings = {name: value for name, value in ours.items() if name in known} | settings

@@ -62,9 +62,8 @@ class Beside(NamedTuple):
 
 NOTHING = Beside()
 
-def init_state(
-    params: Any, optimizer: optax.GradientTransformation, seed: int, beside: Beside = NOTHING
-) -> TrainState:
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int, beside: Beside = NOTHING) -> TrainState:
     """Returns a fresh state; parameters are trained in float32, whatever dtype they come in."""
     wide = lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)  # noqa: E731
     params = wide(params)

@@ -201,9 +201,7 @@ def score_all(
 
 def dropout_key(recipe: Recipe, state: TrainState, index: jax.Array) -> jax.Array:
     """Returns the key of the adapter's dropout in one micro-batch of an update."""
-    return jax.random.fold_in(
-        stream_key(state.key, Stream.DROPOUT, state.updates), index * recipe.microbatch_rows
-    )
+    return jax.random.fold_in(stream_key(state.key, Stream.DROPOUT, state.updates), index * recipe.microbatch_rows)
 
 
 def prepare(
