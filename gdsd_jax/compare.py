@@ -39,6 +39,7 @@ from gdsd_jax.evaluation.comparison import (
 from gdsd_jax.methods import build, check
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.sft import embedded_start
+from gdsd_jax.telemetry import plots
 from gdsd_jax.training.record import record_path, require_same_run
 from gdsd_jax.training.setup import known_metric, resolve_task
 
@@ -106,6 +107,8 @@ def compare(
                 return report()
         else:
             print(f"{title} (done before)", flush=True)
+            if state_of(run, directory) == "finished" and not (directory / plots.CURVES).exists():
+                plots.plot_curves(directory)  # the run was killed between its last checkpoint and its picture
         if state_of(run, directory) == "finished" and test_result(run, directory) is None:
             evaluate.run(run, directory, lengths=_length(run))
             report()

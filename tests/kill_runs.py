@@ -204,8 +204,16 @@ def disturbed(name: str, directory: Path, moment: tuple[str, float], pause: floa
     return code, hit
 
 
+def newest(checkpoint: Path) -> str:
+    """Returns the name of the newest checkpoint beside this one."""
+    return max((path.name for path in checkpoint.parent.iterdir() if path.name.isdigit()), key=int, default="")
+
+
 def contents(directory: Path) -> dict[str, Any]:
-    """Returns what a command has left behind, by path, without what the clock measured."""
+    """Returns what a command has left behind, by path, without what the clock measured.
+
+    Of the checkpoints it is the newest: which others are kept depends on when a SIGTERM asked for one.
+    """
     found: dict[str, Any] = {}
     for path in sorted((directory / "run").rglob("*")):
         name, parts = path.relative_to(directory).as_posix(), path.relative_to(directory).parts
@@ -216,6 +224,9 @@ def contents(directory: Path) -> dict[str, Any]:
             # Orbax notes the time. Its arrays are compared by the checksums that are saved with them, and a resumed
             # run compares those with the arrays.
             key = "/".join(parts[: saved[0] + 2])
+            older = parts[saved[0]] == "checkpoints" and parts[saved[0] + 1] != newest(directory / key)
+            if older and parts[saved[0] + 1].isdigit():
+                continue
             found.setdefault(key, None)
             if parts[saved[0] + 2 :] == ("data", "metadata"):
                 found[key] = path.read_bytes()
