@@ -114,8 +114,12 @@ def test_a_finished_bench_runs_nothing_and_says_the_same(bench, config_file, mon
     before = table_of(workdir)
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(evaluate, "run", lambda *_, **__: pytest.fail("evaluated again"))
+    # As if the last run had been killed while its picture was drawn.
+    picture = workdir / "wd1" / "seed43" / "curves.png"
+    picture.rename(picture.with_name(".curves.png"))
     command(compare, "--config", config_file, "--workdir", workdir, *FLAGS)
     assert table_of(workdir) == before
+    assert picture.read_bytes().startswith(b"\x89PNG") and not picture.with_name(".curves.png").exists()
     assert "run 4/4: wd1 seed 43 (done before)" in capsys.readouterr().out
 
 
