@@ -93,6 +93,7 @@ def test_no_token_reads_a_pad():
     assert (first[real] == second[real]).all()
 
 
+@pytest.mark.slow
 def test_the_denoiser_under_recomputation(monkeypatch):
     """A layer with the kernel and its gradient through the scan over layers, recomputed."""
     monkeypatch.setattr(splash, "attention", functools.partial(splash.attention, interpret=True))

@@ -273,7 +273,8 @@ def test_remat_changes_nothing(small, dropping, unroll):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, gradient)
 
 
-@pytest.mark.parametrize(("shifted", "remat"), [pytest.param(False, "none", marks=pytest.mark.slow), (True, "full")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("shifted", "remat"), [(False, "none"), (True, "full")])
 def test_unrolled_layers_compute_what_is_read_as_the_scan_does(small, shifted, remat):
     """A slice, the same places in every row, each row's own: the last layer runs for these alone; and gradients."""
     base, tokens, _, lora = small

@@ -129,10 +129,8 @@ def test_unrolled_layers_roll_out_as_the_scan_does(kind, config):
     same(roll_out(run, scanned, lora), roll_out(run, unrolled, lora))
 
 
-@pytest.mark.parametrize(
-    ("config", "kind"),
-    [(TINY, "dual"), pytest.param(SHIFTED, "dual", marks=SLOW), pytest.param(TINY, "prefix", marks=SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "kind"), [(TINY, "dual"), (SHIFTED, "dual"), (TINY, "prefix")])
 def test_layers_apart_over_one_cache_roll_out_as_the_scan_does(monkeypatch, config, kind):
     """On an NVIDIA GPU: each layer's matrices with the adapter below them, and windows written into the cache."""
     monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")
@@ -178,7 +176,7 @@ def test_a_cache_around_the_window_lacks_only_what_is_never_read(config, unroll,
     [
         # Five blocks under four windows: the first one reaches back over a block that is done.
         ("prefix", TINY, {"completion_length": 10, "block_length": 2, "steps": 5, "temperature": 1.0}),
-        ("dual", SHIFTED, {"strategy": "maskgit_plus", "alg_temp": 0.3}),
+        pytest.param("dual", SHIFTED, {"strategy": "maskgit_plus", "alg_temp": 0.3}, marks=SLOW),
         ("dual", TINY, {"cfg_scale": 0.7, "threshold": 0.5, "refresh_every": 2, "stop_at_eos": True}),
         pytest.param("prefix", TINY, {"cfg_scale": 0.7, "steps": 7}, marks=SLOW),
         pytest.param("prefix", SHIFTED, {"strategy": "entropy", "temperature": 0.9, "top_p": 0.9}, marks=SLOW),
