@@ -26,7 +26,8 @@ def divergence(
     and rescaled as the maximum of `z` grows. Equal hidden states give exactly 0.
 
     Args:
-      hidden, other: the "hidden" reads of two policies (`gdsd_jax.diffusion.scoring.read_tokens`).
+      hidden, other: the "hidden" reads of two policies (`gdsd_jax.diffusion.scoring.read_tokens`); on a mesh of several
+        devices `[views, rows, tokens, D]`, as reads are.
       chunk: vocabulary entries whose logits exist at one time.
     """
     precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None

@@ -144,9 +144,9 @@ def reference_kl(
     views = common.coupled_views(masking.behind_prompt(masked, prompt_mask.shape[1])[None], batch, weighted=False)
 
     def hidden(lora: LoRA | None) -> jax.Array:
-        return read_views(config, base, lora, tokens, views, ("hidden",), prompt_mask=prompt_mask)["hidden"][0]
+        return read_views(config, base, lora, tokens, views, ("hidden",), prompt_mask=prompt_mask)["hidden"]
 
-    return jnp.mean(divergence(config, base, hidden(lora), hidden(None)), axis=1)
+    return jnp.mean(divergence(config, base, hidden(lora), hidden(None))[0], axis=1)
 
 
 class Part(NamedTuple):
