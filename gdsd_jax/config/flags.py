@@ -243,7 +243,7 @@ def _usage(main: Callable[..., Any], options: Mapping[str, Option]) -> str:
         sys.modules[main.__module__].__doc__.strip(),
         "",
         "Flags:",
-        "  --config FILE         a file of configs/",
+        "  --config FILE         a config file, such as those in configs/",
         "  --config.FIELD=VALUE  another value for one setting; gdsd_jax/config/schema.py describes them",
         "  --workdir DIRECTORY   of the run",
     ]

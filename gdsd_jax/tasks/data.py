@@ -101,7 +101,8 @@ def draw(rows: list[Row], count: int | None, seed: int, place: object) -> list[R
     if count is None:
         return rows
     if count > len(rows):
-        raise UserError(f"{place} has {len(rows)} rows, {count} were asked for: lower the count")
+        setting = "config.task.train_rows, or config.evaluation.count where rows are evaluated"
+        raise UserError(f"{place} has {len(rows)} rows, {count} were asked for: lower {setting}")
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
