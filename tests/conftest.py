@@ -21,8 +21,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Shapes and types of every annotated function of the package are checked at each call; an int passes for a float.
-install_import_hook("gdsd_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# In the rooms of array code, shapes and types of every annotated function are checked at each call; an int passes for a
+# float. The other rooms are left to mypy: checking each call of a grader would cost much and find little.
+ARRAY_ROOMS = [f"gdsd_jax.{room}" for room in ("denoiser", "diffusion", "methods", "training")]
+install_import_hook(ARRAY_ROOMS, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

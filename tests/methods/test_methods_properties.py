@@ -235,7 +235,10 @@ def drawn_rows(name: str, rng: np.random.Generator) -> tuple:
     return prompts, prompt_mask, completions, masked
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("gdsd", "spg", "tracerl") else [pytest.mark.slow]) for name in METHODS],
+)
 @FEW
 @given(rng=SEEDS)
 def test_an_adapter_whose_second_factor_is_zero_is_no_adapter(name, rng):

@@ -47,7 +47,7 @@ def test_workers_are_other_processes_without_jax(pool):
     assert os.getpid() not in {values["id"] for values in found}
 
 
-@pytest.mark.parametrize("kind", ["loop", "deaf", "power", "sleep"])
+@pytest.mark.parametrize("kind", ["loop", "deaf", "power", pytest.param("sleep", marks=pytest.mark.slow)])
 def test_an_item_over_its_time_is_lost_and_no_other(pool, kind, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 10 if kind == "sleep" else workers.PATIENCE)
     outcomes = pool.map(scores.hang, items("a", kind, "b", "c"))
