@@ -3,8 +3,8 @@
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/components \
         --config.method=examples.component_advantages:BY_COMPONENT
 
-A component with a large spread would otherwise drown the others (GDPO, arXiv 2601.05242). `batch.components` holds the
-rewards of all components, `batch.component_weights` their names and weights.
+Otherwise a component with a large spread would dominate the others (GDPO, arXiv 2601.05242). `batch.components` holds
+the values of all components, `batch.component_weights` their names and weights.
 """
 
 from gdsd_jax.methods import Recipe, common

@@ -3,8 +3,8 @@
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/schedule \
         --config.method=examples.psi_schedule:SCHEDULED
 
-`batch.iteration` and `batch.inner_update` say where the run is. GDSD's loss sees `psi A` alone, so that a psi of the
-iteration is a factor of the advantages.
+`batch.iteration` and `batch.inner_update` say where the run is. GDSD's loss depends on the product `psi A` alone, so a
+schedule of psi is a factor of the advantages.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from gdsd_jax.methods.gdsd import Guidance, make
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled(Guidance):
-    """Settings of `gdsd`; `psi` is reached after `grow_over` iterations, from a tenth of it."""
+    """Settings of `gdsd`; psi grows from a tenth of `psi` to `psi` over the first `grow_over` iterations."""
 
     psi: float = 1.0
     grow_over: int = 10

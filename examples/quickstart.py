@@ -69,10 +69,11 @@ print(f"{sum(x.size for x in jax.tree.leaves(start.base)):,} parameters")
 # %% [markdown]
 # ## Unmasking, step by step
 #
-# The sampler starts from masks alone. Each step proposes a token for every masked position. It commits the one of which
-# the model is surest, and with it every token of more than 0.9, the config's `threshold`. `commit_step` records when
-# that was, so every intermediate text can be shown afterwards. Time goes down in the picture; a grey cell is still
-# masked, an orange one was committed in this step. The completion holds the 16 cells between `<answer>` tags.
+# The sampler starts from a completion of masks. Each step proposes a token for every masked position, and commits
+# (writes) the one with the highest probability, together with every other token above 0.9, the config's `threshold`.
+# `commit_step` records the step that wrote each token, so that every intermediate text can be shown afterwards. In the
+# picture, each row is the completion after one more step: grey cells are still masked, orange ones were written in this
+# step. The answer is the 16 cells between the `<answer>` tags.
 
 # %%
 shown = generate.run(settings, start, rows=1)
@@ -98,15 +99,16 @@ axes.set(xticks=range(length), yticks=range(len(texts)))
 plt.show()
 
 # %% [markdown]
-# ## A loss of one's own
+# ## A loss of your own
 #
-# A method is a handful of pure functions. Most of GDSD's are kept here: it draws masks, scores each completion `i` in
-# a view and its complement (`S_i`, a sum of token log-probabilities), and compares rewards inside each group of
-# completions (`A_i`). The objective is ours: the plain policy gradient on that score,
+# A method is a handful of pure functions. Here all of GDSD's are kept except the objective. They draw masks, score each
+# completion `i` in a view and its complement (`S_i`, a sum of token log-probabilities), and compare rewards inside each
+# group of completions (`A_i`). The new objective is the plain policy gradient on that score, for B completions of L
+# tokens:
 #
 # $$\mathrm{loss} = -\frac{1}{BL} \sum_i A_i S_i .$$
 #
-# It returns one value per row; the trainer adds them up. The second dictionary holds metrics.
+# `objective` returns one value for each completion; the trainer adds them up. The second dictionary holds metrics.
 
 # %%
 gdsd = METHODS["gdsd"]
@@ -126,9 +128,9 @@ GRADIENT = Recipe(gdsd.settings, make)
 # %% [markdown]
 # ## Ten iterations
 #
-# A config names a method of one's own by `module:NAME`; `__main__` is this notebook. Each iteration draws 32 puzzles,
-# samples 8 completions of each, rewards the share of the empty cells that are right, and updates the low-rank adapters
-# once.
+# A config names your own method by `module:NAME`; `__main__` is this notebook. Each iteration draws 32 puzzles and
+# samples 8 completions of each. The reward is the share of the empty cells that are right. Then the low-rank adapters
+# are updated once.
 
 # %%
 config.method = "__main__:GRADIENT"
@@ -146,8 +148,9 @@ for axis, name, label in zip(axes, ("reward/mean", "policy/log_prob"), ("reward"
 plt.show()
 
 # %% [markdown]
-# Ten iterations of 256 completions are a demonstration, not an experiment: rewards differ from one iteration to the
-# next by more than they rise. `configs/tiny_sudoku.py` as it is trains four times as long on twice as many.
+# Ten iterations of 256 completions are a demonstration, not an experiment: rewards change more from one iteration to
+# the next than they rise. `configs/tiny_sudoku.py`, unchanged, runs four times as many iterations with twice as many
+# completions.
 #
 # ## Export, and load the export
 #
@@ -170,14 +173,14 @@ assert difference.max() < 1e-4
 # %% [markdown]
 # ## On a TPU of Colab or Kaggle
 #
-# None of this has been run there. What would have to change:
+# None of this has been run there. This is what would have to change:
 #
 # - Install the TPU's runtime with the package: `pip install "gdsd_jax[tpu] @ git+https://..."`, or
-#   `requirements-tpu.txt` from a checkout, and restart the kernel. `jax.devices()` must list TPU devices before
-#   anything else runs.
+#   `pip install -r requirements-tpu.txt` in a checkout, and restart the kernel. `jax.devices()` must list TPU devices
+#   before anything else runs.
 # - The notebook needs the checkout for `configs/`; `%cd` into it.
-# - Several chips form a mesh by themselves (`config.mesh`); `prompts_per_iteration * group_size` and `microbatch_rows`
-#   must be multiples of their number, which the error says otherwise.
-# - For a large model leave `config.model.dtype` at its default, `bfloat16`; this config sets `float32`, with which a
-#   TPU multiplies in several passes.
-# - A Kaggle or Colab session ends without warning: put `--workdir` on a mounted drive, and the same call resumes.
+# - Several chips form a mesh by default (`config.mesh`). `prompts_per_iteration * group_size` and `microbatch_rows`
+#   must then be multiples of the number of chips; otherwise an error says so.
+# - For a large model leave `config.model.dtype` at its default, `bfloat16`. This config sets `float32`, for which a TPU
+#   multiplies in several passes.
+# - A Kaggle or Colab session may end without warning. Put the workdir on a mounted drive; the same call then resumes.

@@ -1,11 +1,11 @@
-"""A task on which four groups of five teach nothing, and a selection of one's own for what replaces them.
+"""A task on which four of five groups have no advantages, and a function that selects the groups to train on.
 
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/refill \
         --config.task.name=examples.refill:TASK --config.refill.rounds=8 --config.refill.select=examples.refill:widest
 
-The task is Sudoku in which four puzzles of five earn nothing, whatever the answer. Without refill four fifths of the
-rows of an update have no advantage. With it, further prompts are sampled until every group has one, or until eight
-further rounds have been sampled; `refill/rows_sampled` and `refill/rows_dropped` say what that cost.
+The task is Sudoku, but four of five puzzles earn nothing, whatever the answer. Without refill four fifths of an
+update's rows have no advantage. With it, further prompts are sampled until every group has advantages, in at most eight
+further rounds; `refill/rows_sampled` and `refill/rows_dropped` say how many rows that cost.
 """
 
 import dataclasses
@@ -28,5 +28,5 @@ TASK = dataclasses.replace(TASKS["sudoku"], name="sudoku_few", score=score)
 
 
 def widest(candidates):
-    """Returns the spread of each group: groups of the widest spread come first, and those without any come last."""
+    """Returns the spread of rewards of each group: the groups with the widest spread are taken first."""
     return candidates.rewards.std(axis=1)

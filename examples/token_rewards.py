@@ -3,9 +3,9 @@
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/tokens \
         --config.task.name=examples.token_rewards:TASK --config.method=examples.token_rewards:TOKENS
 
-The task is Sudoku with a reward of 1 for each digit of the grid that is right. The method is a policy
-gradient on the coupled views of GDSD: every token is pulled by its own advantage, its reward less the mean reward that
-its place earns in the group,
+The task is Sudoku with a reward of 1 for each digit of the grid that is right. The method is a policy gradient on
+GDSD's coupled views. Each token has an advantage of its own: its reward minus the mean reward of its position in the
+group.
 
     loss = - sum_{i,k} A_ik l_ik / (B L)
 """
@@ -19,7 +19,7 @@ from gdsd_jax.tasks import TASKS
 
 
 def right_digits(pieces: list[str], row: dict) -> list[float]:
-    """Returns 1 for every token that is the digit of the solution whose turn it is."""
+    """Returns 1 for every token that is a digit and equals the next digit of the solution, else 0."""
     values, place, solution = [], 0, row["solution"]
     for piece in pieces:
         digit = piece.strip()

@@ -3,14 +3,14 @@
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/value \
         --config.method=examples.value_head:CRITIC --config.extras_optimizer.learning_rate=1e-2
 
-The head predicts the reward of a completion from what the denoiser knows of it with some tokens masked, and advantages
-are rewards less that prediction, so that no group is needed to compare with:
+The head predicts the reward of a completion from the denoiser's hidden states with some tokens masked. Advantages are
+rewards minus that prediction, so no group of completions is needed for a baseline:
 
     v_i  = w . mean of the hidden states h_ik of the row's tokens + b
     loss = - sum_i (r_i - v_old_i) S_i / (B L)  +  1/2 sum_i (v_i - r_i)^2 / B
 
-`v_old` is the value under the policy that made the rollout, in all inner updates. The head starts at 0, and no gradient
-of its error reaches the policy. It is saved and resumed with the run, and has an optimizer of its own.
+`v_old` is the value under the policy that made the rollout, the same in all inner updates. The head starts at 0, and
+its error has no gradient in the policy. It is saved and resumed with the run, and has an optimizer of its own.
 """
 
 import dataclasses

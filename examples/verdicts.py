@@ -1,11 +1,11 @@
-"""GDSD that raises no text of which the task says that it is wrong, however well its reward components score it.
+"""GDSD that never makes a text likelier if the task's metric calls it wrong, however high its reward is.
 
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/verdicts \
         --config.method=examples.verdicts:HONEST
 
-Rewards often pay for a part of the answer or for its form. `batch.verdicts` holds what the task's metrics say of each
-text, `batch.verdict_names` their names, in the order in which evaluations report them. A text that the last
-of them calls wrong gets no positive advantage.
+Rewards often pay for a part of the answer or for its form. `batch.verdicts` holds the values of the task's metrics for
+each text, and `batch.verdict_names` their names, in the order in which evaluations report them. A text that the last
+metric calls wrong gets no positive advantage.
 """
 
 import jax.numpy as jnp
