@@ -26,7 +26,15 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`agrpo`: trust region, KL weight, steps per row (M), whether entropies weight their draw, steps per pass."""
+    """Settings of `agrpo`.
+
+    Attributes:
+      eps_low, eps_high: trust region on the ratio of each token.
+      beta: weight of the KL to the reference.
+      steps: steps of the rollout drawn from each row for an inner update, M.
+      importance: draw them in proportion to the recorded entropy, not uniformly.
+      at_once: steps that share a forward pass.
+    """
 
     eps_low: float = 0.2
     eps_high: float = 0.2

@@ -25,7 +25,11 @@ from gdsd_jax.runtime.ranges import Share
 
 @dataclasses.dataclass(frozen=True)
 class Settings(PPO):
-    """`coupled_grpo`: the mask ratio of an inner update is uniform in `[low, high]`."""
+    """Settings of `coupled_grpo`.
+
+    Attributes:
+      low, high: range of the mask ratio, which is drawn uniformly for each inner update.
+    """
 
     beta: float = 0.01
     low: Share = 0.2

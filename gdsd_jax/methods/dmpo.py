@@ -25,7 +25,7 @@ from gdsd_jax.runtime.ranges import Few, Positive, Share
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`dmpo`.
+    """Settings of `dmpo`.
 
     Attributes:
       alpha: temperature of the rewards.

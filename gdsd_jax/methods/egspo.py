@@ -27,7 +27,17 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`egspo`: trust region, KL weight, slots (S), the one slot to use, lambda, mean over tokens, steps per pass."""
+    """Settings of `egspo`.
+
+    Attributes:
+      eps_low, eps_high: trust region on the ratio of each step.
+      beta: weight of the KL to the reference.
+      slots: steps of highest entropy used of each row, S.
+      slot: the only slot to use, from 0; None: all of them.
+      stepwise: lambda of EGSPO-SA, 0 without it; above 0 the batch must have `step_rewards`.
+      mean: take the mean over the tokens of a step, not their sum.
+      at_once: steps that share a forward pass.
+    """
 
     eps_low: float = 0.2
     eps_high: float = 0.5

@@ -23,7 +23,7 @@ from gdsd_jax.runtime.ranges import Bound, Few
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`espo`.
+    """Settings of `espo`.
 
     Attributes:
       eps_low, eps_high: trust region on the ratio per token of the sequence.

@@ -28,7 +28,7 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`exact_pg`.
+    """Settings of `exact_pg`.
 
     Attributes:
       eps_low, eps_high: trust region on the ratio of each step.

@@ -26,7 +26,14 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`gdpo`: trust region, KL, the rule and the draws at each of its nodes (K)."""
+    """Settings of `gdpo`.
+
+    Attributes:
+      eps_low, eps_high: trust region on the ratio per token of the sequence.
+      beta: weight of the KL to the reference.
+      rule: quadrature rule over the mask ratio: "gauss-1" to "gauss-5", "simpson" or "mc".
+      draws: masks drawn at each node of the rule, K.
+    """
 
     eps_low: float = 0.5
     eps_high: float = 0.5

@@ -63,7 +63,11 @@ class Guidance:
 
 @dataclasses.dataclass(frozen=True)
 class Centred(Guidance):
-    """`gdsd_tlc`: ELBO weights by default; `top_k` centres by the mean of that many largest logits (None: all)."""
+    """Settings of `gdsd_tlc`: those of `gdsd`, with ELBO weights by default, and one more.
+
+    Attributes:
+      top_k: a logit is centred by the mean of this many largest logits; None: by the mean of all.
+    """
 
     weighting: str = "elbo"
     top_k: Count | None = None

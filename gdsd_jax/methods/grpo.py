@@ -24,7 +24,13 @@ from gdsd_jax.runtime.ranges import Bound, Share
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """Trust region of each token's ratio, and weight and estimator (a name of `common.KL`) of the KL."""
+    """Settings of methods with a ratio for each token.
+
+    Attributes:
+      eps_low, eps_high: trust region on the ratio of each token.
+      beta: weight of the KL to the reference.
+      kl: its estimator, a name of `common.KL`.
+    """
 
     eps_low: Bound = 0.5
     eps_high: Bound = 0.5
@@ -38,7 +44,11 @@ class PPO:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(PPO):
-    """`diffu_grpo`."""
+    """Settings of `diffu_grpo`.
+
+    Attributes:
+      prompt_mask_rate: probability that a token of the prompt is masked.
+    """
 
     prompt_mask_rate: Share = 0.15
 

@@ -26,7 +26,11 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`just_grpo`: positions that share a forward pass."""
+    """Settings of `just_grpo`.
+
+    Attributes:
+      at_once: positions that share a forward pass.
+    """
 
     at_once: int = 16
 

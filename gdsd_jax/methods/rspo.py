@@ -21,7 +21,12 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`rspo`: temperature of the target per token, and coupled pairs per row and inner update (M)."""
+    """Settings of `rspo`.
+
+    Attributes:
+      tau: temperature of the target, per token.
+      views: coupled pairs per row and inner update, M.
+    """
 
     tau: float = 1.0
     views: int = 2

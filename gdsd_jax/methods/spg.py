@@ -28,7 +28,7 @@ from gdsd_jax.runtime.ranges import Count, Few, Positive, Share
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`spg`.
+    """Settings of `spg`.
 
     Attributes:
       negative: "mix", "eubo", "elbo" or "zero".

@@ -21,7 +21,12 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Settings(spg.Settings):
-    """`stable_drl`: SPG's settings, the largest importance ratio, and whether there are importance weights."""
+    """Settings of `stable_drl`: those of `spg`, and two more.
+
+    Attributes:
+      clip: largest importance ratio.
+      importance: use importance weights; without them the loss is that of `spg`.
+    """
 
     clip: float = 5.0
     importance: bool = True

@@ -24,7 +24,12 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Teacher(Centred):
-    """`gdsd_teacher`: `level` "token" or "sequence"; no trust region."""
+    """Settings of `gdsd_teacher`: those of `gdsd_tlc`, and one more.
+
+    Attributes:
+      eps_low, eps_high: not used, as there is no trust region.
+      level: the squared error is that of each "token", or of the whole "sequence".
+    """
 
     weighting: str = "plain"
     level: str = "token"

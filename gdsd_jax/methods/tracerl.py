@@ -26,7 +26,13 @@ from gdsd_jax.runtime.ranges import Bound, Count
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`tracerl`: trust region of each token's ratio, weight of the KL, commit steps per group."""
+    """Settings of `tracerl`.
+
+    Attributes:
+      eps_low, eps_high: trust region on the ratio of each token.
+      beta: weight of the KL to the old policy.
+      shrink: commit steps per group; a row costs a forward pass for each group.
+    """
 
     eps_low: Bound = 0.2
     eps_high: Bound = 0.2

@@ -16,7 +16,7 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 
 class Settings(rspo.Settings):
-    """`trafl`: as `rspo`."""
+    """Settings of `trafl`, the same as those of `rspo`."""
 
 
 def make(settings: Settings) -> Method:

@@ -24,7 +24,7 @@ from gdsd_jax.runtime.ranges import Bound
 
 @dataclasses.dataclass(frozen=True)
 class Settings(PPO):
-    """`unigrpo`."""
+    """Settings of `unigrpo`."""
 
     eps_low: Bound = 0.2
     eps_high: Bound = 0.2

@@ -23,7 +23,12 @@ from gdsd_jax.runtime.ranges import Share
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`wd1`: whether to leave the negative side out, and the probability that a prompt token is masked."""
+    """Settings of `wd1`.
+
+    Attributes:
+      positive_only: leave out the sum over `w-`.
+      prompt_mask_rate: probability that a token of the prompt is masked.
+    """
 
     positive_only: bool = False
     prompt_mask_rate: Share = 0.15
