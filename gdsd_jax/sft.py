@@ -6,9 +6,8 @@
 It trains on the answers of the config's task, or on a file of prompts and completions or of chats
 (`gdsd_jax.tasks.chats`), one demonstration in each row.
 
-Each row draws `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`, and each of its completion tokens is masked with
-probability `t`. The loss is the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens
-(arXiv 2502.09992, Eq. 5). The tail after EOS is trained on too, because the model must learn to end. The command writes
+The loss is that of `gdsd_jax.training.supervised`. The tail of a completion after its EOS is trained on too, because
+the model must learn to end; `config.sft.packed_length` trades that tail for rows without padding. The command writes
 `WORKDIR/merged`, a Hugging Face directory from which reinforcement learning can start. An autoregressive checkpoint
 whose tensors are those of one of our families is first turned into a masked denoiser with a mask token of its own, in
 `WORKDIR/adapted`.
@@ -17,7 +16,6 @@ whose tensors are those of one of our families is first turned into a masked den
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 import time
 from collections.abc import Callable
@@ -26,16 +24,12 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, default, freeze, greedy_sampler, to_dict
 from gdsd_jax.config.flags import launch
-from gdsd_jax.denoiser import DenoiserConfig, init_lora
-from gdsd_jax.diffusion import masking
-from gdsd_jax.diffusion.scoring import Views, read_views
+from gdsd_jax.denoiser import init_lora
 from gdsd_jax.evaluation.completions import evaluate_policy
 from gdsd_jax.hub import tiny
 from gdsd_jax.runtime import hosts
@@ -47,72 +41,13 @@ from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.telemetry.metrics import MetricWriter
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress
-from gdsd_jax.training.arrange import micro_batches
 from gdsd_jax.training.checkpoint import Checkpoints
-from gdsd_jax.training.demonstrations import Encoded, encoded_demonstrations
+from gdsd_jax.training.demonstrations import encoded_demonstrations, rows_of
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.rollout import encode_prompts
 from gdsd_jax.training.setup import Setup, evaluated_task, load_setup, task_rows
-from gdsd_jax.training.state import TrainState, policy, start_state
-
-MIN_RATIO = 1e-3
-
-
-def draw_views(key: jax.Array, rows: int, prompt_length: int, length: int) -> Views:
-    """Masks completions at ratios spread evenly over the rows, and weights them for a loss per completion token."""
-    ratio_key, mask_key = jax.random.split(key)
-    # One random offset and an even spread over the rows: each row's ratio is uniform, the batch is far less noisy.
-    u = (jax.random.uniform(ratio_key) + jnp.arange(rows) / rows) % 1.0
-    t = ((1 - MIN_RATIO) * u + MIN_RATIO)[:, None]
-    masked = masking.bernoulli(mask_key, t, rows, length)
-    weights = (masked / t / (rows * length))[None]
-    return Views(masking.behind_prompt(masked, prompt_length)[None], weights, ((0,),))
-
-
-def make_sft_update(
-    config: DenoiserConfig,
-    optimizer: optax.GradientTransformation,
-    length: int,
-    chunk: int,
-    shardings: TrainState,
-    microbatch_rows: int,
-) -> Any:
-    """Compiles `update(state, base, tokens, prompt_mask) -> (state, metrics)`, which donates the state.
-
-    Args:
-      shardings: the placement of the new state.
-    """
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def update(state: TrainState, base: Any, tokens: jax.Array, prompt_mask: jax.Array) -> tuple[TrainState, dict]:
-        rows, total = tokens.shape
-        views = draw_views(stream_key(state.key, Stream.SFT_MASKS, state.updates), rows, total - length, length)
-
-        def piece_loss(params: Any, index: jax.Array, tokens: jax.Array, prompt_mask: jax.Array, views: Views) -> Any:
-            key = jax.random.fold_in(stream_key(state.key, Stream.SFT_DROPOUT, state.updates), index)
-            reads = read_views(
-                config, *policy(base, params), tokens, views, ("log_prob",),
-                prompt_mask=prompt_mask, dropout_key=key, chunk=chunk,
-            )  # fmt: skip
-            return -jnp.sum(views.weights * reads["log_prob"])
-
-        def add(carry: tuple, piece: tuple) -> tuple[tuple, None]:
-            found = jax.value_and_grad(piece_loss)(state.params, *piece)
-            return jax.tree.map(jnp.add, carry, found), None
-
-        pieces = (
-            jnp.arange(rows // microbatch_rows),
-            *micro_batches((tokens, prompt_mask), microbatch_rows),
-            micro_batches(views, microbatch_rows, axis=1),
-        )
-        zeros = (jnp.zeros(()), optax.tree.zeros_like(state.params))
-        (loss, gradient), _ = jax.lax.scan(add, zeros, pieces)
-        changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
-        state = state.replace(params=params, opt_state=opt_state, updates=state.updates + 1)
-        return state, {"loss": loss, "grad/norm": optax.tree.norm(gradient)}
-
-    return update
+from gdsd_jax.training.state import policy, start_state
+from gdsd_jax.training.supervised import make_held_out_loss, make_sft_update
 
 
 def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
@@ -142,7 +77,6 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
     if hosts.first():
         check_disk(workdir, stored, "the trained checkpoint")
-    length, chunk = config.sampler.completion_length, config.model.vocab_chunk
     shown, apart = encoded_demonstrations(config, setup)
     order = grain.MapDataset.range(len(shown.tokens)).seed(config.sft.seed).shuffle().repeat()
 
@@ -154,10 +88,10 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
         return init_lora(setup.model, key, **dataclasses.asdict(config.lora)) if config.sft.adapter else base
 
     state, places = start_state(setup.model, optimizer, config.sft.seed, trained_part, setup.base)
-    update = make_sft_update(setup.model, optimizer, length, chunk, places, piece)
+    update = make_sft_update(setup.model, optimizer, config.model.vocab_chunk, places, piece)
     frozen = frozen_base(config, setup)
     accuracy = make_accuracy(config, setup) if config.sft.until else None
-    held_out_loss = make_held_out_loss(config, setup, apart, piece) if len(apart.tokens) else None
+    held_out_loss = make_held_out_loss(config, setup, apart, piece, frozen) if len(apart.tokens) else None
 
     checkpoints = Checkpoints(workdir / "sft", own_settings(config), state)
     first = checkpoints.latest or 0
@@ -177,7 +111,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
             if step > first and step % config.sft.save_every == 0:
                 checkpoints.save(step, state, step)
             chosen = np.asarray([order[step * batch_rows + i] for i in range(batch_rows)])
-            state, metrics = update(state, frozen, *put((shown.tokens[chosen], shown.prompt_mask[chosen])))
+            state, metrics = update(state, frozen, put(rows_of(shown, chosen)))
             if (step + 1) % log_every == 0 or step + 1 == config.sft.steps:
                 values = {name: float(value) for name, value in fetch(metrics).items()}
                 writer.write(step + 1, values | {"time/total": time.perf_counter() - start})
@@ -238,40 +172,6 @@ def make_accuracy(config: TrainConfig, setup: Setup) -> Callable[[Any], float]:
         return found[task.metrics_named[-1]]
 
     return accuracy
-
-
-def make_held_out_loss(config: TrainConfig, setup: Setup, apart: Encoded, rows: int) -> Callable[[Any], float]:
-    """Returns `trained parameters -> the loss on the held-out demonstrations`, on the same masks every time.
-
-    Args:
-      rows: demonstrations at one time.
-    """
-    length, count = config.sampler.completion_length, len(apart.tokens)
-    key = stream_of_seed(config.sft.seed, Stream.SFT_HELD_OUT)
-
-    @jax.jit
-    def batch_loss(params: Any, base: Any, key: jax.Array, *batch: jax.Array) -> jax.Array:
-        tokens, prompt_mask, real, number = batch
-        key = jax.random.fold_in(key, number[0])
-        views = draw_views(key, rows, tokens.shape[1] - length, length)
-        reads = read_views(
-            setup.model, *policy(base, params), tokens, views, ("log_prob",),
-            prompt_mask=prompt_mask, chunk=config.model.vocab_chunk,
-        )  # fmt: skip
-        return -rows * jnp.sum(views.weights * reads["log_prob"] * real[:, None])
-
-    def loss(params: Any) -> float:
-        total = 0.0
-        for first in range(0, count, rows):
-            # The last batch is filled up by rows that do not count.
-            chosen = np.arange(first, first + rows)
-            real, number = (chosen < count).astype(np.float32), np.full(rows, first, np.int32)
-            chosen = np.minimum(chosen, count - 1)
-            batch = put((apart.tokens[chosen], apart.prompt_mask[chosen], real, number))
-            total += float(fetch(batch_loss(params, frozen_base(config, setup), key, *batch)))
-        return total / count
-
-    return loss
 
 
 def frozen_base(config: TrainConfig, setup: Setup) -> Any:

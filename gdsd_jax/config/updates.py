@@ -97,6 +97,9 @@ class SFTConfig:
       check_every: steps from one look at that metric, and at the loss of what is held out, to the next.
       steps: updates, if it does not stop early.
       batch_rows: rows of an update.
+      packed_length: tokens of a row into which several demonstrations are packed, which do not see each other; None: a
+        row for each. A packed answer ends with one EOS, so the model does not learn to fill the rest of a completion
+        with EOS: use it for long texts, and finish without it.
       adapter: trains the adapter of `config.lora` instead of all parameters.
       microbatch_rows: rows of a micro-batch; None: all rows of an update at once.
       save_every: updates from one checkpoint to the next; SIGTERM writes one too.
@@ -107,6 +110,7 @@ class SFTConfig:
     held_out: BelowOne = 0.0
     adapter: bool = False
     microbatch_rows: Count | None = None
+    packed_length: Count | None = None
     save_every: Count = 500
     careless: Share = 0.0
     until: Share = 0.0

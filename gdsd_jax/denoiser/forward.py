@@ -61,6 +61,7 @@ def run(
     start: Array | None = None,
     keep: bool = False,
     kept: Array | None = None,
+    texts: Array | None = None,
     layout: Layout | None = None,
     dropout_key: Array | None = None,
 ) -> Callable[[At | None], tuple[Array, Any]]:
@@ -70,7 +71,8 @@ def run(
     The function takes places in `tokens` (None: all). It gives their states after the final norm, not yet
     target-aligned, and with `keep` also the keys and values of the places `kept` (None: of all tokens). The keys and
     values are stacked, or, where all layers are unrolled, a tuple with one entry per layer. Under cuDNN they are those
-    of the whole `cache`, if there is one, with the tokens' own written into it from the column `start` on.
+    of the whole `cache`, if there is one, with the tokens' own written into it from the column `start` on. `texts` are
+    the numbers of the texts of packed rows, as in `hidden_states_at`.
     """
     base, lora = unstacked(config, base, lora)
     adapter = None if lora is None else lora.replace(weights=None)
@@ -83,7 +85,7 @@ def run(
     if not isinstance(base["layers"], tuple):
         model = Denoiser(config, adapter, dropout, keep, layout)
         rngs = {"dropout": dropout_key} if dropout else None
-        x, key_values = model.apply(parts, tokens, real, rope, cache, outside, start, kept, rngs=rngs)
+        x, key_values = model.apply(parts, tokens, real, rope, cache, outside, start, kept, texts, rngs=rngs)
         return lambda at: (normed(x if at is None else pick(x, at)), key_values)
 
     module = remat(Layer, config.remat)(config, adapter, dropout, keep, layout)
@@ -97,7 +99,7 @@ def run(
             # A function under rematerialisation takes arrays only.
             at = jnp.arange(at.start, at.stop)
         seen = None if cache is None else cache[n]
-        return module.apply(own, x, seen, real, rope, outside, start, kept, at, known, rngs=rngs)
+        return module.apply(own, x, seen, real, rope, outside, start, kept, texts, at, known, rngs=rngs)
 
     x, before = embed(config, base["embedding"], tokens), []
     known = {name: jnp.take(table, tokens, axis=0) for name, table in base.get("first_projections", {}).items()}
@@ -128,6 +130,7 @@ def hidden_states_at(
     tokens: Int[Array, "B T"],
     *,
     prompt_mask: Bool[Array, "B P"] | None = None,
+    texts: Int[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
 ) -> Read:
     """Runs the denoiser; returns a function that gives the target-aligned hidden states of the positions asked for.
@@ -141,8 +144,17 @@ def hidden_states_at(
       lora: an adapter, or None for the base alone (the reference policy).
       tokens: `[B, T]` ids, mask ids where a token is to be predicted.
       prompt_mask: `[B, P]` or `[B, T]`, True on real tokens; pads are never attended to. None: all are real.
+      texts: for packed rows, instead of `prompt_mask`: the number of each token's text, from 1, and 0 on pads. Tokens
+        attend to their own text only. Positions are the row's, which changes nothing: rotations are relative.
       dropout_key: switches the adapter's dropout on.
+
+    Raises:
+      UserError: rows are packed and attention is block-causal.
     """
+    if texts is not None:
+        if config.block_size is not None:
+            raise UserError("rows cannot be packed for a model of block-causal attention")
+        prompt_mask = texts > 0
     length, real, shift = tokens.shape[1], real_tokens(prompt_mask, *tokens.shape), None
     layout = None if config.block_size is None else Layout(config.block_size, length)
     if layout is not None and real is not None and config.block_origin == "sequence":
@@ -151,7 +163,7 @@ def hidden_states_at(
         columns = (jnp.arange(length) + shift) % length
         tokens, real = (jnp.take_along_axis(x, columns, axis=1) for x in (tokens, real))
     tables = rope_of(config, length, layout)
-    last = run(config, base, lora, tokens, real, tables, layout=layout, dropout_key=dropout_key)
+    last = run(config, base, lora, tokens, real, tables, texts=texts, layout=layout, dropout_key=dropout_key)
 
     def read(at: At | None) -> Array:
         if shift is not None:
@@ -174,10 +186,12 @@ def hidden_states(
     tokens: Int[Array, "B T"],
     *,
     prompt_mask: Bool[Array, "B P"] | None = None,
+    texts: Int[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns the target-aligned hidden states of all positions; see `hidden_states_at`."""
-    return hidden_states_at(config, base, lora, tokens, prompt_mask=prompt_mask, dropout_key=dropout_key)(None)
+    options = {"prompt_mask": prompt_mask, "texts": texts, "dropout_key": dropout_key}
+    return hidden_states_at(config, base, lora, tokens, **options)(None)
 
 
 def refresh_cache(

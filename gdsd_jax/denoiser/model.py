@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gdsd_jax.denoiser import attention, ops, splash
 from gdsd_jax.denoiser.config import DenoiserConfig
@@ -117,7 +117,8 @@ class Layer(nn.Module):
     With `at`, places in `x` (see `pick`), queries are computed for these places only, which attend to all of `x`, and
     only these places are returned. With `keep`, keys and values are returned too, those of the places `kept` in `x` or
     of all. `known` holds queries, keys and values of `x` before norm and rotation,
-    for a caller that has them already. A `layout` restricts which columns attend to which.
+    for a caller that has them already. A `layout` restricts which columns attend to which; so do the numbers `texts` of
+    packed rows, which have no layout.
     """
 
     config: DenoiserConfig
@@ -136,6 +137,7 @@ class Layer(nn.Module):
         outside: Array | None = None,
         start: Array | None = None,
         kept: Array | None = None,
+        texts: Array | None = None,
         at: slice | Array | None = None,
         known: dict[str, Array] | None = None,
     ) -> tuple[Array, KeyValues | None]:
@@ -163,9 +165,11 @@ class Layer(nn.Module):
             kind = attention.chosen(c)
             if kind == "splash" and cache is None and at is None:
                 # The kernel requires as many queries as keys.
-                mixed = splash.attention(q, k, v, real, layout=self.layout)
+                mixed = splash.attention(q, k, v, real if texts is None else texts, layout=self.layout)
             else:
                 allowed = None if self.layout is None else allowed_of(self.layout, k.shape[1], at)
+                if texts is not None:
+                    allowed = same_text(texts, at)
                 if kind == "cudnn":
                     seen = real
                     if cache is not None:
@@ -201,7 +205,13 @@ def allowed_of(layout: Layout, length: int, at: slice | Array | None) -> Bool[Ar
     return layout.attends(jnp.atleast_2d(queries)[..., None], keys)
 
 
-def pick(x: Float[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B S"]) -> Float[Array, "B S D"]:
+def same_text(texts: Int[Array, "B T"], at: slice | Array | None) -> Bool[Array, "B S T"]:
+    """Returns which columns of packed rows belong to the text of each query; queries are as in `allowed_of`."""
+    queries = texts if at is None else pick(texts[..., None], at)[..., 0]
+    return queries[..., None] == texts[:, None]
+
+
+def pick(x: Shaped[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B S"]) -> Shaped[Array, "B S D"]:
     """Picks the places `at` out of `x`; they are the same in every row, or each row has its own."""
     return x[:, at] if isinstance(at, slice) or at.ndim == 1 else jnp.take_along_axis(x, at[..., None], axis=1)
 
@@ -226,8 +236,8 @@ def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
 class Denoiser(nn.Module):
     """Maps token ids to the residual stream after the last layer, and to keys and values.
 
-    `rope`, `cache`, `outside`, `start`, `keep`, `kept` and `layout` are as in `Layer`. This module declares the
-    parameters of the final norm and of the head; `forward` applies them.
+    `rope`, `cache`, `outside`, `start`, `keep`, `kept`, `texts` and `layout` are as in `Layer`. This module declares
+    the parameters of the final norm and of the head; `forward` applies them.
     """
 
     config: DenoiserConfig
@@ -246,6 +256,7 @@ class Denoiser(nn.Module):
         outside: Array | None = None,
         start: Array | None = None,
         kept: Array | None = None,
+        texts: Array | None = None,
     ) -> tuple[Array, KeyValues | None]:
         c = self.config
         table_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -257,7 +268,7 @@ class Denoiser(nn.Module):
             remat(Layer, c.remat),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 5),
+            in_axes=(0, *[nn.broadcast] * 6),
             length=c.num_layers,
             unroll=c.layer_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -265,7 +276,7 @@ class Denoiser(nn.Module):
         norm_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
         stack = layers(c, self.adapter, self.dropout, self.keep, self.layout, name="layers")
-        return stack(x, cache, real, rope, outside, start, kept)
+        return stack(x, cache, real, rope, outside, start, kept, texts)
 
 
 def _init(config: DenoiserConfig, key: jax.Array) -> Any:

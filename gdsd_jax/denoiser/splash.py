@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.runtime import sharding
@@ -33,7 +33,7 @@ def attention(
     query: Float[Array, "B T H K"],
     key: Float[Array, "B T kv K"],
     value: Float[Array, "B T kv K"],
-    real: Bool[Array, "B T"] | None,
+    real: Bool[Array, "B T"] | Int[Array, "B T"] | None,
     *,
     layout: Layout | None = None,
     interpret: bool = False,
@@ -44,6 +44,7 @@ def attention(
     set, each device runs the kernel on its own rows and heads.
 
     Args:
+      real: True on real tokens; in packed rows the number of each token's text, which attends to itself alone.
       layout: which columns attend to which; the kernel computes it from indices and skips tiles without any pair.
       interpret: runs the kernel's arithmetic in JAX, on any platform.
     """

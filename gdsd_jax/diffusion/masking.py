@@ -65,7 +65,7 @@ def stratified(
     return in_rollout_order(position_key, counts, confidence, block_length, length)
 
 
-def bernoulli(key: Array, ratio: Float[Array, "B 1"] | float, rows: int, length: int) -> Bool[Array, "B L"]:
+def bernoulli(key: Array, ratio: Float[Array, "B _"] | float, rows: int, length: int) -> Bool[Array, "B L"]:
     """Masks each position independently with probability `ratio`."""
     return jax.random.uniform(key, (rows, length)) < ratio
 
