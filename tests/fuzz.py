@@ -9,15 +9,17 @@ Seven in eight answers come from a grammar of what goes wrong (`malformed`), the
 takes the task's own right answer apart, nests tags and braces, leaves them open, writes digits of other scripts, huge
 numbers and towers of powers, and lines of 100 kB. Prints a line per task and ends with 1 where one of them fails.
 
-Answers of the code task are parsed and given their format; `--programs` of them run in the sandbox, as evaluation runs
-them. A line of their own says how often each verdict was given, and the wall clock of the longest.
+Programs of the code task are found and put together as in training, but their tests pass or fail by a hash of the
+program (`verdicts_without_running`): the relation of reward and metric does not depend on how a program does. Beside
+it, the first `--programs` different ones that parse run in the sandbox. A line of their own says how many of them there
+were, how often each verdict was given, and the wall clock of the longest.
 
 Another task needs one entry in `CASES`; `malformed(random, case)` and `strategy(case)` make answers for any other test.
 """
 
 import argparse
 import collections
-import dataclasses
+import contextlib
 import json
 import math
 import os
@@ -25,10 +27,12 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -91,6 +95,7 @@ PAID = {
     "gsm8k_xml": ("correct", 2.0, "accuracy", 0.0),
     "math": ("correct", 2.0, "accuracy", 0.0),
     "math_xml": ("correct", 2.0, "accuracy", 0.0),
+    "code": ("tests", 1.0, "passed", 0.5),  # one of the two tests
 }
 _PROGRAM = (
     "```", "```python\n", "\ndef up(x):\n    return x + 1\n", "\ndef up(x):\n    ", "return ", "up(", "f'{", "\"\"\"",
@@ -107,13 +112,46 @@ CODE = Case(
 )
 
 
-def _format(completion: str, row: dict) -> dict[str, float]:
-    return {"format": code.format_reward(completion)}
+class _Counting(workers.Workers):
+    """Workers that keep the longest processor time of an item and how many were ended at a limit."""
+
+    slowest, lost = 0.0, 0
+
+    def map(self, function: workers.Score, items: Iterable[tuple]) -> list[workers.Outcome]:
+        outcomes = super().map(function, items)
+        self.slowest = max(self.slowest, *(outcome.seconds for outcome in outcomes))
+        self.lost += sum(outcome.lost for outcome in outcomes)
+        return outcomes
 
 
-CODE_FORMAT = dataclasses.replace(
-    code.TASK, score=_format, measure=_format, weights={"format": 1.0}, metrics_named=("format",)
-)
+@contextlib.contextmanager
+def verdicts_without_running(pool: workers.Workers) -> Iterator[dict[sandbox.Program, None]]:
+    """Gives each test of a program a verdict by a hash, and finds programs in `pool`; yields the programs judged."""
+    programs: dict[sandbox.Program, None] = {}
+
+    def judge(judged: list[sandbox.Program], backend: str | None = None) -> list[list[sandbox.Verdict]]:
+        programs.update(dict.fromkeys(judged))
+        return [[_verdict(program, test) for test in program.tests] for program in judged]
+
+    with mock.patch.object(sandbox, "judge", judge), mock.patch.object(workers, "shared", lambda limits: pool):
+        yield programs
+    code._share.cache_clear()
+
+
+def _verdict(program: sandbox.Program, test: str) -> sandbox.Verdict:
+    digest = zlib.crc32(f"{program.source}{test}".encode(errors="surrogatepass"))
+    return sandbox.Verdict.PASSED if digest % 3 else sandbox.Verdict.FAILED
+
+
+def run_code(count: int, seed: int = 0) -> tuple["Report", dict[sandbox.Program, None]]:
+    """Scores and measures `count` answers of the code task; returns the programs that were found too."""
+    code._share.cache_clear()
+    pool = _Counting(code.LOCATING)
+    with verdicts_without_running(pool) as programs:
+        report = run(code.TASK, CODE, count, seed)
+    pool.close()
+    megabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return report._replace(lost=pool.lost, slowest=max(pool.slowest, report.slowest), megabytes=megabytes), programs
 
 
 def malformed(draw: random.Random, case: Case) -> str:
@@ -243,24 +281,30 @@ def run(task: Task, case: Case, count: int, seed: int = 0, batch: int = 1000) ->
     return Report(task.name, count, lost, over, slowest, time.perf_counter() - start, megabytes, failures)
 
 
-def run_programs(count: int, seed: int = 0) -> dict:
-    """Runs `count` answers to `CODE` in the sandbox, and checks each time that all tests have a verdict."""
+def run_programs(programs: Iterable[sandbox.Program], count: int) -> dict:
+    """Runs the first `count` programs that parse in the sandbox, and checks that all tests have a verdict each time."""
 
-    def judged(answer: str) -> tuple[float, list[sandbox.Verdict]]:
+    def judged(program: sandbox.Program) -> tuple[float, list[sandbox.Verdict]]:
         start = time.perf_counter()
-        (verdicts,) = sandbox.judge([code.program_from(answer, CODE.row)])
+        (verdicts,) = sandbox.judge([program])
         return time.perf_counter() - start, verdicts
 
     sandbox.find()
     start = time.perf_counter()
+    pool = workers.shared(code.LOCATING)
+    different = list(programs)
+    parsed = pool.map(code.parse, [(program.source,) for program in different])
+    parsing = [program for program, outcome in zip(different, parsed, strict=True) if outcome.values == {"parses": 1.0}]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        found = list(threads.map(judged, answers(CODE, count, seed)))
+        found = list(threads.map(judged, parsing[:count]))
     counts = collections.Counter(verdict.name for _, verdicts in found for verdict in verdicts)
     return {
+        "different": len(different),
+        "parsing": len(parsing),
         "programs": len(found),
         "verdicts": dict(counts),
         "failures": sum(len(verdicts) != len(CODE.row["tests"]) for _, verdicts in found) + counts["REFUSED"],
-        "slowest": max(seconds for seconds, _ in found),
+        "slowest": max((seconds for seconds, _ in found), default=0.0),
         "seconds": time.perf_counter() - start,
         "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
@@ -276,13 +320,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="answers per task")
     parser.add_argument("--tasks", default=",".join([*CASES, "code"]))
-    parser.add_argument("--programs", type=int, default=0, help="answers that run in the sandbox")
+    parser.add_argument("--programs", type=int, default=0, help="programs of the code task that run in the sandbox")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     failed = False
     for name in flags.tasks.split(","):
-        task, case = (CODE_FORMAT, CODE) if name == "code" else (TASKS[name], CASES[name])
-        report = run(task, case, flags.count, flags.seed)
+        if name == "code":
+            report, programs = run_code(flags.count, flags.seed)
+        else:
+            report, programs = run(TASKS[name], CASES[name], flags.count, flags.seed), {}
         failed |= report.over > 0 or bool(report.failures)
         print(
             json.dumps({**report._asdict(), "failures": len(report.failures)}),
@@ -290,10 +336,10 @@ def main() -> None:
             sep="\n  ",
             flush=True,
         )
-    if flags.programs:
-        found = run_programs(flags.programs, flags.seed)
-        failed |= found["failures"] > 0
-        print(json.dumps(found))
+        if programs and flags.programs:
+            found = run_programs(programs, flags.programs)
+            failed |= found["failures"] > 0
+            print(json.dumps(found), flush=True)
     sys.exit(failed)
 
 

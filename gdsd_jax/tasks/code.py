@@ -37,7 +37,7 @@ from gdsd_jax.tasks.task import PUBLIC, Grader, Task
 _OPEN, _FENCE = "```python\n", "```"
 # The parser runs in a worker, because some short texts cost it seconds or gigabytes.
 _PARSING = workers.Limits(seconds=1.0, megabytes=512)
-_LOCATING = workers.Limits(seconds=3.0, megabytes=512)
+LOCATING = workers.Limits(seconds=3.0, megabytes=512)
 MAX_TESTS = 20_000
 
 
@@ -93,7 +93,7 @@ def found_program(completion: str, row: Row) -> tuple[float, Program]:
     limits), and 0 if no program is fenced.
     """
     names, prompt = tuple(row.get("named", ())) or called(row["tests"]), row.get("prompt", "")
-    (outcome,) = workers.shared(_LOCATING).map(programs.locate, [(completion, names, prompt)])
+    (outcome,) = workers.shared(LOCATING).map(programs.locate, [(completion, names, prompt)])
     place = outcome.values or {"start": 0.0, "end": 0.0, "fenced": float(_FENCE in completion), "parses": 0.0}
     form = place["fenced"] * (1.0 if place["parses"] else 0.5)
     return form, program(programs.complete(programs.joined(completion, place), names, prompt), row)

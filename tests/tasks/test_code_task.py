@@ -99,8 +99,11 @@ def test_malformed_answers():
 
 @pytest.mark.slow
 def test_malformed_programs():
-    found = fuzz.run_programs(40)
+    report, programs = fuzz.run_code(800)
+    assert not report.failures and report.lost == report.over == 0
+    found = fuzz.run_programs(programs, 40)
     assert found["failures"] == 0 and sum(found["verdicts"].values()) == 80
+    assert set(found["verdicts"]) >= {"PASSED", "FAILED"}
 
 
 @pytest.mark.slow
