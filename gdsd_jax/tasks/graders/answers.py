@@ -33,6 +33,7 @@ _OPENING = {"(", "[", "{", "\\{", "langle", "lfloor", "lceil"}
 _CLOSING = {")", "]", "}", "\\}", "rangle", "rfloor", "rceil"}
 _MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix"}
 _CALLED = set("ABCDEIJKLMNOPQRSTUVWXYZpqrsuvw")
+_ENDS = (".", ",", ";", ":", "\\", "*", "&", "^", "only")
 _NOTHING = {"noneofthese", "nosolution", "nosolutions", "norealsolution", "norealsolutions"}
 
 
@@ -51,11 +52,11 @@ def read(text: str, loose: bool = True) -> Answer:
 def strip(tokens: list[Token]) -> list[Token]:
     """Returns the tokens without an introduction or an end of sentence around the answer.
 
-    These are "The answer is", "=", a period, or braces around everything.
+    These are "The answer is", "=", a period, "only", or braces around everything.
     """
     while True:
         before = len(tokens)
-        while tokens and (tokens[-1].text in (".", ",", ";", ":", "\\", "*", "&", "^") and tokens[-1].kind != "number"):
+        while tokens and (tokens[-1].text in _ENDS and tokens[-1].kind != "number"):
             tokens = tokens[:-1]
         while tokens and tokens[0].text in ("=", ":", "*", ".", "\\", "approx", "&", ",", "^"):
             tokens = tokens[1:]

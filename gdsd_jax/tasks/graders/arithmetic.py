@@ -102,9 +102,9 @@ _STATED = re.compile(r"(?i)\b(?:expression|equation|solution|answer)(?:\*\*)?(?:
 _FRACTION = re.compile(r"\\[dtc]?frac\s{0,3}\{([^{}]{1,200})\}\s{0,3}\{([^{}]{1,200})\}")
 _RUN = re.compile(r"[-+*/()=0-9. \t]+")
 _ARITHMETIC = "-+*/()=0123456789."
-# Signs that a run is part of something else: adjacent letters, powers, factorials or LaTeX commands.
-_BEFORE = re.compile(r"(?:[^\W_]|[\^!%_]\s?|\\[A-Za-z]+\s?)\Z")
-_AFTER = re.compile(r"[^\W_]|[\^!%_\\]")
+# Signs that a run is part of something else: adjacent letters, powers, factorials, bars, LaTeX commands or a "not".
+_BEFORE = re.compile(r"(?:[^\W_]|[\^!%_|]\s?|\\[A-Za-z]+\s?|(?i:\b(?:not|never)|n't)\s{1,3})\Z")
+_AFTER = re.compile(r"[^\W_]|[\^!%_|\\]")
 _JOINT = re.compile(r"(?<=[0-9)])([ \t]{0,3})(?=\()|(?<=\))([ \t]{0,3})(?=[0-9])")
 
 

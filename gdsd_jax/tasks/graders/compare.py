@@ -26,8 +26,10 @@ from gdsd_jax.tasks.graders.names import is_call, is_name, label, same_name, sym
 from gdsd_jax.tasks.graders.tokens import Unreadable, tokenize
 from gdsd_jax.tasks.graders.trees import Tree, symbols
 
+# A comma that separates thousands, because no member of a list starts with 0.
+_THOUSANDS = re.compile(r"[0-9],0[0-9]")
 # A pair of numbers whose comma does not separate thousands.
-_PAIR = re.compile(r"\W*\(\s*[0-9]{1,3},\s*[0-9]{3}\s*(?:\\right)?\)\W*")
+_PAIR = re.compile(r"\A\W*\(\s*[0-9]{1,3},\s*[0-9]{3}\s*(?:\\right)?\)\W*\Z")
 _CHOICE = re.compile(r"\s*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{\s*)?\(?([A-Z])\)?[\s}]*\Z")
 _CHOSEN = re.compile(
     r"\s*(?:\\(?:text|textbf|mathrm|mathbf|rm|bf)\s?\{?\s*){0,2}\(([A-Z])\)(?!.*(?:\([A-Z]\)|\bor\b|\band\b|\bnot\b))",
@@ -39,7 +41,7 @@ _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 def equal(gold: str, answer: str) -> bool:
     """Returns whether the answer says the same as the gold. No text makes this function raise."""
     for loose in (True, False):
-        if loose and _PAIR.fullmatch(gold):
+        if (_PAIR if loose else _THOUSANDS).search(gold):
             continue
         try:
             wanted, found = read(gold, loose), read(answer, loose)
@@ -226,11 +228,16 @@ def _with_relation(gold: Answer, answer: Answer) -> bool:
         return _same_relation(gold, answer)
     if isinstance(gold, Relation):
         pair = _named_value(gold)
-        if pair is None or (not is_call(pair[0]) and symbols_in(pair[1])):
+        if pair is None or (symbols_in(pair[1]) and not _is_function(*pair)):
             return False
         return same(pair[1], answer)
     value = _unwrapped(answer)
     return value is not None and same(gold, value)
+
+
+def _is_function(name: Answer, value: Answer) -> bool:
+    """Returns whether a name is f(x), or a_n with a value in n."""
+    return is_call(name) or (label(name) or "").partition("_")[2] in symbols_in(value)
 
 
 def _is_equation(answer: Answer) -> bool:

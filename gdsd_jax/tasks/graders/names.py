@@ -30,9 +30,16 @@ def _is_word(tree: Tree) -> bool:
 
 
 def same_name(one: Answer, other: Answer) -> bool:
+    """Returns whether two names are equal, or are y and f(x)."""
+    if "y" in (label(one), label(other)) and (_is_function(one) or _is_function(other)):
+        return True
     if isinstance(one, Scalar) and isinstance(other, Scalar):
         return values.equal(one.trees[0], other.trees[0])
     return one == other
+
+
+def _is_function(name: Answer) -> bool:
+    return is_call(name) and name.trees[0][1].isalpha() and name.trees[0][2][0] == "symbol"
 
 
 def symbols_in(answer: Any) -> set[str]:

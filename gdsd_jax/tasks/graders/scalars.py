@@ -24,6 +24,8 @@ def same(gold: Scalar, answer: Scalar) -> bool:
         return values.equal(one, ("*", other, _DEGREE))
     if not units.agree(gold.unit, answer.unit):
         return False
+    if gold.percent != answer.percent and (answer if gold.percent else gold).unit:
+        return False
     if sets.infinite(one) or sets.infinite(other):
         return sets.infinite(one) == sets.infinite(other)
     if gold.percent == answer.percent:
