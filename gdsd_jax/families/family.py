@@ -79,7 +79,7 @@ def rope_theta(hf: Mapping[str, Any]) -> float:
             raise UserError(f"config.json sets {key} to {entry!r}: an object is needed")
         # If a model has several kinds of layers, transformers 5 nests the parameters by kind.
         nested = bool(entry) and all(isinstance(value, Mapping) for value in entry.values())
-        for parameters in entry.values() if nested else (entry,):
+        for kind, parameters in entry.items() if nested else [("", entry)]:
             kinds = {parameters.get("rope_type", "default"), parameters.get("type", "default")} - {None}
             extra = set(parameters) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
             if kinds - {"default"} or extra or parameters.get("partial_rotary_factor", 1) != 1:
@@ -88,7 +88,7 @@ def rope_theta(hf: Mapping[str, Any]) -> float:
                     "use a checkpoint without scaled positions"
                 )
             if parameters.get("rope_theta") is not None:
-                found[f"{key}.rope_theta"] = parameters["rope_theta"]
+                found[".".join(filter(None, (key, kind, "rope_theta")))] = parameters["rope_theta"]
     if not found:
         raise KeyError("rope_theta")
     if len({float(value) for value in found.values()}) > 1:

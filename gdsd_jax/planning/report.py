@@ -84,7 +84,7 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top:
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
-        "rows": config.prompts_per_iteration * config.group_size,
+        "rows": rollout,
         "rollout_rows": config.rollout_rows or rollout,
         "rollout_parts": rollout // (config.rollout_rows or rollout),
         "microbatch_rows": config.microbatch_rows,

@@ -76,7 +76,6 @@ def test_every_commit_is_what_a_pass_without_a_cache_gives(settings, shifted, te
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "shifted"), [(STATIC, False), (dataclasses.replace(FAST, cache="dual"), True)])
 def test_the_call_for_cudnn_writes_the_same(monkeypatch, settings, shifted):
     """There a block is written into the cache that it attends to."""

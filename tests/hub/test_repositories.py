@@ -53,6 +53,10 @@ def test_base_of_the_positions(rope):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.*factor"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "disagree"),
+        (
+            {"rope_theta": None, "rope_parameters": {"full": {"rope_theta": 1e6}, "sliding": {"rope_theta": 1e4}}},
+            "disagree",
+        ),
         ({"rope_theta": None}, "lacks the key 'rope_theta'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"attention_bias": True}, "attention_bias"),
