@@ -1,7 +1,7 @@
-"""Settings of a run: `ml_collections` on the command line, frozen once into dataclasses, typed from there on.
+"""The settings of a run, from a config file and the command line to frozen dataclasses.
 
-A config file (`configs/*.py`) returns a locked `ConfigDict` with exactly the fields of `TrainConfig`; `freeze` turns it
-into one and refuses a field that is missing, unknown or of another type. Nothing below the commands sees a ConfigDict.
+A config file (`configs/*.py`) returns a locked `ConfigDict` with exactly the fields of `TrainConfig`. `freeze` converts
+it, and refuses a field that is missing, unknown or of another type. No code below the commands sees a ConfigDict.
 """
 
 from gdsd_jax.config.freeze import default, freeze, to_dict

@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from gdsd_jax.config import TrainConfig, freeze, to_dict
-from gdsd_jax.config.read import neighbours
+from gdsd_jax.config.read import neighbours, require_config
 from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError
 
 
 class Option(NamedTuple):
-    """A flag of one command. `kind` is str, int, float or bool; `written` says that the flag names an output path."""
+    """A flag of one command. `kind` is str, int, float or bool; `written` marks a path that the command writes to."""
 
     kind: type
     default: Any
@@ -44,17 +44,19 @@ def launch(
 ) -> None:
     """Runs `main(config, workdir, **values of the options)` with absl flags and a config file.
 
-    Errors end the process as `gdsd_jax.runtime.front` describes. `--help` shows the docstring of main's module and the
-    flags.
+    Errors end the process as `gdsd_jax.runtime.front` describes. `--help` prints the docstring of `main`'s module and
+    the flags.
 
     Args:
-      needs_workdir: False if `main` also accepts None as the workdir.
+      main: the command; its workdir is None if `--workdir` is not given and not needed.
+      options: the command's own flags, by the names of `main`'s arguments.
+      needs_workdir: whether `--workdir` must be given.
       dry_run: whether `main` supports `config.dry_run`, which needs no workdir.
-      argv: the command line, program name first; None means that of the process.
+      argv: the command line, starting with the program's name; None: that of the process.
     """
-    # transformers reads this when it is first imported; by default it would announce that PyTorch is absent.
+    # transformers reads this when it is first imported. Without it, transformers reports that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Orbax warns of its own defaults.
+    # Orbax would log warnings about its own defaults.
     logging.set_verbosity(logging.ERROR)
     argv = sys.argv if argv is None else argv
 
@@ -67,7 +69,7 @@ def launch(
         if config.dry_run and not dry_run:
             raise UserError("config.dry_run is for gdsd_jax.train")
         if needs_workdir and workdir is None and not config.dry_run:
-            raise UserError("give --workdir DIRECTORY, where the run's files go")
+            raise UserError("give --workdir DIRECTORY, for the files of the run")
         enable_compilation_cache()
         hosts.initialize(config.hosts)
         hosts.agree(_shared(config))
@@ -84,7 +86,7 @@ def _shared(config: TrainConfig) -> dict[str, str]:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in the user's cache unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    """Keeps compiled programs on disk between runs, in the user's cache unless JAX_COMPILATION_CACHE_DIR is set."""
     if not jax.config.jax_compilation_cache_dir:
         root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(root / "gdsd_jax"))
@@ -94,9 +96,9 @@ def enable_compilation_cache() -> None:
 def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, Path | None, dict[str, Any]]:
     """Returns the frozen config, the workdir and the options' values.
 
-    Settings of methods and tasks (`--config.settings.gdsd.psi=3`) have no fixed names, and ml_collections cannot set a
-    setting that has a value to None (`--config.sampler.threshold=None`). Both kinds of overrides are therefore kept
-    from ml_collections and applied to the config that it makes.
+    ml_collections cannot add a key (`--config.settings.gdsd.psi=3`), nor set a value to None
+    (`--config.sampler.threshold=None`). Both kinds of overrides are therefore withheld from it, and applied to the
+    config that it makes of the others.
     """
     known, free = [argv[0]], []
     for argument in argv[1:]:
@@ -114,13 +116,12 @@ def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig,
     neighbours(file)
     try:
         rest = values(known)[1:]
-    except Exception as error:  # a config file is a program and raises whatever it likes
+    except Exception as error:  # a config file is a program, which may raise anything
         raise UserError(_place(error, file) or f"{file}: {_first_line(error)}") from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --NAME=VALUE")
     config = values["config"].value
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{file}: get_config returns a {type(config).__name__}, not what gdsd_jax.config.default makes")
+    require_config(config, file)
     config = config.to_dict()
     for argument in free:
         _set_free(config, argument)
@@ -137,13 +138,13 @@ def _require_path(name: str, value: str | None) -> None:
     if value is None:
         return
     if not value.strip() or "\0" in value:
-        raise UserError(f"--{name} {value!r} is no path: name a directory or file, or leave the flag out")
+        raise UserError(f"--{name} {value!r} is not a path: name a file or directory, or leave the flag out")
     if re.match("[a-zA-Z0-9+.-]+:/", value):
-        raise UserError(f"--{name} {value} is on no disk: mount the bucket and name the place where it is mounted")
+        raise UserError(f"--{name} {value} is not on a disk: mount the bucket and name the directory of the mount")
 
 
 def _underscored(argument: str, options: Mapping[str, Option]) -> str:
-    """Returns an argument with underscores for the dashes in its flag's name, if the flag is one of the options."""
+    """Returns an argument with the dashes in its flag's name as underscores, if the flag is one of the options."""
     name, equals, value = argument.partition("=")
     plain = name.lstrip("-").replace("-", "_")
     known = plain in options or plain.removeprefix("no") in options
@@ -157,7 +158,7 @@ def _override(argument: str) -> list[str] | None:
 
 
 def _is_free(path: list[str], text: str) -> bool:
-    """Returns whether to keep an override from ml_collections: it sets a key of a mapping, or an optional to None.
+    """Returns whether to withhold an override from ml_collections: it sets a key of a mapping, or an optional to None.
 
     Raises:
       UserError: the path names no setting.
@@ -167,7 +168,7 @@ def _is_free(path: list[str], text: str) -> bool:
         if not dataclasses.is_dataclass(kind):
             if typing.get_origin(kind) is Mapping:
                 return True
-            raise UserError(f"config.{'.'.join(path[:depth])} is a value, it has no setting {name!r}")
+            raise UserError(f"config.{'.'.join(path[:depth])} is a value, and has no setting {name!r}")
         hints = typing.get_type_hints(kind)
         if name not in hints:
             where = ".".join(["config", *path[:depth]])
@@ -177,22 +178,22 @@ def _is_free(path: list[str], text: str) -> bool:
 
 
 def _set_free(config: dict[str, Any], argument: str) -> None:
-    """Applies an override that was kept from ml_collections to the nested dictionaries of the config."""
+    """Applies an override that was withheld from ml_collections to the nested dictionaries of the config."""
     path, (_, equals, text) = _override(argument), argument.partition("=")
     if not equals:
         raise UserError(f"{argument} has no value: write {argument}=VALUE")
     if path[0] == "settings" and len(path) > 3:
-        # The name of a user's own method, package.module:NAME, has dots of its own.
+        # The name of a user's own method, package.module:NAME, contains dots.
         path = [path[0], ".".join(path[1:-1]), path[-1]]
     for name in path[:-1]:
         config = config.setdefault(name, {})
         if not isinstance(config, dict):
-            raise UserError(f"{argument}: {name} has a value already, {config!r}, and no settings of its own")
+            raise UserError(f"{argument}: {name} already has the value {config!r}, which has no settings")
     config[path[-1]] = _literal(text)
 
 
 def _literal(text: str) -> Any:
-    """Returns the Python literal or the float, such as inf, that a text spells, or else the text itself."""
+    """Returns the Python literal or float (such as inf) that a text spells, or the text itself if it spells neither."""
     for read in (ast.literal_eval, float):
         try:
             return read(text)
@@ -223,7 +224,7 @@ def _config_file(argv: Iterable[str]) -> str:
 
 
 def _place(error: BaseException | None, file: str) -> str | None:
-    """Returns `FILE, line N: what happened` if an exception came out of the config file, wrapped or not, else None."""
+    """Returns `FILE, line N: ERROR` if the config file raised an exception or one that caused it, else None."""
     while error is not None:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if isinstance(error, SyntaxError) and error.filename == file:
@@ -244,8 +245,8 @@ def _usage(main: Callable[..., Any], options: Mapping[str, Option]) -> str:
         "",
         "Flags:",
         "  --config FILE         a config file, such as those in configs/",
-        "  --config.FIELD=VALUE  another value for one setting; gdsd_jax/config/schema.py describes them",
-        "  --workdir DIRECTORY   of the run",
+        "  --config.FIELD=VALUE  overrides one setting; docs/configuration.md lists all of them",
+        "  --workdir DIRECTORY   directory of the run",
     ]
     for name, option in options.items():
         value = "" if option.kind is bool else f" {option.kind.__name__.upper()}"

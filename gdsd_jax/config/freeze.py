@@ -44,14 +44,14 @@ def default(checkpoint: str = "") -> ConfigDict:
 
 
 def with_open_settings(config: ConfigDict) -> ConfigDict:
-    """Unlocks the parts of a config whose keys are free, the settings of methods, task and optimizers; returns it."""
+    """Unlocks the settings of methods, task and optimizers, whose keys are free, and returns the config."""
     for part in (config, config.task, config.optimizer, config.extras_optimizer, config.sft.optimizer):
         part.settings.unlock()
     return config
 
 
 def _type_optionals(config: ConfigDict, kind: Any) -> None:
-    """Gives fields that are None a type, because ml_collections accepts no override of a field without a type."""
+    """Gives every field that is None a type, because ml_collections overrides no field that lacks one."""
     for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
             _type_optionals(config[name], hint)
@@ -80,7 +80,7 @@ def freeze(kind: Any, values: Any, where: str = "config") -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a frozen config as plain values that JSON can hold."""
+    """Returns a frozen config as nested dictionaries and lists that JSON can hold."""
     return _plain(dataclasses.asdict(config))
 
 

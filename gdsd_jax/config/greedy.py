@@ -10,9 +10,13 @@ from gdsd_jax.runtime.ranges import Count
 
 
 def greedy_sampler(config: TrainConfig, length: int | None = None, steps: Count | None = None) -> SamplerConfig:
-    """Returns the run's sampler as evaluation uses it, for another length or number of steps if these are given.
+    """Returns the run's sampler as evaluations use it: at temperature 0, without threshold, factor and cache.
 
-    A sampler without blocks stays without blocks; a threshold, factor or cache serves rollouts only and is left out.
+    A sampler with a single block keeps a single block at every length.
+
+    Args:
+      length: completion length; None: the rollout's.
+      steps: denoising steps; None: those of `config.evaluation`, in proportion to the length.
     """
     sampler = config.sampler
     length = length or sampler.completion_length

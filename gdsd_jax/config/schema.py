@@ -1,8 +1,4 @@
-"""Settings of a run: `ml_collections` on the command line, frozen once into dataclasses, typed from there on.
-
-A config file (`configs/*.py`) returns a locked `ConfigDict` with exactly the fields of `TrainConfig`; `freeze` turns it
-into one and refuses a field that is missing, unknown or of another type. Nothing below the commands sees a ConfigDict.
-"""
+"""Defines the settings of a run, `TrainConfig`, and of its parts. The range of a number is part of its annotation."""
 
 from __future__ import annotations
 
@@ -22,18 +18,19 @@ from gdsd_jax.runtime.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """How the denoiser computes; its sizes come from the checkpoint. See `gdsd_jax.denoiser.DenoiserConfig`.
+    """Sets how the denoiser computes; its sizes come from the checkpoint. See `gdsd_jax.denoiser.DenoiserConfig`.
 
     Attributes:
-      dtype: of the computation, "bfloat16" or "float32"; log-normalisers, sums, RoPE and the optimizer are float32.
-      weights: "stored", or "int8", which keeps the frozen matrices of the layers in 8 bits, with one scale for each
-        output channel, for rollouts, scores and updates of adapters. Exports merge onto the stored weights, and
-        supervised training works on these.
-      remat: what the backward pass computes again: "none" keeps everything, "dots" keeps the outputs of matrix
-        products, "full" keeps the inputs of layers alone; "auto" takes the first of these that fits the devices.
+      dtype: dtype of the computation, "bfloat16" or "float32"; log-normalisers, sums, RoPE and the optimizer are always
+        float32.
+      weights: "stored" uses the checkpoint's weights as they are; "int8" keeps the frozen matrices of the layers in 8
+        bits, with one scale per output channel, during rollouts, scores and updates of adapters. Supervised training
+        and exports use the stored weights in both cases.
+      remat: what the backward pass recomputes: "none" keeps all activations, "dots" keeps the outputs of matrix
+        products, "full" keeps only the inputs of layers; "auto" takes the first of these that fits the devices.
       attention: "plain", "splash" (TPUs), "cudnn" (NVIDIA GPUs), or "auto", which chooses by the device.
       layer_unroll: layers per iteration of the compiled loop over layers.
-      vocab_chunk: vocabulary entries whose logits exist at one time.
+      vocab_chunk: vocabulary entries whose logits are in memory at a time.
     """
 
     dtype: str = "bfloat16"
@@ -46,13 +43,13 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """The low-rank adapters.
+    """Sets up the low-rank adapters (LoRA).
 
     Attributes:
-      rank: of each adapter; 0 trains all parameters instead.
+      rank: rank of each adapter; 0 trains all parameters instead.
       alpha: scale; an adapter's product is multiplied by `alpha / rank`.
-      targets: matrices that have an adapter.
-      dropout: share of an adapter's inputs that is dropped, in the policy's updates only.
+      targets: matrices that get an adapter.
+      dropout: share of an adapter's inputs that is dropped; it applies only to updates of the policy.
     """
 
     rank: int = 128
@@ -68,13 +65,13 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """The task: what is asked and rewarded.
+    """Chooses the task, which gives prompts, rewards and metrics, and its rows.
 
-    A task that holds validation rows out of its training set does so with `train_path` too, unless there is a
-    `validation_path`.
+    A task that takes its validation rows out of its training set also takes them out of `train_path`, unless
+    `validation_path` is set.
 
     Attributes:
-      name: of a task of the package, or `package.module:NAME`.
+      name: name of a task of the package, or `package.module:NAME`.
       grader: decides what counts as right, in rewards and metrics: "robust", or "public", which gives the public
         trainers' rewards and the papers' metrics number for number.
       train_path, validation_path: local files of rows; None: the task's own rows.
@@ -99,17 +96,20 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation: temperature 0, the rollout's strategy and blocks, no threshold, factor, cache. Defaults: the papers'.
+    """Sets up evaluations, at temperature 0 with the rollout's strategy and blocks; the defaults are the papers'.
+
+    The rollout's threshold, factor and cache are left out.
 
     Attributes:
-      steps: denoising steps of a completion of the rollout's length, in proportion of any other; None: one for every
-        two tokens.
-      evaluation_prompt: start from the task's evaluation prompt, not from its training prompt.
-      batch_rows: completions at a time; as many as fit; at temperature 0 the results do not depend on it.
-      lengths: completion lengths of `gdsd_jax.evaluate`; while training it is the rollout's.
-      every: iterations from one evaluation while training to the next; 0: only at the end.
-      split, count: its rows.
-      best: the metric by which the best checkpoint is kept, with `every` above 0; None: the task's last.
+      steps: denoising steps of a completion of the rollout's length; other lengths take steps in proportion. None: one
+        step for every two tokens.
+      evaluation_prompt: whether to use the task's evaluation prompt instead of its training prompt.
+      batch_rows: completions sampled at a time: as many as fit. At temperature 0 the results do not depend on it.
+      lengths: completion lengths of `gdsd_jax.evaluate`. Evaluations during training use the rollout's length.
+      every: iterations between evaluations during training; 0: only at the end.
+      split: split on which the run is evaluated during training.
+      count: number of its rows; None: all of them.
+      best: metric by which the best checkpoint is kept, if `every` is above 0; None: the task's last metric.
     """
 
     steps: Count | None = None
@@ -124,7 +124,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOverrides:
-    """Sets or replaces fields of a checkpoint's `config.json`, for what its files do not declare; None changes nothing.
+    """Sets or replaces fields of a checkpoint's `config.json` that its files lack or state wrongly; None keeps a field.
 
     Attributes:
       mask_token_id, eos_token_id, pad_token_id: token ids.
@@ -139,14 +139,15 @@ class CheckpointOverrides:
 
 @dataclasses.dataclass(frozen=True)
 class TinyConfig:
-    """The embedded model.
+    """Describes the embedded model, a tiny model that is made on first use.
 
-    With a `family` (a key of `gdsd_jax.families.FAMILIES`), a `config.checkpoint` that does not exist yet is made:
-    random weights in that family's format, then `gdsd_jax.sft`. Empty: the checkpoint must be there.
+    If `family` is set, a `config.checkpoint` that does not exist yet is made from random weights, which `gdsd_jax.sft`
+    then trains.
 
     Attributes:
-      family: its format.
-      hidden_size, num_layers, num_heads, intermediate_size: its sizes.
+      family: model family whose format the checkpoint has, a key of `gdsd_jax.families.FAMILIES`; empty: there is no
+        embedded model, and the checkpoint must exist.
+      hidden_size, num_layers, num_heads, intermediate_size: sizes of the model.
       num_kv_heads: heads of keys and values; None: as many as of queries.
       block_size: tokens of a block of block-causal attention; None: every token attends to every other.
     """
@@ -162,45 +163,51 @@ class TinyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Rows per iteration are `prompts_per_iteration * group_size`.
+    """Holds every setting of a run.
+
+    An iteration has `prompts_per_iteration * group_size` rows.
 
     Attributes:
       checkpoint: Hugging Face directory of the base model.
-      checkpoint_overrides: what is set or replaced in its `config.json`.
+      checkpoint_overrides: fields to set or replace in the checkpoint's `config.json`.
       refill: replaces groups that teach nothing by groups of further prompts.
       reference: the policy that a method's KL compares with.
       extras_optimizer: the optimizer of what a method trains beside the policy (`gdsd_jax.methods.Method.extras`).
-      mesh, hosts: how devices are arranged, see `gdsd_jax.runtime.sharding`, and the processes that hold them.
+      mesh: arrangement of the devices, see `gdsd_jax.runtime.sharding`.
+      hosts: the processes that hold the devices, see `gdsd_jax.runtime.hosts`.
       method: name of the method, or `package.module:NAME`.
       settings: settings of methods, by the method's name.
-      seed: of prompts, rollouts, masks and adapters.
-      iterations: rollouts of the run.
-      prompts_per_iteration: groups of a rollout.
+      seed: seed of prompts, rollouts, masks and adapters.
+      iterations: number of iterations, each of which samples one rollout and updates the policy on it.
+      prompts_per_iteration: prompts of a rollout, each of which gets one group of completions.
       group_size: completions of each prompt.
       inner_updates: optimizer steps on each rollout.
-      update_rows: rows of an optimizer step, whole groups; None: all rows of the rollout. The steps of an iteration
-        take one part after the other, in an order of groups that is drawn anew for every pass over the rollout.
-      rollout_rows: rows that are sampled at a time, whole groups; None: as many as fit the devices by the estimate of
-        `gdsd_jax.training.fit`. No draw depends on it, and rewards of one part are computed while the next is sampled.
+      update_rows: rows of an optimizer step, a whole number of groups; None: all rows of the rollout. The steps of an
+        iteration take one part of the rollout after the other; every pass over it draws a new order of the groups.
+      rollout_rows: rows that are sampled at a time, a whole number of groups; None: as many as fit the devices
+        according to `gdsd_jax.training.fit`. It changes no draw. The rewards of one part are computed while the next
+        part is sampled.
       microbatch_rows: rows per gradient accumulation step; None: chosen like `rollout_rows`.
-      component_norms_every: iterations between those that log the gradient norm of each component of the loss
-        (`grad/objective`, `grad/kl`); 0: never. Their updates are a program of its own, which for a loss of two
-        components runs a second backward pass and holds a second gradient. The norm of a single one is `grad/norm`.
-      eos_token_id: what alone ends a completion; None: the tokenizer's EOS and all else that ends a turn.
+      component_norms_every: logs the gradient norm of each component of the loss (`grad/objective`, `grad/kl`) every so
+        many iterations; 0: never. These iterations run a program of their own; if the loss has two components, it takes
+        a second backward pass and holds a second gradient. `grad/norm` is already the norm of a loss of one component.
+      eos_token_id: the only token id that ends a completion; None: the tokenizer's EOS and every other id that ends a
+        turn.
       prompt_buckets: lengths that prompts are left-padded to.
-      special_tokens_in_text: whether special tokens that are written in the text of users, prompts and answers of a
-        task, are read as such. Else they are text, as anything else is, and only chat templates have special tokens.
-      adapter_base: what becomes of an adapter that records another base than the checkpoint. "fingerprint": refused
-        where a fingerprint differs, a warning where a name does; "strict": refused; "any": a warning.
-      overlong_prompts: "error", or "keep_last" to keep the last tokens that fit the largest bucket.
+      special_tokens_in_text: whether special tokens that are spelled out in prompts, in answers of a task or by a user
+        are read as special tokens. Otherwise they are ordinary text, and only chat templates make special tokens.
+      adapter_base: what happens if an adapter records another base than the checkpoint. "fingerprint" refuses another
+        fingerprint and warns of another name; "strict" refuses both; "any" warns of both.
+      overlong_prompts: what happens to a prompt that exceeds the largest bucket: "error", or "keep_last", which keeps
+        the last tokens that fit.
       save_every: iterations between checkpoints.
-      keep: checkpoints that are kept, the newest.
-      completions_logged: completions of each iteration in `completions.jsonl`.
+      keep: number of newest checkpoints that are kept.
+      completions_logged: completions of each iteration that are written to `completions.jsonl`.
       trackers: further places that metrics go to: "tensorboard", "wandb", or `package.module:NAME`, see
         `gdsd_jax.telemetry.trackers`.
-      tensorboard, wandb: short for these two among the trackers.
+      tensorboard, wandb: True adds the tracker of this name.
       profile: iteration whose timeline is recorded, see `gdsd_jax.telemetry.profile`; 0: none.
-      dry_run: run one iteration in small instead, see `gdsd_jax.training.dry_run`.
+      dry_run: whether to run only one iteration, on a tiny model, see `gdsd_jax.training.dry_run`.
     """
 
     checkpoint: str

@@ -1,4 +1,4 @@
-"""Settings of what follows a rollout: refilled batches, the reference, the optimizer, and supervised training."""
+"""Defines the settings of the optimizer, of refilled batches, of the reference policy and of supervised training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from gdsd_jax.runtime.ranges import BelowOne, Count, Positive, Seed, Share
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Gradient clipping and AdamW, or another optimizer of optax.
+    """Sets gradient clipping and the optimizer: AdamW, or another one of optax.
 
     Attributes:
-      learning_rate: its largest value.
-      b1, b2, weight_decay: AdamW's own.
-      clip_norm: largest norm of the gradient; longer ones are shortened to it.
-      warmup_updates: updates over which the learning rate rises from zero.
-      schedule: after the warm-up "constant", "linear" or "cosine" (both to zero at the last update).
-      schedule_updates: updates over which it decays, warm-up included; None: those of the run as it was first started,
-        so that a run which is extended later ends its schedule where it would have ended.
-      name: `package.module:NAME` of a function that takes `learning_rate` and `settings`. `b1`, `b2` and
-        `weight_decay` are AdamW's alone.
+      learning_rate: the rate after the warm-up, before the schedule lowers it.
+      b1, b2, weight_decay: arguments of AdamW; other optimizers ignore them.
+      clip_norm: largest norm of the gradient; a longer gradient is scaled down to it.
+      warmup_updates: updates over which the learning rate rises linearly.
+      schedule: the rate after the warm-up: "constant", or "linear" or "cosine", which reach zero at the last update.
+      schedule_updates: update at which the schedule ends, counted from the start of the warm-up; None: the last update
+        of the run as it was first started, so that extending a run does not stretch its schedule.
+      name: `package.module:NAME` of a function that takes `learning_rate` and `settings` and returns the optimizer.
       settings: further arguments of that function.
     """
 
@@ -40,17 +39,17 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RefillConfig:
-    """Replaces groups that teach nothing, between reward and update, by groups of further prompts.
+    """Replaces groups that teach nothing by groups of further prompts, after the rewards and before the update.
 
     Every round samples further prompts, until `prompts_per_iteration` groups are worth an update or no round is left.
-    The batch has the same shape in any case: the best groups of all rounds, earlier ones first where they are equal.
+    The shape of the batch stays the same: it holds the best groups of all rounds, and earlier ones among equals.
 
     Attributes:
-      rounds: largest number of further rounds in an iteration; 0: the batch is the rollout as it is.
+      rounds: most further rounds in an iteration; 0: the batch is the rollout as it is.
       prompts: prompts of each further round; None: as many as `prompts_per_iteration`.
-      select: decides which groups are worth an update. "spread": those whose rewards differ; or `package.module:NAME`
-        of a function from `gdsd_jax.training.refill.Candidates` to one number for each group: groups above 0 are worth
-        an update, and larger ones come first.
+      select: decides which groups are worth an update. "spread" takes those whose rewards differ. `package.module:NAME`
+        names a function from `gdsd_jax.training.refill.Candidates` to one number per group: groups above 0 are worth
+        an update, and groups with larger numbers come first.
     """
 
     rounds: int = 0
@@ -60,20 +59,20 @@ class RefillConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
-    """The policy that a method's KL compares with, and the weight of that KL.
+    """Sets the policy that a method's KL compares with, and the weight of that KL.
 
-    The reference is the frozen base unless `every` is set. It is then a policy of its own, which starts as the trained
-    one starts and moves after every so many iterations: `reference = decay * reference + (1 - decay) * policy`, number
-    by number of what is trained.
+    The reference is the frozen base unless `every` is above 0. It is then a policy of its own, which starts equal to
+    the trained policy. Every so many iterations its parameters move towards those of the policy:
+    `reference = decay * reference + (1 - decay) * policy`.
 
     Attributes:
-      every: iterations from one move of the reference to the next; 0: the frozen base.
-      decay: what the reference keeps of itself in a move. With 0 it becomes the policy; 0.99 with `every=1` is an
+      every: iterations between moves of the reference; 0: the reference is the frozen base.
+      decay: weight of the old reference in a move. 0 sets the reference to the policy; 0.99 with `every=1` is an
         exponential moving average.
-      kl_target: wanted value of the metric `policy/kl`. After each update the weight of the loss's KL is multiplied by
-        `1 + kl_rate * clip(kl / kl_target - 1, -0.2, 0.2)` (arXiv 1909.08593, section 2.2); it starts at the `beta` of
+      kl_target: target of the metric `policy/kl`. After each update the weight of the KL in the loss is multiplied by
+        `1 + kl_rate * clip(kl / kl_target - 1, -0.2, 0.2)` (arXiv 1909.08593, section 2.2), starting from the `beta` of
         the method's settings. None: the weight is constant.
-      kl_rate: see `kl_target`.
+      kl_rate: rate of that adaptation, see `kl_target`.
     """
 
     every: int = 0
@@ -84,25 +83,25 @@ class ReferenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    """Supervised training: masked-diffusion cross-entropy, weighted 1/t.
+    """Sets up supervised training with the masked-diffusion cross-entropy, weighted 1/t.
 
     Attributes:
-      seed: its own, so that runs of several seeds can share one start.
-      path: file of demonstrations, prompts with completions or chats; None: the rows of the config's task.
-      held_out: share of the demonstrations that is not trained on; their loss is `eval/loss`.
-      careless: share of each demonstration that is wrong, in the way that the task says (`Task.careless`).
-      until: stops early, once the task's last metric reaches this on `config.evaluation.count` validation rows; 0:
-        never. Learning speed depends on rounding; stopping at a target accuracy makes starts comparable across
+      seed: seed of supervised training, apart from `config.seed` so that runs of several seeds can share one start.
+      path: file of demonstrations, either prompts with completions or chats; None: the rows of the config's task.
+      held_out: share of the demonstrations that is not trained on; `eval/loss` is their loss.
+      careless: share of each demonstration that is made wrong, in the way that the task defines (`Task.careless`).
+      until: stops training once the task's last metric reaches this value on `config.evaluation.count` validation rows;
+        0: never. Learning speed depends on rounding; stopping at a target accuracy makes starts comparable across
         machines.
-      check_every: steps from one look at that metric, and at the loss of what is held out, to the next.
-      steps: updates, if it does not stop early.
+      check_every: updates between checks of that metric and of the held-out loss.
+      steps: number of updates, unless `until` stops training earlier.
       batch_rows: rows of an update.
-      packed_length: tokens of a row into which several demonstrations are packed, which do not see each other; None: a
-        row for each. A packed answer ends with one EOS, so the model does not learn to fill the rest of a completion
-        with EOS: use it for long texts, and finish without it.
-      adapter: trains the adapter of `config.lora` instead of all parameters.
+      packed_length: tokens of a row that packs several demonstrations, which do not attend to each other; None: one
+        demonstration per row. A packed answer ends with a single EOS, so the model does not learn to fill the rest of a
+        completion with EOS: pack long texts, and finish training without packing.
+      adapter: whether to train the adapter of `config.lora` instead of all parameters.
       microbatch_rows: rows of a micro-batch; None: all rows of an update at once.
-      save_every: updates from one checkpoint to the next; SIGTERM writes one too.
+      save_every: updates between checkpoints; SIGTERM writes one too.
     """
 
     seed: Seed = 0
