@@ -1,1 +1,1 @@
-"""Reports of a run: metrics on disk, copies for trackers, progress, plots, profiles and warnings."""
+"""Reports what a run does: metrics on disk, trackers, progress lines, plots, timelines and warnings."""

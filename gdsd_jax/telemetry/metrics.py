@@ -1,9 +1,7 @@
-"""Writes a run's metrics and completions to disk, on the host, from numbers already fetched.
+"""Writes a run's metrics and completions to disk, from numbers that are already on the host.
 
-`metrics.jsonl` is always written and is the record; TensorBoard and Weights & Biases receive copies of it on request.
-Names have the form `group/name`; everything under `time/` depends on the machine, everything else repeats to the bit.
-
-    python -m gdsd_jax.telemetry.plots WORKDIR        draws WORKDIR/curves.png anew, also during the run
+`metrics.jsonl` is always written and is the record of the run; trackers such as TensorBoard get copies of it. Names
+have the form `group/name`. Metrics under `time/` depend on the machine; a repeated run gives all others to the bit.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,14 +19,11 @@ from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import replacing, require_regular
 from gdsd_jax.telemetry.trackers import find_tracker
 
-if TYPE_CHECKING:
-    pass
-
-METRICS, COMPLETIONS, CURVES = "metrics.jsonl", "completions.jsonl", "curves.png"
+METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
 
 def _plain(value: Any) -> Any:
-    """Converts `value` to a form that JSON can hold: NumPy values become Python's, NaN and infinities become None."""
+    """Converts a value to one that JSON can hold: NumPy values become Python's, and NaN and infinities become None."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float):
@@ -41,7 +36,7 @@ def _plain(value: Any) -> Any:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict]]:
-    """Reads the complete lines of a JSONL file with their contents; leaves out a last line that a kill cut short."""
+    """Returns the complete lines of a JSONL file with their contents, without a last line that a kill cut short."""
     found = []
     require_regular(path, most=1 << 40)
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
@@ -58,7 +53,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict]]:
 
 
 def _cut_back(path: Path, last_step: int | None) -> None:
-    """Removes an incomplete last line and the lines of steps after `last_step`, all at once or not at all."""
+    """Removes an incomplete last line and the lines of steps after `last_step` from a file, atomically."""
     if not path.exists():
         return
     kept = b"".join(line for line, entry in _lines(path) if last_step is None or entry["step"] <= last_step)
@@ -71,13 +66,13 @@ def _cut_back(path: Path, last_step: int | None) -> None:
 
 
 class MetricWriter:
-    """Appends metrics and completions of a run to `workdir`; each call is flushed, so a kill loses no written step.
+    """Appends metrics and completions of a run to files in `workdir`; every call flushes, so a kill loses no step.
 
     Args:
-      workdir: created when missing.
+      workdir: directory of the run, which is created if it is missing.
       trackers: names of further places that receive the metrics, see `gdsd_jax.telemetry.trackers`.
-      resume_step: the step of the restored checkpoint; lines of later steps are removed first. -1 empties the files;
-        None appends to them as they are.
+      resume_step: step of the restored checkpoint: lines of later steps are removed first. -1 empties the files; None
+        removes no step.
 
     Raises:
       UserError: a tracker is unknown, its package is not installed, or a file holds something other than records.
@@ -99,8 +94,8 @@ class MetricWriter:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line `{"step": step, name: value, ...}`; NaN and infinities become null.
 
-        Values are scalars on the host. Floats are written with the shortest text that reads back as the same double, so
-        equal files mean equal bits.
+        Values are scalars on the host. A float is written as the shortest text that reads back as the same double, so
+        that equal files mean equal bits.
         """
         values = {name: _plain(float(value)) for name, value in metrics.items()}
         self._append(self._metrics, [{"step": int(step), **values}])
@@ -109,7 +104,7 @@ class MetricWriter:
             tracker.write(int(step), finite)
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends one line per completion: `{"step": step, ...}` with what its row holds, such as text and rewards."""
+        """Appends one line `{"step": step, ...}` per row, which holds the completion's text, rewards and the like."""
         self._append(self._completions, [{"step": int(step), **_plain(row)} for row in rows])
 
     def close(self) -> None:
@@ -132,7 +127,7 @@ class MetricWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Reads the lines of `workdir/metrics.jsonl`, oldest first, without a last line that is still being written.
+    """Returns the records of `workdir/metrics.jsonl`, oldest first, without a line that is still being written.
 
     Raises:
       UserError: there is no such file, it is empty, or it holds something other than records.

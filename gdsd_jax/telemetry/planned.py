@@ -1,6 +1,6 @@
-"""Compares what a run measures with what `gdsd_jax.plan` predicted for it.
+"""Compares the measurements of a run with the prediction of `gdsd_jax.plan`.
 
-The plan is read from the workdir, where `python -m gdsd_jax.plan ... --json WORKDIR/plan.json` writes it.
+`python -m gdsd_jax.plan ... --json WORKDIR/plan.json` writes the plan to the workdir of the run, where it is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FILE = "plan.json"
 
 
 def read_plan(workdir: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """Reads the plan in `workdir`; returns None if there is none.
+    """Returns the plan in `workdir`, or None if there is none.
 
     Raises:
       UserError: the plan is for another method, adapter, rollout or micro-batch than the run's, or cannot be read.
@@ -48,7 +48,7 @@ def read_plan(workdir: Path, config: TrainConfig) -> dict[str, Any] | None:
 
 
 def planned_sizes(workdir: Path) -> dict[str, Any]:
-    """Returns the sizes that the plan in `workdir` was made with, for those that a config leaves open; {} without one.
+    """Returns the plan's values of the settings that a config may leave open; {} if `workdir` holds no plan.
 
     Raises:
       UserError: the plan cannot be read.
@@ -61,13 +61,15 @@ def planned_sizes(workdir: Path) -> dict[str, Any]:
 
 
 def beside_plan(plan: dict[str, Any] | None, *, rollout: float, update: float) -> dict[str, float]:
-    """Returns measured memory and the plan's numbers as metrics.
+    """Returns the measured memory and the numbers of the plan as metrics.
 
-    They are the device's peak bytes if the device counts them and, if there is a plan, its peak bytes, its roofline
-    seconds, and these seconds divided by the measured ones.
+    `device/peak_bytes` is included if the device counts it. If there is a plan, each of its programs adds its peak
+    bytes, its roofline seconds, and `share`: the roofline seconds over the measured seconds.
 
     Args:
-      rollout, update: measured seconds of a rollout and of one inner update.
+      plan: the result of `read_plan`.
+      rollout: measured seconds of a rollout.
+      update: measured seconds of one inner update.
     """
     memory = jax.local_devices()[0].memory_stats() or {}
     metrics = {"device/peak_bytes": float(memory["peak_bytes_in_use"])} if "peak_bytes_in_use" in memory else {}

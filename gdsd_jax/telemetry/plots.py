@@ -1,7 +1,7 @@
-"""Curves of a run as a picture.
+"""Draws the curves of a run, also while it is still running.
 
-python -m gdsd_jax.telemetry.plots WORKDIR                           draws WORKDIR/curves.png, at any time
-python -m gdsd_jax.telemetry.plots WORKDIR reward/mean eval/puzzles  draws these metrics alone
+python -m gdsd_jax.telemetry.plots WORKDIR                           draws all metrics to WORKDIR/curves.png
+python -m gdsd_jax.telemetry.plots WORKDIR reward/mean eval/puzzles  draws only these metrics
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ CURVES = "curves.png"
 
 
 class Panel(NamedTuple):
-    """A panel of `curves.png`: the metrics `names` in this order, or every `prefix...` that no other panel names.
+    """A panel of `curves.png`.
 
-    `floor` and `ceiling` fix an end of the vertical axis, `log` allows a logarithmic one, `smooth` a running mean.
-    `typical` ends the axis at three times the median, because compilation makes the first step far slower than others.
+    title, label: of the panel and of its vertical axis.
+    names: metrics of the panel, in this order.
+    prefix: instead of names, the panel has all metrics that begin with it and that no other panel names.
+    floor, ceiling: ends of the vertical axis; None: they follow from the values.
+    log: whether the vertical axis may be logarithmic.
+    smooth: whether long curves get a running mean.
+    typical: whether the axis ends at three times the median, because compilation makes the first step far slower.
     """
 
     title: str
@@ -72,11 +77,8 @@ PANELS = (
     Panel("Throughput", "tokens per second", ("time/tokens_per_second",), floor=0.0),
 )
 
-
-# This metric is drawn as the band around reward/mean.
+# The metric that is drawn as a band around reward/mean.
 SPREAD = "reward/std"
-
-
 # Okabe and Ito's colours, distinct for colour-blind eyes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -84,13 +86,18 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
     """Draws `workdir/curves.png` from `workdir/metrics.jsonl`, with a panel for each kind of metric that was logged.
 
-    With `only`, just the metrics of these names are drawn. Noisy curves of more than 60 points are drawn faint, with
-    their running mean over a twentieth of the points on top.
+    Noisy curves of more than 60 points are drawn faint, below their running mean over a twentieth of the points.
+
+    Args:
+      only: names of the metrics to draw; if empty, all of them.
+
+    Returns:
+      The path of the picture.
 
     Raises:
-      UserError: there are no metrics to draw.
+      UserError: there are no metrics to draw, or a name of `only` is none of them.
     """
-    # Imported only here, because Matplotlib takes a second to import and a command needs it once, at its end.
+    # Imported only here, because Matplotlib takes a second to import.
     from matplotlib.figure import Figure
 
     entries = read_metrics(workdir)
@@ -106,7 +113,7 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
     for panel in PANELS:
         wanted = panel.names or sorted(n for n in series if n.startswith(panel.prefix) and n not in claimed)
         present = [name for name in wanted if name in series and (not only or name in only)]
-        # If no reward failed, the curve of failures is all zeros and its panel is left out.
+        # The panel of failed rewards is left out if none failed.
         if present and not (present == ["reward/nan"] and not np.nansum(series["reward/nan"][1])):
             drawn.append((panel, present))
     if not drawn:
@@ -122,7 +129,7 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
         axes = figure.add_subplot(rows, columns, index + 1)
         _draw(axes, panel, {name: series[name] for name in present}, series.get(SPREAD))
         axes.set_xlim(first - margin, last + margin)
-        # Only the lowest panel of each column carries the shared axis label.
+        # Only the lowest panel of each column has a label on its horizontal axis.
         if index + columns >= len(drawn):
             axes.set_xlabel("step")
     path = Path(workdir) / CURVES
@@ -132,7 +139,7 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
 
 
 def _series(entries: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps and values of one metric; null becomes NaN, which leaves a gap."""
+    """Returns the steps and values of one metric, `[N]` each; null becomes NaN, which leaves a gap in the curve."""
     points = [(entry["step"], entry[name]) for entry in entries if name in entry]
     steps, values = zip(*points, strict=True)
     return np.asarray(steps, float), np.asarray([np.nan if v is None else v for v in values], float)

@@ -1,8 +1,8 @@
-"""Where the time of an iteration goes: its phases on the host, and for how much of each the devices were busy.
+"""Records where the time of an iteration goes: its phases on the host, and the share of each with busy devices.
 
-`config.profile=N` records iteration N with `jax.profiler` into `WORKDIR/profile`, prints its timeline and writes it to
-`WORKDIR/timeline.md`; xprof can open the profile. Recording itself takes time, so only shares should be read from the
-timeline. An iteration that compiles (the first) shows little besides compilation.
+`config.profile=N` records iteration N with `jax.profiler` into `WORKDIR/profile`, which xprof can open. It prints the
+timeline and writes it to `WORKDIR/timeline.md`. Recording takes time itself, so only shares should be read from the
+timeline. An iteration that compiles, such as the first, shows little besides compilation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ PREFIX = "gdsd:"
 
 
 def phase(name: str) -> jax.profiler.TraceAnnotation:
-    """Names the code inside this context in a profile; costs nothing while none is recorded. Phases do not overlap."""
+    """Returns a context that names the code inside it in a profile; it costs nothing while none is recorded.
+
+    Phases must not overlap.
+    """
     return jax.profiler.TraceAnnotation(PREFIX + name)
 
 
@@ -36,22 +39,23 @@ class Phase(NamedTuple):
 
 
 class Profile:
-    """Records the iteration of a run that has the number `iteration`; 0 records none."""
+    """Records one iteration of a run, the one with the number `iteration`; 0 records none."""
 
-    def __init__(self, workdir: Path, iteration: int):
+    def __init__(self, workdir: Path, iteration: int) -> None:
         self.directory, self.file, self.iteration = workdir / "profile", workdir / "timeline.md", iteration
         self._running = False
 
     def begin(self, iteration: int) -> None:
+        """Starts recording if this is the iteration to record."""
         if iteration == self.iteration:
             options = jax.profiler.ProfileOptions()
-            # Calls of Python functions would otherwise make up most of the record.
+            # Python calls would otherwise make up most of the profile.
             options.python_tracer_level = 0
             jax.profiler.start_trace(str(self.directory), profiler_options=options)
             self._running = True
 
     def end(self) -> str | None:
-        """Ends the record and returns the iteration's timeline as Markdown; returns None if none was being recorded."""
+        """Stops recording, and returns the timeline as Markdown, or None if nothing was being recorded."""
         if not self._running:
             return None
         self._running = False
@@ -70,11 +74,11 @@ class Profile:
 
 
 def timeline(planes: Iterable[Any]) -> list[Phase]:
-    """Finds the phases in the planes of a `jax.profiler.ProfileData`, in order of time.
+    """Returns the phases in the planes of a `jax.profiler.ProfileData`, in order of time.
 
-    A device is busy while one of its operations runs: on TPU and GPU the events of planes named `/device:...`, on CPUs
-    those that name an operation of a program, on whichever thread XLA runs it (short programs run on the caller's).
-    With several devices, a moment counts as busy if at least one of them is busy.
+    A device is busy while one of its operations runs. On TPUs and GPUs these are the events of planes named
+    `/device:...`. On CPUs they are the events that name an operation of a program, on any thread: XLA runs short
+    programs on the caller's. With several devices, a moment counts as busy if at least one of them is busy.
     """
     phases, operations = [], []
     for plane in planes:
@@ -100,6 +104,7 @@ def timeline(planes: Iterable[Any]) -> list[Phase]:
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the union of intervals as disjoint intervals, in ascending order."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -110,7 +115,7 @@ def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def markdown(phases: Sequence[Phase]) -> str:
-    """Formats the timeline as a table of milliseconds; the last row is the whole, including time between phases."""
+    """Formats the timeline as a table in milliseconds; its last row is the whole, with the time between phases."""
     whole = max(phase.start + phase.seconds for phase in phases)
     rows = [(p.name, p.start, p.seconds, p.busy) for p in phases]
     rows.append(("whole", 0.0, whole, sum(phase.busy for phase in phases)))

@@ -27,24 +27,26 @@ def duration(seconds: float) -> str:
 
 
 def _short(value: float | int | str) -> str:
-    """Formats a float with three decimals, or with an exponent where these say little, so that the line is steady."""
+    """Formats a float with three decimals, or with an exponent if it is tiny or huge; other values as they are."""
     if not isinstance(value, float | np.floating):
         return str(value)
     return f"{value:.1e}" if 0 < abs(value) < 0.005 or abs(value) >= 1e5 else f"{value:.3f}"
 
 
 class Progress:
-    """Prints one line about a loop of `total` steps: step, rate, further numbers, time left.
+    """Prints the progress of a loop of `total` steps in one line: step, rate, further numbers, time left.
 
-    On a terminal it is a live line that fits the width. Elsewhere (a log file) it is a plain line at the first and the
-    last update, and between them at most one every `plain_seconds`. The rate is the mean over the last 20 updates.
+    A terminal gets a live line that fits its width. Anything else, such as a log file, gets plain lines: one at the
+    first and one at the last update, and between them at most one every `plain_seconds`. The rate is the mean over the
+    last 20 updates.
 
     Args:
-      total: the last step; `start`: the steps done before, which do not count for the rate.
-      enabled: False prints nothing (hosts other than 0).
+      total: number of the last step.
+      start: steps that were done before; they do not count for the rate.
+      enabled: whether to print anything.
       label: the word at the beginning of the line.
-      plain_seconds: least time in seconds between two plain lines.
-      console: where to print; None is standard output.
+      plain_seconds: least time between two plain lines, in seconds.
+      console: where to print; None: standard output.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Progress:
     ) -> None:
         self._total, self._step, self._enabled, self._label = total, start, enabled, label
         self._plain_seconds = plain_seconds
-        # A notebook counts as a log: rich would give every line an output of its own, or draw a bar that cannot move.
+        # A notebook is treated as a log, because rich would give every line a separate output, or draw a fixed bar.
         self._console = console or rich.console.Console(force_jupyter=False, force_terminal=sys.stdout.isatty())
         self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=21)
         self._shown_at = -math.inf
@@ -85,14 +87,14 @@ class Progress:
             self._live.stop()
 
     def update(self, step: int, **shown: float | int | str | None) -> None:
-        """Reports that `step` steps are done; `shown` are further numbers, most important first (`reward=0.5`)."""
+        """Reports that `step` steps are done; `shown` are further numbers (`reward=0.5`), the most important first."""
         if not self._enabled:
             return
         now = time.monotonic()
         self._step = step
         self._times.append((now, step))
         if self._live is not None:
-            # Twelve columns remain for the bar; numbers that do not fit are dropped from the end.
+            # The bar gets at least twelve columns; numbers that do not fit are dropped from the end.
             room = self._console.width - len(self._label) - 14
             self._live.update(self._task, completed=step, text=self._line(shown, room), refresh=True)
         elif step >= self._total or now - self._shown_at >= self._plain_seconds:
@@ -105,7 +107,7 @@ class Progress:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, shown: Mapping[str, Any], room: int | None) -> str:
-        # The first update includes compilation: once a second one is done, the rate no longer counts the first.
+        # The first update includes compilation, so the rate leaves it out as soon as there is a second one.
         first = self._times[1] if len(self._times) > 2 and len(self._times) < self._times.maxlen else self._times[0]
         (then, before), (now, step) = first, self._times[-1]
         head, tail = [f"{step}/{self._total}"], []

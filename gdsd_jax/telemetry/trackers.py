@@ -1,16 +1,17 @@
-"""Trackers: copies of a run's metrics for TensorBoard, Weights & Biases, or a program of the user's own.
+"""Sends copies of a run's metrics to TensorBoard, Weights & Biases or a tracker of the user's own.
 
-A tracker is any object with `write(step, values)`, called once for each line of `metrics.jsonl` with its finite values,
-and `close()`. `config.trackers` lists trackers by name: keys of `TRACKERS`, or a user's own as `package.module:NAME`,
-where NAME is called with the workdir and the step of the restored checkpoint.
+A tracker is any object with the methods of `Tracker`. `config.trackers` lists trackers by name: keys of `TRACKERS`, or
+`package.module:NAME`, a function or class that is called with the workdir and the step of the restored checkpoint.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from gdsd_jax.runtime.errors import UserError
@@ -18,10 +19,10 @@ from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 
 
 class Tracker(Protocol):
-    """Receives the metrics of a run while it goes on."""
+    """Receives the metrics of a run while it is running."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the finite metrics of one step."""
+        """Receives the finite metrics of one step; it is called once for each line of `metrics.jsonl`."""
 
     def close(self) -> None:
         """Finishes all pending writes."""
@@ -30,8 +31,8 @@ class Tracker(Protocol):
 def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
     """Returns the function that opens the tracker of this name.
 
-    That function takes the directory of the run and the step of the restored checkpoint. Values that the tracker holds
-    of later steps are no longer valid; -1 starts anew, None appends.
+    The function takes the directory of the run and the step of the restored checkpoint. Values of later steps that the
+    tracker already holds are no longer valid. The step is -1 if the run starts anew, and None if all values stay valid.
 
     Raises:
       UserError: the name is unknown, or a module or package cannot be imported.
@@ -45,18 +46,18 @@ def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
     return tracker
 
 
-def import_package(package: str, setting: str) -> Any:
-    """Imports the package that a tracker needs.
+def import_package(package: str, setting: str) -> ModuleType:
+    """Imports and returns the package that a tracker needs; `setting` is the tracker's name.
 
     Raises:
       UserError: the package cannot be imported.
     """
     try:
-        return __import__(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise UserError(
             f"the tracker {setting} needs the package {package}, which cannot be imported ({error}): "
-            f"pip install {package}, or set config.{setting}=False and take it out of config.trackers"
+            f"pip install {package}, or set config.{setting}=False and remove it from config.trackers"
         ) from error
 
 
@@ -65,7 +66,7 @@ class TensorBoard:
 
     package = "tensorboardX"
 
-    def __init__(self, workdir: Path, resume_step: int | None):
+    def __init__(self, workdir: Path, resume_step: int | None) -> None:
         purge = None if resume_step is None else resume_step + 1
         module = import_package(self.package, "tensorboard")
         self._board = module.SummaryWriter(logdir=str(workdir / "tensorboard"), purge_step=purge)
@@ -80,14 +81,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to Weights & Biases; project, name and mode come from its own environment variables."""
+    """Logs to Weights & Biases, whose own environment variables set project, name and mode."""
 
     package = "wandb"
 
-    def __init__(self, workdir: Path, resume_step: int | None):
-        # The file keeps the run's identity, so that a resumed run continues the same plot.
+    def __init__(self, workdir: Path, resume_step: int | None) -> None:
+        # The file keeps the run's identity, so that a resumed run continues the same curves.
         identity = workdir / "wandb_id.txt"
-        if resume_step is None or resume_step < 0 or not identity.exists():
+        if resume_step == -1 or not identity.exists():
             identity.write_text(f"{workdir.resolve().name}-{time.time_ns():x}\n", encoding="utf-8")
         self._run = import_package(self.package, "wandb").init(
             dir=str(workdir),

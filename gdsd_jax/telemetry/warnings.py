@@ -1,22 +1,21 @@
-"""Warns before a run collapses: finds known precursors in an iteration's metrics and names the settings to look at."""
+"""Warns of known signs that a run is about to collapse, and names the settings to check."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-CLIPPED = 0.9
-ZERO_SPREAD = 0.9
-DIVERSITY = 0.1
+# A share above the first two, or a diversity below the last, causes a warning.
+CLIPPED, ZERO_SPREAD, DIVERSITY = 0.9, 0.9, 0.1
 
 
 def precursors(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Returns a line of warning for each precursor that is present, by its name; absent metrics cause no warning.
+    """Returns a one-line warning for each sign that is present, by its name; a missing metric causes no warning.
 
     Args:
-      metrics: those of one iteration, by the names that `train` writes. `policy/clipped` is the share of ratios that
+      metrics: metrics of one iteration, by the names that `train` writes. `policy/clipped` is the share of ratios that
         the trust region clips in the inner updates after the first, and `clipped/update_N` is that share in update N.
         `reward/zero_spread` is the share of groups whose completions all earn the same reward. `completion/diversity`
-        is 0 where the completions of a group are all equal and 1 where all differ.
+        is 0 if the completions of each group are all equal, and 1 if they all differ.
     """
     lines = {}
     by_update = [value for name, value in metrics.items() if name.startswith("clipped/")]

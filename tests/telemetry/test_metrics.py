@@ -163,12 +163,12 @@ def test_a_resumed_run_keeps_its_name_at_weights_and_biases(tmp_path, monkeypatc
         return types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    for resume_step in (None, 1, -1):
+    for resume_step in (-1, 1, None, -1):
         with MetricWriter(tmp_path, trackers=("wandb",), resume_step=resume_step) as writer:
             writer.write(2, {"loss": 0.5})
-    first, resumed, anew = (settings["id"] for settings in started)
-    assert first == resumed != anew
-    assert logged == [(2, {"loss": 0.5})] * 3
+    first, resumed, appended, anew = (settings["id"] for settings in started)
+    assert first == resumed == appended != anew
+    assert logged == [(2, {"loss": 0.5})] * 4
 
 
 @pytest.mark.parametrize(
