@@ -1,33 +1,35 @@
-"""Measures how far a method's likelihood is from the sampler's: bias, log-ratios, gradients, distance to its target.
+"""Measures how far a method's likelihood is from the sampler's: bias, log-ratios, gradients, and the resulting policy.
 
     python -m gdsd_jax.meter --config configs/tiny_sudoku.py --checkpoint runs/start/merged --output runs/meter
     python -m gdsd_jax.meter --config ... --workdir runs/tiny [--best] [--methods gdsd,espo] [--noenumerated]
 
-Rollouts of the policy, under the config's sampler, are scored by each method and by the exact likelihood of what the
-sampler did (`gdsd_jax.diffusion.trajectory_log_prob`). The table says for each method:
+The meter samples rollouts of the policy with the config's sampler. Each method estimates their likelihoods, and
+`gdsd_jax.diffusion.trajectory_log_prob` computes the exact ones: of each completion together with the order of its
+commits. The table has for each method:
 
-    bias, spread  mean and standard deviation over completions of the difference, in nats, between its estimate,
-                  averaged over `--draws` draws of masks, and the exact log-probability
-    noise         standard deviation of its estimate between such draws, in nats
-    rank          Spearman's correlation of estimate and exact log-probability, inside groups of completions of a prompt
+    bias, spread  mean and standard deviation over completions of the difference between its estimate, averaged over
+                  `--draws` draws of masks, and the exact log-probability, in nats
+    noise         standard deviation of its estimate over draws of masks, in nats
+    rank          Spearman's correlation of estimated and exact log-probability among the completions of a prompt
     error at d    relative error of its log-ratio, with one draw of masks, after the policy has been moved along the
-                  exact policy gradient until the smooth part of the exact log-ratio is d; medians over completions. The
-                  exact log-ratio also jumps, where candidates swap ranks or cross a threshold; completions whose
+                  exact policy gradient until the smooth part of the exact log-ratio is d; medians over completions.
+                  The exact log-ratio also jumps, where candidates swap ranks or cross a threshold; completions whose
                   log-ratio has jumped are counted and left out
-    corr. at d    correlation of both log-ratios over these completions
+    corr. at d    correlation of estimated and exact log-ratio over the same completions
     cosine        cosine of the angle between its gradient before any update and the exact policy gradient, with one
-                  draw of masks and with the mean of all draws
+                  draw of masks
+    of mean       the same cosine, with the mean gradient of all draws
 
-The exact likelihood is that of the completion together with the order of its commits. Some methods share an estimate:
-`wd1` has that of `diffu_grpo`, `stable_drl` that of `spg`, `rspo` and `trafl` that of `espo`. Then, in a toy language
-whose completions can be enumerated, every method makes 64 inner updates on one batch, and the meter follows the
-distance `KL(pi_theta || pi*)` to the optimum `pi* ~ pi_old exp(psi A)`.
+Some methods share an estimate: `wd1` has that of `diffu_grpo`, `stable_drl` that of `spg`, `rspo` and `trafl` that of
+`espo`. Finally every method makes 64 inner updates on one batch in a toy language whose completions can be enumerated,
+and the meter records the distance `KL(pi_theta || pi*)` to the optimum `pi* ~ pi_old exp(psi A)`.
 
-Writes `meter.json`, `meter.md` and `meter.png` to `--output`, by default `WORKDIR/meter`.
+It writes `meter.json`, `meter.md` and `meter.png` to `--output`, by default `WORKDIR/meter`.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import jax
@@ -79,7 +81,7 @@ def main(
     if params is None:
         params = policy.base
         if config.lora.rank:
-            # A fresh adapter has a gradient only through its second factor, as in a run's first update.
+            # As in the first update of a run, only the second factor of a fresh adapter has a gradient.
             settings = {"rank": config.lora.rank, "alpha": config.lora.alpha, "targets": config.lora.targets}
             params = init_lora(policy.model, jax.random.key(config.seed), **settings)
     table = measure(
@@ -95,7 +97,7 @@ def main(
 
 
 def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tuple[list[str], tuple[float, ...]]:
-    """Returns the table's rows and the distances that the flags name; raises UserError if the flags are not valid."""
+    """Returns the labels of the table's rows and the distances; raises UserError if the flags are not valid."""
     names = [part.strip() for part in (methods or ",".join(NAMES)).split(",")]
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
@@ -106,7 +108,7 @@ def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tu
         lengths = tuple(float(part) for part in distances.split(","))
     except ValueError:
         lengths = ()
-    if not lengths or min(lengths) <= 0:
+    if not lengths or not all(0 < length < math.inf for length in lengths):
         raise UserError(f"--distances {distances!r} is not a list of numbers above 0 like 0.02,0.1,0.5")
     return [label for label in SUBJECTS if name_of(label) in names], lengths
 
@@ -118,11 +120,13 @@ def name_of(label: str) -> str:
 
 NAMES = tuple(dict.fromkeys(map(name_of, SUBJECTS)))
 OPTIONS = POLICY_OPTIONS | {
-    "methods": Option(str, None, "Methods to measure, with commas between; all that have a likelihood if left out."),
+    "methods": Option(str, None, "Methods to measure, separated by commas; by default all that estimate a likelihood."),
     "prompts": Option(int, 32, "Prompts; each has config.group_size completions."),
-    "draws": Option(int, 8, "Draws of masks."),
-    "distances": Option(str, "0.02,0.1,0.5", "Smooth log-ratios at which log-ratios are compared."),
-    "enumerated": Option(bool, True, "The distance to the optimum in a toy language too."),
+    "draws": Option(int, 8, "Draws of masks for each method."),
+    "distances": Option(
+        str, "0.02,0.1,0.5", "Smooth parts of the log-ratio, in nats, at which log-ratios are compared."
+    ),
+    "enumerated": Option(bool, True, "Whether to measure the distance to the optimum in a toy language too."),
     "output": Option(str, None, "Directory for the results.", written=True),
 }
 

@@ -1,1 +1,1 @@
-"""Evaluates policies on held-out rows: completions, metrics with their errors, reports, comparisons of decoding."""
+"""Evaluates policies on held-out rows, reports and compares the results, and measures likelihoods and decoding."""

@@ -1,4 +1,7 @@
-"""Reports the outcomes of a bench of methods: a table in Markdown with one row per method, and a figure."""
+"""Reports the outcomes of a comparison of methods: a table with one row per method, as JSON and Markdown, and a figure.
+
+A comparison (`gdsd_jax.compare`) has one run for each method and seed.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
-
-
-# An accuracy is a count of puzzles, so two differences may well be equal, and their interval has then no width.
+# Accuracies are counts of puzzles, so two differences are easily equal, and their interval would have no width.
 FEWEST_PAIRS = 3
-
-
-WIDTH = 80
+WIDTH = 80  # columns of the Markdown
 
 
 def state_of(run: TrainConfig, directory: Path) -> str:
-    """Returns "finished", "diverged" (an update was not finite) or "open"."""
+    """Returns "finished", "diverged" (an update was not finite) or "open" (not begun, or not finished)."""
     if (directory / "diverged").is_dir():
         return "diverged"
     # The metrics of the last iteration are written before its checkpoint.
@@ -42,11 +41,18 @@ def state_of(run: TrainConfig, directory: Path) -> str:
 
 
 def test_result(run: TrainConfig, directory: Path) -> dict[str, Any] | None:
-    """Returns the metrics of an evaluation of the finished run, or None if no evaluation fits the run."""
+    """Returns the metrics of the finished run on the test split, or None if no evaluation fits the run."""
     return read_result(run, directory / "evaluation", iteration=run.iterations)
 
 
 def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[str, Any] | None:
+    """Returns the metrics of the evaluation in `directory`, or None if there is none or it does not fit.
+
+    An evaluation fits if its number of steps is the config's and its summary has the values of `expected`.
+
+    Raises:
+      UserError: the summary cannot be read, or a metric is not finite.
+    """
     path = directory / reports.SUMMARY
     if not path.is_file():
         return None
@@ -60,14 +66,19 @@ def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[s
 
 
 def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any]) -> dict[str, Any] | None:
-    """Summarises one run; returns None while the run is open or not evaluated.
+    """Returns the summary of one run, or None while the run is open or not evaluated.
 
-    The summary holds the final metric, the best one during training (on `config.evaluation`'s split), the median
-    seconds per iteration and the KL to the reference (`gdsd_jax.evaluation.completions.reference_kl`). A diverged run
-    has no policy left, so its final metric is 0. A run has collapsed if it diverged, or if the final metric lies below
-    the start by more than two standard errors of the difference. `collapsed_at` is then the step of the first
-    evaluation during training from which on the metric stayed below half of its best value until then; it is None if no
-    evaluation saw the collapse, or if the run has not collapsed.
+    The summary holds the final metric on the test split, the best metric during training (on the split of
+    `config.evaluation`), the median seconds per iteration, and the KL to the reference
+    (`gdsd_jax.evaluation.completions.reference_kl`). A diverged run has no policy left, so its final metric is 0.
+
+    A run has collapsed if it diverged, or if its final metric is below the start by more than two standard errors of
+    the difference. `collapsed_at` is then the result of `collapse_step`: None if no evaluation during training saw the
+    collapse. It is None for other runs too.
+
+    Args:
+      metric: name of one of the task's metrics.
+      start: mean and standard error of this metric before training.
     """
     state = state_of(run, directory)
     diverged = state == "diverged"
@@ -97,7 +108,7 @@ def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any
 
 
 def collapse_step(entries: list[dict], name: str) -> int | None:
-    """Returns the first step from which on a metric stayed below half of its best value until then, or None."""
+    """Returns the step from which on a metric stays below half of its best value so far, or None if it does not."""
     curve = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
     since, best = None, -math.inf
     for step, value in curve:
@@ -107,6 +118,7 @@ def collapse_step(entries: list[dict], name: str) -> int | None:
 
 
 def _values(entries: list[dict], name: str) -> list[float]:
+    """Returns the values of a metric in the records that have it."""
     return [entry[name] for entry in entries if entry.get(name) is not None]
 
 
@@ -149,10 +161,14 @@ def write_report(
     *,
     writer: str = "",
 ) -> dict[str, Any]:
-    """Writes the table and the figure from those runs of the plan that have an outcome, and returns the table.
+    """Writes the table and the figure from the runs of the plan that have an outcome, and returns the table.
 
     Args:
-      writer: name of this host, where several hosts write the same files.
+      plan: the config and the directory of every run.
+      methods: names of the compared methods, the first of which the others are compared with.
+      metric: name of the compared metric.
+      start: metrics before training, each with its mean and standard error.
+      writer: name of this host, if several hosts write the same files.
     """
     outcomes: dict[str, list] = {method: [] for method in methods}
     curves: dict[str, list] = {method: [] for method in methods}
@@ -185,7 +201,7 @@ def write_report(
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Formats the table with its explanation in Markdown, at most 80 columns wide unless a method's name is long."""
+    """Formats the table and its legend in Markdown, at most `WIDTH` columns wide unless a method's name is long."""
     rows, first = table["methods"], table["methods"][0]["method"]
     start = table["start"]
     about = (
@@ -213,10 +229,10 @@ def markdown(table: dict[str, Any]) -> str:
         [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
     ) + " |"  # fmt: skip
     legend = (
-        "Mean over seeds ± half of its 95 % interval (Student's t). best: the highest value on the way, on the "
-        "evaluation split. lost: runs that collapsed, which is a non-finite update (final 0) or a final value below "
-        f"the start by more than two standard errors. vs {first}: difference of the final values, paired by seed. "
-        "s/it: median seconds per iteration. KL: to the reference at the end, where the method reports it."
+        "Mean over seeds ± half of its 95 % interval (Student's t). best: the highest value during training, on the "
+        "evaluation split. lost: runs that collapsed, by a non-finite update (final 0) or to a final value below the "
+        f"start by more than two standard errors. vs {first}: difference of the final values, paired by seed. "
+        "s/it: median seconds per iteration. KL: of the final policy to the reference, if it has an adapter."
     )
     fill = lambda text: textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)  # noqa: E731
     body = "\n".join(map(cells, [header, rule, *lines]))
@@ -224,7 +240,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def ranks(rows: list[dict[str, Any]]) -> str:
-    """Returns the sentences about who is ahead; a rank is claimed only where a paired interval excludes zero."""
+    """Returns sentences that rank methods against the first, only those whose paired interval excludes zero."""
     first = rows[0]["method"]
     claims = []
     for row in rows[1:]:
@@ -234,7 +250,7 @@ def ranks(rows: list[dict[str, Any]]) -> str:
             side = "above" if difference["mean"] > 0 else "below"
             claims.append(f"{row['method']} is {side} {first} by {100 * low:.1f} to {100 * high:.1f} points.")
     if len(rows) == 1:
-        return "One method alone has no rank."
+        return "A single method has no rank."
     if not claims:
         return f"No paired interval of {FEWEST_PAIRS} seeds excludes zero: no method is ranked above or below {first}."
     tied = "Between all other pairs no rank is claimed; the intervals are not corrected for their number."
@@ -253,17 +269,18 @@ def _percent(value: dict[str, Any], form: str = ".1f") -> str:
 
 
 def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str) -> None:
-    """Draws reward and evaluation over iterations (mean over seeds, band from least to greatest), and final values.
+    """Draws rewards and evaluations over iterations (mean and range over seeds), and the final values.
 
     Args:
-      curves: for each method the metrics of its runs.
-      split: the split on which the runs were evaluated while they trained.
+      table: the table that `write_report` writes.
+      curves: by method, the records of `metrics.jsonl` of each of its runs.
+      split: the split on which the runs were evaluated during training.
     """
     # Imported only here, because Matplotlib takes a second to import.
     from matplotlib.figure import Figure
 
     metric = f"eval/{table['metric']}"
-    # Where there are more methods than colours, the colours repeat with dashed lines.
+    # If there are more methods than colours, the colours repeat with dashed lines.
     looks = [(colour, line) for line in ("-", "--") for colour in COLOURS]
     figure = Figure(figsize=(13, 4.6), layout="constrained", dpi=130)
     left, middle, right = figure.subplots(1, 3, width_ratios=(5, 5, 3))
@@ -280,7 +297,7 @@ def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str)
     names = [row["method"] for row in table["methods"]]
     right.set_yticks(range(len(names)), names, fontsize=9)
     right.set_ylim(len(names) - 0.4, -0.8)
-    # The values of the seeds set the scale: an interval from few seeds may exceed the picture and even 0 to 100 %.
+    # The values of the seeds set the scale, because an interval from few seeds may reach far beyond them.
     shown = [start, *(100 * run["final"] for row in table["methods"] for run in row["runs"])]
     margin = max(0.15 * (max(shown) - min(shown)), 2)
     right.set_xlim(min(shown) - margin, max(shown) + margin)
@@ -309,12 +326,12 @@ def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str)
 def _curve(
     axes: Axes, runs: list[list[dict]], name: str, style: dict[str, Any], *, scale: float = 1, smooth: bool = False
 ) -> None:
-    """Draws at each step the mean over the runs that have a value there, and the range of these values behind it."""
+    """Draws the mean, and behind it the range, over the runs that have a value at each step."""
     steps = sorted({entry["step"] for entries in runs for entry in entries if entry.get(name) is not None})
     if not steps:
         axes.plot([], [], **style)
         return
-    # Noise between iterations, most of it from the prompts, would hide one method behind another.
+    # Without the running mean, noise between iterations, mostly of the prompts, would hide the methods' differences.
     width = 2 * (len(steps) // 10) + 1 if smooth else 1
     table = np.full((len(runs), len(steps)), np.nan)
     for row, entries in zip(table, runs, strict=True):
@@ -327,7 +344,7 @@ def _curve(
 
 
 def _final(axes: Axes, index: int, row: dict[str, Any], colour: str) -> None:
-    """Draws one line of the last panel: the interval, the mean, and each seed (a cross where it collapsed)."""
+    """Draws one line of the last panel: the interval, the mean, and each seed, as a cross if its run collapsed."""
     for run in row["runs"]:
         axes.plot(100 * run["final"], index + 0.22, "x" if run["collapsed"] else "o", color=colour, markersize=5,
                   alpha=0.6)  # fmt: skip

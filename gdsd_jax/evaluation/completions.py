@@ -1,4 +1,4 @@
-"""Evaluates a policy on held-out rows: completions, the task's metrics and the distance from the base."""
+"""Evaluates a policy on held-out rows: samples completions, measures the task's metrics and the KL to the base."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ def evaluate_policy(
     batch_rows: int,
     key: jax.Array,
 ) -> dict[str, float]:
-    """Samples one completion per prompt and returns means over them.
+    """Samples one completion per prompt, and returns the mean of each of the task's metrics over them.
 
-    The means are those of the task's metrics and, with an adapter, of `reference_kl` (named "kl"). Each batch is judged
-    while the devices sample the next.
+    With an adapter, "kl" is the mean of `reference_kl`. Each batch is judged while the devices sample the next one.
     """
     found, start = [], 0
     for batch in complete(config, base, lora, prompts, sampler, tokenizer, batch_rows=batch_rows, key=key):
@@ -49,7 +48,7 @@ def evaluate_policy(
 
 
 class Completed(NamedTuple):
-    """The texts of one batch and the distance of each from the base (`reference_kl`), or None if it is not measured."""
+    """The texts of one batch, and the `reference_kl` of each, or None if it was not measured."""
 
     texts: list[str]
     kl: list[float] | None
@@ -68,14 +67,13 @@ def complete(
     skip: int = 0,
     divergence: bool = True,
 ) -> Iterator[Completed]:
-    """Yields one completion per prompt, batch by batch; all batches have one shape, and each has a key of its own.
+    """Yields one completion per prompt, batch by batch; all batches have the same shape, and each has its own key.
 
-    The devices receive the next batch before a batch is yielded, so that what the caller does with it costs them no
-    time.
+    The devices start on the next batch before a batch is yielded, so they do not wait for the caller's work on it.
 
     Args:
-      skip: number of leading batches to leave out, because they exist already.
-      divergence: False leaves `reference_kl` out.
+      skip: number of leading batches that exist already and are left out.
+      divergence: whether to measure `reference_kl`, which needs an adapter.
     """
     count = len(prompts.rows)
     measured = divergence and lora is not None
@@ -106,9 +104,9 @@ def complete(
 
 
 def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:
-    """Computes the metrics of completions, `[B]` each, one completion per row; NaN counts as 0.
+    """Returns the metrics of completions, one per row, as arrays `[B]` by name; NaN counts as 0.
 
-    Every process measures rows of its own and receives the results of the other processes.
+    Every process measures a share of the rows and receives the results of the others.
     """
     texts = [text for batch in batches for text in batch.texts]
     values = {name: np.nan_to_num(value) for name, value in share_out(task.metrics, texts, rows).items()}
@@ -118,25 +116,29 @@ def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, n
 
 
 def judge_by_all(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, np.ndarray]:
-    """Returns the result of `judge`, and the metrics under the task's other graders as "METRIC (GRADER)"."""
+    """Returns the result of `judge` with the metrics under the task's other graders, named "METRIC (GRADER)"."""
     values = judge(task, rows, batches)
-    distance = {name: values.pop(name) for name in ("kl",) if name in values}
+    last = {"kl": values.pop("kl")} if "kl" in values else {}
     for name, grader in task.graders.items():
         if grader.measure is not task.measure:
             other = judge(regraded(task, name), rows, batches)
             values |= {f"{metric} ({name})": other[metric] for metric in task.metrics_named}
-    return values | distance
+    return values | last
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def reference_kl(
     config: DenoiserConfig, base: Any, lora: LoRA, tokens: jax.Array, prompt_mask: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Measures how far the adapter moved the distributions of each completion's tokens from the base's.
+    """Returns the KL of each completion's token distributions under the adapter to those of the base, `[B]`.
 
-    The result, `[B]` in nats per token, is the mean over tokens of `KL(p_theta || p_ref)`, summed over the vocabulary,
-    at the states of one coupled pair of views of `tokens` `[B, P+L]`, P from `prompt_mask`: each token is read in the
-    view that masks it.
+    The result is the mean over tokens of `KL(p_theta || p_ref)` in nats, each summed over the whole vocabulary. One
+    coupled pair of masked views is drawn for each row, and every token is read in the view that masks it.
+
+    Args:
+      tokens: prompts and completions, `[B, P+L]`.
+      prompt_mask: True on real prompt tokens, `[B, P]`.
+      key: draws the masks.
     """
     rows, length = tokens.shape[0], tokens.shape[1] - prompt_mask.shape[1]
     masked = masking.stratified(key, rows, length, stratum=rows)
@@ -150,7 +152,12 @@ def reference_kl(
 
 
 class Part(NamedTuple):
-    """One task at one length. `prompts` repeats each of the `rows` once per sample; repetitions are adjacent."""
+    """One task at one completion length.
+
+    source: file or split that the rows are from.
+    rows: the evaluated rows.
+    prompts: their prompts, each repeated once per sample, with repetitions adjacent.
+    """
 
     task: Task
     source: str

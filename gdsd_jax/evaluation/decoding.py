@@ -1,11 +1,11 @@
-"""Compares ways of decoding: how much of the exact sampler's work a cache, a threshold or a factor saves, at what cost.
+"""Compares ways of decoding: what caches, thresholds and factors save over exact decoding, and what they cost.
 
     python -m gdsd_jax.evaluate --config configs/RECIPE.py --workdir runs/gsm8k --compare-decoding
 
-Each way completes the same rows at temperature 0, in batches of `config.evaluation.batch_rows`, after a batch that
-compiles and does not count. Beside the accuracy, the table shows the share of the completion's tokens that equal those
-of exact decoding, and per batch the seconds and the passes through the denoiser (cached passes compute only a window).
-Blocks are those of `config.sampler`; with one block for the whole completion a cache has little to keep.
+Each way completes the same rows at temperature 0, in batches of `config.evaluation.batch_rows`. A first batch, which
+compiles, is not counted. The table shows the accuracy, the share of completion tokens that equal those of exact
+decoding, and the seconds and the passes through the denoiser per batch; a cached pass computes only a window. Blocks
+are those of `config.sampler`: if a single block spans the completion, a cache has little to keep.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.training.rollout import Prompts
 
-WAYS = {
+# The settings in which each way differs from the sampler of evaluations; the first is the one to compare with.
+WAYS: dict[str, dict[str, Any]] = {
     "exact": {},
     "stop at EOS": {"stop_at_eos": True},
     "prefix": {"cache": "prefix"},
@@ -47,7 +48,7 @@ HEADER = ("decoding", "accuracy", "equal %", "passes", "fewer", "seconds", "fast
 
 
 class Decoded(NamedTuple):
-    """Completions `[N, L]`, and the passes through the denoiser and the seconds that each batch took."""
+    """Completions `[N, L]`, and the passes through the denoiser and the seconds of each batch."""
 
     tokens: np.ndarray
     passes: list[int]
@@ -55,7 +56,7 @@ class Decoded(NamedTuple):
 
 
 def decode(policy: Policy, prompts: Prompts, sampler: SamplerConfig, *, batch_rows: int, seed: int) -> Decoded:
-    """Completes all prompts; the last batch is filled up with its own first row."""
+    """Completes all prompts, in batches of equal shape: copies of its first row fill up the last one."""
     count, key = len(prompts.rows), stream_of_seed(seed, Stream.GENERATION)
     found, passes, seconds = [], [], []
     for start in [0, *range(0, count, batch_rows)]:
@@ -66,13 +67,13 @@ def decode(policy: Policy, prompts: Prompts, sampler: SamplerConfig, *, batch_ro
         completed, steps = fetch((rollout.tokens[:, tokens.shape[1] :], rollout.commit_step))
         seconds.append(time.perf_counter() - began)
         found.append(completed[: count - start])
-        # Every step commits something, so the last commit step gives the number of passes.
+        # Every step commits at least one token, so the last commit step gives the number of passes.
         passes.append(int(steps[steps < step_limit(policy.model, sampler)].max()) + 1)
     return Decoded(np.concatenate(found[1:]), passes[1:], seconds[1:])
 
 
 def compare(policy: Policy, part: Part, *, batch_rows: int, seed: int) -> list[dict[str, Any]]:
-    """Returns a row for each of `WAYS` on the rows of one task at one length; see the module's docstring."""
+    """Returns one row of the table for each of `WAYS`, on one task at one length; see the module's docstring."""
     rows, exact = [], None
     for name, changes in WAYS.items():
         sampler = dataclasses.replace(part.sampler, **changes)

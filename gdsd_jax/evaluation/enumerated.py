@@ -1,16 +1,18 @@
-"""A language of a few hundred completions: a policy's distance from the optimum is a sum over all, without sampling.
+"""Measures how near methods come to the optimal policy, in a toy language small enough to enumerate.
 
-The optimum of `max E[psi A] - KL(pi || pi_old)` is `pi* ~ pi_old exp(psi A)`. Here `pi` is the distribution that the
-sampler writes, summed over all orders of the commits. `KL(pi_theta || pi*)` is recorded along a method's inner updates.
+The optimum of `max E[psi A] - KL(pi || pi_old)` is `pi* ~ pi_old exp(psi A)`. Here `pi` is the distribution of the
+completions that the sampler writes, summed over all orders of its commits. The language has a few hundred completions,
+so that `KL(pi_theta || pi*)` is an exact sum. It is recorded along a method's inner updates.
 
-The small denoiser `TOY` is trained or left random. Completions have `LENGTH` tokens of `KINDS` kinds, behind a prompt
-of one token.
+A completion has `LENGTH` tokens of `KINDS` kinds, after a prompt of one token. The denoiser `TOY` is trained on a
+random distribution of completions, or left at random weights.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +38,12 @@ NO_KL = {"beta": 0.0}
 
 
 class Toy(NamedTuple):
-    """The language and a denoiser's parameters `base`; `completions` `[N, L]` are all, `reward` `[N]` is theirs."""
+    """The language and a denoiser for it.
+
+    base: parameters of the denoiser.
+    completions: all completions, `[N, L]`.
+    reward: their rewards, `[N]`.
+    """
 
     base: Any
     sampler: SamplerConfig
@@ -45,9 +52,9 @@ class Toy(NamedTuple):
 
 
 def methods_of(psi: float) -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Returns each method with settings under which its target, if any, is `log pi*`, and settings that open its clip.
+    """Returns, by label, a method's name, settings that make `log pi*` its target, and settings that disable its clip.
 
-    `psi` is per completion. Plain scores count each token with weight 1/2, so their `psi` is divided by two.
+    `psi` is that of a whole completion. Plain scores weight each token by 1/2, so their `psi` is halved.
     """
     per_token = psi / LENGTH
     return {
@@ -67,7 +74,7 @@ def sampler_of(strategy: str) -> SamplerConfig:
 
 
 def make_toy(strategy: str, *, trained: bool, seed: int) -> Toy:
-    """Makes the language, its rewards and a denoiser; a reward is the share of tokens that fit their place."""
+    """Makes the language and a denoiser; the reward is the share of tokens with the right kind for their position."""
     completions = np.array(list(itertools.product(range(KINDS), repeat=LENGTH)), np.int32)
     reward = np.mean(completions == np.arange(LENGTH) % KINDS, axis=1)
     base = init_base(TOY, jax.random.key(seed))
@@ -108,7 +115,7 @@ def pretrain(base: Any, completions: np.ndarray, key: Array, *, updates: int = 4
 
 
 def log_probs(toy: Toy, base: Any) -> Float[Array, " N"]:
-    """Computes the log-probability that the sampler writes each completion, summed over all orders of the commits."""
+    """Computes the log-probability that the sampler writes each completion; it sums over all orders of its commits."""
     orders = np.array(list(itertools.permutations(range(LENGTH))), np.int32)
     count = len(toy.completions)
     tokens = with_prompt(jnp.tile(jnp.asarray(toy.completions), (len(orders), 1)))
@@ -129,10 +136,14 @@ def follow(
     learning_rate: float,
     seed: int,
 ) -> dict[str, list[float]]:
-    """Runs inner updates of a method on one batch of rollouts and records the KL to the optimum and the mean reward.
+    """Runs inner updates of a method on one batch of rollouts, and records the KL to the optimum and the mean reward.
 
-    They are recorded before the first update and after numbers of updates that are powers of two. The advantages are
-    exact: the reward minus its expectation under the old policy.
+    The advantages are exact: the reward minus its expectation under the old policy.
+
+    Returns:
+      "update": the numbers of updates after which both are recorded: 0, 1, 2, 4, 8, ... up to `updates`.
+      "kl": `KL(pi_theta || pi*)` in nats.
+      "reward": the expected reward.
     """
     method = build(method_name, **settings)
     distribution = jax.jit(lambda base: log_probs(toy, base))
@@ -173,7 +184,7 @@ def follow(
             log_prob = np.asarray(distribution(base), np.float64)
             probability = np.exp(log_prob)
             found["update"].append(number)
-            # A policy may give completions probability 0; these add nothing.
+            # Completions of probability 0 add nothing to the KL.
             terms = np.where(probability > 0, probability * (np.maximum(log_prob, -1e3) - best), 0.0)
             found["kl"].append(float(np.sum(terms)))
             found["reward"].append(float(np.sum(probability * toy.reward)))
@@ -188,16 +199,20 @@ def compare_to_optimum(
     rows: int = 512,
     learning_rate: float = 1e-3,
     seed: int = 0,
-    subjects: list[str] | None = None,
-    report: Any = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Measures part (d) of the meter: methods and commit orders, with and without clip, on random and trained toys."""
+    """Measures the methods of `methods_of` in two commit orders, with and without clip, on a random and a trained toy.
+
+    Args:
+      report: receives a line of text for each measurement.
+
+    Returns:
+      One result of `follow` per measurement, with the keys "method", "strategy", "trained" and "clip".
+    """
     results = []
     for trained, strategy in itertools.product((False, True), ("random", "low_confidence")):
         toy = make_toy(strategy, trained=trained, seed=seed)
         for label, (name, settings, opened) in methods_of(psi).items():
-            if subjects and label not in subjects:
-                continue
             for clip in (False, True) if opened else (False,):
                 chosen = settings if clip else {**settings, **opened}
                 numbers = {"psi": psi, "updates": updates, "rows": rows, "seed": seed}

@@ -23,7 +23,7 @@ def write(directory: Path, table: dict[str, Any]) -> None:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Formats the tables in Markdown, below a paragraph on what they were measured on."""
+    """Formats the tables in Markdown, after a paragraph about the rollouts that were measured."""
     distances = [str(d) for d in table["distances"]]
     about = (
         f"{table['rows']} rollouts of {table['source']}, mean reward {table['reward']:.3f}, mean exact log-probability "
@@ -51,7 +51,7 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     parts = [about, _grid(header, lines)]
     if "enumerated" in table:
-        parts.append("KL to the optimum in the toy language: at the start, least, and after the last update.")
+        parts.append("KL to the optimum in the toy language: before the first update, the least, and after the last.")
         header = ["denoiser", "order", "method", "clip", "start", "least", "end", "reward"]
         lines = [
             [
@@ -82,7 +82,7 @@ def _grid(header: list[str], lines: list[list[str]]) -> str:
 
 
 def draw(path: Path, table: dict[str, Any]) -> None:
-    """Draws bias with spread, errors of log-ratios and cosines; below these, the KL to the optimum over the updates."""
+    """Draws bias and spread, errors of log-ratios and cosines, and below them the KL to the optimum over updates."""
     # Imported only here, because Matplotlib takes a second to import.
     from matplotlib.figure import Figure
 

@@ -25,12 +25,12 @@ from gdsd_jax.training.state import parameter_shardings
 
 
 class Policy(NamedTuple):
-    """A model to evaluate, talk to or export: a checkpoint, with or without an adapter, or what a run has trained.
+    """A model to evaluate, sample from or export: a checkpoint, with or without an adapter, or the state of a run.
 
-    base, lora: `denoise`'s parameters; float32 where a run has trained all of them.
-    source: directory of the checkpoint that the base came from.
+    base, lora: parameters of `denoise`; `base` is float32 if a run has trained all parameters.
+    source: directory of the checkpoint that the base is from.
     stored: dtypes of that checkpoint, a pytree like `base`.
-    iteration: finished iterations of the run, None where the policy comes from directories alone.
+    iteration: number of finished iterations of the run; None if the policy is not from a run.
     """
 
     model: DenoiserConfig
@@ -51,14 +51,14 @@ def load_policy(
     adapter: str | None = None,
     best: bool = False,
 ) -> Policy:
-    """Loads the policy that the flags name: `checkpoint` with `adapter`, or else the newest checkpoint of a run.
+    """Loads the policy that the flags name: a checkpoint with or without an adapter, or else the state of a run.
 
     Args:
-      config: gives the task, the numerics and, unless `checkpoint` does, the base.
+      config: gives the task, the numerics and, unless `checkpoint` is given, the base.
       workdir: directory of a run of `gdsd_jax.train`; ignored if `checkpoint` or `adapter` is given.
       checkpoint: a Hugging Face directory.
       adapter: a PEFT directory.
-      best: whether to load the run's checkpoint that did best in its evaluations, in place of the newest.
+      best: whether to load the checkpoint that did best in the run's evaluations instead of the newest one.
 
     Raises:
       UserError: no model is named; the run trained another base or other adapters; a directory does not load; or
@@ -97,11 +97,13 @@ def load_policy(
 
 
 def require_base(adapter: str, checkpoint: str, rule: str, setting: str = "config.adapter_base") -> None:
-    """Warns if an adapter belongs to another base, or raises UserError, depending on the rule.
+    """Warns if an adapter belongs to another base, or raises UserError, as the rule says.
 
     Args:
+      adapter: a PEFT directory.
+      checkpoint: directory of the base that it is used on.
       rule: a value of `config.adapter_base`.
-      setting: what the message calls it.
+      setting: name of the setting that holds the rule, for messages.
     """
     require_one_of(rule, ADAPTER_BASES, setting)
     found = hub.another_base(adapter, checkpoint)
@@ -114,7 +116,7 @@ def require_base(adapter: str, checkpoint: str, rule: str, setting: str = "confi
 
 
 def _run_record(config: TrainConfig, workdir: Path) -> dict[str, Any]:
-    """Returns the record of the run; raises UserError unless it trained the parameters that `config` describes."""
+    """Returns the record of the run; raises UserError if the run has another adapter or another base than `config`."""
     record = read_record(workdir)
     if record["config"].get("lora") != to_dict(config)["lora"]:
         raise UserError(f"{workdir} belongs to a run with another config.lora: give the --config that it started with")
@@ -123,9 +125,9 @@ def _run_record(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     return record
 
 
-# The flags that tell `load_policy` which model to load.
+# The flags that become arguments of `load_policy`.
 POLICY_OPTIONS = {
     "checkpoint": Option(str, None, "Hugging Face directory to use instead of the run's newest checkpoint."),
-    "adapter": Option(str, None, "PEFT directory to use on --checkpoint, or on the config's own."),
-    "best": Option(bool, False, "Of the run, the checkpoint that did best in its evaluations, not the newest."),
+    "adapter": Option(str, None, "PEFT directory to use on --checkpoint, or else on config.checkpoint."),
+    "best": Option(bool, False, "Use the checkpoint that did best in the run's evaluations, not the newest."),
 }

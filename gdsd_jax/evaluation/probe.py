@@ -1,6 +1,6 @@
-"""Compares the likelihoods that methods estimate for rollouts with the exact likelihood of what the sampler did.
+"""Compares the likelihoods that methods estimate for rollouts with the exact likelihood of the sampler's choices.
 
-B rows, M views, L completion tokens, D draws of masks.
+Letters of shapes: B rows, D draws of masks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion import Rollout, trajectory_log_prob
 from gdsd_jax.diffusion.scoring import read_views
 from gdsd_jax.methods import Batch, Method, Scores, build
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.training.state import policy
 
 NO_KL = {"beta": 0.0}
-NEAR = 2e-3  # nats; a log-ratio far above rounding, and so near that few ranks swap
-FEWEST = 8  # rows, below which a log-ratio's error says nothing
-# Method and settings of each row of the table; without KL, so that a gradient is that of the objective alone.
+NEAR = 2e-3  # nats; a log-ratio far above rounding, but small enough that few ranks swap
+FEWEST = 8  # rows, with fewer of which the error of a log-ratio says nothing
+# Method and settings of each row of the table. There is no KL, so that a gradient is that of the objective alone.
 SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact_pg": ("exact_pg", {}),
     "gdsd": ("gdsd", NO_KL),
@@ -44,10 +45,10 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Probe(NamedTuple):
-    """Compiled functions of one method. `params` are the trained parameters.
+    """A method with its compiled functions, of the trained parameters, a batch and masks.
 
-    nats: `(params, batch, masked) -> [B]`, the method's estimate of each completion's log-probability.
-    gradient: `(params, batch, masked) -> [N]`, of its loss where old and new policy are equal, as one vector.
+    nats: returns the method's estimate of each completion's log-probability, `[B]`.
+    gradient: returns the gradient of its loss, where old and new policy are equal, as one vector.
     """
 
     method: Method
@@ -56,11 +57,9 @@ class Probe(NamedTuple):
 
 
 def probe(subject: str, config: DenoiserConfig, base: Any, *, block_length: int, chunk: int) -> Probe:
-    """Builds the functions of one of `SUBJECTS`."""
+    """Builds the functions of one of `SUBJECTS`; `chunk` vocabulary entries are read at a time."""
     name, settings = SUBJECTS[subject]
-    if name == "spg":
-        settings = settings | {"block_length": block_length}
-    if "masking" in settings:
+    if name == "spg" or "masking" in settings:
         settings = settings | {"block_length": block_length}
     method = build(name, **settings)
 
@@ -88,9 +87,12 @@ def probe(subject: str, config: DenoiserConfig, base: Any, *, block_length: int,
 
 
 def in_nats(name: str, settings: dict[str, Any], scores: Scores, batch: Batch) -> Float[Array, " B"]:
-    """Converts a method's scores to an estimate of each completion's log-probability (centred logits: their sum)."""
+    """Converts a method's scores to an estimate of each completion's log-probability in nats.
+
+    For methods that score centred logits, it is the sum of these.
+    """
     if name == "spg":
-        # `normalised` is a mean per token, and is the bound that does not depend on the advantage.
+        # `normalised` is the bound that does not depend on the advantage, as a mean per token.
         return scores.normalised * jnp.sum(batch.completion_mask, axis=1)
     guided = scores.guided
     if name == "exact_pg":
@@ -104,14 +106,17 @@ def in_nats(name: str, settings: dict[str, Any], scores: Scores, batch: Batch) -
 
 
 def exact(config: DenoiserConfig, base: Any, params: Any, batch: Batch, chunk: int) -> Float[Array, " B"]:
-    """Computes the exact log-probability of each rollout, -inf where the policy could not have made it."""
+    """Computes the exact log-probability of each rollout; it is -inf if the policy cannot have made the rollout."""
     rollout = Rollout(batch.tokens, batch.commit_step, batch.confidence)
     given = (rollout, batch.prompt_mask, batch.sampler)
     return jnp.sum(trajectory_log_prob(config, *policy(base, params), *given, chunk=chunk), axis=1)
 
 
 def rank_correlation(estimate: np.ndarray, truth: np.ndarray, group_size: int) -> float:
-    """Computes Spearman's rank correlation inside groups, averaged over the groups in which both arguments vary."""
+    """Computes Spearman's rank correlation inside groups, averaged over the groups in which both arrays vary.
+
+    Both arrays are `[B]`. The result is NaN if there is no such group.
+    """
     found = []
     for x, y in zip(estimate.reshape(-1, group_size), truth.reshape(-1, group_size), strict=True):
         ranks = [np.unique(v, return_inverse=True, return_counts=True) for v in (x, y)]
@@ -123,30 +128,35 @@ def rank_correlation(estimate: np.ndarray, truth: np.ndarray, group_size: int) -
 
 
 class Line(NamedTuple):
-    """A straight line through the parameters, from those of a policy along the exact policy gradient.
+    """A straight line in parameter space, from a policy's parameters along the exact policy gradient.
 
-    at: the parameters at a length.
-    slope: `[B]`, how fast each exact log-probability grows with the length, at the start; NaN where it is not finite.
+    at: returns the parameters at a length along the line.
+    slope: derivative of each exact log-probability with respect to the length at the start, `[B]`; NaN if not finite.
     """
 
     at: Callable[[float], Any]
     slope: np.ndarray
 
     def length(self, distance: float) -> float:
-        """Returns the length at which the median size of the log-ratios is `distance`, without their jumps."""
+        """Returns the length at which the median size of the log-ratios, without their jumps, is `distance`."""
         return distance / float(np.nanmedian(np.abs(self.slope)))
 
     def smooth(self, distance: float, ratio: np.ndarray) -> np.ndarray:
-        """Tells which log-ratios `[B]` at a distance are near their tangent: the others have jumped on the way."""
+        """Returns which log-ratios `[B]` at a distance are near their tangent; the others have jumped on the way."""
         return np.abs(ratio - self.slope * self.length(distance)) <= distance / 2
 
 
 def line_along(direction: Any, params: Any, log_ratio: Callable[[Any], np.ndarray]) -> Line:
-    """Returns the line from `params` along `direction`; slopes are differences over a median log-ratio of `NEAR`.
+    """Returns the line from `params` along `direction`.
 
     The exact log-probability jumps where two candidates swap ranks or a token crosses the threshold. On a trained
-    policy jumps make up most of the log-ratio long before its smooth part is 0.1, so that neither a mean nor a median
-    of log-ratios measures how far a policy has moved; the slope at the start does.
+    policy, jumps make up most of the log-ratio long before its smooth part is 0.1. How far a policy has moved is
+    therefore measured by the slopes at the start, not by a mean or median of log-ratios. The slopes are finite
+    differences, over a length at which the median size of the log-ratios is `NEAR`.
+
+    Args:
+      direction: a vector as long as all parameters together.
+      log_ratio: returns the exact log-ratios `[B]` of given parameters to `params`.
     """
     flat, unravel = ravel_pytree(params)
     unit = direction / jnp.linalg.norm(direction)
@@ -163,8 +173,9 @@ def agreement(estimate: np.ndarray, exact: np.ndarray, valid: np.ndarray) -> dic
     """Compares estimated log-ratios `[D, B]` with exact ones `[B]`, over the valid rows.
 
     Returns:
-      error: the median size of the differences over that of the exact log-ratios; None where too few rows are valid.
-      correlation: of the two over rows, averaged over the draws; None likewise.
+      "error": median size of the differences, divided by the median size of the exact log-ratios.
+      "correlation": correlation of estimated and exact log-ratios over rows, averaged over the draws.
+      Both are None if fewer than `FEWEST` rows are valid.
     """
     if valid.sum() < FEWEST:
         return {"error": None, "correlation": None}
@@ -176,7 +187,7 @@ def agreement(estimate: np.ndarray, exact: np.ndarray, valid: np.ndarray) -> dic
 
 
 def median_size(ratio: np.ndarray) -> float:
-    """Returns the median size of the log-ratios that are finite."""
+    """Returns the median size of the finite log-ratios."""
     return float(np.median(np.abs(ratio[np.isfinite(ratio)])))
 
 
@@ -198,15 +209,32 @@ def measure(
     chunk: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measures parts (a), (b) and (c) of the meter on one batch of rewarded rollouts.
+    """Measures methods on one batch of rewarded rollouts; `gdsd_jax.meter` describes the figures.
 
     Every method is measured on the same rollouts and on the same moved policies. For each of `distances`, a policy is
     moved along the exact policy gradient until the smooth part of its log-ratios has that median size over rows.
     Methods are then compared on the rows whose log-ratio has not jumped.
+
+    Args:
+      params: the parameters that the gradients are of.
+      key: draws the masks.
+      subjects: keys of `SUBJECTS`.
+      draws: number of draws of masks.
+      distances: median log-ratios in nats.
+      chunk: vocabulary entries that are read at a time.
+      report: receives lines of text as the measurement proceeds.
+
+    Raises:
+      UserError: rounding keeps every rollout from being replayed, so that no exact likelihood is finite.
     """
     truth_of = lambda params: np.asarray(exact(config, base, params, batch, chunk), np.float64)  # noqa: E731
     truth = truth_of(params)
     fine = np.isfinite(truth)
+    if not fine.any():
+        raise UserError(
+            f"none of the {len(truth)} rollouts can be replayed, because rounding changes which tokens are committed: "
+            "set config.model.dtype to float32"
+        )
     make = functools.partial(probe, config=config, base=base, block_length=batch.sampler.block_length, chunk=chunk)
     reference = make("exact_pg")
     trajectory = jax.jit(reference.method.masks)(key, batch)
@@ -217,7 +245,7 @@ def measure(
     ratios = {d: truth_of(there) - truth for d, there in moved.items()}
     smooth = {d: fine & line.smooth(d, ratio) for d, ratio in ratios.items()}
     jumped = {str(d): float(1 - smooth[d][fine].mean()) for d in distances}
-    report(f"moved policies, with these shares of jumps: {jumped}")
+    report(f"moved policies; shares of log-ratios that jumped: {jumped}")
     rows = {}
     for subject in subjects:
         here = make(subject)

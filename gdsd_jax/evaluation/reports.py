@@ -1,4 +1,4 @@
-"""Writes an evaluation as JSON, a Markdown table of task by length, a figure and completions; compares two of them."""
+"""Writes the files of an evaluation (summary, table, figure, completions), and compares two evaluations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ COMPARISON = "comparison"
 
 
 def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None:
-    """Writes the four files, each whole or not at all."""
+    """Writes the four files, each atomically, the summary last.
+
+    Args:
+      summary: the content of `evaluation.json`, see `gdsd_jax.evaluation.run.run`.
+      records: one record per completion.
+    """
     title, header, body = describe(summary), *_grid(summary)
     legend = "Mean ± standard error of the mean over rows; in parentheses the denoising steps."
     write_text(directory / COMPLETIONS, "".join(json.dumps(record) + "\n" for record in records))
@@ -31,7 +36,7 @@ def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """Describes in one line which model was evaluated on which rows, and how."""
+    """Returns one line that says which model was evaluated on which rows, and how."""
     model = summary["adapter"] or summary["checkpoint"]
     if summary["workdir"]:
         model = f"{summary['workdir']}, iteration {summary['iteration']}"
@@ -71,7 +76,7 @@ def markdown(header: list[str], body: list[list[str]], *, left: int) -> str:
 
 
 def draw(path: Path, summary: dict[str, Any]) -> None:
-    """Draws a panel per task: each of its metrics over the completion length, with standard errors."""
+    """Draws a panel for each task, with its metrics and their standard errors over the completion length."""
     # Imported only here, because Matplotlib takes a second to import.
     from matplotlib.figure import Figure
 
@@ -83,7 +88,7 @@ def draw(path: Path, summary: dict[str, Any]) -> None:
         axes = figure.add_subplot(rows, columns, index + 1)
         entries = [entry for entry in summary["results"] if entry["task"] == task]
         lengths = [str(entry["completion_length"]) for entry in entries]
-        # The distance from the base has another scale and is not drawn.
+        # The KL to the base has another scale and is not drawn.
         names = [name for name in entries[0]["metrics"] if name != "kl"]
         for number, name in enumerate(names):
             found = [entry["metrics"][name] for entry in entries]
@@ -100,13 +105,14 @@ def draw(path: Path, summary: dict[str, Any]) -> None:
 
 
 def compare(directory: Path, other: Path) -> str:
-    """Compares the evaluation in `directory` with the one in `other`, item by item.
+    """Compares the evaluation in `directory` with the one in `other`, item by item, and returns a table in Markdown.
 
-    The table has the means of both, their difference with its 95 % interval (Student's t over items), and for metrics
-    that are 0 or 1 McNemar's exact test. It is written to `directory` as Markdown, which is also returned, and as JSON.
+    The table has the means of both, their difference with its 95 % interval (Student's t over items), and McNemar's
+    exact test for metrics that are 0 or 1. It is also written to `directory`, as Markdown and as JSON.
 
     Raises:
-      UserError: one of the two is no finished evaluation; they have no task and length in common; or their rows differ.
+      UserError: one of the two is not a finished evaluation; they have no task and length in common; or their rows
+        differ.
     """
     summaries = [_read(place) for place in (directory, other)]
     values = []
@@ -131,7 +137,9 @@ def compare(directory: Path, other: Path) -> str:
     header = ["task", "length", "metric", "this", "other", "difference", "95 % interval", "better", "worse", "p"]
     body = [_compared(line) for line in found]
     titles = f"this: {describe(summaries[0])}\n\nother: {describe(summaries[1])}"
-    legend = "better, worse: items on which this does so. p: McNemar's exact test, for metrics that are 0 or 1."
+    legend = (
+        "better, worse: items on which this does better or worse. p: McNemar's exact test, of metrics that are 0 or 1."
+    )
     text = f"{titles}\n\n{markdown(header, body, left=3)}\n\n{legend}\n"
     write_text(directory / f"{COMPARISON}.json", json.dumps({"other": str(other), "results": found}, indent=1) + "\n")
     write_text(directory / f"{COMPARISON}.md", text)
@@ -150,12 +158,12 @@ def _compared(line: dict[str, Any]) -> list[str]:
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / SUMMARY
     if not path.is_file():
-        raise UserError(f"{directory} holds no finished evaluation: run gdsd_jax.evaluate there first")
+        raise UserError(f"{directory} holds no finished evaluation: run gdsd_jax.evaluate with it as --output first")
     return read_object(path, "evaluate anew")
 
 
 def _values(directory: Path, summary: dict[str, Any]) -> dict[tuple[str, int], tuple[str, dict[str, np.ndarray]]]:
-    """Reads, by task and length, the digest of the items and each metric's mean over the samples of every item."""
+    """Returns, by task and length, the digest of the items and each metric's mean over samples, `[items]`."""
     records = read_objects(directory / COMPLETIONS, "evaluate anew")
     found = {}
     for entry in summary["results"]:

@@ -1,4 +1,4 @@
-"""Evaluates a policy on tasks at several completion lengths, and continues where a killed evaluation stopped."""
+"""Evaluates a policy on tasks at several completion lengths, and resumes an evaluation that was killed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
 from gdsd_jax.runtime import hosts, memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, replacing, require_regular, understood
+from gdsd_jax.runtime.ranges import LARGEST_INT
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.runtime.transfer import checksum, fetch
 from gdsd_jax.tasks import resolve
@@ -49,24 +50,26 @@ def run(
     pass_at: Sequence[int] = (),
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluates one policy on each task at each length, writes the files and returns what `evaluation.json` holds.
+    """Evaluates one policy on each task at each length, writes the files and returns the content of `evaluation.json`.
 
-    Its `results` have one entry per task and length: `task`, `rows`, `count`, `items` (a digest of the rows),
-    `completion_length`, `steps`, `block_length` and `metrics`, `{metric: {"mean": ..., "error": ...}}`, the standard
-    error of the mean over items.
+    Its `results` have one entry per task and length: `task`, `rows` (their source), `count`, `items` (a digest of the
+    rows), `completion_length`, `steps`, `block_length` and `metrics`: `{metric: {"mean": ..., "error": ...}}`, with the
+    standard error of the mean over items.
 
     Args:
       workdir, checkpoint, adapter, best: see `gdsd_jax.evaluation.policy.load_policy`.
       tasks: names of tasks, each with a file or None; if empty, the config's task.
       lengths: completion lengths; if empty, those of `config.evaluation`.
-      count: rows of each split (or file); None: as many as the papers take.
+      steps: denoising steps of every completion; None: those of `config.evaluation`, in proportion to the length.
+      split: split that the rows are from, unless the task has a file.
+      count: rows of each split or file; None: as many as the papers evaluate.
       samples: completions of each row, at `temperature`.
       pass_at: values of k for pass@k, which is computed from the task's last metric.
       output: directory of the files; None: `workdir / "evaluation"`.
 
     Raises:
-      UserError: something named here cannot be loaded; arguments contradict each other; or the output directory holds
-        an unfinished evaluation with other settings.
+      UserError: the model, a task or its rows cannot be loaded; arguments contradict each other; or the output
+        directory holds an unfinished evaluation with other settings.
     """
     output = output_directory(workdir, output)
     require_samples(samples, temperature, pass_at)
@@ -124,14 +127,14 @@ def run_decodings(
 def _samplers(
     config: TrainConfig, lengths: Sequence[int], steps: int | None, temperature: float
 ) -> list[SamplerConfig]:
-    if steps is not None and steps < 1:
-        raise UserError(f"--steps {steps} must be at least 1")
+    if steps is not None and not 1 <= steps <= LARGEST_INT:
+        raise UserError(f"--steps {steps} must be at least 1 and at most {LARGEST_INT}")
     lengths = lengths or config.evaluation.lengths
     return [dataclasses.replace(greedy_sampler(config, n, steps), temperature=temperature) for n in lengths]
 
 
 def fitting(policy: Policy, parts: Iterable[Part]) -> list[Part]:
-    """Returns the parts as a list; raises UserError if one occurs twice or does not fit the model."""
+    """Returns the parts as a list; raises UserError if two of them are the same or one does not fit the model."""
     parts = list(parts)
     if len({part.name for part in parts}) < len(parts):
         raise UserError("a task or a length is named twice: change --tasks or --lengths")
@@ -148,7 +151,7 @@ def output_directory(workdir: Path | None, output: Path | None) -> Path:
 
 
 def require_samples(samples: int, temperature: float, pass_at: Sequence[int]) -> None:
-    """Raises UserError where the flags of sampling contradict each other."""
+    """Raises UserError if the flags of sampling contradict each other."""
     if samples < 1:
         raise UserError(f"--samples {samples} must be at least 1")
     if samples > 1 and not temperature > 0:
@@ -166,7 +169,7 @@ def plan(
     count: int | None,
     samples: int,
 ) -> Iterator[Part]:
-    """Yields every task at every length."""
+    """Yields the parts of an evaluation: every task of `names`, or else the config's, with every sampler."""
     for name, file in names or ((config.task.name, None),):
         own = name == config.task.name
         prompt = config.evaluation.evaluation_prompt
@@ -187,9 +190,9 @@ def plan(
 
 
 def completions(config: TrainConfig, policy: Policy, parts: list[Part], output: Path) -> dict[str, list[Completed]]:
-    """Returns the batches of every part, by its name.
+    """Returns the batches of every part, by the part's name.
 
-    It reads the batches that `output` already holds, then samples the others and writes each of them there.
+    Batches that an earlier, killed evaluation left in `output` are read; the others are sampled and written there.
     """
     key = stream_of_seed(config.seed, Stream.EVALUATION)
     rows = {part.name: min(config.evaluation.batch_rows, len(part.prompts.rows)) for part in parts}
@@ -226,7 +229,7 @@ def completions(config: TrainConfig, policy: Policy, parts: list[Part], output: 
 
 
 def identity(config: TrainConfig, policy: Policy, parts: list[Part], batch_rows: dict[str, int]) -> dict[str, Any]:
-    """Returns what determines the completions, as plain values; evaluations with the same identity may be joined."""
+    """Returns everything that determines the completions, as plain values; evaluations that share it may be joined."""
     return {
         "parameters": [int(x) for x in fetch(checksum((policy.base, policy.lora)))],
         "model": dataclasses.asdict(policy.model),
@@ -243,10 +246,13 @@ def identity(config: TrainConfig, policy: Policy, parts: list[Part], batch_rows:
 
 
 def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
-    """Returns the batches that an unfinished evaluation left in `path`; creates the file if it is missing.
+    """Returns the batches that an unfinished evaluation left in `path`, and creates the file if it is missing.
+
+    Args:
+      wanted: the `identity` of this evaluation.
 
     Raises:
-      UserError: the batches belong to another evaluation, or cannot be read.
+      UserError: the batches belong to an evaluation of another identity, or cannot be read.
     """
     wanted = json.loads(json.dumps(wanted))
     require_regular(path)
@@ -256,22 +262,22 @@ def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
         lines = [json.loads(line) for line in whole]
         for line in lines[1:]:
             if not (isinstance(line["part"], str) and all(isinstance(text, str) for text in line["texts"])):
-                raise TypeError("a batch has other than texts")
+                raise TypeError("a batch holds something other than texts")
             if line["kl"] is not None and not np.isfinite(np.asarray(line["kl"], np.float64)).all():
-                raise ValueError("a distance is no number")
+                raise ValueError("a KL is not finite")
         if lines and not isinstance(lines[0], dict):
-            raise TypeError("its first line says of which evaluation it is")
+            raise TypeError("the first line does not identify an evaluation")
     if lines and lines[0] != wanted:
         other = next(name for name in (*wanted, *lines[0]) if lines[0].get(name) != wanted.get(name))
         raise UserError(
             f"{path} is an unfinished evaluation with another {other}: finish it with its own settings, remove it, "
             "or choose another --output"
         )
-    # Every process must have read the file before the first one rewrites it.
+    # The first process may rewrite the file only after every process has read it.
     hosts.wait()
     if hosts.first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The file is rewritten without a last line that a kill cut short.
+        # The rewritten file lacks a last line that a kill cut short.
         with replacing(path) as draft:
             draft.write_bytes(b"".join(line + b"\n" for line in whole or [json.dumps(wanted).encode()]))
     batches: dict[str, list[Completed]] = {}
@@ -283,7 +289,7 @@ def resumed(path: Path, wanted: dict[str, Any]) -> dict[str, list[Completed]]:
 def result(
     part: Part, batches: list[Completed], samples: int, pass_at_k: Sequence[int]
 ) -> tuple[dict[str, Any], list[dict]]:
-    """Returns the entry of `results` and the records of one part."""
+    """Returns the entry of one part in `results`, and its records, one for each completion."""
     values = judge_by_all(part.task, part.prompts.rows, batches)
     by_item = {name: value.reshape(-1, samples) for name, value in values.items()}
     metrics = {name: mean_and_error(value.mean(axis=1)) for name, value in by_item.items()}

@@ -1,4 +1,4 @@
-"""Statistics of a few values: means with errors, pass@k, and the comparison of two evaluations of the same items."""
+"""Computes means with errors and intervals, pass@k, and the paired comparison of two evaluations of the same items."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 
 def mean_and_error(values: np.ndarray) -> dict[str, float]:
-    """Computes the mean over items and its standard error, which is 0 for a single item."""
+    """Computes the mean of the values `[N]` and its standard error, which is 0 for a single value."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return {"mean": float(values.mean()), "error": float(error)}
 
@@ -26,19 +26,24 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def pass_at(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
-    """Computes `1 - C(n - c, k) / C(n, k)` of each item, the probability that k of its n samples include a right one.
+    """Estimates, for each item, the probability that at least one of k samples is right: `1 - C(n - c, k) / C(n, k)`.
 
-    Of the n samples, c are right. The estimate is unbiased for every k up to n (Chen et al. 2021, arXiv 2107.03374,
-    Eq. 1), unlike `1 - (1 - c/n)^k`. Binomials are computed in integers, because they soon overflow floating point.
+    The estimate is unbiased for every k up to n (Chen et al. 2021, arXiv 2107.03374, Eq. 1), unlike `1 - (1 - c/n)^k`.
+    Binomials are computed in integers, because they soon overflow floating point.
+
+    Args:
+      correct: numbers c of right samples, `[items]`.
+      samples: the number n of samples of each item.
     """
     return np.array([1 - math.comb(samples - int(c), k) / math.comb(samples, k) for c in correct])
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """Computes mean and 95 % interval of `first - second` over the same items, and an exact test where it applies.
+    """Computes the mean of `first - second` over the same items, its 95 % interval, and McNemar's exact test.
 
-    `p` is that of the exact two-sided McNemar test. Its hypothesis is that each item which only one of the two got
-    right was equally likely to be got right by either (a binomial test). It is None where values are not all 0 or 1.
+    The test is a two-sided binomial test of the items that exactly one of the two got right; under the null hypothesis
+    each of the two is equally likely to be the right one. `p` is None if the values are not all 0 or 1. `better` and
+    `worse` count the items with a positive and a negative difference.
     """
     # Imported only here, because scipy.stats takes a second to import.
     from scipy.stats import binomtest

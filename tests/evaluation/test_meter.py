@@ -1,4 +1,4 @@
-"""The meter: its numbers on policies of which they are known."""
+"""The meter, on policies for which its numbers are known."""
 
 import json
 
@@ -55,6 +55,12 @@ def test_agreement_is_that_of_the_valid_rows():
     found = probe.agreement(estimate, exact, valid)
     assert found == pytest.approx({"error": 1.0, "correlation": 1.0})
     assert probe.agreement(estimate, exact, np.arange(10) < 7) == {"error": None, "correlation": None}
+
+
+def test_rollouts_of_which_none_can_be_replayed_are_refused(monkeypatch):
+    monkeypatch.setattr(probe, "exact", lambda *_: jnp.full(3, -jnp.inf))
+    with pytest.raises(UserError, match="none of the 3 rollouts .* config.model.dtype to float32"):
+        probe.measure(enumerated.TOY, None, None, Batch(None, None, None), None, [], draws=1, distances=(0.1,), chunk=8)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +129,7 @@ def test_bad_flags_are_refused_before_a_model_is_loaded():
         ({"draws": 0}, "must be at least 1"),
         ({"distances": "0.1;0.5"}, "--distances '0.1;0.5' is not a list of numbers"),
         ({"distances": "-0.1"}, "not a list of numbers above 0"),
+        ({"distances": "0.1,nan"}, "not a list of numbers above 0"),
     ):
         with pytest.raises(UserError, match=message):
             meter.checked(**flags | change)
