@@ -18,7 +18,8 @@ from pathlib import Path
 from gdsd_jax.compare import compare
 from gdsd_jax.config import TrainConfig, freeze, read_config
 from gdsd_jax.config.flags import enable_compilation_cache
-from gdsd_jax.evaluation.comparison import CURVES, TABLE_JSON, TABLE_MD, draw, markdown, summarise
+from gdsd_jax.evaluation.comparison import CURVES, TABLE_JSON, TABLE_MD, markdown, summarise
+from gdsd_jax.evaluation.comparison_figure import draw
 from gdsd_jax.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

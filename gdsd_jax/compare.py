@@ -2,18 +2,19 @@
 
     python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,espo,spg --seeds 3
 
-Each run is `gdsd_jax.train` in `WORKDIR/METHOD/seedN`, where N counts from `config.seed`, and is evaluated on the test
-split. Runs of one seed see the same prompts in the same order, so differences between methods are taken seed by seed.
-All runs share one process and its compiled sampler. The first seed of every method is run before the second seed of
-any. After each evaluation `table.json`, `table.md` and `curves.png` are written anew, so an interrupted bench leaves a
-valid partial result, and the same command continues it. A run that diverges counts as collapsed, and the bench goes on
-with the next run.
+Each run is one of `gdsd_jax.train` in `WORKDIR/METHOD/seedN`, where N counts up from `config.seed`. Its final policy is
+evaluated on the test split. Runs of one seed see the same prompts in the same order, so methods are compared seed by
+seed. All runs share one process and its compiled sampler. The first seed of every method is run before the second seed
+of any. After each evaluation the command rewrites `table.json`, `table.md` and `curves.png`, so that an interrupted
+comparison leaves a valid partial result; the same command resumes it. A run that diverges counts as collapsed, and the
+command continues with the next run.
 
 All methods use the config's learning rate, unless `--rates gdsd=5e-4,espo=2e-3` gives some of them another one.
-`--rate_factor 10` multiplies all learning rates, which shows how large a rate each method tolerates. Each such bench
-needs a workdir of its own.
+`--rate_factor 10` multiplies all learning rates, which shows how large a rate each method tolerates. Each factor needs
+its own workdir.
 
-Several hosts on one file system can share a bench: `--host_count` is their number, `--host_index` the host's own.
+Several hosts that share a file system can share a comparison: `--host_count` is their number, `--host_index` the number
+of this one, from 0.
 """
 
 from __future__ import annotations
@@ -56,18 +57,19 @@ def compare(
     host_index: int = 0,
     host_count: int = 1,
 ) -> dict[str, Any]:
-    """Runs (or resumes) this host's share of the bench and returns what `table.json` holds.
+    """Runs (or resumes) this host's share of the comparison, and returns the content of `table.json`.
 
     Args:
-      methods: names that `config.method` accepts; differences are taken to the first method.
-      seeds: number of seeds, counted from `config.seed`.
-      metric: one of the task's metrics; None selects the task's last metric.
+      methods: names that `config.method` accepts; the others are compared with the first.
+      seeds: number of seeds, counted up from `config.seed`.
+      metric: one of the task's metrics; None: the task's last metric.
       rates: learning rates of single methods, `NAME=RATE,...`; all other methods use the config's.
       rate_factor: a factor for all learning rates.
+      host_index, host_count: number of this host, from 0, and of all hosts that share the comparison.
 
     Raises:
-      UserError: an unknown method or metric, a method that does not fit the config, no seeds, or a workdir whose runs
-        have another config or start. All of this is checked before the first run.
+      UserError: a method or metric is unknown, a method does not fit the config, there are no seeds, or a run in the
+        workdir has another config or start. All of this is checked before the first run.
     """
     require_runnable(config, methods, seeds, host_index, host_count)
     own_rates = parse_rates(rates, methods)
@@ -75,7 +77,7 @@ def compare(
         raise UserError(f"--rate_factor {rate_factor} must be above 0")
     metric = known_metric(resolve_task(config), metric, "--metric")
     if host_count > 1 and config.tiny.family and not Path(config.checkpoint).exists():
-        raise UserError(f"{config.checkpoint} must be there before several hosts start: make it with gdsd_jax.sft")
+        raise UserError(f"{config.checkpoint} must exist before several hosts start: make it with gdsd_jax.sft")
     embedded_start(config)
     plan = [
         (
@@ -103,12 +105,12 @@ def compare(
                     raise
                 print(f"diverged: {error}", flush=True)
             if state_of(run, directory) == "open":
-                print("stopped: the same command goes on from here", flush=True)
+                print("stopped: the same command resumes here", flush=True)
                 return report()
         else:
             print(f"{title} (done before)", flush=True)
             if state_of(run, directory) == "finished" and not (directory / plots.CURVES).exists():
-                plots.plot_curves(directory)  # the run was killed between its last checkpoint and its picture
+                plots.plot_curves(directory)  # the run was killed after its last checkpoint, before its picture
         if state_of(run, directory) == "finished" and test_result(run, directory) is None:
             evaluate.run(run, directory, lengths=_length(run))
             report()
@@ -116,7 +118,7 @@ def compare(
 
 
 def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, host_index: int, host_count: int) -> None:
-    """Raises UserError if the bench cannot run with these methods, seeds and numbers of hosts."""
+    """Raises UserError if the methods, seeds or numbers of hosts are not valid, or a method does not fit the config."""
     if not methods:
         raise UserError("no method is named: give --methods NAME,NAME,...")
     if len(set(methods)) < len(methods):
@@ -124,7 +126,7 @@ def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, ho
     if seeds < 1:
         raise UserError(f"--seeds {seeds} must be at least 1")
     if not 0 <= host_index < host_count:
-        raise UserError(f"--host_index {host_index} must lie between 0 and --host_count {host_count} less 1")
+        raise UserError(f"--host_index {host_index} must be at least 0 and below --host_count {host_count}")
     for name in methods:
         check(
             build(name, **config.settings.get(name, {})), name=name, prompt_length=max(config.prompt_buckets),
@@ -133,7 +135,7 @@ def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, ho
 
 
 def parse_rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
-    """Reads `NAME=RATE,...`; raises UserError for another form, a rate not above 0, or a method not compared."""
+    """Returns the rates in `NAME=RATE,...`; raises UserError for another form or method, or a rate not above 0."""
     found = {}
     for part in text.split(",") if text else []:
         name, _, rate = (piece.strip() for piece in part.partition("="))
@@ -147,7 +149,7 @@ def parse_rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
 
 
 def run_config(config: TrainConfig, method: str, seed: int, learning_rate: float | None = None) -> TrainConfig:
-    """Returns the config of one run, without other methods' settings, whose changes shall not invalidate the run."""
+    """Returns the config of one run, without other methods' settings, so that changing these does not invalidate it."""
     settings = {method: dict(config.settings.get(method, {}))}
     rate = config.optimizer.learning_rate if learning_rate is None else learning_rate
     optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
@@ -158,12 +160,12 @@ def require_same(plan: list[tuple[TrainConfig, Path]], base: str) -> None:
     """Raises UserError if a run that exists already was started with another config or base."""
     for run, directory in plan:
         if record_path(directory).exists():
-            # A bench compares runs of equal length.
+            # The number of iterations is fixed too, because runs of equal length are compared.
             require_same_run(directory, run, fixed=("iterations",), base=base)
 
 
 def evaluated_start(config: TrainConfig, output: Path) -> dict[str, Any]:
-    """Returns the metrics of the start on the test split, and evaluates the start on first use."""
+    """Returns the metrics of the start on the test split; evaluates it unless `output` holds its evaluation."""
     found = read_result(config, output, checkpoint=config.checkpoint)
     if found is None:
         evaluate.run(config, checkpoint=config.checkpoint, lengths=_length(config), output=output)
@@ -172,24 +174,25 @@ def evaluated_start(config: TrainConfig, output: Path) -> dict[str, Any]:
 
 
 def _length(config: TrainConfig) -> tuple[int]:
-    """Returns the completion length at which methods are compared: the length at which they were trained."""
+    """Returns the completion length at which methods are evaluated: the one at which they are trained."""
     return (config.sampler.completion_length,)
 
 
 def main(config: TrainConfig, workdir: Path, *, methods: str | None, seeds: int, **flags: Any) -> None:
     names = [name.strip() for name in (methods or "").split(",") if name.strip()]
     table = compare(config, workdir, names, seeds, **flags)
-    print(f"\n{markdown(table)}\nwrote {workdir / TABLE_MD}, {TABLE_JSON} and {CURVES}")
+    written = ", ".join([str(workdir / TABLE_MD), TABLE_JSON, *[CURVES] * (table["runs_in"] > 0)])
+    print(f"\n{markdown(table)}\nwrote {written}")
 
 
 OPTIONS = {
-    "methods": Option(str, None, "Methods to compare, such as gdsd,espo; differences are to the first."),
+    "methods": Option(str, None, "Methods to compare with the first of them, such as gdsd,espo."),
     "seeds": Option(int, 3, "Runs of each method."),
-    "metric": Option(str, None, "Metric of the task, instead of its last."),
-    "rates": Option(str, None, "Learning rates of methods that do not have the config's, such as gdsd=5e-4,espo=2e-3."),
-    "rate_factor": Option(float, 1.0, "Multiplies every learning rate."),
-    "host_index": Option(int, 0, "Which share of the runs is this host's."),
-    "host_count": Option(int, 1, "How many hosts share the runs."),
+    "metric": Option(str, None, "Metric of the task to compare, instead of its last one."),
+    "rates": Option(str, None, "Learning rates of methods that do not use the config's, such as gdsd=5e-4,espo=2e-3."),
+    "rate_factor": Option(float, 1.0, "Factor of every learning rate."),
+    "host_index": Option(int, 0, "Number of this host, from 0."),
+    "host_count": Option(int, 1, "Number of hosts that share the runs."),
 }
 
 if __name__ == "__main__":

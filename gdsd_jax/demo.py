@@ -2,8 +2,8 @@
 
     python -m gdsd_jax.demo --config configs/tiny_sudoku.py --workdir runs/demo
 
-Prints the accuracy on the 256 test puzzles before and after GDSD, and writes to the workdir: `metrics.jsonl`,
-`curves.png`, `samples.md`, `export/merged`, `export/adapter` and `summary.json`. The same command continues a demo that
+It prints the accuracy on the 256 test puzzles before and after GDSD, and writes `metrics.jsonl`, `curves.png`,
+`samples.md`, `export/merged`, `export/adapter` and `summary.json` to the workdir. The same command resumes a demo that
 was interrupted.
 """
 
@@ -22,6 +22,7 @@ from gdsd_jax import evaluate, export, train
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import launch
 from gdsd_jax.evaluation import reports
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import read_objects
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.tasks import TASKS
@@ -30,7 +31,16 @@ SAMPLES = 16
 
 
 def demo(config: TrainConfig, workdir: Path) -> dict:
-    """Runs all stages and returns what `summary.json` holds."""
+    """Runs all stages and returns the content of `summary.json`.
+
+    Raises:
+      UserError: the config does not train adapters of an embedded model on Sudoku.
+    """
+    if not (config.tiny.family and config.lora.rank and config.task.name == "sudoku"):
+        raise UserError(
+            "the demo trains adapters of an embedded model on Sudoku: set config.tiny.family, config.lora.rank above 0 "
+            "and config.task.name to sudoku, as configs/tiny_sudoku.py does"
+        )
     start = time.perf_counter()
     console = rich.console.Console()
     config = dataclasses.replace(config, checkpoint=str(workdir / "start" / "merged"))
@@ -45,7 +55,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
         console.rule(f"2  {config.method} on adapters")
         state = train.train(config, workdir)
         if int(state.iteration) < config.iterations:
-            console.print("stopped: the same command goes on from here")
+            console.print("stopped: the same command resumes here")
             raise SystemExit(130)
         shutil.rmtree(exports, ignore_errors=True)
         export.run(config, workdir, exports)
@@ -72,12 +82,18 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
 
 
 def accuracy(config: TrainConfig, output: Path, **policy: str | Path) -> dict[str, float]:
-    """Returns the means of the task's metrics on the test split under greedy decoding."""
+    """Evaluates a policy, and returns the means of the task's metrics on the test split under greedy decoding.
+
+    Args:
+      output: directory for the files of the evaluation.
+      policy: arguments of `gdsd_jax.evaluation.policy.load_policy`.
+    """
     metrics = evaluate.run(config, output=output, **policy)["results"][0]["metrics"]
     return {name: metrics[name]["mean"] for name in TASKS[config.task.name].metrics_named}
 
 
 def percent(metrics: dict[str, float]) -> str:
+    """Formats metrics in percent on one line."""
     return ", ".join(f"{name} {value:.1%}" for name, value in metrics.items())
 
 

@@ -5,18 +5,18 @@
     python -m gdsd_jax.evaluate --config ... --workdir runs/b --compare runs/a/evaluation
     python -m gdsd_jax.evaluate --config ... --workdir runs/gsm8k --compare-decoding
 
-Without further flags, the newest checkpoint of the run in `--workdir` completes the test rows of the config's task
-under the papers' protocol: the task's evaluation prompt, lengths 128, 256 and 512, one step for every two tokens,
+Without further flags, it evaluates the newest checkpoint of the run in `--workdir` on the test rows of the config's
+task under the papers' protocol: the task's evaluation prompt, lengths 128, 256 and 512, one step for every two tokens,
 temperature 0, and 256 rows of a planning task or all rows of any other. `config.evaluation` and the flags below change
-the protocol. `--tasks` names other tasks, each with a local file of rows if one is given; `config.task` (file,
-settings) applies to its own task alone.
+the protocol. `--tasks` names other tasks, each with a local file of rows if one is given. The file and the settings of
+`config.task` apply to that task only.
 
-Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and `evaluation.jsonl` (the completions) to `--output`, by
-default `WORKDIR/evaluation`, and replaces the files of an earlier evaluation. Completions are saved as they are made: a
-killed evaluation that is started again with the same settings continues and ends with the same files; with other
-settings it is refused. With `--samples` above 1 and a temperature, `--pass_at 1,4` estimates how often at least one of
-that many samples is right. With `--compare DIR` nothing is sampled: the evaluation in the output directory is compared
-with the one in DIR, item by item.
+The command writes `evaluation.json`, `evaluation.md`, `evaluation.png` and `evaluation.jsonl` (the completions) to
+`--output`, by default `WORKDIR/evaluation`, and replaces the files of an earlier evaluation. Completions are saved as
+they are sampled. After a kill, the same command resumes the evaluation and ends with the same files; a command with
+other settings is refused. With `--samples` above 1 and a temperature, `--pass_at 1,4` estimates how often at least one
+of that many samples is right. `--compare DIR` samples nothing: it compares the evaluation in the output directory with
+the one in DIR, item by item.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gdsd_jax.runtime.errors import UserError
 
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...]:
-    """Returns the numbers in a text such as `"128,256"`.
+    """Returns the positive whole numbers in a text such as `"128,256"`; none for None or an empty text.
 
     Raises:
       UserError: a part of the text is not a positive whole number.
@@ -65,7 +65,7 @@ def main(
     named = [part.partition("=") for part in tasks.split(",")] if tasks else []
     flags |= {"tasks": [(name, file or None) for name, _, file in named], "lengths": numbers(lengths, "--lengths")}
     if compare is not None:
-        console.print(reports.compare(directory, Path(compare)), highlight=False, markup=False)
+        console.print(reports.compare_evaluations(directory, Path(compare)), highlight=False, markup=False)
     elif compare_decoding:
         if samples > 1 or temperature > 0 or pass_at:
             raise UserError("--compare-decoding is greedy: leave --samples, --temperature and --pass_at out")
@@ -80,16 +80,16 @@ def main(
 
 
 OPTIONS = POLICY_OPTIONS | {
-    "tasks": Option(str, None, "NAME or NAME=FILE of each task, with commas between, not the config's."),
+    "tasks": Option(str, None, "NAME or NAME=FILE of each task, separated by commas, instead of the config's."),
     "lengths": Option(str, None, "Completion lengths, such as 128,256."),
     "steps": Option(int, None, "Denoising steps of each completion."),
-    "split": Option(str, "test", "Rows to evaluate on: train, validation or test."),
-    "count": Option(int, None, "How many of them."),
+    "split": Option(str, "test", "Split to evaluate on: train, validation or test."),
+    "count": Option(int, None, "Number of rows."),
     "samples": Option(int, 1, "Completions of each row."),
-    "temperature": Option(float, 0.0, "Of the sampler; 0 takes the most probable token."),
+    "temperature": Option(float, 0.0, "Temperature of the sampler; 0 takes the most probable token."),
     "pass_at": Option(str, None, "Numbers k for pass@k, such as 1,4."),
-    "compare": Option(str, None, "Directory of an evaluation to hold the one in --output against."),
-    "compare_decoding": Option(bool, False, "Several ways of decoding the rows, side by side."),
+    "compare": Option(str, None, "Directory of an evaluation to compare with the one in --output."),
+    "compare_decoding": Option(bool, False, "Compare ways of decoding on the same rows."),
     "output": Option(str, None, "Directory for the results.", written=True),
 }
 

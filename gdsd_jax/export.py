@@ -1,11 +1,11 @@
-"""Writes what a run has trained as Hugging Face directories: merged weights, a PEFT adapter, or both.
+"""Exports the policy of a run as Hugging Face directories: merged weights, a PEFT adapter, or both.
 
     python -m gdsd_jax.export --config configs/tiny_sudoku.py --workdir runs/demo --output runs/demo/export
 
 `--format both`, the default, writes `OUTPUT/merged` and `OUTPUT/adapter`; `--format merged` and `--format adapter`
-write to OUTPUT itself. An export that was killed starts anew with the same command. With `--adapter DIR` (and
+write to OUTPUT itself. After a kill the same command starts the export again. With `--adapter DIR` (and
 `--checkpoint DIR`) instead of a run, `--format merged` merges that adapter into its base. Merged weights have the
-dtypes of the source checkpoint, or the one that `--dtype` names: bfloat16 rounds a part of a small adapter away, see
+dtypes of the source checkpoint, or the dtype that `--dtype` names. bfloat16 rounds away a part of a small adapter, see
 docs/formats.md.
 """
 
@@ -31,7 +31,7 @@ from gdsd_jax.telemetry.metrics import METRICS, read_metrics
 from gdsd_jax.training.record import read_record
 
 FORMATS = ("merged", "adapter", "both")
-UNFINISHED = ".export.part"  # marks a directory to which an export of both kinds writes
+UNFINISHED = ".export.part"  # marks the directory of an unfinished export of both kinds
 DTYPES = ("float32", "bfloat16")
 
 
@@ -46,13 +46,13 @@ def run(
     best: bool = False,
     dtype: str | None = None,
 ) -> dict[str, Path]:
-    """Exports one policy and returns the directories that it writes, by the names "merged" and "adapter".
+    """Exports one policy, and returns the directories that were written, by the names "merged" and "adapter".
 
     Args:
       workdir, checkpoint, adapter, best: see `load_policy`.
-      output: directory of the export; each directory that is written must be absent or empty.
+      output: directory of the export; each directory to write must be absent or empty.
       format: one of `FORMATS`.
-      dtype: of merged weights, one of `DTYPES`; None: those of the source checkpoint.
+      dtype: dtype of merged weights, one of `DTYPES`; None: those of the source checkpoint.
 
     Raises:
       UserError: the format or dtype is unknown, there is no adapter to export, a directory to write is not empty, or
@@ -66,7 +66,7 @@ def run(
     if not (output / UNFINISHED).exists():
         for path in paths.values():
             refuse_existing(path, "--output")
-    # What is merged is merged onto the weights as they are stored, not as a run in 8 bits saw them.
+    # Adapters are merged into the stored weights, also if the run used them in 8 bits.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     if policy.lora is None and "adapter" in paths:
@@ -77,7 +77,7 @@ def run(
             held.enter_context(hosts.first_only(Lock, output, "--output"))
             held.enter_context(hosts.first_only(marked, output, paths.values()))
         if "merged" in paths:
-            # Where all parameters were trained they are float32 here; they are rounded if nothing else is asked for.
+            # Trained parameters are float32 here. Without `dtype` they are rounded to the dtypes of the source.
             base = policy.base
             if dtype is None:
                 base = jax.tree.map(lambda x, stored: x.astype(stored), base, policy.stored)
@@ -92,7 +92,7 @@ def run(
 
 @contextlib.contextmanager
 def marked(output: Path, paths: Iterable[Path]) -> Iterator[None]:
-    """Marks `output` until both of its directories are complete; removes what a marked, killed export left of them."""
+    """Marks `output` until both of its directories are complete; first removes what a killed export left of them."""
     mark = output / UNFINISHED
     if mark.exists():
         for path in paths:
@@ -103,7 +103,7 @@ def marked(output: Path, paths: Iterable[Path]) -> Iterator[None]:
 
 
 def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:
-    """Returns what the model card says about a run: its recorded settings, and the last metrics up to `iteration`."""
+    """Returns facts about a run for the model card: its recorded settings, and its last metrics up to `iteration`."""
     config = read_record(workdir)["config"]
     settings = config["settings"].get(config["method"], {})
     facts = {
@@ -129,7 +129,7 @@ def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:
 
 def main(config: TrainConfig, workdir: Path | None, *, output: str | None, format: str, **flags: Any) -> None:
     if output is None:
-        raise UserError("give --output DIRECTORY, where the export goes")
+        raise UserError("give --output DIRECTORY, for the export")
     for kind, path in run(config, workdir, Path(output), format=format, **flags).items():
         print(f"wrote {path} ({kind})")
 
@@ -137,7 +137,7 @@ def main(config: TrainConfig, workdir: Path | None, *, output: str | None, forma
 OPTIONS = POLICY_OPTIONS | {
     "output": Option(str, None, "Directory to write.", written=True),
     "format": Option(str, "both", "merged, adapter or both."),
-    "dtype": Option(str, None, "Of merged weights, float32 or bfloat16; without it, those of the source."),
+    "dtype": Option(str, None, "Dtype of merged weights, float32 or bfloat16; by default that of the source."),
 }
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Completions to look at: of a prompt, or of rows of the task with their rewards.
+"""Prints completions of a prompt, or of rows of the task with their rewards.
 
     python -m gdsd_jax.generate --config configs/tiny_sudoku.py --workdir runs/demo --rows 3
     python -m gdsd_jax.generate --config ... --checkpoint DIR --prompt "..." --watch
 
 `--prompt` is the user's turn, taken literally; the task's system turn and assistant prefix are added to it. `--watch`
-shows each text appear out of its masks: the sampler runs once, as one compiled program, and its steps are then replayed
+shows how each text appears out of its masks: the sampler runs once, as one compiled program, and its steps are replayed
 from the record of when each token was committed. If the output is not a terminal, a few frames are printed as lines.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,10 +41,12 @@ LONGEST_PAUSE = 0.25  # seconds between two frames
 
 
 class Generated(NamedTuple):
-    """Completions with what is needed to replay them.
+    """Completions, and what is needed to replay them.
 
+    prompts: the users' turns.
+    texts: the completions.
     rollout: the rollout, on the host.
-    rows: rows of the task; empty for a user's own prompt.
+    rows: rows of the task; empty for a prompt of the user's own.
     rewards: the reward and the task's metrics by name, `[B]` each; empty without rows.
     """
 
@@ -65,7 +68,10 @@ def run(
 ) -> Generated:
     """Samples one completion of `prompt`, or of each of the first `rows` test rows.
 
-    At most `config.evaluation.batch_rows` are sampled at a time, which changes no draw.
+    At most `config.evaluation.batch_rows` completions are sampled at a time, which changes no draw.
+
+    Args:
+      seed: seed of the sampler; None: the config's.
 
     Raises:
       UserError: both or neither of `prompt` and `rows` are given, or a prompt does not fit the model.
@@ -92,20 +98,20 @@ def run(
 
 
 def prompt_messages(task: Task, prompt: str) -> list[dict]:
-    """Returns the chat of a user's own prompt, behind the task's system turn if the task has one."""
+    """Returns the chat for a prompt of the user's own: the task's system turn, if it has one, and the user's turn."""
     system = [{"role": "system", "content": task.system}] if task.system else []
     return [*system, {"role": "user", "content": prompt}]
 
 
 def frames(policy: Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -> list[tuple[int, Text]]:
-    """Returns `(steps taken, text)` before the first step and after each step that wrote something in this row."""
+    """Returns `(steps taken, text)` before the first step and after each step that committed a token of this row."""
     single = Rollout(*(None if value is None else np.asarray(value)[row : row + 1] for value in rollout))
     length, limit = single.commit_step.shape[1], step_limit(policy.model, sampler)
     steps = [-1, *np.unique(single.commit_step[single.commit_step < limit]).tolist()]
     pictures = []
     before = np.full(length, policy.model.mask_token_id)
     for step in steps:
-        # The last frame is the result itself, which includes the tokens that `stop_at_eos` filled in.
+        # The last frame is the final completion, with the tokens that `stop_at_eos` filled in.
         until = limit if step == steps[-1] else step
         after = np.asarray(replay(single, policy.model, until))[0, -length:]
         pictures.append((step + 1, _picture(policy, before, after)))
@@ -114,7 +120,7 @@ def frames(policy: Policy, sampler: SamplerConfig, rollout: Rollout, row: int) -
 
 
 def _picture(policy: Policy, before: np.ndarray, after: np.ndarray) -> Text:
-    """Returns the completion `[L]` as text: masks and ends are dim, tokens that were just committed are highlighted."""
+    """Returns a completion `[L]` as text: masks and ends are dim, tokens committed since `before` are highlighted."""
     text = Text()
     mask, ends = policy.model.mask_token_id, policy.model.ends
     kinds = [
@@ -139,7 +145,7 @@ def show(
     watch: bool = False,
     seconds: float = 5.0,
 ) -> None:
-    """Prints prompts, completions and rewards; with `watch`, each completion takes up to about `seconds` to appear."""
+    """Prints prompts, completions and rewards; with `watch`, each completion appears within about `seconds`."""
     for row, (prompt, text) in enumerate(zip(generated.prompts, generated.texts, strict=True)):
         console.rule(style="dim")
         console.print(Text(prompt, "cyan"))
@@ -153,6 +159,7 @@ def show(
 
 
 def _watch(console: rich.console.Console, pictures: list[tuple[int, Text]], seconds: float) -> None:
+    """Replays the frames on a terminal, or prints a few of them as lines elsewhere."""
     if not console.is_terminal:
         some = np.unique(np.linspace(0, len(pictures) - 1, PLAIN_FRAMES).round().astype(int))
         for taken, picture in (pictures[i] for i in some):
@@ -178,6 +185,8 @@ def main(
     rows: int | None,
     **flags: Any,
 ) -> None:
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"--seconds {seconds} must be at least 0 and finite")
     if prompt is None and rows is None:
         rows = 1
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
@@ -188,11 +197,11 @@ def main(
 
 OPTIONS = POLICY_OPTIONS | {
     "prompt": Option(str, None, "The user's turn."),
-    "rows": Option(int, None, "Instead, this many test rows of the task."),
-    "temperature": Option(float, 0.0, "Of the sampler; 0 takes the most probable token."),
-    "seed": Option(int, None, "Of the sampler, instead of the config's."),
-    "watch": Option(bool, False, "Show the text appear out of its masks."),
-    "seconds": Option(float, 5.0, "How long --watch takes for one completion."),
+    "rows": Option(int, None, "Number of test rows of the task to complete, instead of a prompt."),
+    "temperature": Option(float, 0.0, "Temperature of the sampler; 0 takes the most probable token."),
+    "seed": Option(int, None, "Seed of the sampler, instead of the config's."),
+    "watch": Option(bool, False, "Show how the text appears out of its masks."),
+    "seconds": Option(float, 5.0, "Time that --watch takes for one completion."),
 }
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Offers our sampler to lm-evaluation-harness as a model, so that the harness's tasks and prompts run through it.
+"""Runs the tasks of lm-evaluation-harness on a masked diffusion model, with this package's sampler and likelihoods.
 
     python -m gdsd_jax.lm_eval --model gdsd_jax --model_args checkpoint=DIR,adapter=DIR --tasks gsm8k --batch_size 32
     python -m gdsd_jax.lm_eval --model gdsd_jax --model_args checkpoint=DIR --tasks mmlu --apply_chat_template ...
 
     python -m gdsd_jax.lm_eval judge results/MODEL/samples_humaneval_DATE.jsonl
 
-Registers the model "gdsd_jax" and hands over to lm-eval's own command line. `--model_args` are the arguments of
-`MaskedDiffusion`. Needs lm-eval, an optional install: `pip install -r requirements-lm-eval.txt`.
+The command registers the model "gdsd_jax" and then is lm-eval's own command line. `--model_args` are the arguments of
+`MaskedDiffusion`. It needs lm-eval, which is an optional install: `pip install -r requirements-lm-eval.txt`.
 
-A completion is sampled at a fixed length, `length` or else the task's `max_gen_toks`, rounded up to whole blocks; its
-text ends at the model's EOS or before the task's first stop string. Likelihoods are Monte-Carlo evidence lower bounds
-(`gdsd_jax.diffusion.likelihood`), never the likelihood itself: rankings of answers are comparable with those published
-for masked diffusion models, and perplexities are upper bounds.
+A completion is sampled at a fixed length: `length`, or else the task's `max_gen_toks`, rounded up to whole blocks. Its
+text ends at the model's EOS or before the task's first stop string. Likelihoods are Monte-Carlo estimates of the
+evidence lower bound (`gdsd_jax.diffusion.likelihood`), not the likelihood itself: rankings of answers are comparable
+with those published for masked diffusion models, and perplexities are upper bounds.
 
-Generated programs are never run by lm-eval: let it only generate (`--predict_only --log_samples`). `judge FILE ...`
-then takes the answers as lm-eval's filters left them and runs them against the tests in the samples, in the sandbox of
-the task "code" (`--task` names another task). It writes the result beside each file, as `FILE.judged.json`.
+Do not let lm-eval run generated programs: let it only generate them (`--predict_only --log_samples`). `judge FILE ...`
+then runs the answers, as lm-eval's filters left them, against the tests in the samples, in the sandbox of the task
+"code" (`--task` names another task). It writes the result beside each file, as `FILE.judged.json`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SHORTEST_BUCKET = 32
 
 
 def bucket(length: int, shortest: int, longest: int) -> int:
-    """Returns the least power of two that holds `length`, between two bounds, so that few programs are compiled."""
+    """Returns the least power of two that is at least `length`, kept between two bounds, to compile few programs."""
     return min(max(shortest, 1 << max(length - 1, 0).bit_length()), longest)
 
 
@@ -71,13 +71,14 @@ class MaskedDiffusion(TemplateLM):
     Args:
       checkpoint, adapter: directories.
       dtype: dtype of the computation.
-      length, steps: those of completions; None means the task's `max_gen_toks`, and one step for every two tokens.
+      length: tokens of a completion; None: the task's `max_gen_toks`.
+      steps: denoising steps of a completion; None: one for every two tokens.
       block_length, strategy: see `gdsd_jax.diffusion.SamplerConfig`; a block_length of 0 means no blocks.
       draws: number of masked views per likelihood.
       seed: seed of the sampling and of the draws.
-      adapter_base: what becomes of an adapter of another base, see `config.adapter_base`.
-      add_bos_token: whether to begin every text with the tokenizer's BOS, unless it begins with it already.
-      batch_size: number of rows that are computed together, lm-eval's `--batch_size`.
+      adapter_base: what happens to an adapter of another base, see `config.adapter_base`.
+      add_bos_token: whether to put the tokenizer's BOS before every text that does not begin with it.
+      batch_size: rows that are computed together, lm-eval's `--batch_size`.
       max_batch_size, device: ignored; lm-eval passes them to every model, and JAX chooses its own devices.
 
     Raises:
@@ -100,7 +101,7 @@ class MaskedDiffusion(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not checkpoint:
             raise UserError("no model is named: give --model_args checkpoint=DIRECTORY")
@@ -126,18 +127,20 @@ class MaskedDiffusion(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """Returns the name under which lm-eval caches requests."""
         return self.source
 
     @property
     def eot_token_id(self) -> int:
+        """Returns the id that lm-eval conditions on where a text has no context."""
         return self.tokenizer.eos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Returns a text's ids; special tokens in the text are recognised, and only `add_bos_token` adds one."""
+        """Returns a text's ids. Special tokens in it are recognised; only `add_bos_token` adds one."""
         return self.tokenizer.encode([string], add_bos=self.add_bos_token)[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns the prompt of a chat; without `add_generation_prompt`, the last message is the answer's beginning."""
+        """Returns the prompt of a chat; without `add_generation_prompt`, its last message begins the answer."""
         if add_generation_prompt:
             return self.tokenizer.render(chat_history)
         return self.tokenizer.render(chat_history[:-1], chat_history[-1]["content"])
@@ -145,7 +148,7 @@ class MaskedDiffusion(TemplateLM):
     # ----------------------------------------------------------------------------------------------------- generation
 
     def sampler(self, wanted: int, temperature: float) -> SamplerConfig:
-        """Returns the sampler for completions of `length`, or else `wanted`, tokens, rounded up to whole blocks."""
+        """Returns the sampler for completions of `self.length` or else `wanted` tokens, rounded up to whole blocks."""
         length = self.length or wanted
         block = self.block_length or length
         length = -(-length // block) * block
@@ -165,7 +168,7 @@ class MaskedDiffusion(TemplateLM):
             context, settings = request.args
             settings = normalize_gen_kwargs(settings)
             stops.append(settings["until"])
-            # As in transformers, sampling without a temperature means 1.
+            # As in transformers, the default temperature of sampling is 1.
             temperature = settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0)
             sampler = self.sampler(settings["max_gen_toks"], float(temperature))
             room = self.model.max_length - sampler.completion_length
@@ -204,10 +207,10 @@ class MaskedDiffusion(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, greedy: bool = True
     ) -> list[tuple[float, bool]]:
-        """Returns, for each `(strings, context ids, continuation ids)`, two values about the continuation.
+        """Returns two values for each request, which is `(strings, context ids, continuation ids)`.
 
-        They are the lower bound of its log-likelihood in nats, and whether greedy unmasking writes it (False without
-        `greedy`).
+        The first is the lower bound of the continuation's log-likelihood in nats. The second is whether greedy
+        unmasking writes the continuation; it is False if `greedy` is.
         """
         pairs = [(context, continuation) for _, context, continuation in requests]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
@@ -230,7 +233,10 @@ class MaskedDiffusion(TemplateLM):
     def _batches(
         self, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, int]]:
-        """Yields indices, tokens `[B, P + width]`, their mask and the width, in few shapes, with B = `batch_rows`."""
+        """Yields batches in few shapes: indices of pairs, tokens `[B, P + width]`, their mask, and the width.
+
+        B is `batch_rows`; the mask is True on real tokens; the continuation is in the last `width` tokens.
+        """
         longest = self.model.max_length
         groups: dict[tuple[int, int], list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
@@ -248,7 +254,7 @@ class MaskedDiffusion(TemplateLM):
                 tokens = np.full((self.batch_rows, size + width), self.model.pad_token_id, np.int32)
                 real = np.zeros(tokens.shape, bool)
                 for row in range(self.batch_rows):
-                    # The last batch is filled up with copies of its own first row.
+                    # Copies of its first row fill up the last batch.
                     context, continuation = pairs[indices[row] if row < len(indices) else indices[0]]
                     context = context[-size:]
                     first, last = size - len(context), size + len(continuation)
@@ -257,9 +263,9 @@ class MaskedDiffusion(TemplateLM):
                 yield indices, tokens, real, width
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Returns lower bounds of whole texts, summed over windows of half the model's length.
+        """Returns lower bounds of the log-likelihoods of whole texts, in nats.
 
-        Each window is conditioned on the one before it.
+        They are sums over windows of half the model's length, each conditioned on the window before it.
         """
         window = self.model.max_length // 2
         pieces, owners = [], []
@@ -278,10 +284,11 @@ class MaskedDiffusion(TemplateLM):
 
 
 def judge(path: Path, task: Task) -> dict[str, Any]:
-    """Returns the task's metrics of the answers in a samples file, with standard errors over its documents.
+    """Measures the answers in a samples file by the task's metrics, with standard errors over its documents.
 
     Args:
-      path: a JSONL file that lm-eval's `--log_samples` wrote; the task reads its documents as rows.
+      path: a JSONL file that lm-eval's `--log_samples` wrote.
+      task: reads the documents of the file as rows.
 
     Raises:
       UserError: `path` is not such a file, or the task cannot read a document.
@@ -291,7 +298,7 @@ def judge(path: Path, task: Task) -> dict[str, Any]:
         documents = [sample["doc"] for sample in samples]
         answers = [_texts(sample["filtered_resps"]) for sample in samples]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no samples file of lm-eval ({error!r}): write one with --log_samples") from None
+        raise UserError(f"{path} is not a samples file of lm-eval ({error!r}): write one with --log_samples") from None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "documents.jsonl"
         file.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
@@ -306,7 +313,7 @@ def judge(path: Path, task: Task) -> dict[str, Any]:
 
 
 def _texts(answers: Any) -> list[str]:
-    """Returns the texts in nested lists of any depth, which is the form in which filters return answers."""
+    """Returns the texts in nested lists of any depth, which is how filters return answers."""
     return [answers] if isinstance(answers, str) else [text for part in answers for text in _texts(part)]
 
 
@@ -325,6 +332,7 @@ def judge_files(arguments: list[str]) -> None:
 
 
 def main() -> None:
+    """Runs `judge`, or else lm-eval's command line."""
     from lm_eval.__main__ import cli_evaluate
 
     enable_compilation_cache()

@@ -1,29 +1,31 @@
-"""Plans a run on TPUs that are not at hand: memory, FLOPs, collectives, roofline time, and whether it fits.
+"""Plans a run on TPUs that this machine lacks: memory, FLOPs, collectives, roofline time, and whether it fits.
 
     python -m gdsd_jax.plan --config configs/FILE_pod.py:v5p-64_countdown --topology v5p:2x4x4
         [--mesh data=1,fsdp=32,tensor=1] [--json FILE] [--programs sampler,update] [--search] [--top 5]
 
-Compiles the run's own programs at their real size for the named chips, on any machine with libtpu (`make venv-tpu`,
-then `.venv-tpu/bin/python`), without weights and without a TPU. Each program takes minutes. `config.checkpoint` need
-not exist if its last part is the name of a published model.
+The command compiles the run's own programs at their real size for the named chips. It works on any machine with
+libtpu (`make venv-tpu`, then `.venv-tpu/bin/python`), without weights and without a TPU. Each program takes minutes.
+`config.checkpoint` need not exist if its last part is the name of a published model.
 
     sampler   a whole rollout
     score     the old policy's scores of one micro-batch
     update    a later inner update on the whole rollout: scores of old policy and reference, gradient, optimizer
-    exact     the exact log-probability of one micro-batch of rollouts, a pass a step; only where --programs names it
+    exact     the exact log-probability of one micro-batch of rollouts, with one pass for each step; only if --programs
+              names it
 
 All figures are per chip. FLOPs, bytes and collectives are counted in the optimised program: the body of a loop counts
 as often as the loop runs, and kernels count by the shapes that they are called with. `ratio` is the counted FLOPs over
 those that follow from the equations (`gdsd_jax.planning.flops`), recomputation included. `peak` is the compiler's
 figure for the program plus the arrays that are in memory beside it. The roofline time is the longest of three times:
-FLOPs, HBM bytes and bytes sent, each divided by the chip's published rate. No program can run faster, and the roofline
-time is not a forecast. `--top N` names the N largest movers of HBM bytes and of network bytes of each program, each by
-the operation that it belongs to. The command exits with code 1 if a program does not fit.
+FLOPs, HBM bytes and bytes sent, each divided by the chip's published rate. It is a lower bound, not a forecast.
+`--top N` names, for each program, the N operations that move the most HBM bytes and the N that send the most network
+bytes. The command exits with code 1 if a program does not fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -38,13 +40,14 @@ from gdsd_jax.planning.programs import make_plan
 from gdsd_jax.planning.report import PROGRAMS, USUAL, gib, measure, report_of, table
 from gdsd_jax.planning.search import search as search_sizes
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import write_text
 from gdsd_jax.runtime.sharding import AXES, MeshConfig, make_mesh
 
 COMPILATIONS = 8  # the most that one search may make
 
 
 def parse_mesh(text: str, default: MeshConfig) -> MeshConfig:
-    """Returns the config's own mesh with the sizes that a text such as `data=1,fsdp=32,tensor=1` gives.
+    """Returns the mesh `default` with the sizes that a text such as `data=1,fsdp=32,tensor=1` gives.
 
     Raises:
       UserError: an axis is unknown, or a size is not a whole number.
@@ -52,8 +55,10 @@ def parse_mesh(text: str, default: MeshConfig) -> MeshConfig:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
-            raise UserError(f"--mesh {text!r}: write {','.join(f'{axis}=1' for axis in AXES)}, -1 for what is left")
+        if axis not in AXES or not re.fullmatch("-?[0-9]{1,9}", size):
+            raise UserError(
+                f"--mesh {text!r}: write {','.join(f'{axis}=1' for axis in AXES)}, with -1 for all remaining chips"
+            )
         sizes[axis] = int(size)
     return dataclasses.replace(default, **sizes)
 
@@ -83,6 +88,7 @@ def suggestion(config: TrainConfig, topology: Slice) -> TrainConfig:
 
 
 def _overrides(config: TrainConfig) -> str:
+    """Returns the flags that set the mesh, the recomputation and the sizes of a config."""
     mesh = " ".join(f"--config.mesh.{axis}={getattr(config.mesh, axis)}" for axis in AXES)
     sizes = [name for name in ("microbatch_rows", "prompts_per_iteration", "rollout_rows") if getattr(config, name)]
     remat = f"--config.model.remat={config.model.remat}"
@@ -115,18 +121,18 @@ def main(
     print(table(report))
     if json:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
-        Path(json).write_text(dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(json), dumps(report, indent=1) + "\n")
     if not report["fits"]:
         raise SystemExit(1)
 
 
 OPTIONS = {
-    "topology": Option(str, None, "The slice, CHIP:SIZE in chips, such as v5e:2x4 or v5p:2x4x4."),
-    "mesh": Option(str, None, "Mesh over it, such as data=1,fsdp=32,tensor=1, instead of config.mesh."),
-    "programs": Option(str, ",".join(USUAL), f"Which programs to compile, of {','.join(PROGRAMS)}."),
+    "topology": Option(str, None, "Slice as CHIP:SIZE in chips, such as v5e:2x4 or v5p:2x4x4."),
+    "mesh": Option(str, None, "Mesh over the slice, such as data=1,fsdp=32,tensor=1, instead of config.mesh."),
+    "programs": Option(str, ",".join(USUAL), f"Programs to compile, out of {','.join(PROGRAMS)}."),
     "json": Option(str, None, "File for the report.", written=True),
-    "search": Option(bool, False, "Look for the mesh, what to recompute, and the rollout and micro-batch that fit."),
-    "top": Option(int, 0, "Largest movers of HBM and network bytes to name for each program."),
+    "search": Option(bool, False, "Search for the mesh, the recomputation and the sizes that fit."),
+    "top": Option(int, 0, "Number of operations to name that move the most bytes."),
 }
 
 if __name__ == "__main__":

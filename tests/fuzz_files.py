@@ -191,8 +191,16 @@ TARGETS: dict[str, tuple[str, Callable[[World], Any], Callable]] = {
         lambda world: resumed(world.run / "evaluation.part.jsonl", world.identity),
         damaged,
     ),
-    "evaluation": (f"run/{reports.SUMMARY}", lambda world: reports.compare(world.run, world.other), damaged),
-    "completions": (f"run/{reports.COMPLETIONS}", lambda world: reports.compare(world.run, world.other), damaged),
+    "evaluation": (
+        f"run/{reports.SUMMARY}",
+        lambda world: reports.compare_evaluations(world.run, world.other),
+        damaged,
+    ),
+    "completions": (
+        f"run/{reports.COMPLETIONS}",
+        lambda world: reports.compare_evaluations(world.run, world.other),
+        damaged,
+    ),
     "rows": ("rows.jsonl", lambda world: TASKS["sudoku"].read(world.rows), damaged),
 }
 SETTINGS = ("settings", "methods", "tasks")

@@ -72,7 +72,7 @@ def decode(policy: Policy, prompts: Prompts, sampler: SamplerConfig, *, batch_ro
     return Decoded(np.concatenate(found[1:]), passes[1:], seconds[1:])
 
 
-def compare(policy: Policy, part: Part, *, batch_rows: int, seed: int) -> list[dict[str, Any]]:
+def compare_ways(policy: Policy, part: Part, *, batch_rows: int, seed: int) -> list[dict[str, Any]]:
     """Returns one row of the table for each of `WAYS`, on one task at one length; see the module's docstring."""
     rows, exact = [], None
     for name, changes in WAYS.items():
@@ -124,7 +124,7 @@ def run(policy: Policy, parts: Sequence[Part], output: Path, *, batch_rows: int,
     output.mkdir(parents=True, exist_ok=True)
     rows, tables = [], []
     for part in parts:
-        found = compare(policy, part, batch_rows=min(batch_rows, len(part.prompts.rows)), seed=seed)
+        found = compare_ways(policy, part, batch_rows=min(batch_rows, len(part.prompts.rows)), seed=seed)
         rows += found
         tables.append(table(found))
         if hosts.first():

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from gdsd_jax.evaluation import reports
 from gdsd_jax.runtime.files import replacing, write_text
 
 JSON, TABLE, FIGURE = "meter.json", "meter.md", "meter.png"
 
 
 def write(directory: Path, table: dict[str, Any]) -> None:
-    """Writes the three files, each whole or not at all."""
+    """Writes the table as JSON and Markdown, and the figure, each atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / JSON, json.dumps(table, indent=1) + "\n")
     write_text(directory / TABLE, markdown(table))
@@ -49,7 +50,7 @@ def markdown(table: dict[str, Any]) -> str:
         ]
         for label, row in table["methods"].items()
     ]
-    parts = [about, _grid(header, lines)]
+    parts = [about, reports.markdown(header, lines, left=len(header), padded=True)]
     if "enumerated" in table:
         parts.append("KL to the optimum in the toy language: before the first update, the least, and after the last.")
         header = ["denoiser", "order", "method", "clip", "start", "least", "end", "reward"]
@@ -64,21 +65,13 @@ def markdown(table: dict[str, Any]) -> str:
             ]
             for run in table["enumerated"]
         ]
-        parts.append(_grid(header, lines))
+        parts.append(reports.markdown(header, lines, left=len(header), padded=True))
     return "\n\n".join(parts) + "\n"
 
 
 def _number(value: float | None, scale: float, form: str) -> str:
+    """Formats a number, in percent if the scale is 100; None becomes a dash."""
     return "-" if value is None else format(scale * value, form) + (" %" if scale == 100 else "")
-
-
-def _grid(header: list[str], lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in [header, rule, *lines]
-    )
 
 
 def draw(path: Path, table: dict[str, Any]) -> None:

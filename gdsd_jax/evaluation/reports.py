@@ -69,10 +69,20 @@ def _grid(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, [[*names, *(line[length] for length in columns)] for names, line in cells.items()]
 
 
-def markdown(header: list[str], body: list[list[str]], *, left: int) -> str:
-    """Formats a Markdown table whose first `left` columns are aligned left and whose others are aligned right."""
-    rule = ["---" if index < left else "---:" for index in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
+def markdown(header: list[str], body: list[list[str]], *, left: int, padded: bool = False) -> str:
+    """Formats a Markdown table whose first `left` columns are aligned left and whose others are aligned right.
+
+    With `padded`, spaces align the columns of the text too.
+    """
+    widths = [max(map(len, column)) if padded else 3 for column in zip(header, *body, strict=True)]
+    rule = ["-" * width if n < left else "-" * (width - padded) + ":" for n, width in enumerate(widths)]
+    lines = [header, rule, *body]
+    if padded:
+        lines = [
+            [cell.ljust(w) if n < left else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))]
+            for line in lines
+        ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw(path: Path, summary: dict[str, Any]) -> None:
@@ -104,7 +114,7 @@ def draw(path: Path, summary: dict[str, Any]) -> None:
     figure.savefig(path, format="png")
 
 
-def compare(directory: Path, other: Path) -> str:
+def compare_evaluations(directory: Path, other: Path) -> str:
     """Compares the evaluation in `directory` with the one in `other`, item by item, and returns a table in Markdown.
 
     The table has the means of both, their difference with its 95 % interval (Student's t over items), and McNemar's

@@ -15,7 +15,7 @@ import tiny_run
 from safetensors.numpy import load_file, save_file
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
-from gdsd_jax import evaluate, export, generate, sft, train
+from gdsd_jax import demo, evaluate, export, generate, sft, train
 from gdsd_jax.config.flags import _parse
 from gdsd_jax.evaluation.policy import load_policy
 
@@ -153,6 +153,7 @@ def test_settings_and_flags(override, named, config_file, refused, tmp_path):
         (evaluate, ["--output=out"], "--checkpoint"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=8,x"], "--lengths"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--steps=0"], "--steps 0 must be at least 1"),
+        (evaluate, ["--output=out", "--checkpoint={base}", f"--steps={10**11}"], "must be at least 1 and at most"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=6"], "block_length 4"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--split=exam"], "exam"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--adapter={base}"], "adapter_config.json"),
@@ -170,6 +171,8 @@ def test_settings_and_flags(override, named, config_file, refused, tmp_path):
         (export, ["--output={base}", "--workdir={base}", "--format=merged"], "is not empty"),
         (generate, ["--checkpoint={base}", "--prompt=a", "--rows=1"], "--prompt TEXT or --rows N"),
         (generate, ["--checkpoint={base}", "--rows=one"], "rows"),
+        (generate, ["--checkpoint={base}", "--watch", "--seconds=-1"], "--seconds -1.0 must be at least 0"),
+        (demo, ["--workdir=out"], "the demo trains adapters of an embedded model on Sudoku"),
     ],
 )
 def test_flags_of_the_other_commands(module, arguments, named, config_file, refused, tmp_path, monkeypatch):

@@ -214,4 +214,4 @@ def test_a_process_ends_with_one_line_and_code_2(config_file, tmp_path):
     assert "config.prompt_buckets" in wrong.stderr
     shown = start("--help")
     assert shown.returncode == 0
-    assert "--watch" in shown.stdout and "Completions to look at" in shown.stdout
+    assert "--watch" in shown.stdout and "Prints completions of a prompt" in shown.stdout
