@@ -2,9 +2,9 @@
 
     python -m gdsd_jax.train --config configs/baseline_coupled_grpo.py:dream_code --workdir runs/coupled_grpo_dream_code
 
-RUNS may follow the colon. DiffuCoder has the architecture of Dream.
-Hardware: the papers used 8 devices of 80 GB for models of this size; not yet run here.
-Published: no number in the source of this recipe.
+After the colon: one of RUNS, MODEL_TASK. Hardware: the papers used 8 devices of 80 GB; not yet run here.
+DiffuCoder has the architecture of Dream.
+Published: the source of this recipe gives no number.
 """
 
 from common import chosen, recipe

@@ -2,9 +2,9 @@
 
     python -m gdsd_jax.train --config configs/baseline_diffu_grpo.py:llada_sudoku --workdir runs/diffu_grpo_llada_sudoku
 
-Hardware: the papers used 8 devices of 80 GB for models of this size; not yet run here. RUNS may follow the colon.
-Published (GDSD's plots, best over settings): Sudoku 26.7, Countdown 37.1, GSM8K 81.2, MATH500 41.7;
-Dream: Sudoku 69.7, Countdown 37.5.
+After the colon: one of RUNS, MODEL_TASK. Hardware: the papers used 8 devices of 80 GB; not yet run here.
+Published, in percent (plots of arXiv 2605.29398, best over settings):
+Sudoku 26.7, Countdown 37.1, GSM8K 81.2, MATH500 41.7; Dream: Sudoku 69.7, Countdown 37.5.
 """
 
 from common import DREAM_RUNS, LLADA_RUNS, chosen, recipe

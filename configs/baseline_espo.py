@@ -2,9 +2,9 @@
 
     python -m gdsd_jax.train --config configs/baseline_espo.py:llada_sudoku --workdir runs/espo_llada_sudoku
 
-Hardware: the papers used 8 devices of 80 GB for models of this size; not yet run here. RUNS may follow the colon.
-Published (GDSD's plots, best over settings): Sudoku 92.7, Countdown 82.0, GSM8K 83.0, MATH500 43.4;
-Dream: Sudoku 72.3, Countdown 68.8.
+After the colon: one of RUNS, MODEL_TASK. Hardware: the papers used 8 devices of 80 GB; not yet run here.
+Published, in percent (plots of arXiv 2605.29398, best over settings):
+Sudoku 92.7, Countdown 82.0, GSM8K 83.0, MATH500 43.4; Dream: Sudoku 72.3, Countdown 68.8.
 """
 
 from common import DREAM_RUNS, LLADA_RUNS, chosen, recipe

@@ -2,9 +2,9 @@
 
     python -m gdsd_jax.train --config configs/baseline_spg.py:llada_sudoku --workdir runs/spg_llada_sudoku
 
-RUNS may follow the colon.
-Hardware: the papers used 8 devices of 80 GB for models of this size; not yet run here.
-Published (GDSD's plots, best over settings): Sudoku 88.2, Countdown 70.7, GSM8K 85.1, MATH500 41.8.
+After the colon: one of RUNS, MODEL_TASK. Hardware: the papers used 8 devices of 80 GB; not yet run here.
+Published, in percent (plots of arXiv 2605.29398, best over settings):
+Sudoku 88.2, Countdown 70.7, GSM8K 85.1, MATH500 41.8.
 """
 
 from common import LLADA_RUNS, chosen, recipe

@@ -2,9 +2,9 @@
 
     python -m gdsd_jax.train --config configs/baseline_tracerl.py:llada_math --workdir runs/tracerl_llada_math
 
-RUNS may follow the colon. The source names no inner updates. A row has up to 32 views: micro-batches are small.
-Hardware: the papers used 8 devices of 80 GB for models of this size; not yet run here.
-Published: no number for these models in the source of this recipe.
+After the colon: one of RUNS, MODEL_TASK. Hardware: the papers used 8 devices of 80 GB; not yet run here.
+The source gives no number of inner updates; here it is one. Rows have up to 32 views, so micro-batches are small.
+Published: the source of this recipe gives no number for these models.
 """
 
 from common import chosen, recipe

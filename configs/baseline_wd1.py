@@ -2,10 +2,9 @@
 
     python -m gdsd_jax.train --config configs/baseline_wd1.py:llada_sudoku --workdir runs/wd1_llada_sudoku
 
-RUNS may follow the colon.
-Hardware: the papers used 8 devices of 80 GB for models of this size; not yet run here.
-Published (GDSD's plots, best over settings): Sudoku 76.4, Countdown 51.2, GSM8K 82.3, MATH500 39.8;
-Dream: Sudoku 39.2, Countdown 42.2.
+After the colon: one of RUNS, MODEL_TASK. Hardware: the papers used 8 devices of 80 GB; not yet run here.
+Published, in percent (plots of arXiv 2605.29398, best over settings):
+Sudoku 76.4, Countdown 51.2, GSM8K 82.3, MATH500 39.8; Dream: Sudoku 39.2, Countdown 42.2.
 """
 
 from common import DREAM_RUNS, LLADA_RUNS, chosen, recipe

@@ -1,7 +1,7 @@
-"""The pieces that the configs of this directory share: the recipes of 7B and 8B models, TPU slices, the embedded model.
+"""The parts that configs share: recipes of published models, TPU slices, the embedded model, settings of comparisons.
 
-This file is no config: nothing runs `--config configs/common.py`. A config imports it by its name, `common`, because
-the directory of a config file is on Python's path while the file is read, as a script's is.
+This file is not a config itself. Configs import it as `common`, because the directory of a config file is on Python's
+path while the file is read.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from gdsd_jax.families import family_named, family_of
 from gdsd_jax.hub import architecture
 from gdsd_jax.runtime.errors import UserError
 
-# Directories of Hugging Face checkpoints; `--config.checkpoint` names another.
+# Default directories of Hugging Face checkpoints; `--config.checkpoint` names another one.
 CHECKPOINTS = {
     "llada": "checkpoints/LLaDA-8B-Instruct",
     "dream": "checkpoints/Dream-v0-Instruct-7B",
@@ -27,15 +27,16 @@ CHECKPOINTS = {
     "illada": "checkpoints/iLLaDA-8B-Instruct",
     "mmada": "checkpoints/MMaDA-8B-MixCoT",
 }
-# The runs, MODEL_PART, of recipes for one accelerator: adapters, or all parameters of models below a billion.
+# Runs of the recipes for one accelerator, MODEL_PART: "lora" trains adapters; "full" trains all parameters, for models
+# below a billion.
 SMALL_RUNS = ("qwen3_lora", "qwen3_full", "coder_lora", "coder_full", "sdar_lora", "fastdllm_lora")
-# The runs, MODEL_TASK, of most baselines.
+# Runs of most baselines, MODEL_TASK.
 LLADA_RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math")
 DREAM_RUNS = ("dream_sudoku", "dream_countdown")
-# Accelerator types: topology, rows of a micro-batch, at least one for each chip and no fewer than a group, and what the
-# backward pass computes again. Types of v5p count cores, two to a chip; topologies count chips. v5e-8 is one host and
-# what most people can rent. The mesh is the default, all chips along fsdp: weights arrive in less time than products
-# take, so that no other mesh makes these programs faster.
+# Accelerator types with their topology, the rows of a micro-batch (at least one per chip, and at least a group) and
+# `model.remat`. Types of v5p count cores, two per chip; topologies count chips. v5e-8 is a single host. The mesh is the
+# default, all chips along fsdp: gathering the weights takes less time than the matrix products, so no other mesh makes
+# these programs faster.
 SLICES = {
     "v5e-8": ("v5e:2x4", 16, "full"),
     "v5e-64": ("v5e:8x8", 64, "dots"),
@@ -57,10 +58,15 @@ def recipe(
     microbatch_rows: int = 16,
     **method_settings: Any,
 ) -> ConfigDict:
-    """Returns the config of a published recipe; what a paper leaves open has GDSD's values.
+    """Returns the config of a published recipe, with GDSD's values for whatever its paper leaves open.
 
-    The learning rate warms up over the updates of the first iteration. Dream's rollouts use its own entropy order,
-    without blocks.
+    The learning rate warms up over the updates of the first iteration. Models other than LLaDA sample in Dream's
+    entropy order, without blocks.
+
+    Args:
+      model: a key of `CHECKPOINTS`.
+      prompts, group: prompts of an iteration, and completions of each.
+      method_settings: settings of the method.
     """
     config = settings.default(checkpoint=CHECKPOINTS[model])
     with config.unlocked():
@@ -75,11 +81,11 @@ def recipe(
 
 
 def one_device(run: str, task: str, *, rows: int, runs: Sequence[str] = SMALL_RUNS) -> ConfigDict:
-    """Returns a recipe for one accelerator: GDSD on 8 prompts of 8 completions, each model with its authors' sampler.
+    """Returns a recipe for one accelerator: GDSD on 8 prompts of 8 completions, with its authors' sampler.
 
     Args:
-      run: MODEL_PART; "full" trains all parameters, at a tenth of the adapters' learning rate.
-      rows: of a micro-batch, as many as the accelerator holds.
+      run: one of `runs`, MODEL_PART; "full" trains all parameters, at a tenth of the adapters' learning rate.
+      rows: rows of a micro-batch, as many as the accelerator holds.
     """
     model, part = chosen(run, runs)
     config = settings.default(checkpoint=CHECKPOINTS[model])
@@ -95,19 +101,19 @@ def one_device(run: str, task: str, *, rows: int, runs: Sequence[str] = SMALL_RU
 
 
 def chosen(run: str, runs: Sequence[str]) -> list[str]:
-    """Splits what follows the colon of `--config` at its underscore, after checking that it is one of `runs`."""
+    """Splits the word after the colon of `--config` at its underscore; raises UserError unless it is one of `runs`."""
     if run not in runs:
-        raise UserError(f"{run!r} is not one of the runs {', '.join(runs)}: change what follows the colon of --config")
+        raise UserError(f"{run!r} is not one of {', '.join(runs)}: change the word after the colon of --config")
     return run.split("_", 1)
 
 
 def runs_of(slices: Iterable[str], tasks: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names SLICE_TASK that a pod config takes after its colon."""
+    """Returns the words SLICE_TASK that a pod config takes after the colon."""
     return tuple(f"{name}_{task}" for name in slices for task in tasks)
 
 
 def on_slice(run: str, slices: dict[str, tuple[str, int, str]], recipes: dict[str, Any], *, prompts: int) -> ConfigDict:
-    """Returns the recipe of `run`, SLICE_TASK, with the sizes of its slice and `prompts` x 16 completions."""
+    """Returns the recipe of the task of `run`, SLICE_TASK, with the sizes of the slice and `prompts` x 16 completions."""
     name, task = chosen(run, runs_of(slices, recipes))
     config = recipes[task].get_config()
     config.prompts_per_iteration, config.group_size = prompts, 16
@@ -118,12 +124,11 @@ def on_slice(run: str, slices: dict[str, tuple[str, int, str]], recipes: dict[st
 def embedded_sudoku(family: str = "llada") -> ConfigDict:
     """Returns 4x4 Sudoku on the embedded 0.2M-parameter model: data, start, sampler, adapters, method settings.
 
-    The start is made on first use by supervised training on careless demonstrations (a quarter of the empty cells hold
-    a 1, whatever belongs there). It stops at 20 % of the validation puzzles, which leaves reinforcement learning
-    something to do.
+    The first run makes the start by supervised training on careless demonstrations, in which a quarter of the empty
+    cells hold a 1, right or wrong. It stops at 20 % of the validation puzzles, to leave something to learn.
 
     Args:
-      family: name of a model family; it gives the format, the blocks of its attention and its own order of commits.
+      family: name of a model family, which decides the format, the blocks of attention and the order of commits.
     """
     known = family_named(family)
     config = settings.default(checkpoint=f"runs/start{'' if family == 'llada' else '_' + family}/merged")
@@ -136,7 +141,7 @@ def embedded_sudoku(family: str = "llada") -> ConfigDict:
         config.model.update(dtype="float32", remat="none", layer_unroll=3)
         config.sft.update(steps=2000, batch_rows=64, careless=0.25, until=0.2)
         config.sft.optimizer.update(learning_rate=2e-3, clip_norm=1.0, warmup_updates=50, schedule="constant")
-        # One token a step, but what is beyond doubt at once: the same completions in half the passes.
+        # One token per step, and all tokens above the threshold at once: the same completions in half the passes.
         config.sampler.update(completion_length=20, steps=20, block_length=20, temperature=1.0, threshold=0.9)
         if family != "llada":
             config.tiny.num_kv_heads = 2
@@ -147,21 +152,21 @@ def embedded_sudoku(family: str = "llada") -> ConfigDict:
             config.sampler.lead = known.sampler.get("lead", False)
         config.lora.update(rank=16, alpha=32.0, dropout=0.0)
         config.optimizer.update(clip_norm=0.02, weight_decay=0.0, warmup_updates=5, schedule="linear")
-        # One update per rollout: old and new policy are equal, so a trust region has nothing to clip.
+        # With one update per rollout the old and new policy are equal, so a trust region has nothing to clip.
         guidance = {"psi": 1.0, "beta": 0.0, "eps_low": 1.0, "eps_high": 1e9, "views": 1, "weighting": "plain"}
-        # Of the 128 tokens few ever compete for a cell: centring by the 8 largest logits.
+        # Few of the 128 tokens ever compete for a cell, so the 8 largest logits are enough for centring.
         config.settings = {"gdsd": guidance, "gdsd_tlc": {**guidance, "top_k": 8}}
-        # Its own prompt and length, one token a step.
+        # Evaluations use the prompt and length of training, and one token per step.
         config.evaluation.update(every=10, steps=20, batch_rows=128, evaluation_prompt=False, lengths=(20,))
     return config
 
 
-# The other methods under GDSD's protocol: no KL to the reference (DMPO alone needs the reference, for its weights), and
-# one view or pair of views of each completion where a method lets one choose.
+# Settings of the other methods under GDSD's protocol: no KL to the reference (only DMPO needs the reference, for its
+# weights), and one view or pair of views of each completion if the method has a choice.
 COMPARED = {
     "gdsd_teacher": {"psi": 1.0, "beta": 0.0, "views": 1},
     "espo": {"beta": 0.0, "views": 1},
-    # The bound's exponent is SPG's own for Sudoku, the block the sampler's.
+    # The exponent of the bound is SPG's own for Sudoku; the block is the sampler's.
     "spg": {"eubo_beta": 1.0, "num_t": 2, "block_length": 20},
     "diffu_grpo": {"beta": 0.0},
     "wd1": {},
@@ -179,8 +184,8 @@ COMPARED = {
     "trafl": {"views": 1},
 }
 
-# Settings of the bench of stability. GDSD's objectives have the paper's guidance, 10 for a sequence, here of 20 tokens,
-# each in the trust region of its own public recipe, or in none.
+# Settings of compare_stability. GDSD's objectives have the paper's guidance, 10 for a sequence (here of 20 tokens).
+# `REGIONS` adds their trust regions: none ("open"), or that of each objective's public recipe ("own").
 STABILITY = {
     "gdsd": {"psi": 0.5},
     "gdsd_tlc": {"psi": 0.5},

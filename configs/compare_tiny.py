@@ -1,8 +1,9 @@
-"""Methods compared on the embedded model under GDSD's protocol: 4x4 Sudoku, twenty iterations of 256 completions a run.
+"""A comparison of methods on the embedded model under GDSD's protocol: 4x4 Sudoku, 20 iterations of 256 completions.
 
     python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,espo --seeds 3
 
-Hardware and start as in configs/tiny_sudoku.py. Expected: the table of docs/results.md, which describes the protocol.
+Hardware and start: as `tiny_sudoku`. Eighteen runs (six methods, three seeds) fit into an hour. Expected: the table
+of docs/results.md, which describes the protocol.
 """
 
 import tiny_sudoku
@@ -11,7 +12,7 @@ from common import COMPARED
 
 def get_config():
     config = tiny_sudoku.get_config()
-    # Half the iterations and half the completions of the single run: eighteen of them fit into an hour.
+    # Half the iterations and half the completions of `tiny_sudoku`.
     config.iterations, config.prompts_per_iteration = 20, 32
     config.evaluation.update(every=10, count=256)
     with config.unlocked():

@@ -2,8 +2,8 @@
 
     python -m gdsd_jax.train --config configs/dream_7b_sudoku.py --workdir runs/dream_7b_sudoku
 
-`--config.checkpoint` names the model's Hugging Face directory, default `checkpoints/Dream-v0-Instruct-7B`.
-Hardware: the authors used 8 devices for these 16 x 16 completions per rollout; not yet run here.
+`--config.checkpoint` names the model's Hugging Face directory; the default is `checkpoints/Dream-v0-Instruct-7B`.
+Hardware: the authors used 8 devices for rollouts of 16 x 16 completions. Not yet run here.
 Published (arXiv 2605.29398, best over settings): 91.7 % of the empty cells.
 """
 

@@ -2,9 +2,9 @@
 
     python -m gdsd_jax.train --config configs/llada_8b_code.py --workdir runs/llada_8b_code
 
-`--config.checkpoint` names the model's Hugging Face directory, default `checkpoints/LLaDA-8B-Instruct`.
-Hardware: the authors used 8 devices for these 30 x 16 completions per rollout; not yet run here.
-Published (arXiv 2605.29398, best over settings): none in the source of this recipe.
+`--config.checkpoint` names the model's Hugging Face directory; the default is `checkpoints/LLaDA-8B-Instruct`.
+Hardware: the authors used 8 devices for rollouts of 30 x 16 completions. Not yet run here.
+Published: the source of this recipe gives no number.
 """
 
 from common import recipe

@@ -2,8 +2,8 @@
 
     python -m gdsd_jax.train --config configs/llada_8b_countdown.py --workdir runs/llada_8b_countdown
 
-`--config.checkpoint` names the model's Hugging Face directory, default `checkpoints/LLaDA-8B-Instruct`.
-Hardware: the authors used 8 devices for these 20 x 16 completions per rollout; not yet run here.
+`--config.checkpoint` names the model's Hugging Face directory; the default is `checkpoints/LLaDA-8B-Instruct`.
+Hardware: the authors used 8 devices for rollouts of 20 x 16 completions. Not yet run here.
 Published (arXiv 2605.29398, best over settings): 84.0 %.
 """
 

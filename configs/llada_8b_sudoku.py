@@ -2,8 +2,8 @@
 
     python -m gdsd_jax.train --config configs/llada_8b_sudoku.py --workdir runs/llada_8b_sudoku
 
-`--config.checkpoint` names the model's Hugging Face directory, default `checkpoints/LLaDA-8B-Instruct`.
-Hardware: the authors used one device for these 2 x 6 completions per rollout; not yet run here.
+`--config.checkpoint` names the model's Hugging Face directory; the default is `checkpoints/LLaDA-8B-Instruct`.
+Hardware: the authors used one device for rollouts of 2 x 6 completions. Not yet run here.
 Published (arXiv 2605.29398, best over settings): 89.8 % of the empty cells, by a larger run than this demo.
 """
 

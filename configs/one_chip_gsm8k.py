@@ -3,7 +3,8 @@
     python -m gdsd_jax.train --config configs/one_chip_gsm8k.py:qwen3_lora --workdir runs/qwen3_gsm8k
     python -m gdsd_jax.plan --config configs/one_chip_gsm8k.py:qwen3_lora --topology v5e:1x1
 
-The second line says without a chip what fits. Runs as in `one_gpu_gsm8k`; not yet run on a chip.
+The second command says, without a chip, whether the run fits. The words after the colon are those of `one_gpu_gsm8k`.
+Expected score: not measured, as it has not yet run on a chip.
 """
 
 from common import one_device

@@ -2,7 +2,7 @@
 
     python -m gdsd_jax.train --config configs/one_gpu_code.py:coder_lora --workdir runs/coder_mbpp
 
-Hardware, runs and expected score as in `one_gpu_gsm8k`.
+Hardware, words after the colon and expected score: as in `one_gpu_gsm8k`.
 """
 
 from common import one_device

@@ -2,9 +2,10 @@
 
     python -m gdsd_jax.train --config configs/one_gpu_gsm8k.py:qwen3_lora --workdir runs/qwen3_gsm8k
 
-Hardware: one GPU of 24 GB for adapters of the 0.6B model, 80 GB for all its parameters; not yet run there. The word
-after the colon is one of SMALL_RUNS of `common`: model and adapters or all parameters. `--config.checkpoint` names the
-model's directory. Expected score: not measured.
+After the colon: one of `common.SMALL_RUNS`, a model with `lora` (adapters) or `full` (all parameters).
+`--config.checkpoint` names the model's Hugging Face directory.
+Hardware: one GPU, of 24 GB for adapters of the 0.6B model, of 80 GB for all its parameters. Not yet run there.
+Expected score: not measured.
 """
 
 from common import one_device

@@ -1,8 +1,8 @@
-"""GDSD on GSM8K with the published sizes of 0.5 to 8 billion parameters, on one TPU chip, one host and a small pod.
+"""GDSD on GSM8K with published models of 0.5 to 8 billion parameters, on one TPU chip, one host or a small pod.
 
     python -m gdsd_jax.plan --config configs/sizes_pod.py:0.6b-v5e-1_gsm8k --topology v5e:1x1
 
-Hardware: a size and an accelerator type follow the colon. docs/pods_plan.md says what fits; none has been run.
+After the colon: one of RUNS, SIZE-SLICE_gsm8k. docs/pods_plan.md says which runs fit their slice. None has been run.
 """
 
 import common

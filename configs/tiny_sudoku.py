@@ -3,9 +3,9 @@
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/tiny [--config.method=gdsd_tlc]
     python -m gdsd_jax.train --config configs/tiny_sudoku.py:sdar --workdir runs/tiny_sdar
 
-Hardware: any two CPU cores, under 4 GB. The start is made on first use (SFT, about a minute) in runs/start. The word
-after the colon is the model family, in whose format and with whose sampler the model is made.
-Expected: the table of docs/results.md.
+Hardware: any two CPU cores, under 4 GB. The first run makes the supervised start in runs/start, in a minute or two.
+After the colon: a model family (default: llada), which decides the format of the model and its sampler.
+Expected: 34.0 to 35.5 % of the test puzzles, from 17.6 % before (docs/results.md).
 """
 
 from common import embedded_sudoku

@@ -1,8 +1,8 @@
-"""The Dream-format twin of `tiny_sudoku`: grouped heads, biases, shifted logits, the entropy sampler.
+"""`tiny_sudoku` with a model in Dream's format: grouped heads, biases, shifted logits, the entropy sampler.
 
     python -m gdsd_jax.train --config configs/tiny_sudoku_dream.py --workdir runs/tiny_dream
 
-Hardware and start as there, in runs/start_dream. Expected accuracy: not measured.
+Hardware: as `tiny_sudoku`; the start is in runs/start_dream. Expected accuracy: not measured.
 """
 
 import tiny_sudoku

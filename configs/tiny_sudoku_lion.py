@@ -1,9 +1,9 @@
-"""The run of tiny_sudoku.py with Lion: the sign of a momentum as the step, and no second moment.
+"""`tiny_sudoku` with the optimizer Lion, whose step is the sign of a momentum, without a second moment.
 
     python -m gdsd_jax.train --config configs/tiny_sudoku_lion.py --workdir runs/lion
 
-Lion's steps are as large as its learning rate in every number, so that its rate is a third of Adam's or less, and its
-decay larger by as much (arXiv 2302.06675). The rate is no result of a search.
+Lion moves every parameter by the whole learning rate, so its rate is a third of Adam's or less, and its decay larger by
+the same factor (arXiv 2302.06675). The rate was not tuned. Hardware: as `tiny_sudoku`. Expected accuracy: not measured.
 """
 
 import tiny_sudoku

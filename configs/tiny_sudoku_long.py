@@ -1,4 +1,4 @@
-"""The embedded model with time to learn: as `tiny_sudoku`, a longer start and a longer run.
+"""`tiny_sudoku` with a longer supervised start and a longer run, for the accuracy that the model can reach.
 
     python -m gdsd_jax.train --config configs/tiny_sudoku_long.py --workdir runs/tiny_long
 

@@ -1,9 +1,9 @@
-"""The run of tiny_sudoku.py with Muon: every step of a matrix is orthogonalised; vectors and tables are left to Adam.
+"""`tiny_sudoku` with the optimizer Muon, which orthogonalises the steps of matrices and leaves the rest to Adam.
 
     python -m gdsd_jax.train --config configs/tiny_sudoku_muon.py --workdir runs/muon
 
-The two factors of an adapter are such matrices, one pair in each layer (https://kellerjordan.github.io/posts/muon). The
-learning rate is that of a whole matrix, whose step has singular values of 1 before it; it is no result of a search.
+The two factors of each adapter are such matrices (https://kellerjordan.github.io/posts/muon). Before the learning rate,
+a step has singular values of 1. The rate was not tuned. Hardware: as `tiny_sudoku`. Expected accuracy: not measured.
 """
 
 import tiny_sudoku

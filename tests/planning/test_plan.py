@@ -433,7 +433,7 @@ def test_bad_flags_name_the_remedy(tmp_path, capsys):
         ((), "--topology"),
         (("--topology", "v7:2x2"), "v5p"),
         (("--topology", "v5e:2x4", "--programs", "reward"), "sampler,score,update"),
-        (("--topology", "v5e:2x4", "--mesh", "fsdp=x"), "--mesh"),
+        *((("--topology", "v5e:2x4", "--mesh", f"fsdp={size}"), "--mesh") for size in ("x", "--1", "²")),
     ]
     if importlib.util.find_spec("libtpu") is None:
         cases.append((("--topology", "v5e:2x4"), "make venv-tpu"))
