@@ -1,1 +1,4 @@
-"""Speed of our code beside a plain PyTorch counterpart, measured in one run: `python -m benchmarks.sampler`."""
+"""Measures speed, memory and quality, mostly against plain PyTorch in the same run: `python -m benchmarks.sampler`.
+
+The docstring of each module says what it measures and how to run it.
+"""

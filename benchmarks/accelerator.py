@@ -1,22 +1,23 @@
-"""The 8B shape on whatever accelerator is there: steps, update, disk, and two iterations of a run.
+"""Measures the 8B shape on this machine's accelerator: sampler steps, an update, disk, and two iterations of a run.
 
     python -m benchmarks.accelerator --workdir DIR [--parts product,full,dual,update,torch,disk,train] [--json FILE]
 
-Random weights of LLaDA-8B's shape in bfloat16, LoRA of rank 128 on all seven matrices, prompt 400 (a part of it pads),
-completion 256, blocks of 32. Utilisation is the share of the device's own large matrix product, measured in the same
-run, counted without recomputation. Medians over turns, each waited for; compilation is told apart.
+The model has random weights of LLaDA-8B's shape in bfloat16, and LoRA of rank 128 on all seven matrices. Prompts have
+400 tokens, a part of which are pads; completions have 256, in blocks of 32. Times are medians over turns, each of which
+waits for its results; compilation is reported apart. Utilisation is relative to the device's large matrix product,
+measured in the same run, and does not count recomputed FLOPs.
 
     product   a square matrix product, and a copy
-    full      a whole sampler step, 32 rows: all tokens through the layers, the head on the block, a token drawn
-    dual      a step of a rollout under a cache of all around the block: many steps in a loop, less few
-    update    an inner update, 8 rows: one coupled pair of views, KL to the base
-    torch     the lean step and the update in PyTorch (`benchmarks.torch_steps`), where it is installed
-    disk      export of the checkpoint (16 GB) and its loading
-    train     `gdsd_jax.train` on that checkpoint for two iterations, then `gdsd_jax.export`; needs `disk` before
+    full      a full sampler step, 32 rows: all tokens through the layers, the head on the block, a token drawn
+    dual      a cached step, with keys and values outside the block kept: the difference of many steps and few
+    update    an inner update, 8 rows: one coupled pair of views, with the KL to the base
+    torch     the lean step and the update in PyTorch (`benchmarks.torch_steps`), if it is installed
+    disk      the export of the checkpoint (16 GB), and its loading
+    train     `gdsd_jax.train` on that checkpoint for two iterations, then `gdsd_jax.export`; needs `disk`
 
-What computes here runs in a process of its own, as the run does, so that each has the device's memory to itself; a part
-that fails is reported and the next one begins. `--tiny` runs all of it in small, on a CPU too. The whole takes under
-ten minutes on an H100.
+The parts of this module share one process, PyTorch and `train` have their own, so that each has the device's memory to
+itself. A failed part is reported, and the next one begins. `--tiny` runs all of it in small, also on a CPU. All parts
+together take under ten minutes on an H100.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("product", "full", "dual", "update", "torch", "disk", "train")
-# Those that share a process, and so the weights.
+# The parts that share a process, and therefore the weights.
 TOGETHER = ("product", "full", "dual", "update", "disk")
 TINY_RUN = (
     "--config.lora.rank=4", "--config.sampler.completion_length=16", "--config.sampler.steps=4",
@@ -46,14 +47,14 @@ TINY_RUN = (
 
 
 def train(workdir: Path, tiny: bool) -> dict[str, Any]:
-    """Two iterations of the public demo on the checkpoint of `disk`, and the export of what they trained."""
+    """Trains the public demo on the checkpoint of `disk` for two iterations, exports it, and returns the times."""
     run, output = workdir / "run", workdir / "export"
     for path in (run, output):
         shutil.rmtree(path, ignore_errors=True)
     common = [
         "--config", "configs/llada_8b_sudoku.py", f"--config.checkpoint={workdir / 'checkpoint'}", "--workdir", str(run)
     ]  # fmt: skip
-    # The evaluation at the end is not measured: eight steps of four completions.
+    # The evaluation at the end is not measured, so it is short.
     shortly = ("--config.evaluation.count=4", "--config.evaluation.steps=8")
     options = ["--config.iterations=2", *shortly, *(TINY_RUN if tiny else ())]
     start = time.perf_counter()
@@ -68,6 +69,7 @@ def train(workdir: Path, tiny: bool) -> dict[str, Any]:
 
 
 def command(module: str, *arguments: str) -> None:
+    """Runs `python -m MODULE ARGUMENTS` in the checkout; raises CalledProcessError if it fails."""
     subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
 
 
@@ -75,7 +77,7 @@ def command(module: str, *arguments: str) -> None:
 
 
 def together(wanted: list[str], tiny: bool, attention: str, workdir: Path) -> Iterator[dict[str, Any]]:
-    """The parts that share a process; yields a row for each."""
+    """Measures the wanted parts that share a process, and yields a row of results for each."""
     from benchmarks import accelerator_parts as parts
 
     sizes = parts.TINY if tiny else parts.REAL
@@ -93,7 +95,7 @@ def together(wanted: list[str], tiny: bool, attention: str, workdir: Path) -> It
 
 
 def line(row: dict[str, Any], peak: float | None) -> str:
-    """A row in words."""
+    """Formats a row of results as a line of text; `peak` is the device's FLOP/s."""
     if "error" in row:
         return f"{row['part']}: {row['error']}"
     words = [f"{row.get('rows', '')} rows".strip()] if "rows" in row else []
@@ -114,9 +116,10 @@ def line(row: dict[str, Any], peak: float | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measures the parts that the command line names, prints a line for each, and returns the rows of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--workdir", type=Path, required=True, help="for 32 GB of checkpoints; what is there goes")
+    parser.add_argument("--workdir", type=Path, required=True, help="directory for 32 GB, emptied first")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true")
@@ -137,7 +140,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             flags.json.write_text(json.dumps(rows, indent=1) + "\n")
 
     def follow(part: str, module: str, *arguments: str) -> None:
-        """Runs a module in a process of its own, and reports the rows that it prints as they come."""
+        """Runs a module in a process of its own, and reports each row as it prints it."""
         child = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, *["--tiny"] * flags.tiny],
             cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"},

@@ -1,4 +1,4 @@
-"""The measurements of `benchmarks.accelerator` in its own process: steps, update and disk, on one set of weights."""
+"""Measures the parts of `benchmarks.accelerator` that share a process: product, steps, update and disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from gdsd_jax.training.update import make_inner_update
 
 
 class Sizes(NamedTuple):
-    """Holds the measured shapes; `model` replaces fields of the published config."""
+    """The measured sizes; `model` replaces fields of the published config."""
 
     model: dict[str, Any]
     rows: int
@@ -58,7 +58,7 @@ TINY = Sizes(
 
 
 class Shapes(NamedTuple):
-    """The model of a run of the bench, its weights, an adapter, and a batch of prompts with noise behind them."""
+    """The model, its weights, an adapter, tokens `[B, P+L]` (random, then masked), and their prompt mask `[B, P]`."""
 
     model: Any
     base: Any
@@ -68,7 +68,7 @@ class Shapes(NamedTuple):
 
 
 def timed(work: Callable[[], Any], turns: int) -> dict[str, float]:
-    """Seconds of the first call, which compiles, and the median of the later ones with its spread."""
+    """Returns the seconds of the first call, which compiles, and the median and the worst of `turns` later calls."""
     taken = []
     for _ in range(turns + 1):
         start = time.perf_counter()
@@ -78,7 +78,7 @@ def timed(work: Callable[[], Any], turns: int) -> dict[str, float]:
 
 
 def memory() -> dict[str, float]:
-    """Peak bytes of the device so far, where it tells."""
+    """Returns the peak memory of the device so far, if it reports one."""
     found = jax.devices()[0].memory_stats() or {}
     return {"peak_gb": found["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in found else {}
 
@@ -87,7 +87,7 @@ def memory() -> dict[str, float]:
 
 
 def make(sizes: Sizes, attention: str) -> Shapes:
-    """Random weights: normal kernels of standard deviation `in^-0.5`, an adapter that is not zero."""
+    """Draws the weights: normal kernels of standard deviation `in^-0.5`, and an adapter that is not zero."""
     tokenizer = tiny.make_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
     model = dataclasses.replace(LLADA_8B, **sizes.model | ids, dtype="bfloat16", remat="full", attention=attention)
@@ -99,7 +99,7 @@ def make(sizes: Sizes, attention: str) -> Shapes:
 
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    # Norms, whose last axis is the only one beside the layers, are ones.
+    # Norms are ones. Apart from the layers they have a single axis.
     norm = lambda x: x.ndim == 1 or x.shape[0] == model.num_layers and x.ndim == 2  # noqa: E731
     drawn = [
         jnp.ones(x.shape, jnp.bfloat16) if norm(x) else draw(key, x.shape) for key, x in zip(keys, leaves, strict=True)
@@ -118,10 +118,10 @@ def make(sizes: Sizes, attention: str) -> Shapes:
 
 
 def product(sizes: Sizes) -> dict[str, Any]:
-    """FLOP/s of a square product in bfloat16 on random data, and bytes/s of a copy, read and written."""
+    """Measures FLOP/s of a square bfloat16 product of random data, and bytes/s of a copy, reads and writes counted."""
     n = sizes.product
     x, y = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
-    # Ten products a turn, so that what a call costs does not count.
+    # Ten products per call, so that the overhead of a call does not count.
     repeat = jax.jit(lambda x, y: jax.lax.fori_loop(0, 10, lambda _, z: (z @ y) * jnp.bfloat16(n**-0.5), x))
     found = timed(lambda: repeat(x, y), sizes.turns)
     large = jnp.zeros((n * n // 2, 8), jnp.float32)
@@ -134,7 +134,7 @@ def product(sizes: Sizes) -> dict[str, Any]:
 
 
 def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """A full sampler step and one under a dual cache, each with its FLOPs."""
+    """Yields name and measurement of a full sampler step and of a step under a dual cache."""
     model, base, lora, tokens, mask = shapes
     model = dataclasses.replace(model, remat="none")
     rows, length = tokens.shape
@@ -156,7 +156,7 @@ def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict
 
     @jax.jit
     def cached_steps(base: Any, lora: Any, tokens: jax.Array, mask: jax.Array, count: jax.Array) -> Any:
-        """A refresh of the second block and so many cached steps, as in a rollout of one more block."""
+        """Makes the refresh of the second block and `count` cached steps, as a rollout does."""
         base, lora = repeated(model, base, lora, tokens=rows * length, cached=True)
         state = beginning(model, settings, tokens, settings.step_limit)._replace(block=jnp.int32(1))
         keys = row_keys(jax.random.key(3), rows, None)
@@ -176,8 +176,8 @@ def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict
         }  # fmt: skip
 
     def run_dual() -> dict[str, Any]:
-        """One cached step, from the difference of many and few of them."""
-        # The head is for what is still masked, on average half of the block.
+        """Measures one cached step, as the difference of many steps and few."""
+        # The head is applied to the masked tokens, on average half of the block.
         needed = counted.forward(rows, length, window=sizes.block) + head / 2
         few, many = 1, sizes.block - 2
         some, more = (
@@ -192,7 +192,7 @@ def steps(sizes: Sizes, shapes: Shapes) -> Iterator[tuple[str, Callable[[], dict
 
 
 def update(sizes: Sizes, shapes: Shapes) -> dict[str, Any]:
-    """The first inner update of a rollout, all rows in one micro-batch."""
+    """Measures the first inner update on a rollout, with all rows in one micro-batch."""
     rows, length = sizes.update_rows, sizes.prompt + sizes.completion
     method = build("gdsd", psi=1.0, beta=1e-3, views=1)
     optimizer, schedule = make_optimizer(OptimizerConfig(), updates=10)
@@ -227,7 +227,7 @@ def update(sizes: Sizes, shapes: Shapes) -> dict[str, Any]:
 
 
 def disk(shapes: Shapes, workdir: Path) -> dict[str, Any]:
-    """Writes the checkpoint with its tokenizer, and reads it again."""
+    """Measures writing the checkpoint with its tokenizer, and loading it."""
     source, target = workdir / "source", workdir / "checkpoint"
     for path in (source, target):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,15 +1,16 @@
-"""Measures how much of a small adapter survives bfloat16, and the cost of keeping it.
+"""Measures how much of a small adapter's effect survives bfloat16, and what it costs to keep it.
 
     python -m benchmarks.adapter_slope [--layers 6] [--width 256] [--updates 1,8,24,64] [--rows 32]
                                        [--products] [--merged]
 
-A fresh adapter takes steps of the learning rate along the sign of a float32 gradient, as Adam's first ones are. After
-so many updates the slope is the regression of what bfloat16 sees of the change of every token's log-probability on what
-float32 sees of it: 1 where nothing is lost, 0 where the adapter does not exist. The error beside it is that of the
-regression. Each row is another way to add the adapter's product to the base's (`WAYS`); the first one is the library's.
-With `--merged` the adapter is merged into the weights instead, as an export does it: the rows are then the dtype of the
-export and that of the computation. With `--products` also the time of one wide product with an adapter, and of a
-forward pass of the model, in each way.
+A fresh adapter takes steps of the learning rate along the sign of a float32 gradient, like the first steps of Adam. The
+change of every token's log-probability is then computed in float32 and in bfloat16. The slope is that of the regression
+of the bfloat16 change on the float32 change: 1 if nothing is lost, 0 if the adapter has no effect. The table shows it
+with its standard error. Each row adds the adapter's product to the base's in another way (`WAYS`), the first of which
+is the library's.
+
+`--merged` merges the adapter into the weights, as an export does: its rows differ in the dtype of the export and of the
+computation. `--products` also measures the time of a wide matrix product with an adapter, in each way.
 """
 
 from __future__ import annotations
@@ -33,16 +34,20 @@ from gdsd_jax.methods import Batch, common
 PROMPT, COMPLETION, RANK = 16, 112, 32
 
 
+# B rows, L completion tokens. The functions below have the signature of `ops.product_plus`.
+
+
 def _apart(x: jax.Array, w: jax.Array, addends: tuple, precision: Any) -> jax.Array:
+    """Rounds the base's product before the addends are added."""
     return sum(addends, jnp.dot(x, w, precision=precision))
 
 
 def _addend_first(x: jax.Array, w: jax.Array, addends: tuple, precision: Any) -> jax.Array:
-    """Leaves it to the compiler to start the wide product's sum with the addends, as cuBLAS can."""
+    """Computes the addends first: the compiler may then start the sum of the wide product with them, as cuBLAS can."""
     return sum(jax.lax.optimization_barrier(addends), jnp.dot(x, w, precision=precision))
 
 
-# The library's own is the one that was imported; the others are put in its place.
+# The first is the library's own; the others replace it while they are measured.
 WAYS: dict[str, Callable] = {
     "once, float32 sum": ops.product_plus,
     "base rounded first": _apart,
@@ -51,6 +56,7 @@ WAYS: dict[str, Callable] = {
 
 
 def model(layers: int, width: int, dtype: str) -> DenoiserConfig:
+    """Returns the config of the measured model."""
     return DenoiserConfig(
         family="llada", vocab_size=2048, hidden_size=width, num_layers=layers, num_heads=width // 64,
         num_kv_heads=width // 64, intermediate_size=3 * width, max_length=512, rope_theta=10000.0, rms_norm_eps=1e-5,
@@ -60,7 +66,7 @@ def model(layers: int, width: int, dtype: str) -> DenoiserConfig:
 
 
 def scorer(config: DenoiserConfig, base: Any, rows: int) -> tuple[Callable, Callable]:
-    """`lora -> log-probabilities [B, L]`, and the gradient of a weighted sum of them; the same views for all."""
+    """Returns two functions of an adapter: log-probabilities `[B, L]`, and the gradient of a weighted sum of them."""
     draws = np.random.default_rng(0)
     tokens = jnp.asarray(draws.integers(4, config.vocab_size, (rows, PROMPT + COMPLETION)), jnp.int32)
     masked = masking.stratified(jax.random.key(2), rows, COMPLETION, stratum=rows)
@@ -72,21 +78,21 @@ def scorer(config: DenoiserConfig, base: Any, rows: int) -> tuple[Callable, Call
         return read_views(config, base, lora, tokens, views, ("log_prob",), chunk=config.vocab_size)["log_prob"][0]
 
     compiled = jax.jit(jax.grad(lambda lora, base: jnp.sum(advantages * scores(base, lora))))
-    # The base is an argument of the programs: as a constant in them the compiler would spend minutes on it.
+    # The base is an argument, because the compiler would spend minutes on constants of its size.
     return functools.partial(jax.jit(scores), base), lambda lora: compiled(lora, base)
 
 
 def slope(seen: np.ndarray, true: np.ndarray) -> tuple[float, float]:
-    """Regression through the origin of one change on the other, and its standard error."""
+    """Returns the slope of the regression of `seen` on `true` through the origin, and its standard error."""
     x, y = (np.asarray(value, np.float64).ravel() for value in (true, seen))
     found = x @ y / (x @ x)
     return float(found), float(np.sqrt(np.mean((y - found * x) ** 2) / (x @ x)))
 
 
 def trained(layers: int, width: int, rows: int, updates: Sequence[int], rate: float) -> tuple[Any, dict, dict]:
-    """The base, and by number of updates the adapters and what float32 sees of them."""
+    """Returns the base and, by number of updates, the adapters and the log-probabilities under them in float32."""
     exact = model(layers, width, "float32")
-    # A base as checkpoints store it: exact in bfloat16.
+    # Like a stored checkpoint, the base is exact in bfloat16.
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_base(exact, jax.random.key(0)))
     lora = init_lora(exact, jax.random.key(1), rank=RANK, alpha=2.0 * RANK, targets=TARGETS)
     true, gradient = scorer(exact, base, rows)
@@ -99,7 +105,7 @@ def trained(layers: int, width: int, rows: int, updates: Sequence[int], rate: fl
 
 
 def merged(base: Any, lora: Any, dtype: Any) -> Any:
-    """The weights that an export writes: the sum in float32, rounded once."""
+    """Returns the weights that an export writes: the sum in float32, rounded once to `dtype`."""
 
     def one(name: str, kernel: jax.Array) -> jax.Array:
         factors = lora.weights["layers"][name]
@@ -116,7 +122,7 @@ def merged(base: Any, lora: Any, dtype: Any) -> Any:
 def merged_slopes(
     layers: int, width: int, rows: int, updates: Sequence[int], rate: float
 ) -> Iterator[tuple[str, dict[int, tuple[float, float]]]]:
-    """Yields `"export dtype, computed in dtype", {updates: (slope, error)}`."""
+    """Yields slopes and errors by number of updates, for each dtype of the export and of the computation."""
     base, adapters, expected = trained(layers, width, rows, updates, rate)
     for stored, computed in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16"),
                              ("float32", "float32")):  # fmt: skip
@@ -132,7 +138,7 @@ def merged_slopes(
 def slopes(
     layers: int, width: int, rows: int, updates: Sequence[int], rate: float, ways: Sequence[str] = tuple(WAYS)
 ) -> Iterator[tuple[str, dict[int, tuple[float, float]]]]:
-    """Yields `way, {updates: (slope, error)}`."""
+    """Yields slopes and errors by number of updates, for each of the ways."""
     base, adapters, expected = trained(layers, width, rows, updates, rate)
     for way in ways:
         ops.product_plus = WAYS[way]
@@ -143,7 +149,7 @@ def slopes(
 
 
 def seconds(work: Callable[[], Any], turns: int = 20) -> float:
-    """Median over turns after one that compiles."""
+    """Returns the median seconds of a call, after a first one that compiles."""
     jax.block_until_ready(work())
     taken = []
     for _ in range(turns):
@@ -154,7 +160,7 @@ def seconds(work: Callable[[], Any], turns: int = 20) -> float:
 
 
 def product_seconds(rows: int, size: tuple[int, int], rank: int) -> dict[str, float]:
-    """Seconds of `x W` with an adapter of `rank`, by way."""
+    """Returns the seconds of `x W` with an adapter of `rank`, by way."""
     draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape, jnp.bfloat16)  # noqa: E731
     x, w, a, b = draw(0, rows, size[0]), draw(1, *size), draw(2, size[0], rank), draw(3, rank, size[1])
     plain = jax.lax.Precision.DEFAULT

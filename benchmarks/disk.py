@@ -1,11 +1,11 @@
-"""Reading and writing a checkpoint beside safetensors' own functions, in CPU seconds and peak memory.
+"""Measures reading and writing a checkpoint against safetensors' own functions, in CPU seconds and peak memory.
 
     python -m benchmarks.disk [--gb 3] [--turns 3] [--directory DIR]
 
-A checkpoint of random bfloat16 weights in LLaDA's format is written once. Each turn starts four processes, one after
-another: `load_file` of its shards and `save_file` of what it returns, `load_checkpoint`, and `export_checkpoint` of
-what that returns. The files are in the page cache, and CPU seconds are those of the process and its threads, so that
-what is compared is the work on the host, not the disk.
+A checkpoint of random bfloat16 weights in LLaDA's format is written once. Each turn starts two processes, one after the
+other. The first reads the shards with safetensors' `load_file` and writes them with `save_file`; the second reads the
+checkpoint with `load_checkpoint` and writes it with `export_checkpoint`. The files are in the page cache, and CPU
+seconds are those of the process and its threads: the work of the host is compared, not the disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WIDTH, SHARD = 2048, 10**9
 
 
 def denoiser(gb: float) -> Any:
-    """Returns the config of a model whose weights in bfloat16 take about so many gigabytes."""
+    """Returns the config of a model whose weights take about `gb` gigabytes in bfloat16."""
     from gdsd_jax.denoiser import DenoiserConfig
 
     layer, vocabulary = 13 * WIDTH**2, 32768
@@ -38,7 +38,7 @@ def denoiser(gb: float) -> Any:
 
 
 def make(directory: Path, gb: float) -> None:
-    """Writes the checkpoint."""
+    """Writes a checkpoint of about `gb` gigabytes with random weights."""
     import jax
     import ml_dtypes
     import numpy as np
@@ -58,8 +58,8 @@ def make(directory: Path, gb: float) -> None:
 
 
 def theirs(directory: Path, out: Path) -> tuple[float, float]:
-    """Returns the CPU seconds of safetensors, reading and writing."""
-    import ml_dtypes  # noqa: F401  (NumPy knows bfloat16 from then on)
+    """Returns the CPU seconds that safetensors takes to read and to write."""
+    import ml_dtypes  # noqa: F401  (adds bfloat16 to NumPy)
     from safetensors.numpy import load_file, save_file
 
     start = time.process_time()
@@ -71,7 +71,7 @@ def theirs(directory: Path, out: Path) -> tuple[float, float]:
 
 
 def ours(directory: Path, out: Path) -> tuple[float, float]:
-    """Returns the CPU seconds of `load_checkpoint` and `export_checkpoint`."""
+    """Returns the CPU seconds that `load_checkpoint` and `export_checkpoint` take."""
     import jax
 
     from gdsd_jax.hub import export_checkpoint, load_checkpoint

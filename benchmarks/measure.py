@@ -1,12 +1,12 @@
-"""Runs contestants side by side and reports what they took.
+"""Runs contestants side by side, and reports their time and memory.
 
-Every contestant is a process of its own, pinned to the same cores, that sets itself up, warms up (which compiles) and
-then works only when its turn comes: A B A B, so that a machine that gets busier does so for all. Figures are medians
-over the turns with their spread (half the difference of the quartiles); CPU seconds are those of all threads and of
-the processes that it started. The peak of resident memory is the process's own, weights and compilation included.
+Every contestant is a process of its own, pinned to the same cores. It sets itself up, warms up (which compiles), and
+then works only in its turns: A B A B, so that changes of the machine's load affect all alike. Figures are medians over
+turns with their spread, half the distance of the quartiles. CPU seconds count all threads and all processes that the
+contestant started. The peak of resident memory is that of the contestant's process, with weights and compilation.
 
-XLA is told to use vectors of 512 bits where the CPU has them, as PyTorch's libraries do unasked, and to multiply with
-Eigen (`ENVIRONMENT`). What the caller's environment says goes before that and before a bench's own settings.
+`ENVIRONMENT` makes XLA use 512-bit vectors where the CPU has them, as PyTorch's libraries do by default, and multiply
+with Eigen. The caller's environment overrides it, and overrides the settings of a bench.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENVIRONMENT = {
 
 
 class Job(NamedTuple):
-    """One contestant of a bench: `variant` names one of its references, or settings of ours."""
+    """A contestant of a bench on a workload; `variant` is one of the bench's references or variants."""
 
     workload: str
     variant: str
@@ -41,15 +41,16 @@ class Job(NamedTuple):
 
     @property
     def label(self) -> str:
+        """Returns the name of the workload in the table."""
         return self.workload if self.temperature is None else f"{self.workload} T={self.temperature:g}"
 
 
 class Contest(NamedTuple):
-    """Holds the functions of one contestant.
+    """The functions of one contestant.
 
-    work: one turn, which waits for its own results.
-    warm_up: compiles and fills caches; None does so by a turn.
-    temporary: XLA's temporary bytes of the program, None for others.
+    work: makes one turn, and waits for its results.
+    warm_up: compiles and fills caches; None: one turn does so.
+    temporary: returns the temporary bytes of an XLA program, and None for other programs.
     """
 
     work: Callable[[], Any]
@@ -58,15 +59,16 @@ class Contest(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """A command that compares.
+    """A command that compares contestants.
 
-    module: what `python -m` runs, `description` says what it compares.
+    module: the module that `python -m` runs.
+    description: the text of `--help`.
     prepare: sets a contestant up.
-    references: variants to which the others are held, the one with the fewest CPU seconds of them.
-    variants: the others.
-    workloads: what it runs unless it is told otherwise.
-    temperatures: values that multiply the workloads; none where there is no such thing.
-    environment: of all contestants, beside `ENVIRONMENT`.
+    references: variants that the others are compared with: the one of them with the fewest CPU seconds.
+    variants: the other variants.
+    workloads: workloads of a run without `--workloads`.
+    temperatures: temperatures at which each workload is run; empty if it has none.
+    environment: environment variables of all contestants, beside `ENVIRONMENT`.
     """
 
     module: str
@@ -80,7 +82,7 @@ class Bench(NamedTuple):
 
 
 def main(bench: Bench) -> None:
-    """Runs a bench's command."""
+    """Runs the command of a bench."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"python -m {bench.module}", description=bench.description, formatter_class=raw)
     flag = functools.partial(parser.add_argument, type=lambda text: text.split(","), metavar="A,B")
@@ -109,11 +111,11 @@ def main(bench: Bench) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of all that it started, whether they have ended or still run."""
+    """Returns the CPU seconds of this process and of all processes that it started, running ones included."""
     total, ended = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     total += ended.ru_utime + ended.ru_stime
     family, ticks = {os.getpid()}, os.sysconf("SC_CLK_TCK")
-    # Processes get higher numbers than their parents' but where numbers wrap around: then some are missed.
+    # A process has a higher number than its parent, unless numbers have wrapped around: then some are missed.
     for process in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -124,7 +126,7 @@ def cpu_seconds() -> float:
 
 
 def serve(prepare: Callable[[Job], Contest], job: Job) -> None:
-    """The contestant's side: sets up, says so, then works once for each line that it reads."""
+    """Runs a contestant in this process: it sets up, reports that, and then works once for each line that it reads."""
     start = time.perf_counter()
     work, warm_up, temporary = prepare(job)
     built = time.perf_counter()
@@ -140,14 +142,14 @@ def serve(prepare: Callable[[Job], Contest], job: Job) -> None:
 
 
 class Contestant:
-    """A process that works on demand."""
+    """The process of a contestant, which works on demand."""
 
-    def __init__(self, bench: Bench, job: Job, threads: int):
+    def __init__(self, bench: Bench, job: Job, threads: int) -> None:
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment = ENVIRONMENT | bench.environment | os.environ | {"OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", bench.module, "--contestant", json.dumps(job)]
         self.job, self.turns = job, []
-        # The cores are set before Python starts: XLA and PyTorch make their threads by what they find then.
+        # The cores are set before Python starts, because XLA and PyTorch count them when they make their threads.
         self.process = subprocess.Popen(
             ["taskset", "-c", ",".join(map(str, cores)), *command],
             cwd=Path(__file__).parents[1], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -155,24 +157,29 @@ class Contestant:
         self.setup = self._read()
 
     def _read(self) -> dict:
+        """Returns the next line that the process prints, which is JSON."""
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.job} ended with exit code {self.process.wait()}; its own words stand above")
+            raise RuntimeError(f"{self.job} ended with exit code {self.process.wait()}; its output is above")
         return json.loads(line)
 
     def turn(self) -> None:
+        """Lets the process make one turn, and keeps the measurements."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.turns.append(self._read())
 
     def close(self) -> None:
+        """Ends the process."""
         self.process.stdin.close()
         self.process.wait()
 
     def median(self, name: str) -> float:
+        """Returns the median of a measurement over the turns."""
         return statistics.median(turn[name] for turn in self.turns)
 
     def spread(self, name: str) -> float:
+        """Returns half the distance of the quartiles of a measurement over the turns."""
         values = [turn[name] for turn in self.turns]
         if len(values) == 1:
             return 0.0
@@ -181,7 +188,7 @@ class Contestant:
 
 
 def race(bench: Bench, jobs: Sequence[Job], references: Sequence[str], *, threads: int, turns: int) -> list[dict]:
-    """Rows of one comparison; of the `references` among the variants the one with fewest CPU seconds counts."""
+    """Lets the contestants take turns, and returns their rows, each compared with the fastest of the references."""
     contestants: list[Contestant] = []
     try:
         for job in jobs:
@@ -198,7 +205,7 @@ def race(bench: Bench, jobs: Sequence[Job], references: Sequence[str], *, thread
 
 
 def row(contestant: Contestant, reference: Contestant) -> dict:
-    """One line of the table; a ratio above 1 says that it is faster, or smaller, than the reference."""
+    """Returns a contestant's row of the table; a ratio above 1 means that it is faster than the reference."""
     median, spread, job = contestant.median, contestant.spread, contestant.job
     return {
         "workload": job.label,
@@ -218,7 +225,7 @@ def row(contestant: Contestant, reference: Contestant) -> dict:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """The rows in Markdown."""
+    """Formats the rows as a table in Markdown."""
     lines = [
         "| workload | variant | CPU s | wall s | ratio | peak RSS, MB | memory | XLA temporary, MB | warm-up, s |",
         "|---|---|---|---|---|---|---|---|---|",

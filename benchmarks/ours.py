@@ -1,11 +1,11 @@
-"""Our side of the benches."""
+"""Builds our side of the benches."""
 
 from benchmarks.workloads import Workload
 from gdsd_jax.denoiser import DenoiserConfig
 
 
 def denoiser(shape: Workload) -> DenoiserConfig:
-    """The denoiser of a workload, its few layers unrolled."""
+    """Returns the denoiser of a workload, with its few layers unrolled."""
     return DenoiserConfig(
         family="llada", vocab_size=shape.vocabulary, hidden_size=shape.width, num_layers=shape.layers,
         num_heads=shape.heads, num_kv_heads=shape.heads, intermediate_size=shape.feed_forward, max_length=4096,

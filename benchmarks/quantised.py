@@ -1,9 +1,9 @@
-"""How far weights in 8 bits move a model's distributions: mean KL on the masked tokens of a task's answers.
+"""Measures how far 8-bit weights move a model's distributions, by the mean KL on masked tokens of a task's answers.
 
     python -m benchmarks.quantised --config configs/tiny_sudoku.py --checkpoint DIR [--rows 128]
 
-Half of the tokens of each reference answer are masked. Prints the mean KL in nats per masked token, and the share of
-these tokens whose most probable candidate stays the same.
+Half of the tokens of each reference answer are masked. The command prints the mean KL in nats per masked token, and the
+share of these tokens whose most probable candidate stays the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     tokens = jnp.concatenate([prompts.tokens, jnp.where(masked, model.mask_token_id, answers)], axis=1)
 
     def log_prob(dtype: str, weights: str) -> jax.Array:
-        """Returns the log-probabilities of the masked tokens' candidates."""
+        """Returns the log-probabilities of all candidates at the masked tokens, `[masked, V]`."""
         numerics = dataclasses.replace(model, dtype=dtype, weights=weights)
         stored = jax.tree.map(lambda x: x.astype(dtype), base)
         run = jax.jit(lambda base: denoise(numerics, base, None, tokens, prompt_mask=prompts.mask))

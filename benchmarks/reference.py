@@ -1,7 +1,8 @@
-"""The PyTorch counterpart: Hugging Face's Llama under full attention, sampled and trained the plain way.
+"""Implements the PyTorch side of the benches: Hugging Face's Llama with full attention, a sampler and an update.
 
-Plain is what the public trainers do (logits of all positions, a Gumbel number for each, a top-k for each row), without
-their float64 noise, which nothing here needs. Lean has the changes that an advocate of PyTorch would make first.
+The plain sampler does what the public trainers do: logits of all positions, Gumbel noise for each, a top-k for each
+row. It leaves out their float64 noise, which is not needed here. The lean sampler has the changes that an expert in
+PyTorch would make first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(shape: Workload) -> transformers.LlamaForCausalLM:
-    """The model with the weights of `workloads.weights`, frozen."""
+    """Returns the frozen model with the weights of `workloads.weights`."""
     config = transformers.LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.feed_forward,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
@@ -34,7 +35,7 @@ def build(shape: Workload) -> transformers.LlamaForCausalLM:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.to_empty(device="cpu")
-    # The rotary frequencies are no weights, so nothing below would fill them.
+    # The rotary frequencies are not weights, so the code below does not fill them.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     ours = weights(shape)
     tensors = {"model.embed_tokens.weight": ours["embedding"], "lm_head.weight": ours["head"]}
@@ -57,11 +58,12 @@ Proposal = Callable[[torch.nn.Module, torch.Tensor, slice, int, float], tuple[to
 
 
 def gumbel(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Adds Gumbel noise, scaled by the temperature, to the logits."""
     return logits - temperature * torch.log(-torch.log(torch.rand_like(logits)))
 
 
 def gumbel_in_float64(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The same order of tokens as the public samplers write it, the noise and what it divides in float64."""
+    """Returns values whose largest is drawn like that of `gumbel`, computed in float64 as the public samplers do."""
     logits = logits.double()
     return logits.exp() / (-torch.log(torch.rand_like(logits))) ** temperature
 
@@ -69,7 +71,7 @@ def gumbel_in_float64(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 def propose(
     model: torch.nn.Module, x: torch.Tensor, block: slice, mask_id: int, temperature: float, noisy: Noise = gumbel
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates and their probabilities at the positions of the active block, by the plain formula at all."""
+    """Returns candidates and their probabilities in the active block; the plain way computes them at all positions."""
     logits = model(input_ids=x).logits
     logits[..., mask_id] = -torch.inf
     probs = torch.softmax(logits, dim=-1)
@@ -80,7 +82,7 @@ def propose(
 def propose_leanly(
     model: torch.nn.Module, x: torch.Tensor, block: slice, mask_id: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from the head on the block alone, and with a race of exponential numbers, one logarithm for each."""
+    """Returns the same, with the head on the block alone and exponential noise, which takes a single logarithm each."""
     logits = model.lm_head(model.model(input_ids=x).last_hidden_state[:, block])
     logits[..., mask_id] = -torch.inf
     probs = torch.softmax(logits, dim=-1)
@@ -102,11 +104,11 @@ def sample(
     temperature: float,
     limit: int | None = None,
 ) -> torch.Tensor:
-    """Low-confidence remasking in blocks with a fixed number of tokens per step: `[B, P+L]`.
+    """Samples `[B, P+L]` by low-confidence remasking in blocks, with a fixed number of tokens per step.
 
     Args:
-      propose: a proposal of those above, compiled or not.
-      limit: steps after which it stops unfinished.
+      propose: `propose` or `propose_leanly`, compiled or not.
+      limit: number of steps after which sampling stops unfinished.
     """
     rows, length = prompts.shape
     x = torch.full((rows, length + shape.completion), shape.mask_id, device=prompts.device)
@@ -128,7 +130,7 @@ def sample(
 
 
 def adapted(shape: Workload, rank: int, targets: tuple[str, ...]) -> torch.nn.Module:
-    """The model under LoRA adapters."""
+    """Returns the model with LoRA adapters."""
     names = [NAMES[target].rpartition(".")[2] for target in targets]
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
     return peft.get_peft_model(build(shape), settings)
@@ -138,10 +140,12 @@ def update(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, advantages: torch.Tensor,
     shape: Workload, clip_norm: float, *, whole: bool = True,
 ) -> float:  # fmt: skip
-    """One GDSD update from one coupled pair of views: both through the head, every token read where it is masked.
+    """Makes one GDSD update from one coupled pair of views, and returns the loss.
+
+    Both views go through the head, and every token is read in the view that masks it.
 
     Args:
-      whole: puts the prompt through the head too, as the public trainers do.
+      whole: whether the prompt goes through the head too, as in the public trainers.
     """
     rows, length = tokens.shape[0], shape.completion
     masked = torch.zeros_like(tokens, dtype=torch.bool)

@@ -1,12 +1,12 @@
-"""Rewards in worker processes beside the plain loop of the public trainers.
+"""Measures rewards in worker processes against the plain loop of the public trainers.
 
     python -m benchmarks.rewards [--workloads math,code,gsm8k,sudoku] [--threads 2] [--turns 3] [--json FILE]
 
 One turn rewards a batch of completions, half of them wrong. `inline` calls the library in the trainer's own process,
-one completion after the other, without a limit that could hold: math-verify for `math`, a plain `python` for every
-program of `code`, the task's own function for the others. `task` is what training calls: worker processes, limits on
-each item, the sandbox for programs; `public` is the same under the public trainers' grader. CPU seconds are those of
-the whole family of processes; rewards run beside the trainer, so with several `--threads` the wall clock counts.
+one completion after the other, without effective limits: math-verify for `math`, a plain `python` for every program of
+`code`, the task's own function for the others. `task` is what training calls: worker processes, limits on each item,
+and the sandbox for programs. `public` is the same with the public trainers' grader. CPU seconds count all processes.
+Rewards run beside the trainer, so with several `--threads` look at the wall clock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TESTS = ["assert add(2, 3) == 5", "assert add(-1, 1) == 0", "assert add(0, 0) ==
 
 
 def items(name: str) -> list[tuple[str, dict]]:
-    """Completions and rows of a task."""
+    """Returns pairs of completion and row of a task, right and wrong completions in turn."""
     from gdsd_jax.tasks import resolve
 
     count = COUNTS[name]
@@ -42,6 +42,7 @@ def items(name: str) -> list[tuple[str, dict]]:
 
 
 def run_program(completion: str, row: Mapping) -> None:
+    """Runs the program in a completion with each test of the row, in a plain `python`."""
     from gdsd_jax.tasks import code
 
     for test in row["tests"]:
@@ -50,6 +51,7 @@ def run_program(completion: str, row: Mapping) -> None:
 
 
 def verify(completion: str, row: Mapping) -> None:
+    """Compares a completion with the row's answer by math-verify."""
     import math_verify
 
     math_verify.verify(math_verify.parse(f"${row['answer']}$"), math_verify.parse(completion))
@@ -73,7 +75,7 @@ def prepare(job: measure.Job) -> measure.Contest:
         if job.workload != "code":
             task.rewards(completions, rows)
             return
-        # Programs that were judged before keep their verdict, so that every turn has programs of its own.
+        # Verdicts of programs are cached, so every turn gets new programs.
         turn = next(turns)
         fresh = [text.replace("```python\n", f"```python\n# {turn}.{n}\n") for n, text in enumerate(completions)]
         task.rewards(fresh, rows)

@@ -1,11 +1,12 @@
-"""GDSD trained on exact and on approximate rollouts: the tiny model, one start, several seeds, equal iterations.
+"""Compares GDSD trained on exact rollouts with GDSD trained on approximate ones, on the tiny model over several seeds.
 
     python -m benchmarks.rollouts --workdir runs/rollouts [--seeds 3] [--ways exact,dual,threshold]
 
-Everything but the sampler is configs/compare_tiny.py. Completions of 20 tokens in blocks of 5, at most one token a
-step: `exact` takes 20 full passes, `dual` keeps keys and values outside the block and takes 4 full passes and 16 of
-the block, `threshold` commits at once what is above 0.9. The final accuracy is that of exact greedy decoding for all.
-An interrupted study continues with what is missing. Writes `table.json`, `table.md` and `curves.png`.
+All runs have the same start and the settings of configs/compare_tiny.py, except for the sampler. Completions have 20
+tokens in blocks of 5. `exact` commits one token per step and takes 20 full passes. `dual` keeps keys and values outside
+the block, and takes 4 full passes and 16 of the block. `threshold` commits all tokens above 0.9 at once. The final
+accuracy is always that of exact greedy decoding. The same command resumes an interrupted study. It writes `table.json`,
+`table.md` and `curves.png`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WAYS = {"exact": {}, "dual": {"cache": "dual"}, "threshold": {"threshold": 0.9}}
 
 
 def base_config() -> TrainConfig:
-    """configs/compare_tiny.py, without its threshold and in blocks."""
+    """Returns the config of configs/compare_tiny.py with blocks and without its threshold."""
     config = freeze(TrainConfig, read_config(ROOT / "configs" / "compare_tiny.py"))
     return dataclasses.replace(
         config, sampler=dataclasses.replace(config.sampler, block_length=5, threshold=None), method="gdsd"
@@ -35,7 +36,7 @@ def base_config() -> TrainConfig:
 
 
 def study(config: TrainConfig, workdir: Path, ways: list[str], seeds: int) -> dict:
-    """Runs what is missing, and returns the table of `gdsd_jax.compare` with a row for each way."""
+    """Makes the missing runs, and returns the table of `gdsd_jax.compare` with one row for each way."""
     tables, curves = {}, {}
     for way in ways:
         run = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **WAYS[way]))

@@ -1,15 +1,16 @@
-"""The sampler beside plain PyTorch, on random weights in float32.
+"""Measures the sampler against plain PyTorch, on random weights in float32.
 
     python -m benchmarks.sampler [--workloads W1,W2] [--temperatures 0,1] [--threads 1] [--turns 3] [--json FILE]
         [--variants torch.lean,torch.float64,exact,prefix,dual]
 
-Low-confidence remasking in blocks of 32, 64 completion tokens. W1: width 256, 6 layers, vocabulary 4096, 64 steps, 8
-rows; W2: 4 layers, vocabulary 126464, 32 steps, 4 rows. `exact` samples what PyTorch samples (at temperature 0 the same
-tokens); `prefix` and `dual` are the approximate caches, refreshed once per block. PyTorch runs with and without
-`torch.compile`, and the ratio is to the one that takes fewer CPU seconds. No references: `torch.lean` is what PyTorch's
-advocate would change, the head on the active block alone and cheaper noise, and `torch.float64` draws in float64, as
-the public samplers do. `8B` is one layer of LLaDA-8B's shape with its whole vocabulary, and takes 5 GB for each
-contestant. Needs `requirements-torch.txt`.
+The sampler is low-confidence remasking of 64 completion tokens in blocks of 32. Workload W1 has width 256, 6 layers, a
+vocabulary of 4096, 64 steps and 8 rows; W2 has 4 layers, a vocabulary of 126464, 32 steps and 4 rows; 8B has one layer
+of LLaDA-8B's shape with its whole vocabulary, and takes 5 GB per contestant.
+
+`exact` samples what PyTorch samples (at temperature 0 the same tokens); `prefix` and `dual` are the approximate caches,
+refreshed once per block. PyTorch runs with and without `torch.compile`; ratios are to the one with fewer CPU seconds.
+Two more variants in PyTorch are not references: `torch.lean` computes the head on the active block alone and has
+cheaper noise, and `torch.float64` draws in float64, as the public samplers do. It needs `requirements-torch.txt`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ VARIANTS = {"exact": "none", "prefix": "prefix", "dual": "dual"}
 
 
 def prepare_reference(job: measure.Job) -> measure.Contest:
+    """Returns a contestant in PyTorch."""
     import torch
 
     from benchmarks import reference
@@ -40,6 +42,7 @@ def prepare_reference(job: measure.Job) -> measure.Contest:
 
 
 def prepare_ours(job: measure.Job) -> measure.Contest:
+    """Returns a contestant of ours."""
     import jax
 
     from benchmarks import ours
@@ -59,6 +62,7 @@ def prepare_ours(job: measure.Job) -> measure.Contest:
 
 
 def prepare(job: measure.Job) -> measure.Contest:
+    """Returns the contestant of a job."""
     return (prepare_reference if job.variant.startswith("torch") else prepare_ours)(job)
 
 

@@ -1,22 +1,23 @@
-"""Makes the runs of a bench of methods in processes that share them, several runs in one compiled program if wanted.
+"""Makes the runs of a comparison of methods in several processes, and several runs in one compiled program if wanted.
 
     python -m benchmarks.side_by_side --config configs/compare_stability.py --workdir runs/stability \\
         --arms gdsd=5,espo=5,open:gdsd=5 --rates 1e-4,3e-4,1e-3 --tenfold 2 [--seconds 500] [--worker 0]
 
-This is the protocol of `configs/compare_stability.py`. An arm is a method with its number of seeds, under what follows
-the colon of `--config` (`own` if it names nothing). First come the rates on the config's own seed, in
-`WORKDIR/ARM/rate_R/METHOD/seedN`; the best of them by the final metric on the validation rows is chosen. Then come the
-seeds at that rate, in `WORKDIR/ARM/seeds`, and the first of them at ten times that rate, in `WORKDIR/ARM/tenfold`.
+It follows the protocol of `configs/compare_stability.py`. An arm is `[RUN:]METHOD=SEEDS`: a method, its number of
+seeds, and RUN, the word after the colon of `--config` (default: `own`). Each arm first tries the rates on the config's
+own seed, in `WORKDIR/RUN/rate_R/METHOD/seedN`, and chooses the one with the best final metric on the validation rows.
+Then come the seeds at that rate, in `WORKDIR/RUN/seeds`, and the first `--tenfold` of them at ten times that rate, in
+`WORKDIR/RUN/tenfold`.
 
-A run makes what `gdsd_jax.train` makes of the same config, within rounding: the same prompts, draws and updates. It
-leaves the same files, without completions and with its last checkpoint only, so that `gdsd_jax.compare` with
-`--workdir WORKDIR/ARM/seeds` makes table and figure of finished runs, and `gdsd_jax.evaluate` and `gdsd_jax.meter` read
-them. Besides the evaluation of the last policy there is `passes`, its 16 samples of 64 test rows at temperature 1.
+A run equals one of `gdsd_jax.train` with the same config within rounding: it has the same prompts, draws and updates.
+It leaves the same files, but no completions, and only its last checkpoint. `gdsd_jax.compare --workdir
+WORKDIR/RUN/seeds` therefore makes table and figure of finished runs, and `gdsd_jax.evaluate` and `gdsd_jax.meter` read
+them. Besides the evaluation of its last policy, a run has `passes`: 16 samples of 64 test rows at temperature 1.
 
-Processes with the same workdir share the arms: each begins with the arm of its number, `--worker`, and then helps where
-runs are left. Finished runs are not made anew. Runs that `--seconds` stops keep the metrics that they have; before the
-same command begins anew, remove `WORKDIR/claims`. `--at_once` is the number of runs that share a program: a GPU takes
-all of them, a CPU core is as fast with one.
+Processes with the same workdir share the arms. Each begins with the arm of its number, `--worker`, and then helps with
+the others. Finished runs are not repeated. Runs that `--seconds` stops keep their metrics; remove `WORKDIR/claims`
+before the same command is started again. `--at_once` is the number of runs that share a program: on a GPU, take all of
+them; a CPU core is as fast with one.
 """
 
 from __future__ import annotations
@@ -72,14 +73,14 @@ SAMPLES, SAMPLED_ROWS, TEST_ROWS = 16, 64, 256
 
 
 class Run(NamedTuple):
-    """One run: its config, with its seed and rate, and its directory."""
+    """A run: its config, which has its seed and rate, and its directory."""
 
     config: TrainConfig
     directory: Path
 
 
 class Programs(NamedTuple):
-    """The compiled parts of an iteration, over stacks of runs along the first axis of every argument but the base."""
+    """The compiled parts of an iteration; every argument except the base has the runs along its first axis."""
 
     start: Any
     roll_out: Any
@@ -87,7 +88,7 @@ class Programs(NamedTuple):
 
 
 def scaled_by_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns an optimizer whose state has one more entry, a factor of all its changes."""
+    """Returns an optimizer whose state has a further entry: a factor of all its changes."""
 
     def init(params: Any) -> tuple:
         return optimizer.init(params), jnp.ones(())
@@ -100,10 +101,10 @@ def scaled_by_state(optimizer: optax.GradientTransformation) -> optax.GradientTr
 
 
 def make_programs(config: TrainConfig, setup: Setup, method: Method, sampler: SamplerConfig) -> Programs:
-    """Compiles the parts of an iteration for runs that differ in seed and learning rate alone.
+    """Compiles the parts of an iteration, for runs that differ only in seed and learning rate.
 
-    The optimizer has the config's schedule at a rate of 1, and the state's factor is the rate: changes are proportional
-    to it.
+    The optimizer has the config's schedule with a learning rate of 1. Its changes are proportional to the rate, so the
+    factor in its state is the run's rate.
     """
     unit = dataclasses.replace(config.optimizer, learning_rate=1.0)
     optimizer, schedule = make_optimizer(unit, config.iterations * config.inner_updates)
@@ -138,7 +139,7 @@ def make_programs(config: TrainConfig, setup: Setup, method: Method, sampler: Sa
 
 
 def asked(config: TrainConfig, setup: Setup) -> Prompts:
-    """Returns the prompts of all iterations of one run, in their order, each repeated for its group."""
+    """Returns the prompts of all iterations of one run in order, each repeated for its group."""
     rows = task_rows(config.task, setup.task, "train", count=config.task.train_rows, seed=config.seed)
     order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
     count = config.prompts_per_iteration * config.iterations
@@ -148,9 +149,9 @@ def asked(config: TrainConfig, setup: Setup) -> Prompts:
 
 
 class Bench:
-    """Runs of one method, with the programs and data that they share."""
+    """Makes runs of one method, which share programs and data."""
 
-    def __init__(self, config: TrainConfig, deadline: float):
+    def __init__(self, config: TrainConfig, deadline: float) -> None:
         self.config, self.deadline = config, deadline
         self.method = checked_method(config)
         self.setup = load_setup(config)
@@ -161,6 +162,13 @@ class Bench:
 
     def train(self, runs: Sequence[Run]) -> None:
         """Makes the runs side by side, until the deadline."""
+        with contextlib.ExitStack() as files:
+            for run in runs:
+                keep_record(run.directory, with_first_schedule(run.config, run.directory))
+            writers = [files.enter_context(MetricWriter(run.directory, resume_step=-1)) for run in runs]
+            self._train(runs, writers)
+
+    def _train(self, runs: Sequence[Run], writers: Sequence[MetricWriter]) -> None:
         config, setup = self.config, self.setup
         for seed in {run.config.seed for run in runs}:
             if seed not in self.prompts:
@@ -170,9 +178,6 @@ class Bench:
         rates = np.array([run.config.optimizer.learning_rate for run in runs], np.float32)
         state = self.programs.start(np.array([run.config.seed for run in runs], np.int32), rates)
         rows = config.prompts_per_iteration * config.group_size
-        for run in runs:
-            keep_record(run.directory, with_first_schedule(run.config, run.directory))
-        writers = [MetricWriter(run.directory, resume_step=-1) for run in runs]
         failed, each = set(), range(config.inner_updates)
         for iteration in range(1, config.iterations + 1):
             begin = time.perf_counter()
@@ -227,7 +232,7 @@ class Bench:
         return batch, rewards
 
     def finish(self, run: Run, state: TrainState) -> None:
-        """Saves the last state of a run and evaluates it on test rows, at temperature 0 and with several samples."""
+        """Saves the last state of a run, and evaluates it on test rows: once greedily, once with several samples."""
         # Imported only here, because Orbax takes seconds to import.
         from gdsd_jax.training.checkpoint import Checkpoints
 
@@ -243,7 +248,7 @@ class Bench:
     def evaluate(
         self, run: Run, weights: tuple, sampler: SamplerConfig, output: Path, *, rows: int, samples: int
     ) -> None:
-        """Writes the summary that `gdsd_jax.evaluate` writes of the same policy and rows."""
+        """Writes the summary that `gdsd_jax.evaluate` would write of the same policy and rows."""
         config, setup = run.config, self.setup
         task = evaluated_task(config)
         items = task_rows(config.task, task, "test", count=rows)
@@ -265,7 +270,7 @@ class Bench:
 
 
 class Arm(NamedTuple):
-    """A method under one run of the config file, and its number of seeds."""
+    """A word after the colon of `--config`, a method, and its number of seeds."""
 
     run: str
     method: str
@@ -273,22 +278,37 @@ class Arm(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Arm:
+        """Returns the arm that `[RUN:]METHOD=SEEDS` spells."""
         name, _, seeds = text.partition("=")
         run, colon, method = name.rpartition(":")
         return cls(run if colon else "own", method, int(seeds))
 
 
 class Protocol:
-    """The runs of all arms, and this process's share of them.
+    """Decides which runs the arms need, and makes this process's share of them.
 
     Args:
       file: the config file.
-      iterations: of each run; None: the config's.
+      rates: learning rates that every arm tries.
+      tenfold: number of seeds that are repeated at ten times the best rate.
+      deadline: time at which to stop, in seconds since the epoch.
+      iterations: iterations of each run; None: the config's.
+      at_once: number of runs that share a program.
     """
 
-    def __init__(self, file: str, workdir: Path, rates: Sequence[float], tenfold: int, deadline: float, **sizes: Any):
+    def __init__(
+        self,
+        file: str,
+        workdir: Path,
+        rates: Sequence[float],
+        tenfold: int,
+        deadline: float,
+        *,
+        iterations: int | None,
+        at_once: int,
+    ) -> None:
         self.file, self.workdir, self.rates, self.tenfold = file, workdir, rates, tenfold
-        self.deadline, self.iterations, self.at_once = deadline, sizes["iterations"], sizes["at_once"]
+        self.deadline, self.iterations, self.at_once = deadline, iterations, at_once
         self.configs: dict[Arm, TrainConfig] = {}
         self.benches: dict[Arm, Bench] = {}
         self.took: dict[Arm, float] = {}
@@ -305,7 +325,7 @@ class Protocol:
         return self.configs[arm]
 
     def runs(self, arm: Arm) -> list[Run]:
-        """Returns the runs of an arm that can be made: the seeds come once all rates have been tried."""
+        """Returns the runs of an arm that can be made now: its rates, or its seeds once all rates have been tried."""
         config = self.config(arm)
 
         def run(part: str, seed: int, rate: float) -> Run:
@@ -323,7 +343,7 @@ class Protocol:
         return later + [run("tenfold", config.seed + n, 10 * rate) for n in range(self.tenfold)]
 
     def claim(self, arm: Arm) -> list[Run]:
-        """Returns up to `at_once` runs that no process has made or begun, and which are now this one's."""
+        """Claims up to `at_once` runs that no process has made or begun, and returns them."""
         found = []
         for run in self.runs(arm):
             claim = self.place(run)
@@ -335,17 +355,17 @@ class Protocol:
         return found
 
     def place(self, run: Run) -> Path:
-        """Returns the directory that marks a run as begun; one named `failed` in it marks that it ended by an error."""
+        """Returns the directory that marks a run as begun; `failed` inside it marks a run that an error has ended."""
         return self.workdir / "claims" / "-".join(run.directory.relative_to(self.workdir).parts)
 
     def settled(self, run: Run) -> bool:
-        """Returns whether nothing more will come of a run."""
+        """Returns whether a run is finished, diverged or failed."""
         return state_of(*run) != "open" or (self.place(run) / "failed").exists()
 
     def share(self, arms: Sequence[Arm], worker: int) -> None:
         """Makes runs until none is left or the time is up.
 
-        It begins with its own arm. Later it prefers the first of the arms whose programs it has compiled already.
+        The first arm is the worker's own. Later, arms whose programs this process has compiled come first.
         """
         own = arms[worker % len(arms)]
         while time.time() < self.deadline:
@@ -366,7 +386,7 @@ class Protocol:
                     self.benches[own] = Bench(self.config(own), self.deadline)
                 self.benches[own].train(runs)
             except Exception:
-                # One method that fails, on a machine that is lent for minutes, must not end the others.
+                # On a machine that is available only for minutes, an arm that fails must not end the others.
                 traceback.print_exc()
                 for run in runs:
                     (self.place(run) / "failed").mkdir()
@@ -378,7 +398,7 @@ class Protocol:
 
 
 def chosen_rate(runs: Sequence[Run], metric: str) -> float | None:
-    """Returns the rate whose finished run has the highest final metric on the held-out rows; None where none has."""
+    """Returns the rate whose run has the highest final metric on the held-out rows, or None if no run is finished."""
     finals = {
         run.config.optimizer.learning_rate: read_metrics(run.directory)[-1][f"eval/{metric}"]
         for run in runs

@@ -1,13 +1,13 @@
-"""One denoising step of LLaDA-8B on TPU slices that are not here: full, prefix and dual, on several meshes.
+"""Plans one denoising step of LLaDA-8B on TPU slices that this machine lacks: full, prefix and dual, on several meshes.
 
     .venv-tpu/bin/python -m benchmarks.steps_8b [--topologies v5p:2x2x4,v5e:8x8] [--json FILE]
 
-Each step is compiled by libtpu at the real size (320 completions, prompt 400, completion 256, blocks of 32, bfloat16,
-LoRA rank 128, the head on the block alone) and held against the chip's published figures, as `gdsd_jax.plan` does: no
-step can be faster than the slowest of compute, HBM and network. A prefix step computes half of the completion, which
-is the mean over its blocks; a cached step reads keys and values of a refresh at each block's start, whose full step
-`cycle` spreads over the 32 steps of a block, at one token a step. The table ends with the update from
-docs/pods_plan.json, on the mesh of the slice's config. Nothing here has run on a TPU.
+Each step is compiled by libtpu at its real size: 320 completions, prompt 400, completion 256, blocks of 32, bfloat16,
+LoRA rank 128, the head on the block alone. As in `gdsd_jax.plan`, its time is the longest of compute, HBM and network
+at the chip's published rates, which is a lower bound. A prefix step computes half of the completion, the mean over its
+blocks. Cached steps read the keys and values of a refresh at the start of each block; `cycle` is the mean time of a
+step, this refresh included, at one token per step. The table ends with the update from docs/pods_plan.json, on the mesh
+of the slice's config. Nothing here has run on a TPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TENSOR = (1, 4)
 
 
 def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """The lowered programs of one step by their names."""
+    """Returns functions that lower the program of each kind of step, by name."""
     model = with_compute(hub.architecture(config.checkpoint), config.model)
     optimizer, _ = make_optimizer(config.optimizer, 1)
     base, state = parameters(config, model, mesh, optimizer)
@@ -80,7 +80,7 @@ def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[]
         return commit(base, read(jnp.arange(size)), uniform)
 
     def window(width: int, whole: bool) -> jax.stages.Lowered:
-        """A step under a cache of all tokens, or of those around the window."""
+        """Lowers a step under a cache of all tokens (`whole`), or of those around the window."""
 
         def refreshed(base: Any, lora: Any, tokens: jax.Array, start: jax.Array) -> Any:
             around = None if whole else (start, width)
@@ -102,7 +102,7 @@ def steps(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Callable[[]
 
 
 def rows(topology: chips.Slice, config: TrainConfig) -> Iterator[dict[str, Any]]:
-    """A row for each mesh and step."""
+    """Yields a row of results for each mesh and step."""
     completions = config.prompts_per_iteration * config.group_size
     for tensor in TENSOR:
         mesh = make_mesh(MeshConfig(1, topology.chips // tensor, tensor), chips.devices(topology))
@@ -130,14 +130,14 @@ def rows(topology: chips.Slice, config: TrainConfig) -> Iterator[dict[str, Any]]
 
 
 def update(topology: str) -> dict[str, Any]:
-    """The row of one inner update, as it is planned: an update computes no tokens of a rollout."""
+    """Returns the row of the planned inner update; it has no tokens per second, as an update samples none."""
     plans = json.loads(PLANS.read_text()).values()
     plan = next(p for p in plans if p["topology"] == topology and p["model"].startswith("LLaDA") and p["lora_rank"])
     return plan["update"] | {"topology": topology, "mesh": plan["mesh"], "step": "update"}
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """The rows in Markdown; the best mesh of each step is marked, and what binds it is in bold."""
+    """Formats the rows in Markdown; the best mesh of each step is marked, and the longest of its times is bold."""
     lines = [
         "| slice | step | fsdp x tensor | TFLOP | compute ms | HBM ms | network ms | tokens/s/chip | best |",
         "|---|---|---|---|---|---|---|---|---|",

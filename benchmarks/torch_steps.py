@@ -1,10 +1,11 @@
-"""PyTorch at the 8B shape of `benchmarks.accelerator`: the lean sampler step and the update, by SDPA and PEFT.
+"""Measures PyTorch (SDPA, PEFT) at the 8B shape of `benchmarks.accelerator`: the lean sampler step and the update.
 
     python -m benchmarks.torch_steps [--tiny] [--rows 32]
 
-Prints a JSON row for each part as it is measured: a step without adapters, one with LoRA, both with the layers as they
-are and compiled, and an update of one coupled pair of views with the KL to the base, with compiled layers and
-recomputation. No row has pads here, which spares PyTorch a mask. `benchmarks.accelerator` runs it as its part `torch`.
+It prints a JSON row for each part as it is measured: a step without adapters and one with LoRA, each with eager and
+with compiled layers, and an update of one coupled pair of views with the KL to the base, with compiled layers and
+recomputation. Prompts have no pads here, so that PyTorch needs no mask. It is the part `torch` of
+`benchmarks.accelerator`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import transformers
 
 from benchmarks.reference import DEVICE, NAMES, propose_leanly
 
-# Fields of the published config; `accelerator_parts.TINY` in small.
+# Sizes of the published model, and those of `accelerator_parts.TINY`.
 REAL = {"vocabulary": 126464, "width": 4096, "feed_forward": 12288, "layers": 32, "heads": 32, "rank": 128}
 TINY = {"vocabulary": 512, "width": 64, "feed_forward": 128, "layers": 2, "heads": 4, "rank": 4}
 LENGTHS = {False: (400, 256, 32), True: (16, 16, 8)}
 
 
 def build(sizes: dict[str, int]) -> torch.nn.Module:
-    """A frozen model in bfloat16 under full attention, with random weights drawn on the device."""
+    """Returns a frozen model in bfloat16 with full attention, whose random weights are drawn on the device."""
     config = transformers.LlamaConfig(
         vocab_size=sizes["vocabulary"], hidden_size=sizes["width"], intermediate_size=sizes["feed_forward"],
         num_hidden_layers=sizes["layers"], num_attention_heads=sizes["heads"], num_key_value_heads=sizes["heads"],
@@ -50,7 +51,7 @@ def build(sizes: dict[str, int]) -> torch.nn.Module:
 
 
 def timed(work: Callable[[], Any], turns: int) -> dict[str, Any]:
-    """Seconds of the first call, which compiles, and the median of the later ones; or the error."""
+    """Returns the seconds of the first call, which compiles, and the median of `turns` later ones, or the error."""
     taken = []
     try:
         for _ in range(turns + 1):
@@ -65,6 +66,7 @@ def timed(work: Callable[[], Any], turns: int) -> dict[str, Any]:
 
 
 def parts(tiny: bool, rows: int, update_rows: int, turns: int) -> Iterator[dict[str, Any]]:
+    """Measures all parts, and yields a row of results for each."""
     sizes, (prompt, completion, block) = TINY if tiny else REAL, LENGTHS[tiny]
     model = build(sizes)
     layers = list(model.model.layers)
@@ -100,7 +102,7 @@ def parts(tiny: bool, rows: int, update_rows: int, turns: int) -> Iterator[dict[
 
 
 def updater(model: peft.PeftModel, tokens: torch.Tensor, prompt: int) -> Callable[[], None]:
-    """GDSD's update from one coupled pair of views, with the squared difference of the scores to the base's."""
+    """Returns GDSD's update from one coupled pair of views, with a quadratic estimate of the KL to the base."""
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -111,7 +113,7 @@ def updater(model: peft.PeftModel, tokens: torch.Tensor, prompt: int) -> Callabl
     advantages = torch.arange(rows, device=DEVICE) % 2 - 0.5
 
     def score(views: torch.Tensor, twice: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the completions, [2B, L]."""
+        """Returns the log-probabilities of the completion tokens, `[2B, L]`."""
         inputs = torch.where(views, 3, twice)
         with torch.autocast(DEVICE, torch.bfloat16):
             logits = model(input_ids=inputs, logits_to_keep=length).logits

@@ -1,14 +1,15 @@
-"""One inner update beside plain PyTorch, on random weights in float32.
+"""Measures one inner update against plain PyTorch, on random weights in float32.
 
     python -m benchmarks.update [--workloads W1,W2] [--threads 1] [--turns 3] [--json FILE]
 
-GDSD on rank-16 adapters of all seven matrices, one coupled pair of views, all rows in one micro-batch, clipped AdamW;
-the shapes are those of `benchmarks.sampler`. PyTorch (with PEFT) puts both views through the head and differentiates
-whole logits; ours selects the view in which a token is masked first, walks the vocabulary in chunks, and logs the
-entropy besides. PyTorch runs with and without `torch.compile`, and the ratio is to the one that takes fewer CPU
-seconds; `torch.lean` is what its advocate would change, the head on the completion alone, and no reference. All keep
-memory that they have freed (`KEPT`): XLA gives it back after every update and asks for as much at the next one, and the
-faults of its pages are up to a quarter of ours. Needs `requirements-torch.txt`.
+The update is GDSD on rank-16 adapters of all seven matrices, with one coupled pair of views, all rows in one
+micro-batch, and clipped AdamW; the workloads are those of `benchmarks.sampler`. PyTorch (with PEFT) puts both views
+through the head and differentiates whole logits. Ours first selects the view that masks a token, walks the vocabulary
+in chunks, and also logs the entropy. PyTorch runs with and without `torch.compile`; ratios are to the one with fewer
+CPU seconds. `torch.lean`, which computes the head on the completion alone, is not a reference.
+
+All contestants keep freed memory (`KEPT`). Otherwise XLA would return it after every update and request it again at the
+next one, and page faults would take up to a quarter of our time. It needs `requirements-torch.txt`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ KEPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD
 
 
 def batch(shape: Workload) -> tuple[np.ndarray, np.ndarray]:
-    """Clean tokens `[rows, P+L]` and advantages `[rows]`."""
+    """Returns clean tokens `[rows, P+L]` and advantages `[rows]`."""
     draws = np.random.default_rng(2)
     completions = draws.integers(0, shape.mask_id, (shape.rows, shape.completion), dtype=np.int32)
     return np.concatenate([prompts(shape), completions], axis=1), draws.standard_normal(shape.rows, np.float32)
 
 
 def prepare_reference(job: measure.Job) -> measure.Contest:
+    """Returns a contestant in PyTorch."""
     import torch
 
     from benchmarks import reference
@@ -48,6 +50,7 @@ def prepare_reference(job: measure.Job) -> measure.Contest:
 
 
 def prepare_ours(job: measure.Job) -> measure.Contest:
+    """Returns our contestant."""
     import jax
 
     from benchmarks import ours
@@ -85,6 +88,7 @@ def prepare_ours(job: measure.Job) -> measure.Contest:
 
 
 def prepare(job: measure.Job) -> measure.Contest:
+    """Returns the contestant of a job."""
     return (prepare_reference if job.variant.startswith("torch") else prepare_ours)(job)
 
 

@@ -1,4 +1,4 @@
-"""The measured workloads: shapes of model and rollout, random weights that both sides share, and prompts."""
+"""Defines the measured workloads: sizes of model and rollout, the random weights that both sides share, and prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Workload(NamedTuple):
-    """A model with `layers` blocks of `width`, and a rollout of `rows` prompts of P tokens with L completion tokens."""
+    """Sizes of a model, and of a rollout: `rows` prompts of P = `prompt` tokens, L = `completion` tokens in blocks."""
 
     width: int
     layers: int
@@ -23,6 +23,7 @@ class Workload(NamedTuple):
 
     @property
     def mask_id(self) -> int:
+        """Returns the id of the mask token, the last of the vocabulary."""
         return self.vocabulary - 1
 
 
@@ -35,7 +36,7 @@ WORKLOADS = {
 
 
 def weights(shape: Workload) -> dict:
-    """Random float32 base parameters in our layout: `[in, out]` kernels, layers stacked in front."""
+    """Draws float32 base parameters in our layout: kernels `[in, out]`, with the layers stacked on a leading axis."""
     draws = np.random.default_rng(0)
     d, f, n = shape.width, shape.feed_forward, shape.layers
     sizes = dict.fromkeys("qkvo", (d, d)) | {"gate": (d, f), "up": (d, f), "down": (f, d)}
@@ -50,6 +51,6 @@ def weights(shape: Workload) -> dict:
 
 
 def prompts(shape: Workload) -> np.ndarray:
-    """`[rows, P]` int32."""
+    """Draws prompts, `[rows, P]` int32."""
     draws = np.random.default_rng(1)
     return draws.integers(0, shape.mask_id, (shape.rows, shape.prompt), dtype=np.int32)

@@ -113,7 +113,7 @@ def runs_of(slices: Iterable[str], tasks: Iterable[str]) -> tuple[str, ...]:
 
 
 def on_slice(run: str, slices: dict[str, tuple[str, int, str]], recipes: dict[str, Any], *, prompts: int) -> ConfigDict:
-    """Returns the recipe of the task of `run`, SLICE_TASK, with the sizes of the slice and `prompts` x 16 completions."""
+    """Returns the recipe of the task in `run`, SLICE_TASK, with the sizes of its slice and `prompts` groups of 16."""
     name, task = chosen(run, runs_of(slices, recipes))
     config = recipes[task].get_config()
     config.prompts_per_iteration, config.group_size = prompts, 16
