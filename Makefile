@@ -1,17 +1,17 @@
-# The targets need no preparation: each makes the virtual environment it runs in, and refreshes it when its requirements change.
+# No target needs preparation: each makes its virtual environment, and updates it when the requirements change.
 #   make demo       SFT, GDSD, evaluation and export of the tiny model, into runs/demo
-#                   make demo FAMILY=sdar   in the format of another model family, into runs/demo_sdar
+#                   make demo FAMILY=sdar   the same in the format of another model family, into runs/demo_sdar
 #   make compare    six methods with three seeds each on the tiny model, table and figure into runs/compare
 #   make test       the fast tests              make test PYTEST_ARGS=tests/telemetry/test_metrics.py   a part of them
 #   make test-slow  the tests that need PyTorch and PEFT, or minutes
-#   make test-multi of them, the meshes of eight devices and the jobs of several processes
-#   make test-plan  compiles a program of the real size for TPUs that are not here; part of test-slow
-#   make plan-table the table of docs/pods_plan.md: compiles what its JSON file does not hold yet
+#   make test-multi only those slow tests that use meshes of eight devices or jobs of several processes
+#   make test-plan  compiles a program of real size for TPUs that this machine lacks; part of test-slow
+#   make plan-table the table of docs/pods_plan.md: compiles the rows that its JSON file lacks
 #   make lint       ruff; make format rewrites as ruff does; make types checks the types of the public surface
-#   make docs       the site in build/docs/index.html, its notebook executed; a warning is an error
+#   make docs       the site in build/docs/index.html, with its notebook executed; a warning is an error
 #   make venv-tpu   the environment for TPU hosts (.venv-tpu);  make venv-gpu  the one for NVIDIA GPUs (.venv-gpu)
 #   make clean      removes environments and caches, never runs/
-# PYTHON=... chooses the interpreter; the default is the first of the names below that is new enough.
+# PYTHON=... chooses the interpreter; the default is the first below that is new enough.
 
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
@@ -30,11 +30,11 @@ demo: .venv/.installed
 compare: .venv/.installed
 	.venv/bin/python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,gdsd_tlc,espo,diffu_grpo,wd1,spg --seeds 3
 
-# Most of the fast tests run a program once or twice, so that compiling it is what costs.
+# Most of the fast tests run a program once or twice, so most of their time is compilation.
 test: .venv/.installed
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# What is held against recorded numbers of other code is held once more with the programs that users run.
+# The tests against recorded numbers of other code run a second time with optimised programs, as users run them.
 OPTIMISED = tests/denoiser/test_denoiser.py tests/diffusion/test_scoring.py tests/test_models2_golden.py \
 	tests/training/test_update.py
 
@@ -90,7 +90,7 @@ clean:
 .venv-gpu/.installed: requirements.txt requirements-gpu.txt
 	$(call install,.venv-gpu,requirements-gpu.txt)
 
-# The stamp is written last, so that an interrupted installation starts again; an environment of an older Python is made anew.
+# The stamp is written last, so that an interrupted installation starts again. An environment of an older Python is replaced.
 define install
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed and none was found: name one with make PYTHON=/path/to/python3" >&2; exit 1; }
 	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not a program on this machine" >&2; exit 1; }
