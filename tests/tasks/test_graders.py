@@ -323,7 +323,11 @@ def test_programs(frame, change):
 
 @pytest.mark.parametrize("more", ["", "\nUse:\n```python\nprint(add(1, 2))\n```"])
 def test_earlier_blocks_give_what_a_program_lacks(more):
-    helpers = ["def low(a):\n    return a", "def plus(a, b):\n    return low(a) + b"]
+    helpers = [
+        "from math import (\n    floor,\n)",
+        "def low(a):\n    return floor(a)",
+        "def plus(a, b):\n    return low(a) + b",
+    ]
     blocks = [*helpers, "def add(a, b):\n    return plus(a, b)"]
     namespace = {}
     exec(located("\n\n".join(f"```python\n{block}\n```" for block in blocks) + more, ("add",), ""), namespace)

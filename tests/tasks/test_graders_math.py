@@ -15,6 +15,14 @@ y = 2x + 3 | y = 3x+2 | 0
 y = -2x | -2x | 0
 2k+2 | f(k) = 2k+2 | 1
 p - q | x = p-q | 1
+x < -5 \text{ or } x > 1 | x < -5 \text{ and } x > 1 | 0
+x < -5 \text{ or } x > 1 | x > 1 \text{ or } x < -5 | 1
+(-\infty,-2) \cup (-2,2) \cup (2,\infty) | x \ne \pm 2 | 1
+(-\infty,2) \cup (2,\infty) | x \ne \pm 2 | 0
+7\text{ m/s} | 7\,\mathrm{m/s} | 1
+7\text{ m/s} | 7\ \frac{\text{m}}{\text{s}} | 1
+7\text{ m/s} | 7\ \frac{\text{m}}{\text{s}^2} | 0
+7\text{ m} | 7\,\mathrm{g} | 0
 a_n = 4n - 3 | 4n-3 | 1
 x_1 = 4n | 4n | 0
 f(x) = 5^x | y = 5^x | 1

@@ -94,6 +94,8 @@ def same(gold: Answer, answer: Answer) -> bool:
         )
     gold, answer = _members(gold), _members(answer)
     if isinstance(gold, Sequence) and isinstance(answer, Sequence):
+        if {gold.joint, answer.joint} == {"and", "or"} and any(map(_is_inequality, gold.items)):
+            return sets_equal(gold, answer)
         return _same_sequence(gold, answer) or (gold.opening != answer.opening and sets_equal(gold, answer))
     if isinstance(gold, Sequence) != isinstance(answer, Sequence):
         one, other = (gold, answer) if isinstance(gold, Sequence) else (answer, gold)
@@ -242,6 +244,10 @@ def _is_function(name: Answer, value: Answer) -> bool:
 
 def _is_equation(answer: Answer) -> bool:
     return isinstance(answer, Relation) and set(answer.signs) == {"="}
+
+
+def _is_inequality(answer: Answer) -> bool:
+    return isinstance(answer, Relation) and not _is_equation(answer)
 
 
 def _same_relation(gold: Relation, answer: Relation) -> bool:

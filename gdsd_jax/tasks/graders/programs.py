@@ -2,7 +2,7 @@ r"""Finds the program of a completion: the fenced block that defines the request
 
 Fences are runs of ``` or ~~~ at the start of a line, indented or not, with any name of Python or none. Behind text on
 the same line, a fence with a name opens a block and one without may end it. A fence inside a docstring does not end a
-block: the block ends at the first fence that leaves a program that parses. Earlier blocks that define what it uses and
+block: the block ends at the first fence that leaves a program that parses. Earlier blocks that define or import what it
 lacks come in front of it. Everything runs in a worker, because parsing alone may take seconds or gigabytes.
 """
 
@@ -146,19 +146,31 @@ def _code_end(closing: re.Match) -> int:
 
 
 def _helpers(text: str, blocks: list[Block], chosen: Block) -> list[Block]:
-    """Returns the earlier blocks that define names which the chosen one uses and lacks, from the last to the first."""
+    """Returns the earlier blocks that define or import names that the chosen one lacks, from the last to the first."""
     found: list[Block] = []
     needed = _lacking(text, chosen)
     for block in reversed([block for block in blocks if block.end <= chosen.start][-MAX_HELPERS:]):
-        if needed & set(_DEFINITION.findall(text, block.start, block.end)) and parses(_code(text, block)):
+        given = _given(text, block)
+        if needed & given:
             found.append(block)
-            needed |= _lacking(text, block)
-            needed -= set(_DEFINITION.findall(text, block.start, block.end))
+            needed = (needed | _lacking(text, block)) - given
     return found
 
 
 def _code(text: str, block: Block) -> str:
     return textwrap.dedent(text[block.start : block.end]).strip("\n")
+
+
+def _given(text: str, block: Block) -> set[str]:
+    """Returns the names that a block defines or imports at its top level; none if it does not parse."""
+    try:
+        body = ast.parse(_code(text, block)).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    imports = [alias for node in body if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = {alias.asname or alias.name.partition(".")[0] for alias in imports}
+    return found | {node.name for node in body if isinstance(node, definitions)}
 
 
 def _lacking(text: str, block: Block) -> set[str]:

@@ -144,6 +144,9 @@ def _relation(answer: Relation) -> RealSet | None:
         return None if found is None or name is None else RealSet(found.intervals, name)
     if not set(signs) <= _FLIPPED.keys():
         return None
+    if signs == ("!=",) and isinstance(sides[1], Scalar) and len(sides[1].trees) == 2:  # x != +-1
+        parts = [_half(sides[0], "!=", sides[1]._replace(trees=(tree,))) for tree in sides[1].trees]
+        return _intersection(parts) if all(parts) else None
     if len(sides) == 2:
         if _constant(sides[0]) and not _constant(sides[1]):
             sides, signs = sides[::-1], (_FLIPPED[signs[0]],)

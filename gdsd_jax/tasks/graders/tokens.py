@@ -118,6 +118,7 @@ UNITS = {
     "inch", "unit", "units", "am", "pm", "cc", "usd", "feet", "foot", "year", "years", "mile", "miles", "men", "cubic",
     "square", "per",
 }  # fmt: skip
+_UNIT_LETTERS = set("mgshlLJNWV")
 _ANSWERS = {
     "yes", "no", "true", "false", "odd", "even", "none", "all", "red", "if", "is", "not", "for", "than", "the", "so",
     "to",
@@ -125,6 +126,9 @@ _ANSWERS = {
 
 
 _STYLE = r"\\(?:text|textrm|mathrm|mbox|rm)\{\s*"
+# A unit as a fraction of words: \frac{\text{m}}{\text{s}^2}.
+_WORDS = rf"\{{\s*{_STYLE}([a-z ]{{1,30}})\}}"
+_RATE = re.compile(rf"\\[dt]?frac\s*{_WORDS}\s*\}}\s*{_WORDS}(\s*\^\s*\{{?[23]\}}?)?\s*\}}")
 _ORDINAL = re.compile(
     rf"(?<=[0-9])(?:\^\{{{_STYLE}(?:st|nd|rd|th)\s*\}}\}}|\^\{{\s*(?:st|nd|rd|th)\s*\}}|\^?{_STYLE}(?:st|nd|rd|th)\s*\}}"
     r"|(?:st|nd|rd|th)(?![A-Za-z]))"
@@ -143,6 +147,7 @@ def translate(text: str) -> str:
         run = f"[{''.join(signs)}]+"
         text = re.sub(run, lambda found: f"{mark}{{{''.join(signs[c] for c in found[0])}}}", text)  # noqa: B023
     text = _DEGREE.sub(r"\\degree ", text.translate(_TABLE))
+    text = _RATE.sub(r"\\text{\1/\2}\3", text)
     text = _TIMES.sub(r"\1\\times ", _DOTS.sub(r"\\ldots ", _ORDINAL.sub("", text)))
     return _TEMPERATURE.sub(r"\\degree ", _MODULUS.sub(r"\\pmod{\1}", text))
 
@@ -277,7 +282,8 @@ class _Lexer:
             is_unit = run in UNITS and roman  # \text{min}
             self.add("word", run) if is_unit else self.add("command", _PLAIN.get(run, run))
         elif len(run) == 1 or (run in _SPELLED and not roman):
-            self.add("symbol", run)
+            is_unit = run in _UNIT_LETTERS and roman  # \mathrm{m}
+            self.tokens.append(Token("symbol", run, is_unit or "text" in self.braces))
         elif roman or len(run) > 3 or small in UNITS or small in _ANSWERS:
             self.tokens.append(Token("word", run, True))
         else:
