@@ -49,9 +49,14 @@ def rst(app, what, name, obj, options, lines):
     if inspect.isclass(obj):
         fields = {field for base in obj.__mro__ for field in base.__dict__.get("__annotations__", {})}
     out, literal, listing, section = [], False, False, False
+    returned = False
     for line in lines:
         text, indent = line.strip(), len(line) - len(line.lstrip())
         section = section or bool(SECTION.match(text))
+        # What stands before a colon is otherwise taken for the type of what is returned.
+        if returned and re.match(r"[^`:]* [^`:]*: ", text):
+            line = line.replace(": ", ", ", 1)
+        returned = text in ("Returns:", "Yields:")
         names = {part.strip() for part in text.partition(":")[0].split(",")}
         if fields and not section and not listing and ":" in text and names <= fields:
             out += ["", "Attributes:"]
@@ -84,7 +89,13 @@ def inside(app, docname, source):
         rest = sorted(app.env.found_docs - set(source[0].split()) - {"index"})
         lines = ["```{toctree}", ":maxdepth: 1", ":caption: Further", *rest, "```", ""]
         source[0] += "\n".join(["", *lines]) if rest else ""
-    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", source[0])
+    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", named, source[0])
+
+
+def named(link: re.Match) -> str:
+    """Replaces a link to a file outside of the site by its text and the file's path, or by the path alone."""
+    text, path = link[1], link[2]
+    return f"`{path}`" if text.strip("`") in (path, Path(path).name) else f"{text} (`{path}`)"
 
 
 def setup(app):

@@ -24,8 +24,8 @@ from gdsd_jax.runtime import ranges  # noqa: E402
 
 HEAD = """# Configuration
 
-A config file is a Python file with a function `get_config`. It starts from the defaults, `gdsd_jax.config.default()`, or from
-another config file, changes some settings and returns the result:
+A config file is a Python file with a function `get_config`. It starts from the defaults, `gdsd_jax.config.default()`,
+or from another config file, changes some settings and returns the result:
 
 ```python
 from gdsd_jax.config import read_config
@@ -38,9 +38,10 @@ def get_config():
 ```
 
 The command line overrides single settings: `--config.iterations=100`, `--config.sampler.threshold=None`,
-`--config.optimizer.learning_rate=1e-4`. A setting that does not exist, or a value of another type or out of range, ends the
-command with one line that says so. From Python, `freeze(TrainConfig, config)` makes the same checks and returns the dataclass
-that the functions of the package take.
+`--config.optimizer.learning_rate=1e-4`. A setting that does not exist, or a value of another type or out of range,
+ends the command with one line that says so. From Python, `freeze(TrainConfig, config)` makes the same checks and
+returns the dataclass that the functions of the package take. Numbers are finite and not negative, unless their type
+says otherwise.
 
 This page is generated from the dataclasses by `python docs/make_configuration.py`; edit their docstrings instead.
 """

@@ -106,7 +106,7 @@ plt.show()
 # group of completions (`A_i`). The new objective is the plain policy gradient on that score, for B completions of L
 # tokens:
 #
-# $$\mathrm{loss} = -\frac{1}{BL} \sum_i A_i S_i .$$
+#     loss = - sum_i A_i S_i / (B L)
 #
 # `objective` returns one value for each completion; the trainer adds them up. The second dictionary holds metrics.
 

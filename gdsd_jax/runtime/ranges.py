@@ -37,7 +37,8 @@ class Range:
         low = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
         if self.most is None or math.isinf(self.most):
             return low if self.most is not None else f"{low} and finite"
-        return f"{low} and {'below' if self.below else 'at most'} {self.most:g}"
+        most = f"{self.most:g}" if isinstance(self.most, float) else self.most
+        return f"{low} and {'below' if self.below else 'at most'} {most}"
 
 
 Count = Annotated[int, Range(1)]
