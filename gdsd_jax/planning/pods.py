@@ -46,17 +46,18 @@ COLUMNS = (
     "sampler ratio", "score ratio", "update ratio", "rollout s", "update s", "iteration s", "chip-hours", "fits",
     "commit",
 )  # fmt: skip
-INTRODUCTION = """# What the pod configs take, by `plan`
+INTRODUCTION = """# Pods, planned
 
-Made by `make plan-table` with jax {jax} and libtpu {libtpu}; all figures are in [pods_plan.json](pods_plan.json).
-Nothing here has run on a TPU: memory is what the TPU compiler says, FLOPs are counted in its programs, and seconds are
-the roofline's, below which no run can go.
+Memory, FLOPs and the least time of the pod configs on slices of TPUs. `make plan-table` made this page with jax {jax}
+and libtpu {libtpu}; [pods_plan.json](pods_plan.json) has all figures. Nothing here has run on a TPU: memory is what the
+TPU compiler says, FLOPs are counted in its programs, and no run can be faster than the seconds, which follow from the
+chips' published rates ([planning](planning.md)).
 
-GiB are peaks per chip with what lives beside the program; ratios are counted over analytic FLOPs; an iteration is a
-rollout and its inner updates, chip-hours are those of 1000 of them. Completion 256, prompt 400, 256 denoising steps;
-8 inner updates and G = 16, in `sizes_pod` 4 and 8. Where the number of denoising steps depends on what is written,
-they are the most that can be. Each row was compiled from the programs of the commit that it names; a later one may
-have changed them.
+GiB are the peak memory of a chip, with the arrays that are there beside the program. Ratios are the counted FLOPs over
+those that follow from the equations. An iteration is a rollout and its inner updates, and chip-hours are those of 1000
+iterations. Completions have 256 tokens, prompts 400, and there are 256 denoising steps, or the largest number where it
+depends on what is written. There are 8 inner updates and G = 16, in `sizes_pod` 4 and 8. Each row was compiled from the
+programs of the commit that it names; a later commit may have changed them.
 
 """
 
