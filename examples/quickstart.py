@@ -18,7 +18,6 @@
 # trains it with a loss that is written here, exports the result and loads the export again.
 
 # %%
-import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -37,7 +36,6 @@ from gdsd_jax.evaluation.policy import load_policy
 from gdsd_jax.methods import METHODS, Recipe
 from gdsd_jax.telemetry.metrics import read_metrics
 
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 logging.set_verbosity(logging.ERROR)
 warnings.filterwarnings("ignore", "IProgress not found")
 places = [Path.cwd(), *Path.cwd().parents]

@@ -54,8 +54,6 @@ def launch(
       dry_run: whether `main` supports `config.dry_run`, which needs no workdir.
       argv: the command line, starting with the program's name; None: that of the process.
     """
-    # transformers reads this when it is first imported. Without it, transformers reports that PyTorch is missing.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Orbax would log warnings about its own defaults.
     logging.set_verbosity(logging.ERROR)
     argv = sys.argv if argv is None else argv

@@ -1,5 +1,7 @@
 """Reads and writes Hugging Face directories: configurations, parameters, adapters and tokenizers."""
 
+import os
+
 from gdsd_jax.hub.adapt import adapt, family_for
 from gdsd_jax.hub.declared import read_config
 from gdsd_jax.hub.files import Reader
@@ -23,3 +25,7 @@ __all__ = [
     "load_tokenizer",
     "read_config",
 ]
+
+# transformers is imported where a tokenizer is read or made, and reads this then. Without it, transformers reports that
+# PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
