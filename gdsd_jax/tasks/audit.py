@@ -3,13 +3,16 @@
     python -m gdsd_jax.tasks.audit --task math --file runs/math/evaluation/evaluation.jsonl
     python -m gdsd_jax.tasks.audit --task gsm8k --file completions.jsonl --all --limit 500
 
+Prints for each grader whether the answer is right (the task's last metric) and what training pays for it, as a share of
+the reward for a right answer in the right form.
+
 FILE holds JSON objects, one per line or in one array. Each has `completion` and the fields of its row, as `evaluate`
 writes them, or the row as an object under `row`. Objects that name another `task` are left out; those that name none
 count. If objects have `right`, the judgement of a person, each grader is also compared with it.
 """
 
 import argparse
-import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +23,8 @@ from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS, code, resolve
 from gdsd_jax.tasks.data import Row, column, read_records
+from gdsd_jax.tasks.graders import extract
 from gdsd_jax.tasks.task import PUBLIC, ROBUST, Task, regraded
-
-WIDTH = 60
 
 
 class Item(NamedTuple):
@@ -88,11 +90,13 @@ def report(
     items: Sequence[Item], robust: Sequence[Verdict], public: Sequence[Verdict], *, show_all: bool, limit: int
 ) -> str:
     """Returns the lines of the report: first the completions, then the counts."""
-    lines = [f"{'place':>12}  {'robust':>6} {'reward':>6}  {'public':>6} {'reward':>6}  answer"]
     chosen = [index for index in range(len(items)) if show_all or differing(robust[index], public[index])]
+    place = max([len("place"), *(len(items[index].place) for index in chosen[:limit])])
+    lines = [f"{'':{place}}  robust       public", f"{'place':>{place}}  right  paid  right  paid  answer"]
+    width = shutil.get_terminal_size((120, 24)).columns - len(lines[1]) + len("answer")
     for index in chosen[:limit]:
-        figures = "  ".join(f"{one.metric:6.2f} {one.reward:6.2f}" for one in (robust[index], public[index]))
-        lines.append(f"{items[index].place:>12}  {figures}  {_shown(items[index])}")
+        figures = "  ".join(f"{one.metric:5.2f} {one.reward:5.2f}" for one in (robust[index], public[index]))
+        lines.append(f"{items[index].place:>{place}}  {figures}  {_shown(items[index], max(width, 30))}")
     if len(chosen) > limit:
         lines.append(f"... and {len(chosen) - limit} more: raise --limit")
     count = len(items)
@@ -119,19 +123,31 @@ def _count(verdicts: Sequence[Verdict]) -> int:
     return sum(verdict.right for verdict in verdicts)
 
 
-def _shown(item: Item) -> str:
-    gold = item.row.get("answer", item.row.get("target", item.row.get("solution", "")))
-    end = item.completion.strip()[-WIDTH:]
-    return f"{json.dumps(end, ensure_ascii=False)} for {json.dumps(gold, ensure_ascii=False)[:WIDTH]}"
+def _shown(item: Item, width: int) -> str:
+    """Returns the answer and, where the row has one, the right answer, on one line of this many characters at most."""
+    gold = str(item.row.get("answer", item.row.get("target", item.row.get("solution", ""))))
+    text = " ".join(extract.scope(item.completion).split())
+    frame = len(" (right: )") if gold else 0
+    gold = gold and f" (right: {_cut(gold, max(width // 3, width - len(text)) - frame)})"
+    return _cut(text, width - len(gold), end=False) + gold
+
+
+def _cut(text: str, width: int, end: bool = True) -> str:
+    """Returns the text with its end, or its beginning, replaced by dots if it is longer than `width`."""
+    if len(text) <= width:
+        return text
+    return text[: width - 3] + "..." if end else "..." + text[3 - width :]
 
 
 def audit(name: str, path: Path, **settings: Any) -> str:
     """Returns the report on a file.
 
-    Raises UserError if the task has only one grader, or the file is not in the required form.
+    Raises UserError if the task has only one grader, the file is not in the required form, or the limit is negative.
     """
     task = resolve(name)
     public = regraded(task, PUBLIC)
+    if settings["limit"] < 0:
+        raise UserError(f"--limit {settings['limit']} must be at least 0")
     items = read(path, task)
     return report(items, judge(task, items), judge(public, items), **settings)
 

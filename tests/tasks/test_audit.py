@@ -5,6 +5,7 @@ import json
 import pytest
 
 from gdsd_jax.runtime import front
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import audit
 
 
@@ -28,6 +29,19 @@ def test_where_the_graders_differ(tmp_path, capsys):
     assert "line 1" in printed and "line 3" not in printed
     audit.main(["--task", "math", "--file", str(tmp_path / "rows.jsonl"), "--all", "--limit", "2"])
     assert "and 1 more" in capsys.readouterr().out
+
+
+def test_lines_fit_the_terminal(tmp_path, capsys, monkeypatch):
+    row = {"completion": f"<answer>\n{'1 + ' * 30}\n</answer>", "answer": "2 + " * 30}
+    file = write(tmp_path / "rows.jsonl", row)
+    for columns, kept in (("80", False), ("400", True)):
+        monkeypatch.setenv("COLUMNS", columns)
+        audit.main(["--task", "math", "--file", str(file), "--all"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= int(columns)
+        assert (f"(right: {row['answer']})" in lines[2]) == kept and ("1 + 1 + 1" in lines[2])
+    with pytest.raises(UserError, match="--limit -1 must be"):
+        audit.main(["--task", "math", "--file", str(file), "--limit", "-1"])
 
 
 def test_rows_of_programs_are_read_as_the_task_reads_them(tmp_path):
