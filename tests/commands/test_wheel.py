@@ -1,5 +1,6 @@
 """The package as users install it: a wheel in an environment of its own, away from the checkout."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 
@@ -51,6 +53,23 @@ def test_a_wheel_trains_from_a_config_of_the_users_own(tmp_path):
     assert ran.returncode == 0, ran.stderr
     steps = [json.loads(line)["step"] for line in (own / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
+
+
+def test_every_package_that_is_imported_is_declared():
+    """Packages that a dependency happens to bring must be declared too, because it may stop bringing them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["lm-eval"]]
+    declared = {re.match(r"[\w-]+", text)[0].replace("-", "_") for text in wanted}
+    named_otherwise = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
+    imported = set()
+    for path in (ROOT / "gdsd_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    packages = imported - sys.stdlib_module_names - {"gdsd_jax"}
+    assert {named_otherwise.get(name, name) for name in packages} - declared == set()
 
 
 def test_every_command_has_a_script():
