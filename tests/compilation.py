@@ -1,4 +1,4 @@
-"""How hard XLA tries: most tests run a program once or twice, so that compiling it is what costs."""
+"""Switches XLA's optimisations: most tests run a program once or twice, so most of their time is compilation."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import jax
 
 @contextlib.contextmanager
 def optimised(whether: bool):
-    """Compiles what is called inside with XLA's optimisations, or without most of them."""
+    """Compiles programs inside this context with XLA's optimisations, or without most of them."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", not whether)
     try:

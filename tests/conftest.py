@@ -1,4 +1,4 @@
-"""Settings for every test. They stand before the first import of JAX and of the package; imports below are late."""
+"""Settings and fixtures of all tests. The settings must come before JAX and the package are imported."""
 
 import collections
 import json
@@ -8,14 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# In the environment, not in jax.config: the commands that tests start as processes of their own inherit them.
+# They are set in the environment, not in jax.config, so that processes which tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-# Compiled programs are kept between runs; the first run, without them, must meet the time limit too.
+# Compiled programs are kept between runs. The first run, which lacks them, must meet the time limit too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-# No test may reach a network: whatever transformers does not find on disk is an error at once.
+# No test may use a network: transformers fails at once if it does not find a file on disk.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -32,17 +32,18 @@ import pytest  # noqa: E402
 from compilation import optimised  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
-# The first example compiles: no deadline. Derandomized, so that a change fails or passes alike everywhere.
+# There is no deadline, because the first example compiles. Examples are not random, so that a change passes or fails
+# alike everywhere.
 hypothesis.settings.register_profile("gdsd_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gdsd_jax")
 
 
-# Files of few tests that take long: training runs, whole commands, interpreted kernels.
+# Files with few but long tests: training runs, whole commands, interpreted kernels.
 LONG = ("attention", "resume", "one_program", "compare", "evaluate", "math_tasks", "commands", "launch", "code_task")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order in which workers take files: the long ones, then by the number of tests, so that none begins late."""
+    """Sorts files for the workers: long ones first, then by their number of tests, so that no long file begins late."""
     counts = collections.Counter(item.path for item in items)
     long = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: (long.get(item.path.name, len(long)), -counts[item.path], item.path.name))
@@ -53,7 +54,7 @@ NO_MESH = jax.sharding.get_mesh()
 
 @pytest.fixture(autouse=True)
 def _mesh_of_its_own():
-    """A command leaves the mesh of its process behind; the next test starts without one, whatever ran before it."""
+    """Removes the mesh that a command has set, so that every test starts without one."""
     yield
     jax.set_mesh(NO_MESH)
 
@@ -64,7 +65,7 @@ MOST_MAPS = 30_000
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_memory_maps():
-    """Compiled programs hold memory maps, and XLA crashes when a process has too many: old programs are dropped."""
+    """Drops compiled programs when they hold many memory maps, because XLA crashes in a process with too many."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
@@ -73,16 +74,17 @@ def _few_memory_maps():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For modules of many small programs."""
+    """Compiles without most optimisations, for modules with many small programs."""
     with optimised(False):
         yield
 
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of recorded reference data.
+    """Returns the directory of recorded reference data.
 
-    The sharded twin of `llada_tiny` is cut here along its recorded index, which saves storing the same weights twice.
+    `llada_tiny_sharded` holds the weights of `llada_tiny` in shards. They are cut here by its recorded index, so that
+    the same weights are not stored twice.
     """
     directory = tmp_path_factory.mktemp("golden")
     recorded = ROOT / "tests" / "golden"

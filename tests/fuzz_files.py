@@ -1,11 +1,11 @@
-"""Damaged files and odd settings without end: every one is read, or refused in one line; none raises or hangs.
+"""Fuzzes files and settings: every damaged one is either read or refused in one line; none raises or hangs.
 
     python tests/fuzz_files.py --count 5000 [--targets config,header] [--seed 0]
 
 Files of a checkpoint, an adapter, a run and an evaluation are damaged as JSON (values of other types, absent and huge
-ones, NaN) or as bytes (cut, flipped, emptied, grown); settings get values of any type. Prints a line per target with
-its counts and the longest case, and ends with 1 where a case raised something else than UserError, let NaN through, or
-took longer than 10 s.
+ones, NaN) or as bytes (cut, flipped, emptied, grown); settings get values of any type. The script prints a line per
+target with its counts and the longest case. It exits with code 1 if a case raised anything but UserError, let NaN
+through, or took longer than 10 s.
 """
 
 import argparse
@@ -53,7 +53,7 @@ ODD = (
 
 
 def changed(draw: random.Random, content: Any) -> Any:
-    """A JSON value with one to three places damaged."""
+    """Returns a JSON value with one to three damaged places."""
     content = copy.deepcopy(content)
     for _ in range(draw.randint(1, 3)):
         place, path = content, []
@@ -72,7 +72,7 @@ def changed(draw: random.Random, content: Any) -> Any:
 
 
 def damaged(draw: random.Random, raw: bytes) -> bytes:
-    """Bytes with something wrong."""
+    """Returns the bytes of a file with some damage."""
     if draw.random() < 0.5:
         try:
             if raw.count(b"\n") > 1:
@@ -97,7 +97,7 @@ def damaged(draw: random.Random, raw: bytes) -> bytes:
 
 
 def damaged_header(draw: random.Random, raw: bytes) -> bytes:
-    """A safetensors file with another header, its length kept true, or with other bytes."""
+    """Returns a safetensors file with a damaged header of consistent length, or with other damage."""
     if draw.random() < 0.3:
         return damaged(draw, raw)
     if draw.random() < 0.3:
@@ -110,14 +110,14 @@ def damaged_header(draw: random.Random, raw: bytes) -> bytes:
 
 
 def finite(tree: Any) -> None:
-    """Raises AssertionError where a number of a tree is none."""
+    """Raises AssertionError if a number of a pytree is not finite."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, (float, np.ndarray, jax.Array)):
             assert np.isfinite(np.asarray(leaf, np.float64)).all(), "NaN was let through"
 
 
 class World:
-    """A directory with one of everything, made once; `case` damages one file of it and puts it back."""
+    """Makes a directory with a file of every kind, once; `run` damages one file at a time and restores it."""
 
     def __init__(self, directory: Path):
         self.base, self.adapter, self.run = directory / "base", directory / "adapter", directory / "run"
@@ -207,7 +207,7 @@ SETTINGS = ("settings", "methods", "tasks")
 
 
 def setting(world: World, draw: random.Random) -> None:
-    """One or two odd values in a config."""
+    """Freezes a config with one or two odd values."""
     values = to_dict(world.config)
     for _ in range(draw.randint(1, 2)):
         place = values
@@ -235,7 +235,7 @@ def task(world: World, draw: random.Random) -> None:
 
 
 def run(world: World, root: Path, target: str, count: int, seed: int) -> dict[str, Any]:
-    """Runs the cases of one target; returns what became of them."""
+    """Runs `count` cases of one target, and returns the counts of their outcomes and the failures."""
     draw = random.Random(f"{target} {seed}")
     outcomes: collections.Counter = collections.Counter()
     slowest, failures = 0.0, []

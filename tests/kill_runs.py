@@ -1,13 +1,13 @@
-"""Commands stopped at random moments and started again: they must end with the files of a run that nobody disturbed.
+"""Stops commands at random moments and starts them again: they must end with the files of an undisturbed run.
 
     python tests/kill_runs.py [--kills 60] [--terms 20] [--seed 0] [--commands train,sft,export,evaluate,compare]
 
-`--kills` counts SIGKILLs and `--terms` pairs of SIGTERM; both are shared out over the commands. A moment is drawn from
-one of two clocks: seconds since the command began, or files and lines that it has written. A command that was stopped
-is started again in the same directory, where the next signal may hit it, until it ends by itself. Then its files are
-compared with those of an undisturbed run, and nothing temporary may be left. Prints a line per command, and ends with 1
-if a result differs. The commands run as forks of this process, which has imported everything but started no backend;
-that saves most of the time of a start.
+`--kills` is the number of SIGKILLs and `--terms` the number of pairs of SIGTERMs; both are divided among the commands.
+The moment of a signal is drawn by one of two clocks: seconds since the command began, or files and lines that it has
+written. A stopped command is started again in the same directory, where the next signal may hit it, until it ends by
+itself. Then its files are compared with those of an undisturbed run, and no temporary file may be left. The script
+prints a line per command, and exits with code 1 if a result differs. Commands run as forks of this process, which has
+imported everything but started no backend; that saves most of their start.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ IMPORTED = (
 
 
 class Command(NamedTuple):
-    """A command, its shares of both kinds of signals, and what appears last of all that it writes."""
+    """A command, its shares of both kinds of signals, and the path that it writes last."""
 
     arguments: tuple[str, ...]
     kills: float
@@ -105,7 +105,7 @@ COMMANDS = {
 
 
 def started(name: str, directory: Path) -> int:
-    """Forks, runs the command in `directory`, and returns the number of its process."""
+    """Runs the command in `directory` in a fork, and returns the fork's process id."""
     directory.mkdir(parents=True, exist_ok=True)
     process = os.fork()
     if process:
@@ -132,7 +132,7 @@ def started(name: str, directory: Path) -> int:
 
 
 def ended(process: int) -> int | None:
-    """Returns the exit code of a process that has ended, negative for a signal, else None."""
+    """Returns the exit code of a process, negative for a signal, or None while it is running."""
     found, status = os.waitpid(process, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if found else None
 
@@ -210,9 +210,9 @@ def newest(checkpoint: Path) -> str:
 
 
 def contents(directory: Path) -> dict[str, Any]:
-    """Returns what a command has left behind, by path, without what the clock measured.
+    """Returns the files that a command has left, by path, without measured times.
 
-    Of the checkpoints it is the newest: which others are kept depends on when a SIGTERM asked for one.
+    Only the newest checkpoint is included, because a SIGTERM decides which others are kept.
     """
     found: dict[str, Any] = {}
     for path in sorted((directory / "run").rglob("*")):
@@ -253,7 +253,7 @@ def differences(name: str, found: dict[str, Any], whole: dict[str, Any]) -> list
 
 
 def finished(name: str, directory: Path) -> bool:
-    """Returns whether a signal came after everything was written; an export refuses to be made a second time."""
+    """Returns whether a signal came after everything was written: a finished export cannot be repeated."""
     return (directory / COMMANDS[name].last).exists() and not (directory / "run/.export.part").exists()
 
 
@@ -265,7 +265,7 @@ def saved_at_stop(directory: Path) -> bool:
 
 
 def chains(name: str, root: Path, kills: int, terms: int, draw: random.Random) -> dict[str, Any]:
-    """Stops a command as often as asked for, in as many chains of starts as that takes; returns what came of it."""
+    """Stops a command as often as asked, in as many chains of starts as that takes, and returns the outcome."""
     undisturbed(name, root / f"{name}-first")
     seconds, events = undisturbed(name, root / f"{name}-whole")
     whole = contents(root / f"{name}-whole")

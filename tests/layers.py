@@ -2,8 +2,8 @@
 
     python tests/layers.py
 
-`LAYERS` is the one declaration of the order: a module may import from its own layer and from the layers before it.
-Imports inside functions count, imports for type checkers alone count too.
+`LAYERS` declares the order: a module may import from its own layer and from the layers before it. Imports inside
+functions and imports for type checkers count too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "gdsd_jax"
-# Rooms from the lowest to the highest, then the commands; a command may start those before it.
+# Rooms from the lowest to the highest, then the commands; a command may import the commands before it.
 LAYERS = (
     "runtime",
     "denoiser",

@@ -23,7 +23,7 @@ DEVICES = 8
 
 @dataclasses.dataclass
 class Random:
-    """Represents a bfloat16 parameter that is drawn when it is asked for, so that none is ever held: +-[0.5, 1)."""
+    """A bfloat16 parameter with values in +-[0.5, 1), drawn on access, so that it never takes memory."""
 
     shape: tuple
     seed: int
@@ -48,7 +48,7 @@ class Random:
 
 
 def make(directory, layers, width, vocab, shard_bytes):
-    """Writes the checkpoint; its tokenizer files are missing, since none could have so many ids."""
+    """Writes the checkpoint, without tokenizer files."""
     import jax
 
     from gdsd_jax.denoiser import DenoiserConfig, init_base
@@ -65,7 +65,7 @@ def make(directory, layers, width, vocab, shard_bytes):
 
 
 def held_bytes(config, base, tensors):
-    """Bytes of the stored tensors that the devices of this process hold, counted element by element."""
+    """Returns the bytes of the stored tensors that the devices of this process hold, counted by element."""
     import numpy as np
 
     from gdsd_jax.hub import names
@@ -82,7 +82,7 @@ def held_bytes(config, base, tensors):
 
 
 def differing(config, base, tensors):
-    """Names of the stored tensors that some local shard does not equal; reads with NumPy, a whole tensor at a time."""
+    """Returns the names of stored tensors that differ from a local shard; NumPy reads one whole tensor at a time."""
     import numpy as np
 
     from gdsd_jax.hub import names
@@ -105,7 +105,7 @@ def differing(config, base, tensors):
 
 
 def load(directory, mesh, check, export):
-    """Loads over the mesh; returns what was read, what this process holds, what differs, time and peaks of memory."""
+    """Loads over the mesh, and returns the bytes read and held, the differences, the time and the peaks of memory."""
     import jax
 
     from gdsd_jax.denoiser import logical_axes
@@ -143,7 +143,7 @@ def load(directory, mesh, check, export):
 
 
 def peak():
-    """Largest resident size of this process so far, in bytes."""
+    """Returns the largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -1,11 +1,10 @@
-"""Training runs in a process of their own, on eight forced host devices or a share of them.
+"""Makes training runs in a process of their own, on eight forced host devices or a share of them.
 
     python tests/multi_run.py DEVICES RECORD -- [flags of gdsd_jax.train] [-- flags of the next run ...]
 
-The first process writes what the run sampled to RECORD_i.npz, i the number of the run: the tokens of every rollout and
-of every greedy evaluation, the trained adapters, and the shares of base and state that the first device holds. With
-SIGNAL_SELF=PROCESS:COUNT:NUMBER that process sends itself the signal when it has the tokens of its rollout of that
-count, in the middle of an iteration.
+The first process records run i in RECORD_i.npz: the tokens of every rollout and of every greedy evaluation, the trained
+adapters, and the shares of base and state that the first device holds. With SIGNAL_SELF=PROCESS:COUNT:NUMBER, process
+PROCESS sends itself the signal NUMBER when it has the tokens of its rollout COUNT, in the middle of an iteration.
 """
 
 import os
@@ -28,7 +27,7 @@ def get_config():
         config.prompt_buckets = (24,)
         config.overlong_prompts = "error"
         config.model.update(dtype="float32", remat="full", vocab_chunk=32)
-        # The long sides of these matrices are all of a block's: the model dimension, heads and the MLP.
+        # These matrices have all long sides of a block: the model dimension, the heads and the MLP.
         config.lora.update(rank=8, alpha=16.0, dropout=0.1, targets=("q", "o", "down"))
         config.optimizer.learning_rate = 0.01
         config.settings = {{"gdsd": {{"beta": 0.1}}}}
@@ -36,20 +35,20 @@ def get_config():
         config.evaluation.update(count=8, split="test", batch_rows=8)
         config.update(iterations=1, prompts_per_iteration=4, group_size=4, inner_updates=1, microbatch_rows=8)
         config.update(save_every=1, keep=3, completions_logged=16)
-        # Before the patience of the tests ends, so that a job that hangs says where.
+        # Shorter than the time limit of the tests, so that a job that hangs reports where.
         config.hosts.stall_seconds = 600.0
     return config
 """
 
 
 def above_the_mean(candidates: Any) -> Any:
-    """A choice of groups (`config.refill.select`) that some group of every rollout fails."""
+    """Selects groups (`config.refill.select`) such that some group of every rollout is left out."""
     reward = candidates.rewards.mean(axis=1)
     return reward - reward.mean()
 
 
 def build(directory: Path, family: str) -> Path:
-    """A tiny checkpoint of a family and the config file that trains it; returns the file."""
+    """Writes a tiny checkpoint of a family and a config file that trains it, and returns the file."""
     from gdsd_jax.families import FAMILIES
     from gdsd_jax.hub import tiny
 
@@ -64,7 +63,7 @@ def build(directory: Path, family: str) -> Path:
 
 
 def share(arrays: Any) -> float:
-    """Of the bytes of a pytree of arrays, what the first device holds."""
+    """Returns the share of a pytree's bytes that the first device holds."""
     import jax
 
     leaves = jax.tree.leaves(arrays)
@@ -72,7 +71,7 @@ def share(arrays: Any) -> float:
 
 
 def record(path: str, flags: list[str]) -> None:
-    """One run of `gdsd_jax.train` with these flags."""
+    """Runs `gdsd_jax.train` with these flags, and records the run in the file `path`."""
     import jax
     import numpy as np
 

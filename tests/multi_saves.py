@@ -1,4 +1,4 @@
-"""One of several processes that save twice at once, again and again, as a run does: its state, and its best parameters.
+"""Runs one of several processes that save a state and best parameters at the same time, repeatedly, as a run does.
 
 JAX_COORDINATOR_ADDRESS=... JAX_NUM_PROCESSES=... JAX_PROCESS_ID=... python tests/multi_saves.py CONFIG_FILE WORKDIR
 """

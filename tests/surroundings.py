@@ -1,4 +1,4 @@
-"""A fixture for tests that run commands in their own process."""
+"""Provides a fixture for tests that run commands in the process of the tests."""
 
 import signal
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(quick_compilation):
-    """Gives back the signals that training takes over."""
+    """Restores the signal handlers that training replaces."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in kept.items():

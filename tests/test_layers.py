@@ -42,7 +42,7 @@ def test_the_check_finds_circles_and_climbing_imports():
 
 
 def test_every_name_is_defined():
-    """The linter takes the letters of shapes for names, so it is asked again, without what lies inside strings."""
+    """The usual lint leaves undefined names out, because letters of shapes look like them; here strings are skipped."""
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json"]
     found = subprocess.run([*command, "gdsd_jax", "tests"], cwd=layers.ROOT, capture_output=True, text=True).stdout
     undefined = []
@@ -54,7 +54,7 @@ def test_every_name_is_defined():
 
 
 def module_named(name: str) -> ModuleType | None:
-    """Returns a module; returns None if it does not exist or needs a part that is not installed here (lm-eval)."""
+    """Returns a module, or None if it does not exist or needs a package that is not installed here (lm-eval)."""
     try:
         return importlib.import_module(name)
     except (ModuleNotFoundError, PackageError) as error:
@@ -64,7 +64,7 @@ def module_named(name: str) -> ModuleType | None:
 
 @pytest.mark.parametrize("folder", ["gdsd_jax", "tests", "benchmarks", "examples", "configs", "docs"])
 def test_everything_taken_from_a_module_of_the_package_exists(folder):
-    """Catches names that moved: imports inside functions, and `module.name`, that no fast test executes."""
+    """Catches names that have moved, in imports inside functions and in `module.name`, that no fast test executes."""
     missing = []
     for path in sorted((layers.ROOT / folder).rglob("*.py")):
         tree, modules = ast.parse(path.read_text()), {}

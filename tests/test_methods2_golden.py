@@ -1,7 +1,7 @@
 """Objectives against recorded losses and gradients of their authors' code, on given log-probabilities.
 
 The fixtures are read from the directory in GDSD_GOLDEN_METHODS2, by default the copy beside this file. In each case
-`log_prob` holds what the denoiser would say of every completion token in every view; `grad` is the loss's gradient with
+`log_prob` is the log-probability of every completion token in every view, and `grad` is the gradient of the loss with
 respect to it.
 """
 
@@ -19,8 +19,8 @@ from gdsd_jax.methods import Batch, Scores, agrpo, build
 
 OWN = Path(__file__).parent / "golden" / "methods2"
 HERE = Path(os.environ.get("GDSD_GOLDEN_METHODS2", OWN))
-# The bound of the negative side is an option of the authors' that fixtures do not name. In our copy it is "mix", but
-# for these cases; no other option comes nearer to their gradients than 4e-3.
+# The fixtures do not say which bound of the negative side the authors' code used. In our copy it is "mix", except in
+# these cases; no other bound comes nearer to their gradients than 4e-3.
 BOUNDS = {"stabledrl_2": "eubo"}
 ARRAYS = np.load(HERE / "golden_methods2.npz")
 CASES: dict[str, dict] = {}
@@ -48,7 +48,7 @@ def batch_of(rows: int, length: int, group_size: int, **fields) -> Batch:
 
 
 def loss_and_gradient(method, batch, views, log_prob, old=None, ref=None):
-    """Value and gradient of the loss where every read is `log_prob` [R, B, L]."""
+    """Returns the loss if every read is `log_prob` `[R, B, L]`, and its gradient."""
 
     def score(log_prob):
         return method.score(dict.fromkeys(method.reads, log_prob), views)

@@ -1,6 +1,7 @@
-"""Numbers of the authors' own code for the smaller families: logits, and samplers token for token.
+"""The smaller families against their authors' own code: logits, and the samplers token for token.
 
-The folder is `GDSD_GOLDEN_MODELS2`, by default the copy beside this file; its README describes the form.
+The recorded numbers are in the directory `GDSD_GOLDEN_MODELS2`, by default the copy beside this file; its README
+describes their format.
 """
 
 import dataclasses

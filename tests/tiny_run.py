@@ -1,4 +1,4 @@
-"""The smallest run that still learns something, for tests that start whole commands."""
+"""Provides the smallest run that still learns something, for tests of whole commands."""
 
 import dataclasses
 from pathlib import Path
@@ -33,7 +33,7 @@ def get_config():
 
 
 def _even(completion: str, row: dict) -> dict[str, float]:
-    """A reward that random weights meet in part, so that there is something to learn at once."""
+    """Returns a reward that random weights earn in part, so that there is something to learn from the start."""
     return {"even": sum(ord(c) % 2 == 0 for c in completion) / 8}
 
 
@@ -41,7 +41,7 @@ TASK = dataclasses.replace(sudoku.TASK, name="even", score=_even, weights={"even
 
 
 def build(directory: Path) -> Path:
-    """A tiny checkpoint and the config file that trains it; returns the file."""
+    """Writes a tiny checkpoint and a config file that trains it, and returns the file."""
     sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64, "max_length": 64}
     tiny.build(directory / "base", **sizes)
     file = directory / "config.py"
@@ -50,6 +50,6 @@ def build(directory: Path) -> Path:
 
 
 def command(module: ModuleType, *arguments: object) -> None:
-    """`python -m MODULE ARGUMENTS`, in this process."""
+    """Runs `python -m MODULE ARGUMENTS` in this process."""
     options = getattr(module, "OPTIONS", None)
     launch(module.main, options, needs_workdir=options is None, argv=["command", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""Scores that misbehave in every way a worker must survive; the modules of a user's own task look like this one."""
+"""Defines scores that misbehave in every way that a worker must survive, in a module like that of a user's own task."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Bad input is one line and exit code 2 before anything is written; bad rewards and bad losses lose nothing."""
+"""Bad input gives one line and exit code 2 before anything is written; bad rewards and losses lose no data."""
 
 import dataclasses
 import itertools
@@ -27,13 +27,13 @@ def config_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def base(config_file, tmp_path) -> Path:
-    """A copy of the checkpoint, to be damaged."""
+    """Returns a copy of the checkpoint that a test may damage."""
     return shutil.copytree(config_file.parent / "base", tmp_path / "base")
 
 
 @pytest.fixture
 def refused(capsys) -> Callable[..., str]:
-    """Runs a command that must refuse and returns its one line."""
+    """Returns a function that runs a command, which must refuse its input, and returns its line of error."""
 
     def run(module: ModuleType, *arguments: object) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -222,7 +222,7 @@ _calls: Iterator[int] = itertools.count()
 
 
 def _broken(completion: str, row: dict) -> dict[str, float]:
-    """Of the four completions of an iteration, the first cannot be scored and the second scores NaN."""
+    """Fails for the first completion of an iteration, and returns NaN for the second; two more score well."""
     call = next(_calls) % 4
     if call == 0:
         raise RuntimeError("the grader is out")
@@ -230,7 +230,7 @@ def _broken(completion: str, row: dict) -> dict[str, float]:
 
 
 def _overflowing(completion: str, row: dict) -> dict[str, float]:
-    """Fine in the first iteration; in the second the sum over a group leaves float32."""
+    """Returns usual rewards in the first iteration, and in the second some whose sum overflows float32."""
     call = next(_calls)
     return {"even": float(call) if call < 4 else 3e38}
 

@@ -1,4 +1,4 @@
-"""The benches: PyTorch samples the same tokens, the machinery runs, its figures are what they say."""
+"""The benches: PyTorch samples the same tokens, every bench runs, and its figures are right."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def test_pytorch_in_other_ways_samples_the_same_tokens_too(variant):
 
 @pytest.mark.parametrize("name", rewards.COUNTS)
 def test_half_of_the_completions_that_are_rewarded_are_right(name, monkeypatch):
-    """What the bench times is what it says: right answers and wrong ones in turn."""
+    """The bench rewards right and wrong answers in turn, as it says."""
     monkeypatch.setitem(rewards.COUNTS, name, 4)
     task, pairs = resolve(name), rewards.items(name)
     scores = task.rewards([completion for completion, _ in pairs], [row for _, row in pairs])

@@ -1,4 +1,4 @@
-"""The commands from end to end, on a run of two iterations: what one writes, the others read."""
+"""The commands from end to end, on a run of two iterations: each reads what others have written."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ def config_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def workdir(config_file, tmp_path_factory) -> Path:
-    """A finished run, its second iteration profiled."""
+    """Returns the directory of a finished run whose second iteration was profiled."""
     directory = tmp_path_factory.mktemp("run") / "run"
     command(train, "--config", config_file, "--workdir", directory, "--config.profile=2")
     return directory
@@ -111,7 +111,7 @@ def test_a_profiled_iteration_leaves_its_timeline(workdir):
     names = "rollout, reward, send update, log completions, await update, evaluate, log metrics, checkpoint, whole"
     assert [row[0] for row in cells[2:]] == names.split(", ")
     busy = {name: float(share.rstrip("%")) for name, *_, share in cells[2:]}
-    # The update runs from its sending on, and may be over before it is awaited.
+    # The update starts when it is sent, and may be finished before it is awaited.
     update = max(busy[name] for name in ("send update", "log completions", "await update"))
     assert busy["rollout"] > 0 and update > 0, "XLA's operations were not found in the profile"
     assert all(0 <= share <= 100 for share in busy.values())

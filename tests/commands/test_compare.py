@@ -1,4 +1,4 @@
-"""The bench on runs of two iterations: what it trains, what it skips, what it claims."""
+"""The comparison of methods, on runs of two iterations: what it trains, skips and claims."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def config(config_file) -> TrainConfig:
 
 
 class Calls(list):
-    """`(method, seed, samplers compiled since)` of every call of `train.train`, which still happens."""
+    """Records `(method, seed, number of compiled samplers)` after every call of `train.train`."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         original = train.train
@@ -50,7 +50,7 @@ class Calls(list):
 
 @pytest.fixture(scope="module")
 def bench(config_file, tmp_path_factory) -> tuple[Path, Calls, int]:
-    """A finished bench, its runs, and how many samplers were compiled in the end."""
+    """Returns the workdir of a finished comparison, its runs, and the final number of compiled samplers."""
     workdir = tmp_path_factory.mktemp("bench") / "bench"
     with pytest.MonkeyPatch.context() as patch:
         calls = Calls(patch)

@@ -1,4 +1,4 @@
-"""Damaged files and odd settings, a few of each kind; `tests/fuzz_files.py` says how to run thousands."""
+"""Tries a few damaged files and odd settings of each kind; `tests/fuzz_files.py` tries thousands."""
 
 import fuzz_files
 import pytest

@@ -1,4 +1,4 @@
-"""A few runs killed at random moments; `tests/kill_runs.py` says how to kill many, and every command."""
+"""Kills a few runs at random moments; `tests/kill_runs.py` kills many, of every command."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The launch scripts: clean shell, commands that the real tools take, and what they do when a pod goes away."""
+"""The launch scripts: clean shell, commands that the real tools accept, and recovery when a pod goes away."""
 
 import os
 import re
@@ -50,20 +50,20 @@ def launch(name, *arguments, **settings):
 
 
 def dry_run(name, *arguments, **settings):
-    """The commands that a script would run, each as a list of words."""
+    """Returns the commands that a script would run, each as a list of words."""
     done = launch(name, *arguments, **SETTINGS | settings, DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
 def remote(command):
-    """What a `gcloud ... ssh` command runs on the workers."""
+    """Returns the command that a `gcloud ... ssh` command runs on the workers."""
     return next(word for word in command if word.startswith("--command=")).removeprefix("--command=")
 
 
 @pytest.fixture(scope="module")
 def commands():
-    """Every command that any of the scripts produces."""
+    """Returns every command that any of the scripts would run."""
     return [command for name, cases in ARGUMENTS.items() for case in cases for command in dry_run(name, *case)]
 
 
@@ -92,7 +92,7 @@ def test_scripts_are_short_and_executable():
 
 
 def test_dry_run_starts_nothing(tmp_path):
-    """With a PATH that holds only what bash itself needs, a dry run still succeeds: it asks no tool for anything."""
+    """A dry run succeeds with a PATH that holds only the tools of the scripts themselves: it calls no other."""
     for tool in ("bash", "dirname", "date", "id"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     for name, (arguments, *_) in ARGUMENTS.items():
@@ -212,8 +212,8 @@ def test_the_real_tools_take_every_command(tool, commands, tmp_path):
 
 # --- a pod that goes away
 
-# A cloud of four files: the `state` of the queued resource, the `failures` that training still has ahead of it, the
-# state `after_failure`, and a `log` of what was asked.
+# A fake gcloud whose state is in four files: `state` of the queued resource, number of `failures` that training still
+# meets, the state `after_failure`, and a `log` of the calls.
 CLOUD = r"""#!/usr/bin/env bash
 cd "$CLOUD" || exit 9
 case "$*" in

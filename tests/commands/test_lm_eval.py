@@ -1,6 +1,6 @@
-"""lm-evaluation-harness through its own command line, on tasks and rows made here, without a network.
+"""lm-evaluation-harness by its own command line, on tasks and rows that are made here, without a network.
 
-The right answers are what this library computes without lm-eval, for some of the rows: so the scores are known.
+For some rows, the right answer is the one that this package computes without lm-eval, so that the scores are known.
 """
 
 import collections
@@ -65,7 +65,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 def generated(directory: Path, questions: list[str], length: int, until: str) -> list[str]:
-    """What the sampler writes, one row at a time, cut before the stop string."""
+    """Returns the completions of the sampler, one row at a time, cut before the stop string."""
     tokenizer = hub.load_tokenizer(directory / "base")
     config, base = hub.load_checkpoint(directory / "base")
     config = with_tokens(config, tokenizer)
@@ -79,7 +79,7 @@ def generated(directory: Path, questions: list[str], length: int, until: str) ->
 
 
 def likeliest(directory: Path, question: str, choices: list[str]) -> int:
-    """The choice of the largest bound."""
+    """Returns the index of the choice with the largest lower bound."""
     tokenizer = hub.load_tokenizer(directory / "base")
     config, base = hub.load_checkpoint(directory / "base")
     (prompt,) = tokenizer.encode([question])

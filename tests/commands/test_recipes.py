@@ -1,4 +1,4 @@
-"""The published recipes: their numbers, and one iteration of each in small through the command that trains them."""
+"""The published recipes: their numbers, and one small iteration of each by the command that trains them."""
 
 import json
 import sys
@@ -131,7 +131,7 @@ def test_dry_run_needs_a_family_and_an_empty_workdir(tmp_path):
 
 
 def test_every_config_fits_on_a_screen():
-    """All but the common pieces; the protocol of a bench, which is the docstring of its config, is not counted."""
+    """Except for the common parts; the protocol in the docstring of compare_stability is not counted."""
     for path in CONFIGS.glob("*.py"):
         text = path.read_text()
         if path.name == "compare_stability.py":
@@ -140,7 +140,7 @@ def test_every_config_fits_on_a_screen():
 
 
 def test_a_config_imports_its_neighbours_from_anywhere(tmp_path, monkeypatch):
-    """As a script does: nothing of it is on Python's path, and the process starts elsewhere."""
+    """As a script does, although its directory is not on Python's path and the process starts elsewhere."""
     monkeypatch.setattr("sys.path", list(sys.path))
     (tmp_path / "their_piece.py").write_text("SEED = 11\n")
     text = "import their_piece\nfrom gdsd_jax.config import default\n\n\ndef get_config(method='gdsd'):\n"

@@ -1,4 +1,4 @@
-"""The package as users install it: a wheel in an environment of its own, away from the checkout."""
+"""The package as users install it: a wheel in a separate environment, outside the checkout."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ def test_a_wheel_trains_from_a_config_of_the_users_own(tmp_path):
     """Two iterations of `gdsd-train`, a method beside the config; dependencies are those of this environment."""
     pytest.importorskip("setuptools", minversion="77")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # From a copy: a build leaves files in the sources, and finds those of an earlier one there.
+    # The wheel is built from a copy, because a build leaves files in the sources, where the next build finds them.
     sources = tmp_path / "sources"
     shutil.copytree(ROOT / "gdsd_jax", sources / "gdsd_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -42,7 +42,7 @@ def test_a_wheel_trains_from_a_config_of_the_users_own(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     file = tiny_run.build(own)
-    # A task of the package: the one of the other tests is in a module of theirs.
+    # The config uses a task of the package, because that of the other tests is in a module of the tests.
     text = file.read_text().replace("tiny_run:TASK", "sudoku")
     file.write_text(text)
     (own / "my_loss.py").write_text("from gdsd_jax.methods import METHODS\n\nMINE = METHODS['wd1']\n")

@@ -1,4 +1,4 @@
-"""The README and the pages of docs: short, without dead links, with code that runs and settings that exist."""
+"""The README and the pages of docs: their length, links, code and settings."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Ways of decoding side by side: what they count, and the command that prints them."""
+"""The comparison of ways of decoding: its numbers, and the command that prints them."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_every_way_is_held_against_exact_decoding(tmp_path, monkeypatch, capsys)
     for row in rows.values():
         assert row["count"] == 6 and row["task"] == "even" and row["seconds"] > 0
     exact, refreshed, threshold = rows["exact"], rows["refreshed"], rows["threshold 0.9"]
-    # One token a step, eight of them; a cache that is never stale changes nothing.
+    # There are eight steps of one token; a cache that is refreshed at every step changes nothing.
     assert exact["passes"] == refreshed["passes"] == rows["dual"]["passes"] == 8
     assert exact["equal_tokens"] == refreshed["equal_tokens"] == 1.0
     assert exact["accuracy"] == refreshed["accuracy"]

@@ -1,4 +1,4 @@
-"""An adapter of another base: refused or only mentioned, as the setting says."""
+"""An adapter of another base is refused or only reported, as the setting says."""
 
 import dataclasses
 

@@ -72,7 +72,7 @@ def contents(workdir):
 def test_a_resumed_run_leaves_the_same_bytes(tmp_path):
     write_steps(tmp_path / "whole", range(1, 9))
     write_steps(tmp_path / "cut", range(1, 7))
-    # What a kill in the middle of a line leaves.
+    # A kill in the middle of a line leaves this.
     for name in ("metrics.jsonl", "completions.jsonl"):
         with (tmp_path / "cut" / name).open("a") as file:
             file.write('{"step": 7, "lo')
@@ -258,7 +258,7 @@ def log_run(workdir, steps):
 
 @pytest.fixture
 def panels(monkeypatch):
-    """What `plot_curves` draws: `{title of a panel: its curves by name}`."""
+    """Returns a dictionary that `plot_curves` fills: the names of the curves of each panel, by its title."""
     seen, draw = {}, plots._draw
 
     def spy(axes, panel, series, spread):

@@ -1,4 +1,4 @@
-"""The timeline of an iteration: phases and busy devices as a record holds them, and a run that makes one."""
+"""The timeline of an iteration: its phases, and the time in which devices are busy."""
 
 from types import SimpleNamespace
 
