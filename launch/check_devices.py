@@ -1,4 +1,4 @@
-"""Checks that the workers of a pod see all its chips. Waits for the others, so every worker must run it.
+"""Checks that the workers of a pod see all its chips; it waits for all workers, so each of them must run it.
 
 python launch/check_devices.py CHIPS
 """

@@ -4,9 +4,9 @@
 #   POD             name of the TPU, and of its queued resource
 #   ACCELERATOR     its type: v5litepod-8 (chips), v5p-64 (cores, two a chip), v6e-16 (chips)
 #   PROVISIONING    on-demand (default), spot or reserved
-#   DRY_RUN=1       prints every command, quoted so that a shell reads it back, and runs none
+#   DRY_RUN=1       prints every command, quoted for a shell, and runs none
 set -euo pipefail
-exec 3>&1 # what a dry run prints reaches the terminal from inside $(...) too
+exec 3>&1 # the output of a dry run also reaches the terminal from inside $(...)
 
 run() {
   if [[ ${DRY_RUN:-} == 1 ]]; then
@@ -27,10 +27,10 @@ tpus() { run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quie
 
 on_workers() { tpus tpu-vm ssh "$POD" --worker=all --command="$1"; }
 
-# State of the queued resource, empty where there is none.
+# Prints the state of the queued resource, or nothing if there is none.
 pod_state() { tpus queued-resources list --filter="name~/$POD\$" --format='value(state.state)'; }
 
-# Sets `software`, the image of the TPU VMs, and `chips`, what JAX counts as devices.
+# Sets `software`, the image of the TPU VMs, and `chips`, the number of devices in JAX.
 describe_accelerator() {
   chips=${ACCELERATOR##*-}
   case $ACCELERATOR in
@@ -41,7 +41,7 @@ describe_accelerator() {
   esac
 }
 
-# Sets `provisioning`, the flags that say how the chips are paid for.
+# Sets `provisioning`, the flags of the kind of reservation.
 describe_provisioning() {
   case ${PROVISIONING:-on-demand} in
     on-demand) provisioning=() ;;

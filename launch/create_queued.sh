@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Asks for the TPU VM $POD as a queued resource and waits until it is there. One that was preempted or has failed is
-# deleted and asked for again; one that is there already is left alone.
+# Requests the TPU VM $POD as a queued resource and waits until it is active. A resource that was preempted or has failed
+# is deleted and requested again; one that is already active is left alone.
 #   PROVISIONING=spot PROJECT=p ZONE=us-east5-a POD=gdsd ACCELERATOR=v5p-64 launch/create_queued.sh
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
@@ -10,7 +10,7 @@ describe_provisioning
 
 while :; do
   state=$(pod_state)
-  echo "$POD: ${state:-not asked for yet}" >&2
+  echo "$POD: ${state:-not requested yet}" >&2
   case $state in
     ACTIVE) exit 0 ;;
     SUSPENDED | FAILED) "$here/delete.sh" ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives the chips of $POD back: its queued resource with its VMs, or the VM that create_tpu_vm.sh made.
+# Deletes $POD: its queued resource with its VMs, or the VM that create_tpu_vm.sh made.
 #   PROJECT=p ZONE=us-east5-a POD=gdsd launch/delete.sh [queued|vm]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 require PROJECT ZONE POD

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs COMMAND on a GKE cluster with TPU node pools: builds and pushes the image of launch/Dockerfile, then hands it to xpk
-# (pip install xpk), which makes a JobSet of one pod a host. SLICES above 1 spans the data axis over the network between
-# them, STORAGE names what `xpk storage attach` has mounted at /mnt/gdsd. A preempted job is restarted, and goes on from
-# its last checkpoint.
+# (pip install xpk), which makes a JobSet with one pod per host. With SLICES above 1, the data axis spans several slices
+# and the network between them. STORAGE names the storage that `xpk storage attach` has mounted at /mnt/gdsd. A preempted
+# job is restarted and resumes from its last checkpoint.
 #   PROJECT=p ZONE=us-east5-a CLUSTER=c POD=gdsd ACCELERATOR=v5p-64 IMAGE=us-docker.pkg.dev/p/r/gdsd_jax:1 \
 #     launch/gke.sh python -m gdsd_jax.train --config ... --workdir /mnt/gdsd/runs/NAME
 here=$(dirname "${BASH_SOURCE[0]}")

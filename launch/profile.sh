@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Takes a trace of MILLISECONDS (5000) on every worker, of a command that runs under launch/with_profiler.py, and copies it to
-# the bucket as one run. To look at it: pip install xprof gcsfs && xprof --logdir=gs://BUCKET/profiles
+# Traces a command that runs under launch/with_profiler.py for MILLISECONDS (default 5000) on every worker, and copies the
+# traces to the bucket as one run. To view it: pip install xprof gcsfs && xprof --logdir=gs://BUCKET/profiles
 #   PROJECT=p ZONE=us-east5-a POD=gdsd PROFILES=gs://BUCKET/profiles launch/profile.sh [MILLISECONDS]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 require PROJECT ZONE POD PROFILES

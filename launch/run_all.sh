@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs COMMAND on every worker of $POD at the same time, in the checkout and with the environment of tpu_env.sh. Fails if it
-# fails on any of them. gcloud runs it again where a connection broke: the lock makes that one wait for the first.
+# Runs COMMAND on every worker of $POD at the same time, in the checkout and with the environment of tpu_env.sh. Fails if
+# COMMAND fails on any worker. gcloud repeats COMMAND if a connection breaks: the lock makes the repetition wait.
 #   PROJECT=p ZONE=us-east5-a POD=gdsd launch/run_all.sh python -m gdsd_jax.train --config ... --workdir ...
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 require PROJECT ZONE POD

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Runs on each worker of a pod, from setup.sh: a Python of its own (TPU VM images ship 3.10), the pinned requirements, and
-# a check that all workers together see CHIPS devices.
-# With a bucket, that is mounted at /mnt/gdsd.
+# Runs on each worker of a pod, from setup.sh: installs a newer Python (TPU VM images have 3.10) and the pinned
+# requirements, mounts BUCKET, if given, at /mnt/gdsd, and checks that all workers together see CHIPS devices.
 #   launch/setup_worker.sh CHIPS [BUCKET]
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/common.sh"

@@ -3,12 +3,12 @@
 
 [[ ! -d .venv-tpu ]] || export PATH="$PWD/.venv-tpu/bin:$PATH"
 
-# Programs of the real size compile for minutes, and a restart after a preemption would compile them again. A gs:// path
-# outlives the VM.
+# Programs of real size compile for minutes, and a restart after a preemption would compile them again. A gs:// path
+# survives the VM.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/gdsd_jax}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
 
-# More of the on-chip memory for fused kernels, and weights that are gathered while the previous layer computes.
+# Gives fused kernels more on-chip memory, and gathers weights while the previous layer computes.
 tpu_flags=(
   --xla_tpu_scoped_vmem_limit_kib=98304
   --xla_tpu_enable_async_collective_fusion=true

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs COMMAND on the pod until it has succeeded: after a preemption the pod is asked for again, set up, and the command,
-# which goes on from its last checkpoint, started anew. Gives up when it fails ATTEMPTS times (5) on a pod that is still there.
+# Runs COMMAND on the pod until it succeeds. After a preemption it requests and sets up the pod again and restarts COMMAND,
+# which resumes from its last checkpoint. Gives up if COMMAND fails ATTEMPTS times (default 5) without a preemption.
 #   PROVISIONING=spot PROJECT=p ZONE=us-east5-a POD=gdsd ACCELERATOR=v5p-64 \
 #     launch/until_done.sh python -m gdsd_jax.train --config ... --workdir /mnt/gdsd/runs/NAME
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -10,7 +10,7 @@ require PROJECT ZONE POD ACCELERATOR
 
 failures=0
 until "$here/create_queued.sh" && "$here/setup.sh" && "$here/stop.sh" && "$here/run_all.sh" "$@"; do
-  # A cloud that does not answer counts as a pod that is there: it must not be asked for ever.
+  # If the cloud does not answer, the failure counts, so that the loop ends.
   if state=$(pod_state) && [[ $state != ACTIVE ]]; then
     failures=0
   elif ((++failures == ${ATTEMPTS:-5})); then

@@ -1,9 +1,9 @@
-"""Runs a command of gdsd_jax with a profiler server beside it, from which launch/profile.sh takes its traces.
+"""Runs a command of gdsd_jax together with a profiler server, from which launch/profile.sh gets its traces.
 
     python launch/with_profiler.py gdsd_jax.train --config configs/llada_8b_sudoku.py --workdir runs/llada
 
-The server costs nothing until it is asked. It starts before the command does, so it must not touch a device: on a pod
-`jax.distributed.initialize` has to come first.
+The server costs nothing until a trace is requested. It starts before the command, so it must not touch a device: on a
+pod, `jax.distributed.initialize` has to come first.
 """
 
 import os
