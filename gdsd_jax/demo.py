@@ -47,7 +47,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
     exports = workdir / "export"
     if not Path(config.checkpoint).exists():
         console.rule("1  supervised start")
-        embedded_start(config)
+    embedded_start(config)
     before = accuracy(config, workdir / "before", checkpoint=config.checkpoint)
     console.print(f"before: {percent(before)}")
 
