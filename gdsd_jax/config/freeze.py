@@ -66,7 +66,7 @@ def freeze(kind: Any, values: Any, where: str = "config") -> Any:
       UserError: a key is unknown or missing, or a value has the wrong type; the message gives the setting's full name.
     """
     if not isinstance(values, (Mapping, ConfigDict)):
-        raise UserError(f"{where} is {values!r}: it has settings of its own, {where}.NAME")
+        raise UserError(f"{where} is {values!r}, but it is a group of settings: set {where}.NAME")
     values = dict(values.items())
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = ranges.hints(kind)

@@ -58,7 +58,7 @@ def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[s
         result = summary["results"][0]
         fits = result["steps"] == greedy_sampler(config).steps and all(summary[k] == v for k, v in expected.items())
         if not all(np.isfinite([value["mean"], value["error"]]).all() for value in result["metrics"].values()):
-            raise ValueError("a metric is no number")
+            raise ValueError("a metric is not a number")
         return result["metrics"] if fits else None
 
 

@@ -131,7 +131,7 @@ def compare_evaluations(directory: Path, other: Path) -> str:
             values.append(_values(place, summary))
             describe(summary)
             if not all(np.isfinite(value).all() for _, found in values[-1].values() for value in found.values()):
-                raise ValueError("a value is no number")
+                raise ValueError("a value is not a number")
     shared = [key for key in values[0] if key in values[1]]
     if not shared:
         raise UserError(f"{directory} and {other} have no task and length in common")

@@ -89,7 +89,7 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
     Noisy curves of more than 60 points are drawn faint, below their running mean over a twentieth of the points.
 
     Args:
-      only: names of the metrics to draw; if empty, all of them.
+      only: names of the metrics to draw, also of those that no panel of `PANELS` shows; if empty, all panels are drawn.
 
     Returns:
       The path of the picture.
@@ -116,6 +116,8 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
         # The panel of failed rewards is left out if none failed.
         if present and not (present == ["reward/nan"] and not np.nansum(series["reward/nan"][1])):
             drawn.append((panel, present))
+    shown = {name for _, present in drawn for name in present}
+    drawn += [(Panel(name, name.rpartition("/")[2], (name,)), [name]) for name in only if name not in shown]
     if not drawn:
         raise UserError(f"{Path(workdir) / METRICS} holds none of the metrics that are drawn")
 

@@ -1,4 +1,4 @@
-"""Config files as Python reads them: what is no config is refused with the file's name."""
+"""Config files that Python reads: one that makes no config is refused, and named."""
 
 import pytest
 

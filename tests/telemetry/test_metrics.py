@@ -247,6 +247,7 @@ def log_run(workdir, steps):
                 "policy/log_ratio": 0.01,
                 "grad/norm": 10.0**-step if step < 5 else 1.0,
                 "lr": 3e-5,
+                "update/norm": 0.1,
                 "time/iteration": 40.0 if step == 1 else 3.0,
                 "time/rollout": 2.0,
                 "never/finite": math.inf,
@@ -306,6 +307,9 @@ def test_chosen_metrics_are_drawn_alone(tmp_path, panels):
     log_run(tmp_path, 4)
     plots.main([str(tmp_path), "reward/mean", "eval/puzzles"])
     assert panels == {"Reward of the rollouts": ["reward/mean"], "Evaluation": ["eval/puzzles"]}
+    panels.clear()
+    plots.main([str(tmp_path), "reward/std", "update/norm"])
+    assert panels == {"reward/std": ["reward/std"], "update/norm": ["update/norm"]}
     with pytest.raises(UserError, match="holds no eval/none"):
         plots.main([str(tmp_path), "eval/none"])
 
