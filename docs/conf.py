@@ -57,6 +57,8 @@ def rst(app, what, name, obj, options, lines):
         if returned and re.match(r"[^`:]* [^`:]*: ", text):
             line = line.replace(": ", ", ", 1)
         returned = text in ("Returns:", "Yields:")
+        if section or listing:  # of several names before a colon, Sphinx would take the first for a type
+            line = re.sub(r"^(\s*)(\w+(?:, \w+)+): ", lambda m: f"{m[1]}{m[2].replace(', ', '/')}: ", line)
         names = {part.strip() for part in text.partition(":")[0].split(",")}
         if fields and not section and not listing and ":" in text and names <= fields:
             out += ["", "Attributes:"]
