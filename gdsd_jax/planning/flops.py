@@ -16,6 +16,7 @@ from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.denoiser.blocks import Grid, grid_of
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.diffusion import SamplerConfig
+from gdsd_jax.diffusion.blocks import step_limit
 
 
 class Model(NamedTuple):
@@ -100,8 +101,17 @@ def exact(model: Model, settings: SamplerConfig, rows: int, prompt_length: int) 
     of what was committed. Cuts, and strategies that need more walks over the vocabulary, are not counted.
     """
     passes = 2 if settings.cfg_scale > 0 else 1
-    step = model.forward(passes * rows, prompt_length + settings.completion_length)
-    return settings.blocks * settings.steps_per_block * (step + 2 * model.head(passes * rows * settings.block_length))
+    step = model.forward(passes * rows, scored_columns(model.config, settings, prompt_length))
+    step += 2 * model.head(passes * rows * settings.block_length)
+    return step_limit(model.config, settings) * step
+
+
+def scored_columns(config: DenoiserConfig, settings: SamplerConfig, prompt_length: int) -> int:
+    """Returns the columns of a scoring pass; that of a block-causal model holds a noisy copy of the completion too."""
+    if config.block_size is None:
+        return prompt_length + settings.completion_length
+    grid = _grid(config, settings, prompt_length)
+    return 2 * grid.width - grid.first
 
 
 def sampler_loops(config: DenoiserConfig, settings: SamplerConfig, prompt_length: int) -> tuple[int, ...]:
@@ -123,7 +133,7 @@ def walks_vocabulary(reads: Sequence) -> bool:
 
 
 def score(model: Model, passes: int, reads: Sequence, positions: int, length: int, *, adapter: bool = True) -> float:
-    """Computes the FLOPs of old or reference scores: `passes` rows of `length` tokens, read at `positions` tokens."""
+    """Computes the FLOPs of old or reference scores: `passes` rows of `length` columns, read at `positions` tokens."""
     head = model.head(positions) if walks_vocabulary(reads) else 0.0
     return model.forward(passes, length, adapter=adapter) + head
 

@@ -109,7 +109,7 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
         return lowered
 
     # ------------------------------------------------------------------------------------------ FLOPs
-    rows, length = batch.tokens.shape
+    rows, length = len(batch.tokens), flops.scored_columns(model, config.sampler, batch.prompt_length)
     some, pieces = config.microbatch_rows, rows // config.microbatch_rows
     updated = config.update_rows or rows
     steps = updated // some

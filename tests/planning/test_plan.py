@@ -293,8 +293,11 @@ def test_compiled_programs_do_what_the_equations_say(tmp_path, rank):
 
 
 @pytest.mark.slow
-def test_the_sampler_of_blocks_does_what_the_equations_say(tmp_path):
-    """Blocks of four, whose loops end by what is written; a fifth one has room for prompts that share their last."""
+def test_programs_of_blocks_do_what_the_equations_say(tmp_path):
+    """Blocks of four, whose loops end by what is written; a fifth one has room for prompts that share their last.
+
+    Whatever scores runs a clean copy of each text and a noisy one of its completion.
+    """
     config = tiny(tmp_path / "base")
     published = dataclasses.replace(
         hub.architecture("SDAR-4B-Chat"), vocab_size=512, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -302,10 +305,13 @@ def test_the_sampler_of_blocks_does_what_the_equations_say(tmp_path):
     )  # fmt: skip
     (tmp_path / "base" / "config.json").write_text(json.dumps(hf_config(published)))
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, block_length=4))
-    program = programs.make_plan(config, make_mesh(MeshConfig(), jax.devices()[:1])).programs["sampler"]
-    found = cost.program_cost(program.lower().compile().as_text(), open_loops=program.loops)
-    assert program.loops == (5, 2) and found.open_loops == 2
-    assert found.flops == pytest.approx(program.flops, rel=0.05)
+    planned = programs.make_plan(config, make_mesh(MeshConfig(), jax.devices()[:1])).programs
+    assert planned["sampler"].loops == (5, 2)
+    for name, loops, tolerance in (("sampler", 2, 0.05), ("update", 0, 0.1), ("exact", 0, 0.05)):
+        program = planned[name]
+        found = cost.program_cost(program.lower().compile().as_text(), open_loops=program.loops)
+        assert found.open_loops == loops, name
+        assert found.flops == pytest.approx(program.flops, rel=tolerance), name
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
