@@ -45,12 +45,11 @@ def family_of_type(model_type: Any) -> Family:
     Raises:
       UserError: no such family.
     """
-    known = {family.model_type: family for family in FAMILIES.values()}
-    if model_type not in known:
-        raise UserError(
-            f"unknown model_type {model_type!r} in config.json: this denoiser reads {', '.join(sorted(known))}"
-        )
-    return known[model_type]
+    found = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
+    if found is None:
+        known = ", ".join(sorted(family.model_type for family in FAMILIES.values()))
+        raise UserError(f"unknown model_type {model_type!r} in config.json: this denoiser reads {known}")
+    return found
 
 
 def read_config(hf: Mapping[str, Any]) -> DenoiserConfig:

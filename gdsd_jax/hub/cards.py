@@ -30,6 +30,7 @@ def model_card(
     source: epath.Path | None,
     training: Mapping[str, Any] | None,
 ) -> str:
+    """Returns the model card of an exported checkpoint, as Markdown; `source` is the base, None for random weights."""
     base = "random weights" if source is None else source.resolve().name
     merged = "" if lora is None else f"A low-rank adapter ({_lora_line(lora)}) is merged into the weights.\n"
     return f"""---
@@ -70,6 +71,7 @@ The terms of the base model apply; see its own model card.
 
 
 def adapter_card(title: str, lora: LoRA, source: str | os.PathLike | None, training: Mapping[str, Any] | None) -> str:
+    """Returns the model card of an exported adapter, as Markdown."""
     return f"""---
 library_name: peft
 tags:

@@ -144,6 +144,7 @@ def checkpoint_tensors(
 
 
 def check_adapter(config: DenoiserConfig, lora: LoRA) -> None:
+    """Raises UserError unless every factor of the adapter has the shape that this model and its rank imply."""
     for target in lora.targets:
         fan_in, fan_out = target_shapes(config)[target]
         for factor, shape in (("a", (fan_in, lora.rank)), ("b", (lora.rank, fan_out))):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from gdsd_jax.denoiser import DenoiserConfig
@@ -20,7 +22,7 @@ def without_redundant(tensors: dict[str, Stored], config: DenoiserConfig, reader
     """
     rows = {row.path: row.name for row in family_of(config).rows}
     kept = dict(tensors)
-    head, embedding = (tensors.get(rows[(path,)]) for path in ("head", "embedding"))
+    head, embedding = (tensors.get(rows.get((path,))) for path in ("head", "embedding"))
     if config.tied_head and head is not None and embedding is not None:
         if not _equal(head, embedding, reader):
             raise UserError(
@@ -46,6 +48,7 @@ def without_redundant(tensors: dict[str, Stored], config: DenoiserConfig, reader
 
 
 def _equal(one: Stored, other: Stored, reader: Reader) -> bool:
+    """Returns whether two stored matrices have the same dtype, shape and bytes."""
     if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in FLOATS:
         return False
     rows, columns = one.matrix
@@ -58,12 +61,15 @@ def _equal(one: Stored, other: Stored, reader: Reader) -> bool:
 
 
 def _frequencies(config: DenoiserConfig, size: int) -> np.ndarray | None:
+    """Returns the frequencies of the rotary embedding; None if there are not `size` of them."""
     if size != config.head_dim // 2:
         return None
     return config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
 
 
-def _table(function: np.ufunc) -> object:
+def _table(function: np.ufunc) -> Callable[[DenoiserConfig, int], np.ndarray | None]:
+    """Returns a function that computes the cosines or sines of as many positions as `size` entries hold."""
+
     def values(config: DenoiserConfig, size: int) -> np.ndarray | None:
         if size % config.head_dim:
             return None

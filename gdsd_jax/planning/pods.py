@@ -111,6 +111,7 @@ def commit() -> str:
 
 
 def main(store: Path, page: Path, chosen: list[str]) -> None:
+    """Compiles the chosen rows that `store` lacks, or with none chosen all that it lacks, and draws the page."""
     jax.config.update("jax_platforms", "cpu")
     enable_compilation_cache()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}

@@ -232,6 +232,7 @@ BROKEN = {
     "config is not JSON": (write("config.json", b"{"), "config.json cannot be read as JSON"),
     "config is a list": (write("config.json", b"[]"), "config.json holds no JSON object"),
     "unknown model": (edit_config(model_type="gpt2"), "unknown model_type 'gpt2'"),
+    "a list of models": (edit_config(model_type=["llada"]), "unknown model_type .*llada"),
     "other sizes": (edit_config(d_model=32), r"has shape .*not .*config.json"),
     "more layers": (edit_config(n_layers=4), r"lacks tensor model.transformer.blocks.3.* \(and 8 more\)"),
 }
