@@ -43,10 +43,7 @@ def score(completion: str, row: Row) -> dict[str, float]:
 
 
 def measure(completion: str, row: Row) -> dict[str, float]:
-    """Returns the evaluation metric.
-
-    The metric is 1 if the completion's number is the row's answer, however it is written, else 0.
-    """
+    """Returns the evaluation metric: 1 if the completion's number is the row's, however it is written, else 0."""
     return {"accuracy": score(completion, row)["correct"]}
 
 

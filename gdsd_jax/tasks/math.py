@@ -110,9 +110,9 @@ def public_score(completion: str, row: Row) -> dict[str, float]:
 def public_score_xml(completion: str, row: Row) -> dict[str, float]:
     r"""Returns 2 for the same string after normalisation; form as in `score_xml`.
 
-    What is compared is the last box of the first complete `<answer>`, else of the whole text; a text without a box
-    counts as it is. If a box never closes there is no answer, and nothing equals it; the public trainer
-    rewards two such boxes as equal.
+    The last box of the first complete `<answer>`, else of the whole text, is compared; a text without a box counts as
+    it is. If a box never closes there is no answer, and nothing equals it; the public trainer rewards two such boxes as
+    equal.
     """
     answer = first_answer(completion)
     text = completion if answer is None else answer

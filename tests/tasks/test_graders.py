@@ -12,6 +12,20 @@ from gdsd_jax.tasks.graders.arithmetic import right
 
 # The right number, a completion, and 1 where it gives that number.
 NUMBERS = [
+    ("45", "<answer>45 people in 3 vans</answer>", 1),
+    ("45", "<answer>45 pages on day 3</answer>", 1),
+    ("45", "<answer>45 miles every 2 days</answer>", 1),
+    ("45", "<answer>45 or more</answer>", 0),
+    ("45", "<answer>45 more than 4</answer>", 0),
+    ("45", "<answer>45 plus 4</answer>", 0),
+    ("45", "<answer>45 pears then 4 plums</answer>", 0),
+    ("45", "<answer>45 pears 4 plums</answer>", 0),
+    ("45", "<answer>from 45 to 50</answer>", 0),
+    ("45", "<answer>45 (50)</answer>", 0),
+    ("45", "<answer>45 | 50</answer>", 0),
+    ("45", "<answer>45 \\mid 50</answer>", 0),
+    ("45", "<answer>45 tens</answer>", 0),
+    ("45", "<answer>f(45)</answer>", 0),
     ("9500", "<answer>9.5k</answer>", 1),
     ("9500", "<answer>about 9.5 thousand people</answer>", 1),
     ("9500", "<answer>9'500</answer>", 1),

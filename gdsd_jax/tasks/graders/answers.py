@@ -264,8 +264,7 @@ def _bracketed(tokens: list[Token]) -> Answer | None:
             return condition if isinstance(condition, (Relation, Sequence)) else None
         return Sequence((read_tokens(inner),), *pair)
     if pair in (("(", ")"), ("{", "}"), ("[", "]")):
-        found = read_tokens(strip(inner))
-        return found if not isinstance(found, Opaque) or pair[0] == "{" else Opaque(found.text, found.words)
+        return read_tokens(strip(inner))
     return None
 
 

@@ -172,9 +172,7 @@ def _same_sequence(gold: Sequence, answer: Sequence) -> bool:
 
 
 def _assignments(answer: Sequence) -> tuple[tuple, bool] | None:
-    """Returns the values of `x = 3, y = 4` in the order of the names, and whether the names differ.
-
-    The result is None for any other list.
+    """Returns the values of `x = 3, y = 4` in the order of the names, and whether the names differ; else None.
 
     In `x = 2, 3` and in `x_1 = 2, x_2 = 3` all values belong to one name.
     """

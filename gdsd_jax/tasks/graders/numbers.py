@@ -38,22 +38,32 @@ _HALF = re.compile(r"\s+and (?:a|one) half\b")
 _SIGNED = re.compile(r"(?i)(?<![\w)])(?:minus|negative)\s+(?=\$?[0-9])")
 # A number behind one of these is not the answer, but a bound of it, a part of it, or what it is not.
 _BOUND = re.compile(
-    r"(?i)(?:\b(?:not|never|than|between|half of|twice|double|triple)|n't|[<>]|\\(?:le|ge|ne|lt|gt)q?)"
-    r"\s*(?:about\s|a\s)?\Z"
+    r"(?i)(?:\b(?:not|never|than|between|half of|twice|double|triple)|n't|[<>_]|[a-z]\(|\\(?:le|ge|ne|lt|gt)q?"
+    r"|\\(?:l?not|neg))\s*(?:about\s|a\s)?\Z"
 )
 _LARGE = r"(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|feet|foot|ft|pounds?|lbs?|dollars?)"
 _SMALL = r"(?:months?|weeks?|days?|hours?|minutes?|mins?|m|seconds?|secs?|inches|inch|in|ounces?|oz|cents?)"
 _FRACTIONS = "(?:fif|six|seven|eigh|nin|ten|twelf|hundred|thousand)ths"
+# Words that may be between the unit of a number and another number: 18 dollars every 2 weeks.
+_JOINTS = (
+    "(?:a|about|across|after|among|an|and|as|at|because|before|between|by|each|every|for|from|if|in|of|on|or|out|over|per"
+    "|since|so|to|until|when|with|within)"
+)
 # Behind a number: what makes it another one, or the answer a list of several.
 _CONTINUED = re.compile(
-    rf"(?i)\s*(?:\?|[,;]?\s*-?\$?[0-9]|(?:squared|cubed|factorial|halves|thirds|fourths|{_FRACTIONS})\b"
-    rf"|(?:%|percent)\s*of\s+\$?[0-9]|{_LARGE}\s*,?\s*(?:and\s+)?\$?[0-9]+\s*{_SMALL}\b)"
+    rf"""(?ix)\s*(?:\?
+    |(?:\\[A-Za-z]+|[^\w(]){{0,8}}[0-9]|\(\s*\$?[0-9][0-9.,]*\s*\)
+    |(?:squared|cubed|factorial|halves|thirds|fourths|tens|{_FRACTIONS}|below\s+zero|or\s+(?:more|less|fewer|greater))\b
+    |(?:%|percent)\s*of\s+\$?[0-9]|(?:more|less|fewer|greater|higher|lower)\s+than\s+\$?[0-9]
+    |(?:is|was)\s+(?:wrong|incorrect|not)\b|to\s+\$?[0-9]
+    |(?:[a-z]{{1,20}}\s+)?(?:plus|minus|times|multiplied\s+by|divided\s+by|choose|to\s+the|then)\s+\$?[0-9]
+    |{_LARGE}\s*,?\s*(?:and\s+)?\$?[0-9]+\s*{_SMALL}\b|(?!{_JOINTS}\b)[a-z]{{1,20}}\s+\$?[0-9])"""
 )
 _OTHER = re.compile(
     r"(?i)\W{0,3}(?P<unit>[a-z]{0,20})\W{0,3}\b(?:or|maybe|perhaps|possibly)\b[^0-9]{0,20}[0-9.,]{1,40}%?\W{0,3}(?P<other>[a-z]{0,20})"
 )
 _VERB = re.compile(r"(?i)\b(?:is|are|equals?|was)\b|=|:")
-_REMARK = re.compile(r"\s+\((?!\s?(?:or|not|and|maybe|perhaps)\b)(?=[^()]{0,200}\)[\s.]{0,4}$)")
+_REMARK = re.compile(r"\s+\((?!\s?(?:(?:or|not|and|maybe|perhaps)\b|\$?[0-9.,]+\s?\)))(?=[^()]{0,200}\)[\s.]{0,4}$)")
 _RAISED = re.compile(r"(?<=[A-Za-z)])\s?\^\s?[0-9]+|(?<=[A-Za-z])[23](?![0-9])")
 
 

@@ -24,7 +24,7 @@ SCALES = {
     "thirds": Fraction(1, 3), "third": None, "quarters": Fraction(1, 4), "quarter": None, "fourths": Fraction(1, 4),
     "fifths": Fraction(1, 5), "sixths": Fraction(1, 6), "sevenths": Fraction(1, 7), "eighths": Fraction(1, 8),
     "ninths": Fraction(1, 9), "tenths": Fraction(1, 10), "twelfths": Fraction(1, 12), "hundredths": Fraction(1, 100),
-    "thousandths": Fraction(1, 1000),
+    "thousandths": Fraction(1, 1000), "tens": None,
 }  # fmt: skip
 _ORDINALS = {"st", "nd", "rd", "th"}
 _NAMES = {

@@ -182,8 +182,8 @@ def _is_complex(value: Value, precision: int) -> bool:
     return abs(value.imag) > max(1, abs(value)) * mpmath.ldexp(1, -int(precision * _TOLERANCE))
 
 
-def _has_unit(tree: Any) -> bool:
-    return isinstance(tree, tuple) and (tree[:2] == ("constant", "i") or any(map(_has_unit, tree)))
+def _has_i(tree: Any) -> bool:
+    return isinstance(tree, tuple) and (tree[:2] == ("constant", "i") or any(map(_has_i, tree)))
 
 
 def equal(left: Tree, right: Tree) -> bool:
@@ -191,7 +191,7 @@ def equal(left: Tree, right: Tree) -> bool:
     if left == right:
         return True
     names = symbols(left) | symbols(right)
-    complex_counts = not names or _has_unit(left) or _has_unit(right)
+    complex_counts = not names or _has_i(left) or _has_i(right)
     agreed = overflows = 0
     for point in points(names):
         try:
