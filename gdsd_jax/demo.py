@@ -23,7 +23,7 @@ from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import launch
 from gdsd_jax.evaluation import reports
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import read_objects
+from gdsd_jax.runtime.files import read_objects, write_text
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.tasks import TASKS
 
@@ -76,7 +76,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
         "seconds": time.perf_counter() - start,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_text(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
     console.print(f"{summary['seconds']:.0f} s, {summary['peak_rss_gb']:.2f} GB; everything is in {workdir}")
     return summary
 
@@ -104,7 +104,7 @@ def write_samples(workdir: Path) -> None:
     for before, after in list(zip(read("before"), read("after"), strict=True))[:SAMPLES]:
         cells = (before["puzzle"], before["solution"], before["completion"], after["completion"])
         lines.append("| " + " | ".join(f"`{cell}`" for cell in cells) + " |")
-    (workdir / "samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(workdir / "samples.md", "\n".join(lines) + "\n")
 
 
 def main(config: TrainConfig, workdir: Path) -> None:

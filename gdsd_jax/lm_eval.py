@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,14 @@ from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.likelihood import is_greedy, lower_bound
 from gdsd_jax.evaluation.completions import complete
 from gdsd_jax.evaluation.policy import require_base
-from gdsd_jax.evaluation.statistics import mean_and_error
+from gdsd_jax.evaluation.samples import judge
 from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import PackageError, UserError
+from gdsd_jax.runtime.files import write_text
+from gdsd_jax.runtime.ranges import Count, Seed, convert
 from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.runtime.transfer import fetch, put
-from gdsd_jax.tasks import Task, resolve
+from gdsd_jax.tasks import resolve
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.training.rollout import Prompts
 from gdsd_jax.training.setup import with_compute, with_tokens
@@ -107,6 +108,11 @@ class MaskedDiffusion(TemplateLM):
             raise UserError("no model is named: give --model_args checkpoint=DIRECTORY")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size} is not a positive number, which it must be for gdsd_jax")
+        for name, kind, value in (
+            ("length", Count | None, length), ("steps", Count | None, steps), ("block_length", int, block_length),
+            ("draws", Count, draws), ("seed", Seed, seed),
+        ):  # fmt: skip
+            convert(kind, value, f"{name} of --model_args")
         self.batch_rows = int(batch_size)
         self.tokenizer = hub.load_tokenizer(checkpoint)
         model, self.base = hub.load_checkpoint(checkpoint)
@@ -283,40 +289,6 @@ class MaskedDiffusion(TemplateLM):
         return totals
 
 
-def judge(path: Path, task: Task) -> dict[str, Any]:
-    """Measures the answers in a samples file by the task's metrics, with standard errors over its documents.
-
-    Args:
-      path: a JSONL file that lm-eval's `--log_samples` wrote.
-      task: reads the documents of the file as rows.
-
-    Raises:
-      UserError: `path` is not such a file, or the task cannot read a document.
-    """
-    try:
-        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        documents = [sample["doc"] for sample in samples]
-        answers = [_texts(sample["filtered_resps"]) for sample in samples]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a samples file of lm-eval ({error!r}): write one with --log_samples") from None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "documents.jsonl"
-        file.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
-        rows = task.read(file)
-    repeated = [row for row, texts in zip(rows, answers, strict=True) for _ in texts]
-    values = task.metrics([text for texts in answers for text in texts], repeated)
-    ends = np.cumsum([len(texts) for texts in answers])[:-1]
-    by_document = {name: [np.mean(part) for part in np.split(value, ends)] for name, value in values.items()}
-    metrics = {name: mean_and_error(np.array(value)) for name, value in by_document.items()}
-    counts = {"documents": len(rows), "answers": len(repeated)}
-    return {"samples": path.name, "task": task.name, **counts, "metrics": metrics}
-
-
-def _texts(answers: Any) -> list[str]:
-    """Returns the texts in nested lists of any depth, which is how filters return answers."""
-    return [answers] if isinstance(answers, str) else [text for part in answers for text in _texts(part)]
-
-
 def judge_files(arguments: list[str]) -> None:
     """Runs the command `judge`."""
     parser = argparse.ArgumentParser(prog="python -m gdsd_jax.lm_eval judge")
@@ -326,7 +298,7 @@ def judge_files(arguments: list[str]) -> None:
     task = resolve(given.task)
     for path in given.files:
         found = judge(path, task)
-        path.with_name(f"{path.name}.judged.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(path.with_name(f"{path.name}.judged.json"), json.dumps(found, indent=1) + "\n")
         values = (f"{name} {value['mean']:.3f} ± {value['error']:.3f}" for name, value in found["metrics"].items())
         print(f"{path.name}: {found['documents']} documents, {', '.join(values)}")
 

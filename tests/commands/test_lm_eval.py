@@ -147,6 +147,8 @@ def test_two_generation_tasks_and_one_of_likelihoods(directory):
         ({}, "checkpoint=DIRECTORY"),
         ({"checkpoint": "nowhere"}, "nowhere"),
         ({"batch_size": "auto"}, "--batch_size auto"),
+        ({"draws": 0}, "draws of --model_args is 0, it must be at least 1"),
+        ({"length": "long"}, "length of --model_args is 'long', not of type int"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, named, directory, monkeypatch, capsys):
