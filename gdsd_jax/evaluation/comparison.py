@@ -22,8 +22,9 @@ from gdsd_jax.runtime.files import read_object, replacing, understood
 from gdsd_jax.telemetry.metrics import read_metrics
 
 TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
-# Accuracies are counts of puzzles, so two differences are easily equal, and their interval would have no width.
-FEWEST_PAIRS = 3
+# A rank needs at least so many pairs of runs, and a wider interval than this: accuracies are counts of puzzles, so that
+# a few differences may all be equal, and then their interval has no width.
+FEWEST_PAIRS, NARROWEST = 3, 1e-9
 WIDTH = 80  # columns of the Markdown
 
 
@@ -130,7 +131,8 @@ def summarise(outcomes: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
         difference = None if runs is first else interval(paired) | {"values": paired}
         if difference is not None:
             low, high = difference["low"], difference["high"]
-            difference["excludes_zero"] = len(paired) >= FEWEST_PAIRS and (low > 0 or high < 0)
+            wide = len(paired) >= FEWEST_PAIRS and high - low > NARROWEST
+            difference["excludes_zero"] = wide and (low > 0 or high < 0)
         seconds = column("seconds_per_iteration")
         rows.append(
             {

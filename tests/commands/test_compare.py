@@ -220,9 +220,11 @@ def test_a_rank_is_claimed_only_where_the_paired_interval_excludes_zero():
     assert "b is above a by 8.9 to 11.8 points." in comparison.ranks(rows)
     assert "c is" not in comparison.ranks(rows)
     assert "no method is ranked" in comparison.ranks([rows[0], rows[2]])
-    # Two equal differences have an interval without width: no rank comes of them.
-    rows = comparison.summarise({"a": runs_with([0.5, 0.6]), "b": runs_with([0.625, 0.725])})
-    assert rows[1]["difference"]["low"] == pytest.approx(0.125) and not rows[1]["difference"]["excludes_zero"]
+    # Equal differences have an interval without width, from which no rank follows.
+    for finals in ([0.5, 0.6], [0.5, 0.6, 0.7]):
+        rows = comparison.summarise({"a": runs_with(finals), "b": runs_with([final + 0.125 for final in finals])})
+        assert rows[1]["difference"]["low"] == pytest.approx(0.125)
+        assert rows[1]["difference"]["excludes_zero"] is False
     # A seed that the first method lacks has no pair, and one pair alone has no interval.
     rows = comparison.summarise({"a": runs_with(first[:1]), "b": runs_with(better)})
     assert rows[1]["difference"]["values"] == pytest.approx([0.1])
