@@ -1,9 +1,9 @@
-"""A method of one's own, as docs/new_method.md writes it: GDSD with Huber's loss in place of the square.
+"""The method of docs/new_method.md: GDSD with Huber's loss in place of the square.
 
     delta = (S_theta - S_old) / L - psi A
     loss  = sum_{i,m} h(delta_im) / B,    h(x) = x^2 / 2 where |x| <= width, else width (|x| - width / 2)
 
-over rows i and views m. A residual beyond `width` pulls with constant force instead of one that grows with it.
+over rows i and views m. The gradient of a residual beyond `width` is constant instead of growing with it.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A task of one's own, as docs/new_task.md writes it: put the letters of a word in alphabetical order."""
+"""The task of docs/new_task.md: put the letters of a word in alphabetical order."""
 
 import random
 from pathlib import Path
@@ -10,12 +10,12 @@ from gdsd_jax.tasks.workers import Limits
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a local file with the column `word`."""
+    """Returns the rows of a local file, from its column `word`."""
     return [{"word": str(column(place, record, "word"))} for place, record in read_records(path)]
 
 
 def source(split: str, count: int | None, seed: int) -> list[Row]:
-    """Words where no file is given: any five letters, the evaluation splits fixed and apart from training."""
+    """Returns random words of five letters, if there is no file; evaluation splits are fixed, and not trained on."""
     letters = random.Random(f"{split}:{seed if split == 'train' else 0}")
     rows: list[Row] = []
     while len(rows) < (count or 256):
@@ -26,7 +26,7 @@ def source(split: str, count: int | None, seed: int) -> list[Row]:
 
 
 def score(completion: str, row: Row) -> dict[str, float]:
-    """Two components: letters in their place, and whether there is an answer at all."""
+    """Returns two components: the share of letters in their place, and whether there is an answer at all."""
     answer, wanted = last_answer(completion), sorted(row["word"])
     right = sum(a == b for a, b in zip((answer or "").strip(), wanted, strict=False))
     return {"letters": right / len(wanted), "answered": float(answer is not None)}

@@ -1,4 +1,4 @@
-"""A tracker of one's own, as docs/new_tracker.md writes it: `metrics.csv`, a line for each step and metric."""
+"""The tracker of docs/new_tracker.md: `metrics.csv`, with a line for each step and metric."""
 
 import csv
 
@@ -7,7 +7,7 @@ class CSV:
     def __init__(self, workdir, resume_step):
         path = workdir / "metrics.csv"
         kept = []
-        # A resumed run keeps its lines, but those of later steps are no longer true. It may have had no tracker before.
+        # A resumed run keeps its lines up to the restored step. It has none if it had no tracker before.
         if resume_step != -1 and path.exists():
             with path.open(newline="") as file:
                 kept = [row for row in csv.reader(file) if resume_step is None or int(row[0]) <= resume_step]
