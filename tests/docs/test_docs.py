@@ -13,6 +13,7 @@ import pytest
 import tiny_run
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
+from gdsd_jax.config import TrainConfig, default, freeze, to_dict
 from gdsd_jax.telemetry.metrics import MetricWriter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +30,29 @@ def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^(    |```).*$", "", page.read_text(), flags=re.MULTILINE))
     files = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
     assert [file for file in files if not (page.parent / file).exists()] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_settings_commands_and_files_that_a_page_names_exist(page):
+    text = CODE.sub("", page.read_text())
+    known = to_dict(freeze(TrainConfig, default()))
+    free = ("settings.", "task.settings.", "optimizer.settings.", "extras_optimizer.settings.")
+
+    def exists(name):
+        place = known
+        for part in name.split("."):
+            if not isinstance(place, dict) or part not in place:
+                return False
+            place = place[part]
+        return True
+
+    for match in re.finditer(r"\bconfig\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)(\()?", text):
+        name = match[1].removesuffix(".update") if match[2] else match[1]
+        assert exists(name) or name.startswith(free) or name in ("json", "read_config", "default"), match[0]
+    for module in re.findall(r"python -m ((?:gdsd_jax|benchmarks)(?:\.[a-z_0-9]+)+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+    for file in re.findall(r"\b((?:tests|configs|examples|benchmarks|launch)/[a-z_0-9/]+\.(?:py|sh|md))\b", text):
+        assert (ROOT / file).exists(), file
 
 
 def test_the_configuration_page_is_up_to_date():
