@@ -7,10 +7,10 @@ r"""The graders at large: judged answers by kind, pairs of different right answe
 
 `judged` counts, for each kind of answer, the rows that are judged as a person judged them (`task`, `row`, `completion`,
 `right`), by both graders and by math-verify called directly in each of the given interpreters, which may hold other
-versions of it. `pairs` prints every pair of different right answers that counts as equal: all pairs of MATH-500, and
-`--count` random ones of each other task, of programs `--programs`. `spellings` ends with 1 where an answer does not
-equal itself. `forms` writes the reference answers of `--count` rows in the forms that models use, and prints the share
-that each grader's metric calls right and its reward pays in full.
+versions of it. `pairs` prints every pair of different right answers that counts as equal: all pairs of MATH-500,
+`--count` random ones of each other task, and `--programs` random ones of each file of programs. `spellings` ends with 1
+where an answer does not equal itself. `forms` writes the reference answers of `--count` rows in the forms that models
+use, and prints the share that each grader's metric calls right and its reward pays in full.
 """
 
 import argparse
@@ -147,8 +147,9 @@ def pairs(data: Path, count: int, programs: int) -> None:
         chosen = [draw.sample(rows, 2) for _ in range(count)]
         _crossed(name, task, chosen)
     if programs:
-        rows = TASKS["code"].rows("test", path=data / "mbpp.jsonl")
-        _crossed("code", TASKS["code"], [draw.sample(rows, 2) for _ in range(programs)])
+        for file in ("mbpp.jsonl", "HumanEval.jsonl.gz"):
+            rows = TASKS["code"].rows("test", path=data / file)
+            _crossed(f"code, {file}", TASKS["code"], [draw.sample(rows, 2) for _ in range(programs)])
 
 
 def _crossed(name: str, task, chosen: list) -> None:

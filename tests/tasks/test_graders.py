@@ -163,6 +163,9 @@ NUMBERS = [
 # Answers inside the tags, for 3, 5, 7 and the target 22, and for 10, 4, 60 and 24.
 OF_22 = [
     ("not 3*5+7", 0),
+    ("3*5 + 7 is the expression", 1),
+    ("3*5 + 7 is not it", 0),
+    ("3*5 + 7 squared", 0),
     ("|3*5+7|", 0),
     ("3 × 5 + 7", 1),
     ("3·5+7", 1),

@@ -23,6 +23,8 @@ x < -5 \text{ or } x > 1 | x > 1 \text{ or } x < -5 | 1
 7\text{ m/s} | 7\ \frac{\text{m}}{\text{s}} | 1
 7\text{ m/s} | 7\ \frac{\text{m}}{\text{s}^2} | 0
 7\text{ m} | 7\,\mathrm{g} | 0
+46 | \text{46 is the answer} | 1
+46 | \text{46 is not the answer} | 0
 a_n = 4n - 3 | 4n-3 | 1
 x_1 = 4n | 4n | 0
 f(x) = 5^x | y = 5^x | 1

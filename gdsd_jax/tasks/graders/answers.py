@@ -34,6 +34,7 @@ _CLOSING = {")", "]", "}", "\\}", "rangle", "rfloor", "rceil"}
 _MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix"}
 _CALLED = set("ABCDEIJKLMNOPQRSTUVWXYZpqrsuvw")
 _ENDS = (".", ",", ";", ":", "\\", "*", "&", "^", "only")
+_TAIL = ["is", "the", "answer"]
 _NOTHING = {"noneofthese", "nosolution", "nosolutions", "norealsolution", "norealsolutions"}
 
 
@@ -52,7 +53,7 @@ def read(text: str, loose: bool = True) -> Answer:
 def strip(tokens: list[Token]) -> list[Token]:
     """Returns the tokens without an introduction or an end of sentence around the answer.
 
-    These are "The answer is", "=", a period, "only", or braces around everything.
+    These are "The answer is", "is the answer", "=", a period, "only", or braces around everything.
     """
     while True:
         before = len(tokens)
@@ -60,6 +61,7 @@ def strip(tokens: list[Token]) -> list[Token]:
             tokens = tokens[:-1]
         while tokens and tokens[0].text in ("=", ":", "*", ".", "\\", "approx", "&", ",", "^"):
             tokens = tokens[1:]
+        tokens = tokens[: -len(_TAIL)] if [token.text.lower() for token in tokens[-len(_TAIL) :]] == _TAIL else tokens
         words = [token.text.lower() for token in tokens[:8]]
         lead = words.index("answer") + 1 if "answer" in words else 0
         if lead and all(token.kind == "word" or token.text == "," for token in tokens[:lead]):

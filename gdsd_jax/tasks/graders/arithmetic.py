@@ -105,6 +105,8 @@ _ARITHMETIC = "-+*/()=0123456789."
 # Signs that a run is part of something else: adjacent letters, powers, factorials, bars, LaTeX commands or a "not".
 _BEFORE = re.compile(r"(?:[^\W_]|[\^!%_|]\s?|\\[A-Za-z]+\s?|(?i:\b(?:not|never)|n't)\s{1,3})\Z")
 _AFTER = re.compile(r"[^\W_]|[\^!%_|\\]")
+# Words behind a run, after a space, that only say something of it.
+_SAID = re.compile(r"(?<=[ \t])(?i:is|which|because|works|gives|makes|using)\b(?!\s+(?:not|wrong|incorrect)\b)")
 _JOINT = re.compile(r"(?<=[0-9)])([ \t]{0,3})(?=\()|(?<=\))([ \t]{0,3})(?=[0-9])")
 
 
@@ -133,7 +135,8 @@ def expressions(text: str) -> list[str]:
             run = run[2:-2].strip(" \t.=")
         if re.search(r"[0-9)][ \t]*[-+*/(]|\)[ \t]*[0-9]", run):
             is_part = _BEFORE.search(text[max(0, match.start() - 20) : match.start()] + match[0][:1].strip(_ARITHMETIC))
-            found.append("" if is_part or _AFTER.match(text, match.end()) else run)
+            is_part = is_part or (_AFTER.match(text, match.end()) and not _SAID.match(text, match.end()))
+            found.append("" if is_part else run)
     return found
 
 
