@@ -1,4 +1,4 @@
-"""The choice of attention for a program, and cuDNN's fused attention for NVIDIA GPUs.
+"""Chooses the attention of a program, and calls cuDNN's fused attention for NVIDIA GPUs.
 
     plain    `ops.attention`, on every platform and in every dtype
     splash   the kernel for TPUs, see `splash`
@@ -18,18 +18,18 @@ from jaxtyping import Array, Bool, Float, Int
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.splash import LANES, on_each_device
 
-# For `jax.nn.dot_product_attention`; tests on a CPU put "xla" here.
+# An argument of `jax.nn.dot_product_attention`, which tests on a CPU set to "xla".
 IMPLEMENTATION = "cudnn"
-# What cuDNN requires: a GPU of this generation or a newer one, and head sizes that are multiples of 8 up to 128.
+# cuDNN requires a GPU of this compute capability or a higher one, and head sizes that are multiples of 8 up to 128.
 _CAPABILITY, _LARGEST_HEAD = 8, 128
 
 
 def chosen(config: DenoiserConfig) -> str:
     """Returns the name of the attention that a denoiser uses; "auto" chooses by the devices that will run the program.
 
-    Those are the devices of the current mesh, which may be of a kind that this machine does not have, or without a mesh
-    those of the default backend. Under "auto", float32 uses the plain path, whose products are exact, and so do head
-    sizes that no kernel supports.
+    These are the devices of the current mesh, which this machine need not have; without a mesh, those of the default
+    backend. Under "auto", float32 takes the plain path, whose products are exact, and so do head sizes that no kernel
+    supports.
     """
     if config.attention != "auto":
         return config.attention
@@ -45,8 +45,8 @@ def chosen(config: DenoiserConfig) -> str:
 
 
 def _flash() -> bool:
-    """Tells whether cuDNN has flash attention for the GPUs of this machine."""
-    # AMD's say something like gfx90a.
+    """Returns whether cuDNN has flash attention for the GPUs of this machine."""
+    # GPUs of AMD have names such as gfx90a in place of a version.
     major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
     return major.isdigit() and minor.isdigit() and int(major) >= _CAPABILITY
 
@@ -58,15 +58,15 @@ def cudnn(
     real: Bool[Array, "#B T"] | None,
     allowed: Bool[Array, "#B S T"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Computes the same attention as `ops.attention`, with cuDNN; the softmax is float32."""
+    """Computes the same attention as `ops.attention` with cuDNN; the softmax is float32."""
     masks = [mask for mask in (None if real is None else real[:, None], allowed) if mask is not None]
     if not masks:
         return on_each_device(_kernel, [query, key, value], [])
     (rows, length), total = query.shape[:2], key.shape[1]
     seen = functools.reduce(jnp.logical_and, masks)
     # With a mask, the kernel's gradient requires even lengths.
-    query, key, value = (_pad(x, 1, x.shape[1] % 2) for x in (query, key, value))
-    seen = _pad(_pad(jnp.broadcast_to(seen, (rows, length, total)), 1, length % 2), 2, total % 2)
+    query, key, value = (appended(x, 1, x.shape[1] % 2) for x in (query, key, value))
+    seen = appended(appended(jnp.broadcast_to(seen, (rows, length, total)), 1, length % 2), 2, total % 2)
     return on_each_device(_kernel, [query, key, value], [seen])[:, :length]
 
 
@@ -76,9 +76,10 @@ def written(
     start: Int[Array, ""],
     own: Bool[Array, "#B W"] | None,
 ) -> tuple[Float[Array, "B T kv K"], ...]:
-    """Returns the keys and values of all T columns, with those of a window written over them from `start` on.
+    """Returns the cached keys and values, with those of a window written into the columns from `start` on.
 
-    They are written where `own` is True (None: everywhere). A loop that carries the arrays writes without a copy.
+    Only columns where `own` is True are written (None: all of the window's). A loop that carries the arrays writes them
+    in place.
     """
 
     def put(old: Array, new: Array) -> Array:
@@ -90,8 +91,8 @@ def written(
     return tuple(map(put, cached, window))
 
 
-def _pad(x: Array, axis: int, count: int) -> Array:
-    """Appends `count` places of zeros along an axis."""
+def appended(x: Array, axis: int, count: int) -> Array:
+    """Returns an array with `count` zeros appended along an axis."""
     return jnp.pad(x, [(0, count if n == axis % x.ndim else 0) for n in range(x.ndim)])
 
 

@@ -1,13 +1,14 @@
 """Forward passes of block-causal denoisers, on a grid where the blocks of all rows occupy the same columns.
 
-One kind of pass runs a clean text together with a noisy copy of its blocks. The other kinds run block after block: a
-finished block never changes, so its keys and values are kept exactly.
+`noisy_states_at` runs a clean text together with a noisy copy of its blocks in one pass. The other functions run block
+after block: a finished block never changes, so its keys and values are kept exactly.
 
 B rows, P prompt tokens, L completion tokens, T = P + L, W columns of the grid, D model size, K head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gdsd_jax.denoiser import attention
+from gdsd_jax.denoiser.attention import appended
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.forward import At, Read, real_tokens, rope_of, run
 from gdsd_jax.denoiser.layout import Layout
@@ -26,8 +28,8 @@ class Grid(NamedTuple):
     """Places the tokens of left-padded rows so that a block occupies the same columns in every row.
 
     Attributes:
-      size: columns of a block.
-      width: W, a multiple of the block size.
+      size: number of columns in a block.
+      width: W, the number of columns, a multiple of `size`.
       first: the first column of the first block that holds completion tokens, in any row.
       shift: `[B, 1]` or `[1, 1]`; token `i` of a row lies at column `i + shift`.
     """
@@ -41,11 +43,11 @@ class Grid(NamedTuple):
         """Puts the values of tokens, `[B, T]`, on the grid, `[B, W]`; columns without a token get the value `fill`."""
         index = jnp.arange(self.width) - self.shift
         inside = (index >= 0) & (index < x.shape[1])
-        taken = jnp.take_along_axis(x, jnp.clip(jnp.broadcast_to(index, (len(x), self.width)), 0, x.shape[1] - 1), 1)
-        return jnp.where(inside, taken, fill)
+        within = jnp.clip(jnp.broadcast_to(index, (len(x), self.width)), 0, x.shape[1] - 1)
+        return jnp.where(inside, jnp.take_along_axis(x, within, axis=1), fill)
 
     def take(self, x: Array, at: Array, first: int = 0) -> Array:
-        """Takes the values of the tokens `at` from `x`, whose first column is the column `first` of the grid."""
+        """Takes the values of the tokens `at`, `[S]`, from `x`, which holds the columns of the grid from `first` on."""
         index = jnp.broadcast_to(at + self.shift - first, (len(x), at.shape[-1]))
         return jnp.take_along_axis(x, index, axis=1)
 
@@ -59,7 +61,7 @@ def grid_of(config: DenoiserConfig, prompt_length: int, length: int, prompt_mask
     first = prompt_length // size * size
     if prompt_mask is None:
         return Grid(size, first + -(-(prompt_length - first + length) // size) * size, first, jnp.zeros((1, 1), int))
-    # The last tokens of a prompt, if they do not fill a block, share one with the completion. The shift puts this block
+    # If the last tokens of a prompt do not fill a block, they share it with the completion. The shift puts this block
     # into the same columns in every row.
     prompt = jnp.sum(prompt_mask[:, :prompt_length].astype(jnp.int32), axis=1, keepdims=True)
     return Grid(size, first + -(-(size - 1 + length) // size) * size, first, prompt % size - prompt_length % size)
@@ -78,15 +80,15 @@ def noisy_states_at(
 ) -> Read:
     """Runs a clean and a noisy copy of a text in one pass; returns a function that reads the noisy completion.
 
-    The function gives target-aligned hidden states. Each noisy block attends to the clean blocks before it, as when
-    text is written block after block. Where raw logits predict the next token, the first token of a block is read from
-    the last token of the clean block before it. Both copies have the prompt of `noisy`, masked tokens included.
+    Each noisy block attends to the clean blocks before it, as when text is written block after block. Where raw logits
+    predict the next token, the first token of a block is read from the last token of the clean block before it.
 
     Args:
       tokens: clean prompts and completions; the completion is the last `length` tokens.
+      noisy: the same texts with masked tokens. Both copies take their prompts from here, masked tokens included.
 
     Returns:
-      A function like that of `hidden_states_at`, to be asked for places in the completion.
+      A function like that of `hidden_states_at`, for positions in the completion.
     """
     total = tokens.shape[1]
     real = real_tokens(prompt_mask, *tokens.shape)
@@ -103,7 +105,8 @@ def noisy_states_at(
     last = run(config, base, lora, columns, both(seen, seen), tables, layout=layout, dropout_key=dropout_key)
 
     def read(at: At | None) -> Array:
-        places = jnp.arange(total) if at is None else jnp.arange(at.start, at.stop) if isinstance(at, slice) else at
+        every = jnp.arange(total)
+        places = every if at is None else every[at] if isinstance(at, slice) else at
         column = jnp.broadcast_to(places + grid.shift, (len(tokens), places.shape[-1]))
         index = column + grid.width - grid.first
         if config.next_token_logits:
@@ -122,31 +125,31 @@ def prefilled(
     width: int,
     rope: tuple[Array, Array],
 ) -> tuple[Any, Float[Array, "B D"]]:
-    """Runs the finished blocks of the prompts; returns their keys and values, and the last column's hidden states.
+    """Runs the finished blocks of the prompts.
 
-    The keys and values have room for `width` columns. The hidden states `[B, D]` are those after the final norm, or
-    zero where the prompts have no finished block.
+    Returns:
+      Their keys and values, with room for `width` columns; and the hidden states of the last column after the final
+      norm, which are zero if the prompts have no finished block.
     """
     rows, length = tokens.shape
-    keys, values = _token_axes(config)
+    axes = _token_axes(config)
     if length == 0:
 
         def one_column(tokens: Array) -> Any:
             return run(config, base, lora, tokens, None, rope_of(config, 1), keep=True)(slice(0, 1))
 
-        # Only the shapes are needed.
-        hidden, cache = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_column, jnp.zeros((rows, 1), tokens.dtype))
-        )
+        # A pass over one column shows the shapes; nothing is computed.
+        shapes = jax.eval_shape(one_column, jnp.zeros((rows, 1), tokens.dtype))
+        hidden, cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     else:
         layout = Layout(config.block_size, length)
         last = run(config, base, lora, tokens, real, rope, layout=layout, keep=True)
         hidden, cache = last(slice(length - 1, length))
 
-    def room(x: Array, axis: int) -> Array:
-        return jnp.pad(x, [(0, width - max(1, length) if n == axis % x.ndim else 0) for n in range(x.ndim)])
+    def with_room(kv: KeyValues) -> KeyValues:
+        return KeyValues(*(appended(x, axis, width - max(1, length)) for x, axis in zip(kv, axes, strict=True)))
 
-    return _each(lambda kv: KeyValues(room(kv.keys, keys), room(kv.values, values)), cache), hidden[:, 0]
+    return _each(with_room, cache), hidden[:, 0]
 
 
 def block_states(
@@ -162,7 +165,7 @@ def block_states(
 ) -> Any:
     """Runs the columns of one block, from `start` on, which attend to each other and to the cached columns `seen`.
 
-    Returns what `run` returns, keys and values included.
+    Returns the function that `run` returns, with `keep`.
     """
     if attention.chosen(config) == "cudnn":
         inside = jnp.ones(tokens.shape, bool) if real is None else real
@@ -171,18 +174,18 @@ def block_states(
 
 
 def stored(config: DenoiserConfig, cache: Any, new: Any, start: Int[Array, ""]) -> Any:
-    """Returns the cache with the keys and values of the columns from `start` on replaced by those of `new`.
+    """Writes a block's keys and values into the cache, from the column `start` on, and returns the cache.
 
-    Here `new` is what `block_states` gave; under cuDNN it is the whole cache already.
+    Args:
+      new: the keys and values that `block_states` gave. Under cuDNN they are the whole cache already.
     """
     if attention.chosen(config) == "cudnn":
         return new
-    keys, values = _token_axes(config)
+    axes = _token_axes(config)
 
     def store(old: KeyValues, new: KeyValues) -> KeyValues:
         write = jax.lax.dynamic_update_slice_in_dim
-        axes = (axis % old.keys.ndim for axis in (keys, values))
-        return KeyValues(*(write(x, y, start, axis) for x, y, axis in zip(old, new, axes, strict=True)))
+        return KeyValues(*(write(x, y, start, axis % x.ndim) for x, y, axis in zip(old, new, axes, strict=True)))
 
     return _each(store, cache, new)
 
@@ -192,5 +195,6 @@ def _token_axes(config: DenoiserConfig) -> tuple[int, int]:
     return (-3, -3) if attention.chosen(config) == "cudnn" else (-1, -2)
 
 
-def _each(function: Any, *caches: Any) -> Any:
+def _each(function: Callable[..., KeyValues], *caches: Any) -> Any:
+    """Maps a function over the `KeyValues` of all layers."""
     return jax.tree.map(function, *caches, is_leaf=lambda x: isinstance(x, KeyValues))

@@ -1,7 +1,7 @@
 """The denoiser as pure functions of tokens: hidden states at all or some positions, with or without a cache; logits.
 
-A denoiser whose layers are all unrolled (`layer_unroll`), or whose parameters are a tuple of layers, runs as a plain
-loop over them, and then its last layer computes only the positions that are read.
+If all layers are unrolled (`layer_unroll`), or the parameters are a tuple of layers, a plain loop runs the layers, and
+the last layer computes only the positions that are read. Otherwise a scan runs them.
 
 B rows, T tokens, D model size, V vocabulary, S positions that are read, W tokens of a window.
 """
@@ -31,7 +31,10 @@ Read = Callable[[At | None], Float[Array, "B S D"]]
 def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | None:
     """Returns a bool mask `[B, T]`, True on real tokens, from a mask of the first `P` (or all `T`) positions.
 
-    Positions that the given mask does not cover are real. Returns None if no mask is given.
+    Positions that the given mask does not cover are real. Without a mask the result is None.
+
+    Raises:
+      UserError: the mask is longer than the tokens.
     """
     if prompt_mask is None:
         return None
@@ -42,7 +45,7 @@ def real_tokens(prompt_mask: Array | None, batch: int, length: int) -> Array | N
 
 
 def rope_of(config: DenoiserConfig, length: int, layout: Layout | None = None) -> tuple[Array, Array]:
-    """Returns the rotation tables of the columns of a pass."""
+    """Returns the rotation tables of the columns of a pass, see `ops.rope_tables`."""
     columns = jnp.arange(length)
     positions = columns if layout is None else layout.place(columns)
     return ops.rope_tables(positions, config.head_dim, config.rope_theta)
@@ -65,14 +68,14 @@ def run(
     layout: Layout | None = None,
     dropout_key: Array | None = None,
 ) -> Callable[[At | None], tuple[Array, Any]]:
-    """Runs the layers; returns a function that gives hidden states.
+    """Runs the layers; the arguments are those of `Layer`.
 
-    Where all layers are unrolled, the last one runs when that function is called, and only for the places asked for.
-    The function takes places in `tokens` (None: all). It gives their states after the final norm, not yet
-    target-aligned, and with `keep` also the keys and values of the places `kept` (None: of all tokens). The keys and
-    values are stacked, or, where all layers are unrolled, a tuple with one entry per layer. Under cuDNN they are those
-    of the whole `cache`, if there is one, with the tokens' own written into it from the column `start` on. `texts` are
-    the numbers of the texts of packed rows, as in `hidden_states_at`.
+    Returns:
+      A function from positions in `tokens` (None: all) to their hidden states after the final norm, not yet
+      target-aligned, and to the keys and values. Without `keep` these are None. With it they are those of the positions
+      `kept` (None: all), stacked, or a tuple with one entry per layer where layers are unrolled. Under cuDNN they are
+      the whole `cache`, if there is one, with those of `tokens` written into it from the column `start` on. If layers
+      are unrolled, each call of the function runs the last layer, and only for these positions.
     """
     base, lora = unstacked(config, base, lora)
     adapter = None if lora is None else lora.replace(weights=None)
@@ -104,7 +107,7 @@ def run(
     x, before = embed(config, base["embedding"], tokens), []
     known = {name: jnp.take(table, tokens, axis=0) for name, table in base.get("first_projections", {}).items()}
     for n in range(config.num_layers - 1):
-        x, key_values = layer(n, x, known=(known or None) if n == 0 else None)
+        x, key_values = layer(n, x, known=known if n == 0 and known else None)
         before.append(key_values)
 
     def last(at: At | None) -> tuple[Array, Any]:
@@ -115,7 +118,7 @@ def run(
 
 
 def source(config: DenoiserConfig, at: At) -> At:
-    """Returns the positions whose raw logits predict the tokens at the positions `at`; position 0 keeps its own."""
+    """Returns the positions whose raw logits predict the tokens at the positions `at`; position 0 predicts itself."""
     if not config.next_token_logits:
         return at
     if isinstance(at, slice) and at.start > 0:
@@ -133,20 +136,21 @@ def hidden_states_at(
     texts: Int[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
 ) -> Read:
-    """Runs the denoiser; returns a function that gives the target-aligned hidden states of the positions asked for.
+    """Runs the denoiser; returns a function from positions to their target-aligned hidden states.
 
-    Positions are a slice, `[S]`, `[B, S]` for each row's own, or None for all. The states are those after the final
-    norm: index `i` predicts token `i`, for every family.
+    Positions are a slice, `[S]`, `[B, S]` if each row has its own, or None for all. The states are those after the
+    final norm, aligned so that index `i` predicts token `i` for every family.
 
     Args:
       config: the denoiser; its `dtype` is the compute dtype and that of the result.
       base: parameters as `init_base` or the hub's loader returns them, in any float dtype.
       lora: an adapter, or None for the base alone (the reference policy).
-      tokens: `[B, T]` ids, mask ids where a token is to be predicted.
+      tokens: `[B, T]` ids, with the mask token where a token is to be predicted.
       prompt_mask: `[B, P]` or `[B, T]`, True on real tokens; pads are never attended to. None: all are real.
       texts: for packed rows, instead of `prompt_mask`: the number of each token's text, from 1, and 0 on pads. Tokens
-        attend to their own text only. Positions are the row's, which changes nothing: rotations are relative.
-      dropout_key: switches the adapter's dropout on.
+        attend only to their own text. Positions are counted along the row, which makes no difference, because
+        rotations are relative.
+      dropout_key: turns on the adapter's dropout.
 
     Raises:
       UserError: rows are packed and attention is block-causal.
@@ -158,7 +162,7 @@ def hidden_states_at(
     length, real, shift = tokens.shape[1], real_tokens(prompt_mask, *tokens.shape), None
     layout = None if config.block_size is None else Layout(config.block_size, length)
     if layout is not None and real is not None and config.block_origin == "sequence":
-        # Each row is rotated to begin at a multiple of the block size; the pads that leave the front go to the end.
+        # Each row is rotated so that it begins at a multiple of the block size; its first pads move to the end.
         shift = jnp.argmax(real, axis=1, keepdims=True) % config.block_size
         columns = (jnp.arange(length) + shift) % length
         tokens, real = (jnp.take_along_axis(x, columns, axis=1) for x in (tokens, real))
@@ -173,7 +177,7 @@ def hidden_states_at(
         if at is not None:
             return last(source(config, at))[0]
         x, _ = last(None)
-        # The head acts on each position alone, so shifting what it reads shifts the logits.
+        # The head acts on each position alone, so shifting the hidden states shifts the logits.
         return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) if config.next_token_logits else x
 
     return read
@@ -204,11 +208,11 @@ def refresh_cache(
     around: tuple[Int[Array, ""], int] | None = None,
     prompt_mask: Bool[Array, "B P"] | None = None,
 ) -> tuple[Float[Array, "B S D"], Any]:
-    """Runs a full pass; returns the hidden states of the positions `at`, and keys and values for `window_states_at`.
+    """Runs a full pass; returns the hidden states of the positions `at`, and the cache for `window_states_at`.
 
     Args:
-      around: start and size of the only window that the keys and values will serve; those of the window's own tokens
-        are left out, except under cuDNN, where the window's passes write into them. None keeps all.
+      around: start and size of the only window that will use the cache. The window's own keys and values are left out,
+        except under cuDNN, where the window's passes write into them. None: the cache holds those of all tokens.
     """
     length = tokens.shape[1]
     kept = None if around is None or attention.chosen(config) == "cudnn" else _around(*around, length)
@@ -218,7 +222,7 @@ def refresh_cache(
 
 
 def _around(start: Array, size: int, length: int) -> Array:
-    """Returns the positions outside of a window, from the window's end onwards and wrapping around to its start."""
+    """Returns the positions outside a window, from the window's end onwards and wrapping around to its start."""
     return (start + size + jnp.arange(length - size)) % length
 
 
@@ -234,10 +238,10 @@ def window_states_at(
     frozen: Int[Array, ""] | None = None,
     prompt_mask: Bool[Array, "B P"] | None = None,
 ) -> Read:
-    """Runs only the window of `size` tokens from position `start` on; returns a function that reads its places.
+    """Runs only the window of `size` tokens from position `start` on; returns a function that reads its positions.
 
-    The function gives target-aligned hidden states, as that of `hidden_states_at` does; places are counted from
-    `start`. The arguments are those of `window_pass`.
+    The function gives target-aligned hidden states; positions are counted from `start`. The arguments are those of
+    `window_pass`.
     """
     last = window_pass(
         config, base, lora, tokens, cache, start=start, size=size, frozen=frozen, prompt_mask=prompt_mask
@@ -258,25 +262,25 @@ def window_pass(
     prompt_mask: Bool[Array, "B P"] | None = None,
     keep: bool = False,
 ) -> Callable[[At], tuple[Float[Array, "B S D"], Any]]:
-    """Runs only the window of `size` tokens from position `start` on; returns a function that reads its places.
+    """Runs only the window of `size` tokens from position `start` on; returns a function that reads its positions.
 
-    The function gives target-aligned hidden states, and with `keep`, under cuDNN, the cache with the window's keys
-    and values in it. Places are counted from `start`. Keys and values come from `cache`
-    for positions outside the window and for positions before `frozen`; all others are computed from `tokens`. With a
-    cache of these very tokens the states equal those of `hidden_states`; otherwise they are an approximation. `start`
-    is at least 1 where raw logits predict the next token.
+    The function gives target-aligned hidden states and, with `keep` under cuDNN, the cache into which the window's keys
+    and values are written. Positions are counted from `start`. If the cache was made of the same tokens, the states
+    equal those of `hidden_states`; otherwise they are an approximation.
 
     Args:
-      cache: from `refresh_cache`; without `frozen`, made with `around` set to this window; with `frozen`, made of all
-        tokens.
-      frozen: a position, at least `start`.
+      cache: the result of `refresh_cache`, called with `around` set to this window, or without `around` if `frozen` is
+        given. It supplies the keys and values of positions outside the window and before `frozen`; those of all other
+        positions are computed from `tokens`.
+      start: the first position of the window, at least 1 where raw logits predict the next token.
+      frozen: a position, at least `start`; None: no position of the window is frozen.
     """
     length, first, width = tokens.shape[1], start, size
     if config.next_token_logits:
-        # With one more token in front, index i of this pass is the token before place i of the window.
+        # The token in front of the window predicts its first token: index i of this pass predicts position i.
         first, width = start - 1, size + 1
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, width, axis=-1)  # noqa: E731
-    # Each position is seen once: in the window from `frozen` on, in the cache elsewhere.
+    # Each position is attended to once: in the window from `frozen` on, in the cache elsewhere.
     positions, real = jnp.arange(length), real_tokens(prompt_mask, *tokens.shape)
     inside = None if width == size else cut(positions >= start)[None]
     outside = None
@@ -284,24 +288,22 @@ def window_pass(
         outside = ((positions < frozen) | (positions >= start + size))[None]
         inside = cut(~outside)
     if attention.chosen(config) == "cudnn":
-        # The cache has every position once, the window's own included.
+        # The cache has all positions, those of the window included.
         outside = real
     elif real is not None:
         inside = cut(real) if inside is None else inside & cut(real)
         outside = real[:, _around(start, size, length)] if outside is None else outside & real
     rope = tuple(jax.lax.dynamic_slice_in_dim(t, first, width) for t in rope_of(config, length))
-    last = run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside, start=first, keep=keep)
-    return last
+    return run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside, start=first, keep=keep)
 
 
 def logits_from_hidden(config: DenoiserConfig, base: Any, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Computes logits in float32 over the whole vocabulary."""
-    by_columns = "head_columns" in base
-    head = base["head_columns"] if by_columns else head_weights(config, base).astype(hidden.dtype)
-    return jnp.einsum(
-        "...d,dv->...v" if by_columns else "...d,vd->...v", hidden, head,
-        precision=precision_of(config), preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    """Computes float32 logits over the whole vocabulary."""
+    if "head_columns" in base:
+        equation, head = "...d,dv->...v", base["head_columns"]
+    else:
+        equation, head = "...d,vd->...v", head_weights(config, base).astype(hidden.dtype)
+    return jnp.einsum(equation, hidden, head, precision=precision_of(config), preferred_element_type=jnp.float32)
 
 
 def denoise(
@@ -313,9 +315,9 @@ def denoise(
     prompt_mask: Bool[Array, "B P"] | None = None,
     dropout_key: Array | None = None,
 ) -> Float[Array, "B T V"]:
-    """Computes target-aligned float32 logits `[B, T, V]`; the arguments are those of `hidden_states`.
+    """Computes target-aligned float32 logits `[B, T, V]`; the arguments are those of `hidden_states_at`.
 
-    Training and sampling never call this: they apply the head only at the positions that are read.
+    Training and sampling never call this function: they apply the head only at the positions that they read.
     """
     hidden = hidden_states(config, base, lora, tokens, prompt_mask=prompt_mask, dropout_key=dropout_key)
     return constrain(logits_from_hidden(config, base, hidden), ("rows", "tokens", "vocab"))

@@ -1,7 +1,8 @@
 """Low-rank adapters as data: a policy is the frozen base with one adapter, or the base alone.
 
-`y = x W + (alpha / rank) * dropout(x) A B`, with `A ~ U(-1/sqrt(in), 1/sqrt(in))` and `B = 0` (arXiv 2106.09685), so a
-fresh adapter changes nothing.
+    y = x W + (alpha / rank) * dropout(x) A B                                                       (arXiv 2106.09685)
+
+A fresh adapter has `A ~ U(-1/sqrt(in), 1/sqrt(in))` and `B = 0`, so that it changes nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @flax.struct.dataclass
 class LoRA:
-    """Adapter weights and what is needed to apply them.
+    """The weights of an adapter, and the settings that apply them.
 
     Attributes:
       weights: `{"layers": {target: {"a": [N, in, r], "b": [N, r, out]}}}`, float32; the N layers are the first axis.
-      rank, alpha, targets, dropout: static. The targets are names from `TARGETS`. Dropout acts only when the denoiser
+      rank, alpha, targets, dropout: static. The targets are names from `TARGETS`. Dropout acts only where the denoiser
         is given a `dropout_key`.
     """
 
@@ -46,10 +47,10 @@ def target_shapes(config: DenoiserConfig) -> dict[str, tuple[int, int]]:
 def init_lora(
     config: DenoiserConfig, key: jax.Array, *, rank: int, alpha: float, targets: Sequence[str], dropout: float = 0.0
 ) -> LoRA:
-    """Draws a fresh adapter, which leaves the base unchanged.
+    """Draws a fresh adapter, which does not change the outputs of the base.
 
     Raises:
-      UserError: a rank below 1, a dropout outside [0, 1), an unknown or repeated target.
+      UserError: the rank is below 1, the dropout is outside [0, 1), or a target is unknown or repeated.
     """
     if rank < 1:
         raise UserError(f"adapter rank {rank} must be at least 1: change config.lora.rank")
@@ -57,7 +58,9 @@ def init_lora(
         raise UserError(f"adapter dropout {dropout} must lie in [0, 1): change config.lora.dropout")
     unknown = [t for t in targets if t not in TARGETS]
     if unknown or not targets or len(set(targets)) != len(targets):
-        raise UserError(f"adapter targets {tuple(targets)} must be distinct names out of {TARGETS}")
+        raise UserError(
+            f"adapter targets {tuple(targets)} must be distinct names out of {TARGETS}: change config.lora.targets"
+        )
     shapes = target_shapes(config)
     weights = {}
     for target, subkey in zip(targets, jax.random.split(key, len(targets)), strict=True):

@@ -1,7 +1,7 @@
-"""The masked denoiser's modules: Linen over the functions of `ops`, and a scan over layers.
+"""The masked denoiser's modules: Linen around the functions of `ops`, and a scan over layers.
 
-Parameters are plain nested dictionaries of arrays. The collection `params` is the base, the collection `lora` an
-adapter; without a `lora` collection the model is the reference policy. Only this file and `forward` use Flax modules.
+Parameters are nested dictionaries of arrays. The collection `params` is the base, and the collection `lora` is an
+adapter; without a `lora` collection the model is the base alone. Only this file and `forward` use Flax modules.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gdsd_jax.denoiser.lora import LoRA, target_shapes
 from gdsd_jax.denoiser.quantise import quantised
 from gdsd_jax.runtime.sharding import constrain, gathered
 
-# Logical names of the two axes of each matrix; `gdsd_jax.denoiser.logical_axes` hands them to whoever owns a mesh.
+# Logical names of the two axes of each matrix. `logical_axes` gives them to the code that places parameters on a mesh.
 KERNEL_AXES = {
     "q": ("embed", "heads"),
     "k": ("embed", "kv_heads"),
@@ -37,13 +37,15 @@ RESIDUAL_AXES = ("rows", "tokens", "residual")
 
 
 def precision_of(config: DenoiserConfig) -> jax.lax.Precision:
+    """Returns the precision of matrix products: with "float32", full precision on every platform."""
     return jax.lax.Precision.HIGHEST if config.dtype == "float32" else jax.lax.Precision.DEFAULT
 
 
 class KeyValues(NamedTuple):
-    """Rotated keys, and values, of the kv heads of size K; the N layers are the first axis where layers are stacked.
+    """The rotated keys and the values of a layer, or of N stacked layers, whose axis is then the first.
 
-    Plain attention takes them as `[N, B, kv, K, T]` and `[N, B, kv, T, K]`, cuDNN both as `[N, B, T, kv, K]`.
+    For plain attention, keys are `[N, B, kv, K, T]` and values `[N, B, kv, T, K]`; for cuDNN both are
+    `[N, B, T, kv, K]`.
     """
 
     keys: Any
@@ -57,11 +59,10 @@ def adapter_axes(into: str, out: str) -> tuple[tuple[str, str], tuple[str, str]]
 
 
 class Linear(nn.Module):
-    """`x W (+ b)`, plus the adapter's product where the `lora` collection has one under this module's name.
+    """Computes `x W (+ b)`, plus `(x A) B` if the `lora` collection has an adapter for this module.
 
-    Where that collection holds `joined`, of `prepared`, one product does both.
-
-    With weights in 8 bits the kernel is int8 and has a float32 `scale` for each output channel beside it.
+    If that collection has the matrix `joined` (see `prepared`), one product computes both. With weights in 8 bits, the
+    parameter `kernel` is int8, and the parameter `scale` holds a float32 factor for each output channel.
     """
 
     config: DenoiserConfig
@@ -94,31 +95,31 @@ class Linear(nn.Module):
             if dropout and self.adapter.dropout:
                 seen = nn.Dropout(self.adapter.dropout, deterministic=False, name="drop")(x)
             scales = {"a": 1.0, "b": self.adapter.alpha / self.adapter.rank}
-            factors = [(scale * self.get_variable("lora", n)).astype(dtype) for n, scale in scales.items()]
+            factors = [(scale * self.get_variable("lora", name)).astype(dtype) for name, scale in scales.items()]
             a, b = map(gathered, factors, adapter_axes(*self.axes))
             addends.append(ops.low_rank(seen, a, b, precision))
-        # remat="dots" keeps this rounded sum, which in bfloat16 is half as wide as the float32 product inside.
+        # remat="dots" keeps this rounded sum, which in bfloat16 takes half the memory of the float32 product inside.
         return checkpoint_name(ops.product_plus(x, kernel, tuple(addends), precision), "product")
 
 
 def linear_of(config: DenoiserConfig, name: str, adapter: LoRA | None) -> Linear:
-    """Builds the module of the matrix `name` of a layer."""
+    """Builds the module for one of the seven matrices of a layer."""
     bias = config.qkv_bias and name in ("q", "k", "v")
     return Linear(config, target_shapes(config)[name], KERNEL_AXES[name], bias, adapter, name=name)
 
 
 class Layer(nn.Module):
-    """Pre-norm block: attention and SwiGLU, each added to the residual stream.
+    """Runs a pre-norm block: attention and SwiGLU, each added to the residual stream.
 
     With a `cache`, `x` is a window of the tokens. It attends to itself where `real` is True and to the cache where
-    `outside` is True (None: everywhere). Under cuDNN the cache has all columns; those from `start` on are replaced by
-    the window's where `real` is True, `outside` then says which of all columns are seen, and `keep` returns all.
+    `outside` is True (None: everywhere). Under cuDNN, the cache has all columns. The window's keys and values replace
+    those from column `start` on where `real` is True, `outside` says which of all columns are attended to, and `keep`
+    returns all columns.
 
-    With `at`, places in `x` (see `pick`), queries are computed for these places only, which attend to all of `x`, and
-    only these places are returned. With `keep`, keys and values are returned too, those of the places `kept` in `x` or
-    of all. `known` holds queries, keys and values of `x` before norm and rotation,
-    for a caller that has them already. A `layout` restricts which columns attend to which; so do the numbers `texts` of
-    packed rows, which have no layout.
+    With `at` (see `pick`), only those positions act as queries and are returned; all of `x` supplies keys and values.
+    With `keep`, keys and values are returned too, for the positions `kept` of `x` (None: all). `known` holds queries,
+    keys and values of `x` before norm and rotation, if they are computed already. A `layout` restricts which columns
+    attend to which. Packed rows have no layout; in them, columns attend to those with the same number in `texts`.
     """
 
     config: DenoiserConfig
@@ -184,12 +185,9 @@ class Layer(nn.Module):
             x = constrain(x + linear("o", mixed.reshape(*x.shape[:2], -1)), RESIDUAL_AXES)
         with jax.named_scope("mlp"):
             h = norm("mlp_norm", x)
-            if c.remat == "none":
-                # These are the widest arrays of a layer; computing them again costs less than keeping them.
-                inner = jax.checkpoint(ops.gated, prevent_cse=False)(linear("gate", h), linear("up", h))
-            else:
-                inner = jax.nn.silu(linear("gate", h)) * linear("up", h)
-            inner = constrain(inner, ("rows", "tokens", "mlp"))
+            # The products are the widest arrays of a layer; computing them again costs less than keeping them.
+            gated = jax.checkpoint(ops.gated, prevent_cse=False) if c.remat == "none" else ops.gated
+            inner = constrain(gated(linear("gate", h), linear("up", h)), ("rows", "tokens", "mlp"))
             x = constrain(x + linear("down", inner), RESIDUAL_AXES)
         if not self.keep:
             return x, None
@@ -199,24 +197,27 @@ class Layer(nn.Module):
 
 
 def allowed_of(layout: Layout, length: int, at: slice | Array | None) -> Bool[Array, "#B S T"]:
-    """Returns which columns each query attends to; queries are all columns, or those at the places `at`."""
+    """Returns which columns each query attends to; the queries are the columns `at` (None: all)."""
     keys = jnp.arange(length)
     queries = keys if at is None else keys[at] if isinstance(at, slice) else at
     return layout.attends(jnp.atleast_2d(queries)[..., None], keys)
 
 
 def same_text(texts: Int[Array, "B T"], at: slice | Array | None) -> Bool[Array, "B S T"]:
-    """Returns which columns of packed rows belong to the text of each query; queries are as in `allowed_of`."""
+    """Returns which columns of packed rows belong to the text of each query; the queries are as in `allowed_of`."""
     queries = texts if at is None else pick(texts[..., None], at)[..., 0]
     return queries[..., None] == texts[:, None]
 
 
 def pick(x: Shaped[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B S"]) -> Shaped[Array, "B S D"]:
-    """Picks the places `at` out of `x`; they are the same in every row, or each row has its own."""
-    return x[:, at] if isinstance(at, slice) or at.ndim == 1 else jnp.take_along_axis(x, at[..., None], axis=1)
+    """Picks the positions `at` out of `x`; they are the same for every row (a slice or `[S]`) or each row's own."""
+    if isinstance(at, slice) or at.ndim == 1:
+        return x[:, at]
+    return jnp.take_along_axis(x, at[..., None], axis=1)
 
 
 def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
+    """Returns the layer with the rematerialisation that `DenoiserConfig.remat` names."""
     if policy == "none":
         return layer
     saveable = jax.checkpoint_policies.save_only_these_names("product") if policy == "dots" else None
@@ -229,15 +230,15 @@ def embed(config: DenoiserConfig, embedding: Float[Array, "V D"], tokens: Int[Ar
 
 
 def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
-    """Returns the rows of the output head; these are the embedding's where the two are tied."""
+    """Returns the rows of the output head, which are those of the embedding where the two are tied."""
     return base["embedding"] if config.tied_head else base["head"]
 
 
 class Denoiser(nn.Module):
     """Maps token ids to the residual stream after the last layer, and to keys and values.
 
-    `rope`, `cache`, `outside`, `start`, `keep`, `kept`, `texts` and `layout` are as in `Layer`. This module declares
-    the parameters of the final norm and of the head; `forward` applies them.
+    `real`, `rope`, `cache`, `outside`, `start`, `keep`, `kept`, `texts` and `layout` are as in `Layer`. This module
+    declares the parameters of the final norm and of the head; `forward` applies them.
     """
 
     config: DenoiserConfig
@@ -287,7 +288,7 @@ def _init(config: DenoiserConfig, key: jax.Array) -> Any:
 def init_base(config: DenoiserConfig, key: jax.Array) -> dict:
     """Draws random float32 base parameters: normal kernels of standard deviation `in^-0.5`, norms of one.
 
-    With weights in 8 bits the kernels are those of the config without, rounded.
+    With weights in 8 bits, the kernels are the same draws, rounded.
     """
     drawn = dataclasses.replace(config, weights="stored")
     round_ = quantised if config.weights == "int8" else lambda base: base

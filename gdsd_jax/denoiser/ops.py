@@ -1,6 +1,7 @@
 """The arithmetic of a layer as plain functions of arrays.
 
-B rows, T tokens, H heads, K head size, D model size, S and W positions out of T.
+B rows, T tokens, S queries, C cached tokens, H query heads, kv key/value heads, K head size, D model size, F MLP size,
+I inputs and O outputs of a matrix, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 
 
 def sum_of_products(x: Float[Array, "*B N"], y: Float[Array, "*B N"]) -> Float[Array, "*B"]:
-    """Computes `sum(x * y)` over the last axis, on a CPU as a dot product.
+    """Computes `sum(x * y)` over the last axis.
 
-    XLA takes forty times longer on a CPU for the sum of products than for the dot product.
+    On a CPU this is a dot product, which XLA computes forty times faster than the sum of products.
     """
     return jax.lax.platform_dependent(
         x, y,
@@ -51,10 +52,10 @@ def rope_tables(positions: Int[Array, " T"], head_dim: int, theta: float) -> tup
 
 
 def rotate(x: Float[Array, "B T H K"], tables: tuple[Array, Array]) -> Float[Array, "B T H K"]:
-    """Rotates the pairs `(x_i, x_{i + K/2})` by the angles of their position, in float32.
+    """Rotates the pairs `(x_i, x_{i + K/2})` by the angles of their positions, in float32.
 
-    The tables are those of `rope_tables`, optionally with a batch axis in front. The two halves are swapped by an
-    index, which the compiler fuses, rather than by concatenation, which it does not.
+    The tables are those of `rope_tables`, optionally with a batch axis in front. Reversed indexing swaps the halves,
+    because the compiler fuses it, unlike a concatenation.
     """
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     cos, sin = (table[..., None, :, :] for table in tables)
@@ -62,12 +63,12 @@ def rotate(x: Float[Array, "B T H K"], tables: tuple[Array, Array]) -> Float[Arr
 
 
 def over_rows(x: Float[Array, "*B I"], y: Float[Array, "*B O"], precision: jax.lax.Precision) -> Float[Array, "I O"]:
-    """Returns `x^T y`, summed over rows, in float32.
+    """Computes `x^T y`, summed over all leading axes, in float32.
 
-    Where rows are split over devices, the sums of the devices are added in float32 too.
+    Where rows are split over devices, the devices' partial sums are added in float32 too.
     """
     product = functools.partial(jnp.einsum, "...i,...o->io", precision=precision, preferred_element_type=jnp.float32)
-    # A CPU widens bfloat16 before it multiplies anyway, and XLA has no such product for every layout there.
+    # On a CPU, XLA lacks this product of bfloat16 for some layouts, and would widen the factors anyway.
     return jax.lax.platform_dependent(
         x, y, cpu=lambda x, y: product(x.astype(jnp.float32), y.astype(jnp.float32)), default=product
     )
@@ -82,12 +83,12 @@ def product_plus(
 ) -> Float[Array, "*B O"]:
     """Computes `x W` plus the addends (broadcast to its shape), summed in float32 and rounded once to the dtype of `x`.
 
-    A matrix in 8 bits comes with the scales of its output channels, which multiply the float32 product; it is frozen.
+    A matrix in 8 bits comes with the scales of its output channels, which multiply the float32 product; it gets no
+    gradient.
 
-    If `x W` were rounded first, bfloat16 would drop every addend below half a unit in the last place of `x W`, always
-    and in every entry, and an adapter early in its training would change nothing. A sum that is rounded once keeps such
-    an addend on average. The addends come in the dtype of `x`, so that a GPU adds them inside the wide product.
-    Gradients have the dtype of `x`.
+    If `x W` were rounded first, bfloat16 would lose every addend below half a unit in the last place of `x W`, and an
+    adapter early in its training would change nothing. A sum that is rounded once keeps such an addend on average. The
+    addends have the dtype of `x`, so that a GPU adds them inside the float32 product. Gradients have the dtype of `x`.
     """
     matrix, scale = w if isinstance(w, tuple) else (w, None)
     y = jnp.dot(x, matrix.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
@@ -96,7 +97,7 @@ def product_plus(
 
 
 def _product_plus_forward(x: Array, w: Any, addends: tuple, precision: jax.lax.Precision) -> tuple[Array, tuple]:
-    # The backward pass needs only an addend's number of axes: a small bias is kept to show it, a full array is not.
+    # The backward pass needs only an addend's number of axes. A small bias is kept to show it, a full array is not.
     return product_plus(x, w, addends, precision), (x, w, [None if a.ndim == x.ndim else a for a in addends])
 
 
@@ -119,7 +120,7 @@ product_plus.defvjp(_product_plus_forward, _product_plus_backward)
 def low_rank(
     x: Float[Array, "*B I"], a: Float[Array, "I R"], b: Float[Array, "R O"], precision: jax.lax.Precision
 ) -> Float[Array, "*B O"]:
-    """Computes `x A B`; the products of its gradient never transpose an array as wide as the activations."""
+    """Computes `x A B`; its gradient never transposes an array as wide as the activations."""
     return jnp.dot(jnp.dot(x, a, precision=precision), b, precision=precision)
 
 
@@ -147,12 +148,15 @@ def attention(
     cached: tuple[Float[Array, "B kv K C"], Float[Array, "B kv C K"], Bool[Array, "#B C"] | None] | None = None,
     allowed: Bool[Array, "#B S T"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Computes the attention of S queries to those of T tokens that are real and `allowed`; the softmax is float32.
+    """Computes the attention of S queries to T tokens and to cached ones; scores and softmax are float32.
 
-    `real` is False on pads, which no token attends to; None: all are real. `allowed` is which tokens each query may
-    attend to; None: all. The outputs at pad queries are never read. Each key/value head serves `H / kv` consecutive
-    query heads. `cached` adds keys and values, and a mask of those that are seen (None: all); the cached arrays are
-    read in place, never copied. The values are summed before the sum is divided by the normaliser.
+    Each key/value head serves `H / kv` consecutive query heads. The outputs at pad queries are never read.
+
+    Args:
+      real: False on pads, to which no query attends; None: all tokens are real.
+      cached: further keys and values, and a mask of those that are attended to (None: all). They are read in place,
+        never copied.
+      allowed: the tokens that each query may attend to; None: all.
     """
     b, s, h, k = query.shape
     kv = key.shape[2]

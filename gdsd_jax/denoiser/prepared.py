@@ -1,4 +1,4 @@
-"""Parameters prepared for a loop of many passes, such as a rollout: what the passes share is computed once.
+"""Prepares parameters for a loop of many passes, such as a rollout, by computing once what the passes share.
 
 V vocabulary, I inputs and O outputs of a matrix, r rank of an adapter.
 """
@@ -18,25 +18,28 @@ from gdsd_jax.denoiser.lora import LoRA
 from gdsd_jax.denoiser.model import embed, head_weights, linear_of
 from gdsd_jax.runtime.sharding import alone, pieces
 
-# A GPU keeps the layers apart only if the copy that this takes fills at most this share of its memory.
+# Layers are unstacked on a GPU only if this copy of them takes at most this share of its memory.
 SHARE = 0.25
 
 
 def unstacked(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any, LoRA | None]:
     """Returns the parameters with a tuple of layers instead of stacked arrays, if all layers are unrolled.
 
-    The loop over unrolled layers takes them in this form; otherwise they are returned unchanged. The passes of
-    `forward` call this themselves, but a loop of many passes does it once beforehand, see `repeated`.
+    Every pass of `forward` calls this. A loop of many passes calls `repeated` once instead, before it begins.
     """
     return (base, lora) if config.layer_unroll < config.num_layers else _split(config, base, lora)
 
 
 def _split(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any, LoRA | None]:
+    """Unstacks the layers, unless they are unstacked already."""
+
+    def layer(tree: Any, n: int) -> Any:
+        return jax.tree.map(lambda stacked: stacked[n], tree)
+
     def split(tree: Any) -> Any:
         if isinstance(tree["layers"], tuple):
             return tree
-        layers = tuple(jax.tree.map(lambda p: p[n], tree["layers"]) for n in range(config.num_layers))  # noqa: B023
-        return tree | {"layers": layers}
+        return tree | {"layers": tuple(layer(tree["layers"], n) for n in range(config.num_layers))}
 
     return split(base), None if lora is None else lora.replace(weights=split(lora.weights))
 
@@ -44,15 +47,17 @@ def _split(config: DenoiserConfig, base: Any, lora: LoRA | None) -> tuple[Any, L
 def repeated(
     config: DenoiserConfig, base: Any, lora: LoRA | None, tokens: int, cached: bool = False
 ) -> tuple[Any, LoRA | None]:
-    """Returns the parameters prepared for a loop of passes over `tokens` tokens in total.
+    """Prepares parameters for repeated passes: unstacks layers, and precomputes what depends on parameters alone.
 
-    Where all layers are unrolled, this adds what needs to be computed only once. One such array is the head with the
-    vocabulary as its last axis, with which a CPU multiplies up to a third faster. If the vocabulary is smaller than
-    `tokens`, the others are the queries, keys and values of the first layer for every entry of the vocabulary.
+    Where all layers are unrolled, the result also has the head with the vocabulary as its last axis, with which a CPU
+    multiplies up to a third faster. If the vocabulary is smaller than `tokens`, it also has the first layer's queries,
+    keys and values of every entry of the vocabulary. Where layers are not unrolled, the parameters are unchanged.
 
-    With `cached`, most passes are those of short windows under a cache. On an NVIDIA GPU the layers are then apart
-    wherever memory has room for a copy of them (`SHARE`): a loop over stacked arrays copies each layer's matrices out
-    of them in every pass.
+    Args:
+      tokens: the number of tokens that all passes compute together.
+      cached: whether most passes are over short windows under a cache. On an NVIDIA GPU the layers are then unstacked
+        if memory has room for a copy of them (`SHARE`), because a loop over stacked arrays copies each layer's matrices
+        in every pass.
     """
     if cached and attention.chosen(config) == "cudnn" and _room(config, base):
         base, lora = _split(config, base, lora)
@@ -60,10 +65,11 @@ def repeated(
     base, lora = unstacked(config, base, lora)
     if config.layer_unroll < config.num_layers:
         return base, lora
-    # Without the barrier the compiler would put the transposition back into every product.
-    base |= {"head_columns": jax.lax.optimization_barrier(head_weights(config, base).astype(config.dtype).T)}
+    # Without the barrier, the compiler would move the transposition back into every product.
+    head = jax.lax.optimization_barrier(head_weights(config, base).astype(config.dtype).T)
+    base = base | {"head_columns": head}
     if config.vocab_size < tokens and config.num_layers > 1:
-        base |= {"first_projections": _first_projections(config, base, lora)}
+        base = base | {"first_projections": _first_projections(config, base, lora)}
     return base, lora
 
 
@@ -82,19 +88,20 @@ def _first_projections(config: DenoiserConfig, base: Any, lora: LoRA | None) -> 
 
 
 def _room(config: DenoiserConfig, base: Any) -> bool:
-    """Tells whether a device has room for a copy of the layers; one that does not tell its memory has."""
+    """Returns whether each device has room for a copy of its part of the layers."""
     cut = pieces("embed", config.hidden_size) * pieces("mlp", config.intermediate_size)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base["layers"])) / cut <= SHARE * _memory()
 
 
 def _memory() -> float:
+    """Returns the bytes of memory of a device; infinity if it does not report them."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def _joined(config: DenoiserConfig, base: Any, lora: LoRA | None) -> LoRA | None:
-    """Returns the adapter with each matrix W and the adapter's B below it as one matrix, `joined` `[I + r, O]`.
+    """Returns the adapter with each matrix W stacked on the adapter's scaled B, as one matrix `joined` `[I + r, O]`.
 
-    `x W + (x A) B` is then one product, whose float32 sum is rounded once without passing through memory.
+    `x W + (x A) B` is then one product, whose float32 sum is rounded once and never stored.
     """
     if lora is None:
         return None

@@ -1,8 +1,10 @@
 """Weights in 8 bits: the frozen matrices of the layers as int8, with one float32 scale for each output channel.
 
-`W[i, o] ~ scale[o] * q[i, o]`, `scale[o] = max_i |W[i, o]| / 127`, so that an entry is off by at most half a scale. The
-product dequantises its result, not the matrix: `x W ~ (x q) * scale` (as LLM.int8(), arXiv 2208.07339, but with
-activations as they are). Norms, biases, embedding, head and adapters keep their dtypes.
+    W[i, o] ~ scale[o] * q[i, o],    scale[o] = max_i |W[i, o]| / 127
+
+Each entry is off by at most half a scale. The scales multiply the product, not the matrix: `x W ~ (x q) * scale`, as in
+LLM.int8() (arXiv 2208.07339), except that activations are not rounded. Norms, biases, embedding, head and adapters keep
+their dtypes.
 """
 
 from __future__ import annotations
@@ -17,21 +19,16 @@ LARGEST = 127
 
 
 def quantise(kernel: Float[Array, "*N I O"]) -> tuple[Int8[Array, "*N I O"], Float[Array, "*N O"]]:
-    """Rounds matrices to int8; returns them with the float32 scales of their output channels."""
+    """Rounds matrices to int8, and returns them with the float32 scales of their output channels."""
     wide = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-2) / LARGEST
-    # A channel of zeros keeps the scale 0; it divides by 1.
+    # A channel of zeros has the scale 0, and is divided by 1 instead.
     rounded = jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None, :])
     return jnp.clip(rounded, -LARGEST, LARGEST).astype(jnp.int8), scale
 
 
-def dequantise(kernel: Int8[Array, "*N I O"], scale: Float[Array, "*N O"]) -> Float[Array, "*N I O"]:
-    """Returns the float32 matrices that `quantise` stands for."""
-    return kernel.astype(jnp.float32) * scale[..., None, :]
-
-
 def quantised(base: Any) -> Any:
-    """Returns a base with the kernels of its layers in int8, each with its `scale` beside it."""
+    """Returns a copy of a base in which the kernels of the layers are int8, each with a `scale` beside it."""
 
     def one(module: Any) -> Any:
         if not (isinstance(module, dict) and "kernel" in module):
@@ -44,5 +41,5 @@ def quantised(base: Any) -> Any:
 
 @jax.jit
 def quantise_layers(kernels: Float[Array, "N I O"]) -> tuple[Int8[Array, "N I O"], Float[Array, "N O"]]:
-    """Rounds stacked matrices, one layer at a time, so that the float32 copy of only one exists."""
+    """Rounds stacked matrices one layer at a time, so that a float32 copy of only one layer exists."""
     return jax.lax.map(quantise, kernels)

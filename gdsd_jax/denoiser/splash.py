@@ -1,8 +1,8 @@
-"""Splash attention, the flash-attention kernel for TPUs that ships with JAX, as this denoiser needs it.
+"""Splash attention, the flash-attention kernel for TPUs that ships with JAX, set up for this denoiser.
 
-Scores never reach HBM, neither in the forward nor in the backward pass, and pads form a segment of their own.
+Scores never reach HBM, neither in the forward nor in the backward pass. Pads form a segment of their own.
 
-B rows, T tokens, H heads, K head size.
+B rows, T tokens, H query heads, kv key/value heads, K head size.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.runtime import sharding
 
+# The vector width of a TPU core.
 LANES = 128
-# Tiles of queries and keys. A tile of float32 scores is at most 1 MiB, and the kernels keep a handful of them in VMEM.
+# The largest tile of queries and keys. Its float32 scores take 1 MiB, and the kernels keep a handful of tiles in VMEM.
 LARGEST_BLOCK = 512
 
 
@@ -38,14 +39,14 @@ def attention(
     layout: Layout | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """Computes the same attention as `ops.attention`, on a TPU; softmax is float32, products are in the arrays' dtype.
+    """Computes the same attention as `ops.attention` on a TPU: softmax in float32, products in the dtype of the arrays.
 
-    Pads attend to pads only, and no real token attends to a pad; the outputs at pads are never read. Where a mesh is
+    Pads attend only to pads, and real tokens only to real tokens; the outputs at pads are never read. Where a mesh is
     set, each device runs the kernel on its own rows and heads.
 
     Args:
-      real: True on real tokens; in packed rows the number of each token's text, which attends to itself alone.
-      layout: which columns attend to which; the kernel computes it from indices and skips tiles without any pair.
+      real: True on real tokens; in packed rows the number of each token's text, which attends only to itself.
+      layout: which columns attend to which. The kernel computes this mask from indices and skips tiles that it empties.
       interpret: runs the kernel's arithmetic in JAX, on any platform.
     """
     length, head_dim = query.shape[1], query.shape[3]
@@ -74,7 +75,7 @@ def on_each_device(
         query, key, _ = arrays
         fit = functools.partial(sharding.fitted_spec, mesh)
         if fit(("heads",), key.shape[2:3]) != fit(("heads",), query.shape[2:3]):
-            # The key/value heads cannot be split as the query heads are: every query head gets a copy of its own.
+            # The mesh cuts query heads into more parts than key/value heads, so every query head gets its own copy.
             arrays = [query, *(jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in arrays[1:])]
         specs = [fit(("rows", "tokens", "heads", "head_dim"), x.shape) for x in arrays]
         specs += [fit(("rows", *["tokens"] * (x.ndim - 1)), x.shape) for x in masks]
@@ -83,7 +84,7 @@ def on_each_device(
 
 
 class _LayoutMask(splash_attention_mask._ComputableMask):
-    """A layout as the kernel's mask, computed in the kernel from the indices of queries and keys."""
+    """A layout in the form of a mask that the kernel computes from the indices of queries and keys."""
 
     def __init__(self, layout: Layout, length: int):
         super().__init__(shape=(length, length), mask_function=layout.attends)
@@ -103,7 +104,7 @@ def _mask(layout: Layout | None, length: int) -> splash_attention_mask.Mask:
 def _local_attention(
     query: Array, key: Array, value: Array, segments: Array, *, layout: Layout | None, interpret: bool
 ) -> Array:
-    """Runs the kernel on the rows and heads of one device; T is padded already."""
+    """Runs the kernel on the rows and heads of one device; T is a multiple of `LANES`."""
     length, heads = query.shape[1:3]
     block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if length % size == 0)
     kernel = splash_attention.make_splash_mha(
@@ -113,7 +114,7 @@ def _local_attention(
             block_kv=block,
             block_q_dkv=block,
             block_kv_dkv=block,
-            # One kernel for all three gradients: five products instead of seven.
+            # One kernel computes all three gradients with five products instead of seven.
             use_fused_bwd_kernel=True,
         ),
         head_shards=1,

@@ -28,6 +28,7 @@ from gdsd_jax.denoiser import (
     pick,
 )
 from gdsd_jax.denoiser.forward import real_tokens
+from gdsd_jax.denoiser.prepared import repeated, unstacked
 from gdsd_jax.families import read_config
 from gdsd_jax.runtime.errors import UserError
 
@@ -271,6 +272,15 @@ def test_remat_changes_nothing(small, dropping, unroll):
         other_logits, other = logits_and_gradient(config, base, lora, tokens, jax.random.key(5))
         np.testing.assert_allclose(other_logits, logits, atol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, gradient)
+
+
+def test_parameters_that_are_prepared_twice_stay_as_the_caller_had_them(small):
+    base, _, _, lora = small
+    config = dataclasses.replace(CONFIG, layer_unroll=CONFIG.num_layers)
+    apart, _ = unstacked(config, base, lora)
+    names = set(apart)
+    assert "head_columns" in repeated(config, apart, lora, tokens=1)[0]
+    assert set(apart) == names
 
 
 @pytest.mark.slow

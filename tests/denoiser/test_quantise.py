@@ -15,7 +15,7 @@ from tiny_run import build, command
 from gdsd_jax import export, hub, train
 from gdsd_jax.config import LoRAConfig, TrainConfig, default, freeze
 from gdsd_jax.denoiser import TARGETS, DenoiserConfig, denoise, init_base, init_lora, logical_axes
-from gdsd_jax.denoiser.quantise import LARGEST, dequantise, quantise, quantised
+from gdsd_jax.denoiser.quantise import LARGEST, quantise, quantised
 from gdsd_jax.hub import outgoing
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
@@ -28,8 +28,12 @@ STORED = DenoiserConfig(
 SMALL = dataclasses.replace(STORED, weights="int8")
 
 
+def dequantise(kernel, scale):
+    return kernel.astype(jnp.float32) * scale[..., None, :]
+
+
 def widened(base):
-    """The float base that a quantised one stands for."""
+    """Returns a quantised base with its rounded matrices in float32."""
     made = {}
     for name, module in base["layers"].items():
         if isinstance(module, dict):
