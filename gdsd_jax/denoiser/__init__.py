@@ -13,7 +13,7 @@ from gdsd_jax.denoiser.forward import (
     window_states_at,
 )
 from gdsd_jax.denoiser.lora import TARGETS, LoRA, init_lora
-from gdsd_jax.denoiser.model import head_weights, init_base, logical_axes, pick
+from gdsd_jax.denoiser.model import head_weights, init_base, logical_axes, pick, precision_of
 from gdsd_jax.denoiser.prepared import repeated
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "logits_from_hidden",
     "noisy_states_at",
     "pick",
+    "precision_of",
     "refresh_cache",
     "repeated",
     "window_pass",

@@ -1,9 +1,9 @@
 """Block diffusion: a block-causal denoiser writes block after block and keeps an exact cache of the finished ones.
 
-The whole loop is one compiled program. A step computes the block that is being written and nothing else; a finished
-block is run once more, clean, to keep its keys and values, which never change. Rows whose prompts differ in length
-write their blocks together. With `cache="dual"` only the part of a block that is being written is run, which is an
-approximation.
+The whole loop is one compiled program. A step computes only the block that is being written. A finished block is run
+once more, without masks, for its keys and values, which never change afterwards. Rows whose prompts differ in length
+write their blocks together. With `cache="dual"`, a step runs only the part of the block that is being written, which is
+an approximation.
 
 Sources: BD3LM (arXiv 2503.09573), SDAR (arXiv 2510.06303), Fast-dLLM v2 (arXiv 2509.26328).
 
@@ -31,8 +31,8 @@ from gdsd_jax.runtime.sharding import constrain
 
 class _Loop(NamedTuple):
     state: State
-    cache: Any  # keys and values of the columns, W of them
-    carried: Array  # [B, D] or, with guidance, [2B, D]: the last state of the last finished block
+    cache: Any  # keys and values of the W columns
+    carried: Array  # [B, D] or, with guidance, [2B, D]: the last hidden state of the last finished block
 
 
 def fits_blocks(config: DenoiserConfig, prompt_length: int, settings: SamplerConfig) -> None:
@@ -43,17 +43,20 @@ def fits_blocks(config: DenoiserConfig, prompt_length: int, settings: SamplerCon
             f"blocks: set config.sampler.block_length to {config.block_size} or a divisor"
         )
     if settings.cache == "prefix" or settings.refresh_every is not None:
-        raise UserError("blocks keep an exact cache: set config.sampler.cache='none', and refresh_every=None")
+        raise UserError(
+            "a block-causal model keeps an exact cache of finished blocks: set config.sampler.cache='none', and "
+            "refresh_every=None"
+        )
     if settings.end_think:
-        raise UserError("end_think counts positions that blocks need not begin with: set config.sampler.end_think=()")
+        raise UserError("end_think is not supported by block-causal models: set config.sampler.end_think=()")
     if settings.cache == "dual" and settings.hide_pads:
-        raise UserError("hide_pads moves the positions of a block: set config.sampler.cache='none'")
+        raise UserError("hide_pads moves positions, which cache='dual' keeps: set config.sampler.cache='none'")
     if config.next_token_logits and prompt_length == 0:
-        raise UserError("where logits speak of the next token, the first block needs a prompt: give one")
+        raise UserError("the model predicts the next token, so the first block needs a prompt: give one")
 
 
 def step_limit(config: DenoiserConfig, settings: SamplerConfig) -> int:
-    """Returns the `commit_step` of a position that no step wrote, which is greater than any step's number."""
+    """Returns the `commit_step` of positions that no step wrote; it is greater than the number of every step."""
     if config.block_size is None:
         return settings.step_limit
     columns = -(-(config.block_size - 1 + settings.completion_length) // config.block_size) * config.block_size
@@ -61,7 +64,7 @@ def step_limit(config: DenoiserConfig, settings: SamplerConfig) -> int:
 
 
 def tail_length(config: DenoiserConfig, prompt_mask: Array | None, rows: int, prompt_length: int) -> Int[Array, " B"]:
-    """Returns how many tokens of each prompt share a block with the completion."""
+    """Returns the number of tokens at the end of each prompt that share a block with the completion."""
     if config.block_size is None or config.block_origin == "column":
         return jnp.zeros(rows, jnp.int32)
     if prompt_mask is None:
@@ -84,7 +87,8 @@ def sample_blocks(
     size, part, limit = config.block_size, settings.block_length, step_limit(config, settings)
     real = jnp.ones(prompts.shape, bool) if prompt_mask is None else prompt_mask.astype(bool)
     grid = grid_of(config, prompt_length, length, None if prompt_mask is None else real)
-    region, approximate = grid.width - grid.first, settings.cache
+    region = grid.width - grid.first
+    partly = settings.cache == "dual" and part < size
     settings = dataclasses.replace(
         settings, completion_length=region, steps=settings.scheduled_steps * (region // part), cache="none"
     )
@@ -94,18 +98,18 @@ def sample_blocks(
     seen = grid.put(jnp.pad(real, beyond, constant_values=True), False)
     given = ~grid.put(jnp.broadcast_to(jnp.arange(prompt_length + length) >= prompt_length, text.shape), False)
     base, lora = repeated(config, base, lora, tokens=limit * rows * size)
-    partly = approximate == "dual" and part < size
     keys = row_keys(key, rows, numbers)
-    both = 1 if settings.cfg_scale == 0 else 2
+    passes = 1 if settings.cfg_scale == 0 else 2
 
     def inputs(tokens: Array) -> Array:
-        """Returns the rows that the denoiser sees; with guidance the two passes of a row are adjacent."""
-        if both == 1:
+        """Returns the rows that the denoiser runs; with guidance the two passes of a row are adjacent."""
+        if passes == 1:
             return tokens
         return jnp.stack([tokens, jnp.where(given, config.mask_token_id, tokens)], 1).reshape(-1, grid.width)
 
-    def doubled(x: Array) -> Array:
-        return jnp.repeat(x, both, axis=0)
+    def for_passes(x: Array) -> Array:
+        """Repeats each row for each of its passes."""
+        return jnp.repeat(x, passes, axis=0)
 
     def layout(tokens: Array) -> tuple[Array, Array]:
         """Returns which columns are attended to, [B, W], and the positions of all columns, [W] or [B, W]."""
@@ -117,19 +121,20 @@ def sample_blocks(
     def rotation(positions: Array) -> tuple[Array, Array]:
         """Returns the rotation tables of positions, which are [S], or [B, S] for each row's own."""
         tables = lambda place: ops.rope_tables(place, config.head_dim, config.rope_theta)  # noqa: E731
-        return tables(positions) if positions.ndim == 1 else jax.tree.map(doubled, jax.vmap(tables)(positions))
+        return tables(positions) if positions.ndim == 1 else jax.tree.map(for_passes, jax.vmap(tables)(positions))
 
     def run_block(cache: Any, tokens: Array, start: Array, arranged: tuple[Array, Array]) -> Any:
+        """Runs the block that begins at the column `start`, behind the cached columns; see `block_states`."""
         valid, positions = arranged
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=-1)  # noqa: E731
         rope = rotation(cut(positions))
-        behind = doubled(valid & (jnp.arange(grid.width) < start))
-        return block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, doubled(cut(valid)), start)
+        before = for_passes(valid & (jnp.arange(grid.width) < start))
+        return block_states(config, base, lora, cut(inputs(tokens)), cache, before, rope, for_passes(cut(valid)), start)
 
     def aligned(last: Any, carried: Array, offset: Array) -> Read:
-        """Returns a function that gives target-aligned hidden states in the block that `last` has run.
+        """Returns a function from positions to target-aligned hidden states of the block that `last` has run.
 
-        Its places are counted from `offset` in the block.
+        Positions are counted from `offset` in the block. The first one may be predicted by the state `carried`.
         """
 
         def read(place: Array) -> Array:
@@ -151,7 +156,7 @@ def sample_blocks(
         """
         place, begin = jnp.arange(part), start + offset
         cut = lambda x: lax.dynamic_slice_in_dim(x, begin, part, axis=-1)  # noqa: E731
-        nothing = jnp.zeros((both * rows, config.hidden_size), config.dtype)
+        nothing = jnp.zeros((passes * rows, config.hidden_size), config.dtype)
 
         def whole(cache: Any) -> tuple[Array, Any]:
             last = run_block(cache, tokens, start, arranged)
@@ -162,8 +167,8 @@ def sample_blocks(
             column = jnp.arange(grid.width)
             around = (column < start + size) & ((column < begin) | (column >= begin + part))
             rope = rotation(begin + place)
-            behind, real = doubled(valid & around), doubled(cut(valid))
-            last = block_states(config, base, lora, cut(inputs(tokens)), cache, behind, rope, real, begin)
+            outside, real = for_passes(valid & around), for_passes(cut(valid))
+            last = block_states(config, base, lora, cut(inputs(tokens)), cache, outside, rope, real, begin)
             return aligned(last, nothing, jnp.zeros((), jnp.int32))(place), cache
 
         masked = lax.dynamic_index_in_dim(tokens, begin, axis=1, keepdims=False) == config.mask_token_id
@@ -188,10 +193,11 @@ def sample_blocks(
             return state, cache, jnp.ones((), bool)
 
         if settings.lead and config.next_token_logits:
-            all_of_one = dataclasses.replace(settings, threshold=0.0, factor=None)
+            # A threshold of 0 commits the first token, whatever its probability. No block has the number `region`.
+            whatever = dataclasses.replace(settings, threshold=0.0, factor=None)
             first = lambda place: jnp.broadcast_to(carried[:, None], (*place.shape, carried.shape[-1]))  # noqa: E731
-            own = jax.vmap(jax.random.fold_in, (0, None))(keys, region)  # no block has this number
-            led = commit(config, base, own, all_of_one, state, first, (block * size, 1))
+            lead_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, region)
+            led = commit(config, base, lead_keys, whatever, state, first, (block * size, 1))
             state = led._replace(block=state.block, step_in_block=state.step_in_block)
         inside = lambda loop: loop[0].block * part // size == block  # noqa: E731
         state, cache, _ = lax.while_loop(inside, step, (state, cache, jnp.zeros((), bool)))
@@ -201,7 +207,7 @@ def sample_blocks(
             return _Loop(state, stored(config, cache, new, start), hidden[:, 0])
 
     def ended(tokens: Array) -> Array:
-        """Tells which rows' completions hold an id that ends them, [B]; positions not written yet hold none."""
+        """Returns whether the completion of each row holds an id that ends it, [B]; masks are no such id."""
         return jnp.any(ends(config, tokens) & ~given, axis=1)
 
     def unfinished(loop: _Loop) -> Array:
@@ -211,7 +217,7 @@ def sample_blocks(
     with jax.named_scope("prefill"):
         head = slice(0, grid.first)
         valid, positions = layout(columns)
-        real, rope = doubled(valid[:, head]), rotation(positions[..., head])
+        real, rope = for_passes(valid[:, head]), rotation(positions[..., head])
         cache, carried = prefilled(config, base, lora, inputs(columns)[:, head], real, grid.width, rope)
     loop = lax.while_loop(unfinished, one_block, _Loop(beginning(config, settings, columns, limit), cache, carried))
     state = loop.state

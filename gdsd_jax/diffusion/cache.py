@@ -1,14 +1,19 @@
-"""Approximate denoising: keys and values are kept while a block is decoded (Fast-dLLM, arXiv:2505.22618).
+"""Approximate denoising: keys and values are kept while a block is decoded (Fast-dLLM, arXiv 2505.22618).
 
-A refresh is a full pass. Until the next one only a window of the completion is computed: the active block ("dual"), or
-everything from the active block on ("prefix"). Positions outside the window keep their keys, values and hidden states.
+A refresh is a full pass. Until the next refresh, a step computes only a window of the completion: the active block
+("dual"), or everything from the active block on ("prefix"). Positions outside the window keep their keys, values and
+hidden states.
 
-The prefix cache's window shrinks from block to block, but an array's length is fixed when a program is compiled. So
-only a few lengths are used: the completion's, halved again and again down to one block. Each step takes the shortest
-window that reaches back to the active block. A program for eight blocks holds four windows, not eight, and they compute
-a fifth more tokens than windows of the exact length would. Where a window begins before the active block, the tokens
-before the block stay frozen.
+The window of the prefix cache shrinks from block to block, but the lengths of arrays are fixed when a program is
+compiled. Therefore only a few lengths are used: that of the completion, halved again and again down to one block. Each
+step takes the shortest window that reaches back to the active block. A program for eight blocks thus holds four windows
+instead of eight, and they compute a fifth more tokens than windows of the exact length. Where a window begins before
+the active block, the tokens before the block stay frozen.
+
+B rows, T tokens, S positions of the region, D hidden size.
 """
+
+from __future__ import annotations
 
 import functools
 from typing import Any
@@ -21,9 +26,9 @@ from gdsd_jax.diffusion.remasking import SamplerConfig
 
 
 def region(settings: SamplerConfig, block: Array) -> tuple[Array, int]:
-    """Returns the first position, in the completion, and the number S of the positions that a step looks at.
+    """Returns the region that a step reads: its first position in the completion, and its size S.
 
-    A step needs logits outside the active block only if masks may be left behind there.
+    The region is the active block; without blocks, or if earlier blocks may still hold masks, it is the completion.
     """
     if settings.forbid_mask and settings.blocks > 1:
         return block * settings.block_length, settings.block_length
@@ -31,7 +36,7 @@ def region(settings: SamplerConfig, block: Array) -> tuple[Array, int]:
 
 
 def window_lengths(settings: SamplerConfig) -> tuple[int, ...]:
-    """Returns the lengths of the windows of a program with these settings, the longest first."""
+    """Returns the lengths of the windows that a program with these settings holds, the longest first."""
     if settings.cache == "dual":
         return (settings.block_length,)
     blocks = [settings.blocks]
@@ -49,10 +54,10 @@ def refresh(
     block: Array,
     settings: SamplerConfig,
 ) -> tuple[Array, Any]:
-    """Runs a full pass over `tokens` [B, T]; returns hidden states of the region [B, S, D], and keys and values.
+    """Runs a full pass over `tokens` [B, T]; returns hidden states of the region [B, S, D], and the cache.
 
-    The keys and values are those of all tokens. With "dual", whose only window is the active block, those of the active
-    block are left out.
+    The cache holds the keys and values of all tokens; with "dual", whose only window is the active block, it leaves out
+    those of the active block (see `denoiser.refresh_cache`).
     """
     first, size = region(settings, block)
     prompt_length = tokens.shape[1] - settings.completion_length
@@ -73,10 +78,11 @@ def cached_states_at(
     block: Array,
     settings: SamplerConfig,
 ) -> tuple[Read, Any]:
-    """Returns a function that gives the hidden states at places of the region, and the cache for the next step.
+    """Returns a function from positions of the region to their hidden states, and the cache for the next step.
 
-    Inside the window the states are computed from `tokens` [B, T]; outside it they are the refreshed `hidden`. The
-    cache is the one that was given, except under cuDNN, where with "dual" the window's keys and values are in it.
+    Inside the window, states are computed from `tokens` [B, T]; outside it, they are those of the last refresh,
+    `hidden` [B, S, D]. The cache is returned unchanged, except that with "dual" under cuDNN it receives the window's
+    keys and values.
     """
     length, active = settings.completion_length, block * settings.block_length
     prompt_length = tokens.shape[1] - length
@@ -100,9 +106,9 @@ def cached_states_at(
         return window(active, size), cache
 
     def states(width: int) -> Array:
-        """Computes the region's states with a window of this width.
+        """Returns the region's hidden states, computed from the last `width` tokens of the block or the completion.
 
-        The window is the active block ("dual"), or ends with the completion ("prefix").
+        The window ends with the active block ("dual") or with the completion ("prefix").
         """
         start = active if settings.cache == "dual" else jnp.asarray(length - width, jnp.int32)
         read = window(start, width)

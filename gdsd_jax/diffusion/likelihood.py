@@ -1,6 +1,7 @@
-"""Scores given completions: a Monte-Carlo bound on the likelihood, and whether greedy unmasking writes them.
+"""Scores given completions: estimates a bound on their likelihood, and tells whether greedy unmasking writes them.
 
 Completions of different lengths share a program: each is left-aligned in the last `width` tokens and followed by pads.
+
 B rows, T = P + width tokens.
 """
 
@@ -35,12 +36,14 @@ def lower_bound(
 
     The bound is `E[n/l sum over l masked tokens of log p(token | unmasked tokens)]` for a completion of n tokens, with
     `l` uniform on 1..n. It is the evidence lower bound by which masked diffusion models are evaluated (arXiv
-    2502.09992, the estimate of conditional likelihoods). The `l` of the views are spread evenly over 1..n, and all rows
-    share the same draws: the estimate does not depend on the batch, and differences between completions of one length
-    are less noisy than the values.
+    2502.09992, the estimate of conditional likelihoods). The `l` of the views are spread evenly over 1..n. All rows
+    share the same draws, so that the estimate of a row does not depend on its batch, and the difference between two
+    completions of the same length is less noisy than either estimate.
 
     Args:
-      real: True on tokens, False on the pads before the prompt and behind the completion.
+      tokens: left-padded prompts, and completions in the last `width` tokens.
+      real: True on tokens, False on the pads before the prompt and after the completion.
+      chunk: vocabulary entries whose logits exist at one time.
     """
     prompt_length = tokens.shape[1] - width
     valid = real[:, prompt_length:]
@@ -73,11 +76,11 @@ def is_greedy(
     *,
     width: int,
 ) -> Bool[Array, " B"]:
-    """Tells whether greedy unmasking writes exactly this completion.
+    """Returns for each row whether greedy unmasking writes exactly its completion.
 
-    Greedy unmasking commits one token a step, the most confident first, at temperature 0. Each step here fills in the
-    completion's own token instead of the model's choice; until the two differ for the first time, this is the same. The
-    arguments are those of `lower_bound`.
+    Greedy unmasking commits one token per step, the most confident one, at temperature 0. Each step here commits the
+    completion's own token instead of the model's choice, which makes no difference until the two differ for the first
+    time. The arguments are those of `lower_bound`.
     """
     prompt_length = tokens.shape[1] - width
     target = tokens[:, prompt_length:]

@@ -1,7 +1,9 @@
-"""The forward process: which completion tokens of a clean sequence are hidden from the denoiser.
+"""The forward process: which tokens of a clean sequence are hidden from the denoiser.
 
-Every function draws or derives `masked`, True where a token is replaced by the mask token. B rows, L completion tokens,
-T = P + L tokens. The prompt is clean unless a function says otherwise.
+The functions draw or derive `masked`, which is True where the mask token replaces a token. Masks of whole sequences
+leave the prompt clean.
+
+B rows, V views, L completion tokens, T = P + L tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from gdsd_jax.runtime.errors import UserError
 
 
 def stratified_counts(k: Int[Array, ""] | int, rows: int, length: int) -> Int[Array, " rows"]:
-    """Returns the masked tokens per row, spread evenly over all counts `0..L` from the offset `k` (GDSD, ESPO).
+    """Returns the number of masked tokens of each row, spread evenly over `0..L` from the offset `k` (GDSD, ESPO).
 
-    `x_i = round(linspace(k, k + (b-1)(L+1)/b, b))_i mod (L+1)`, rounding half to even in float32.
+    It is `x_i = round(linspace(k, k + (b-1)(L+1)/b, b))_i mod (L+1)` for `b` rows, rounded half to even in float32.
     """
     offsets = jnp.arange(rows, dtype=jnp.float32) * jnp.float32((length + 1) / rows)
     return jnp.round(jnp.float32(k) + offsets).astype(jnp.int32) % (length + 1)
@@ -30,14 +32,14 @@ def at_random(key: Array, counts: Int[Array, " B"], length: int) -> Bool[Array, 
 def in_rollout_order(
     key: Array, counts: Int[Array, " B"], confidence: Float[Array, "B L"] | None, block_length: int, length: int
 ) -> Bool[Array, "B L"]:
-    """Masks what a left-to-right block sampler would not have committed yet (GDSD, latest revision).
+    """Masks the tokens that a left-to-right block sampler would not have committed yet (GDSD, latest revision).
 
-    A row whose count is `x` has its last `x // block_length` blocks masked whole. In the block before them, the
-    remaining `x % block_length` positions are masked: those that were committed with the least confidence, or random
-    ones where `confidence` is None.
+    In a row whose count is `x`, the last `x // block_length` blocks are masked whole. In the block before them, the
+    remaining `x % block_length` positions are masked: those with the least confidence, or random ones if `confidence`
+    is None.
 
     Raises:
-      UserError: a block length that does not divide the completion.
+      UserError: the block length does not divide the completion.
     """
     if length % block_length:
         raise UserError(f"the method's block_length {block_length} does not divide the completion length {length}")
@@ -51,11 +53,17 @@ def in_rollout_order(
 
 
 def stratified(
-    key: Array, rows: int, length: int, *, stratum: int, confidence=None, block_length: int | None = None
+    key: Array,
+    rows: int,
+    length: int,
+    *,
+    stratum: int,
+    confidence: Float[Array, "B L"] | None = None,
+    block_length: int | None = None,
 ) -> Bool[Array, "B L"]:
-    """Draws masks, stratified over each run of `stratum` rows: together these rows cover all mask ratios evenly.
+    """Draws masks so that every run of `stratum` rows covers all mask ratios evenly.
 
-    Positions are uniform, or in rollout order when `block_length` is given (by `confidence`, or random without it).
+    Positions are uniform, or follow `in_rollout_order` if `block_length` is given.
     """
     offset_key, position_key = jax.random.split(key)
     k = jax.random.randint(offset_key, (rows // stratum,), 0, length + 1)
@@ -71,17 +79,17 @@ def bernoulli(key: Array, ratio: Float[Array, "B _"] | float, rows: int, length:
 
 
 def behind_prompt(masked: Bool[Array, "*V B L"], prompt_length: int) -> Bool[Array, "*V B T"]:
-    """Puts a clean prompt of `prompt_length` tokens before masks of the completion."""
+    """Extends masks of the completion by a clean prompt of `prompt_length` tokens."""
     return jnp.pad(masked, [(0, 0)] * (masked.ndim - 1) + [(prompt_length, 0)])
 
 
 def complement(masked: Bool[Array, "*V B T"], prompt_length: int) -> Bool[Array, "*V B T"]:
-    """Returns the coupled view, which is masked where the completion was clean; the prompt stays clean."""
+    """Returns the complementary mask: of the completion it masks the clean tokens; the prompt stays clean."""
     return ~masked & (jnp.arange(masked.shape[-1]) >= prompt_length)
 
 
 def _lowest(values: Array, counts: Array) -> Array:
-    """Marks the `counts[b]` lowest values of row `b` with True; ties go to the lower index."""
+    """Returns True at the `counts[b]` lowest values of each row `b`; ties go to the lower index."""
     order = jnp.argsort(values, axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1, stable=True)
     return rank < counts[:, None]

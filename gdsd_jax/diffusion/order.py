@@ -1,22 +1,24 @@
-r"""The probability that a step commits given tokens at given positions: the rules of the sampler, summed out.
+r"""Computes the probability that a step of the sampler commits given tokens at given positions.
 
 A step draws a candidate `c_j ~ q_j` for each masked position j, all independent (`q` includes the temperature, the cuts
-and the bans), ranks the candidates by a score `s_j(c_j)` and commits the first ones. The others leave no trace, and are
-summed out one by one:
+and the bans), ranks the candidates by a score `s_j(c_j)` and commits the first ones. The candidates that are not
+committed leave no trace, so each of them is summed out:
 
     P(U, y_U) = prod_{k in U} q_k(y_k)  prod_{j in E \ U} F_j,    F_j = sum_v q_j(v) [v at j ranks behind the last of U]
 
 over the eligible positions E and the committed ones U; of equal scores the left one ranks first. With a threshold or a
-factor, `F_j` is the mass of the candidates that do not pass it and rank behind the best of U. Where noise decides the
-ranks, they are a race: candidate v at j arrives after an exponential time of rate `w = exp(s / alg_temp)` (1 where the
-order is uniform), and the last of U has to arrive before all others, an integral over its time of arrival,
+factor, `F_j` is the mass of the candidates that do not pass it and rank behind the best of U. If noise decides the
+ranks, they follow from a race: candidate v at j arrives after an exponential time of rate `w = exp(s / alg_temp)` (1 if
+the order is uniform). All of U must arrive before the others, which is an integral over the time when the last of U
+arrives:
 
     int dt  d/dt prod_U (1 - e^{-w_k t})  prod_{E \ U} sum_v q_j(v) e^{-w_j(v) t}.
 
-`q` and `w` have gradients. Ranks change in jumps, and between the jumps the log-probability is smooth.
+Gradients flow through `q` and `w`. Ranks are piecewise constant in the logits and have no gradient.
 
-S positions that a step looks at, V vocabulary, N nodes of an integral. A walk is a function `walk(step, start)`: it
-folds `step(carry, logits [..., S, v], ids [v])` over chunks of the vocabulary and returns the last carry.
+S positions of the step's region, V vocabulary, v tokens of a chunk of it, N nodes of an integral. A walk is a function
+`walk(step, start)` that folds `step(carry, logits [..., S, v], ids [v])` over chunks of the vocabulary and returns the
+last carry.
 """
 
 from __future__ import annotations
@@ -32,19 +34,19 @@ from gdsd_jax.diffusion.proposals import top_p_cut
 from gdsd_jax.diffusion.race import nodes, race, summed_survival, time
 from gdsd_jax.diffusion.remasking import LOWEST, STRATEGIES, SamplerConfig
 
-# The logit of a token that is never drawn. It is finite so that a chunk with no other tokens still has a gradient.
+# The logit of a token that is never drawn. It is finite so that a chunk of only such tokens has a finite gradient.
 NEVER = -1e30
 Walk = Callable
 fixed = lax.stop_gradient
 
 
 class Proposal(NamedTuple):
-    """The distributions that candidates are drawn from; every array is `[..., S]` unless a shape is given.
+    """Describes the distributions that candidates are drawn from; every array is `[..., S]` unless a shape is given.
 
     plain: the log-normaliser of the logits.
     normaliser: the log-normaliser of logits / temperature, over the tokens that the cuts keep.
-    cut: tokens whose logit / temperature is below it are cut.
-    logit: the target's logit.
+    cut: tokens whose logit / temperature lies below this value are cut.
+    logit: the logit of the target.
     best: `[..., S, 2]`, the two largest values of logits / temperature.
     """
 
@@ -77,7 +79,7 @@ def proposal(walk: Walk, target: Array, settings: SamplerConfig, vocab_size: int
     if settings.top_p is not None and settings.top_p < 1:
         cut = _cut_of_top_p(walk, fixed(scaled), fixed(best[..., 0]), settings)
     if top_k is not None:
-        # Halfway between the last token that stays and the first that is cut, so that no rounding moves either across.
+        # The cut lies halfway between the last token kept and the first one cut, so that rounding moves neither across.
         cut = jnp.maximum(cut, fixed(best[..., top_k - 1] + best[..., top_k]) / 2)
     normaliser = scaled
     if top_k is not None or (settings.top_p or 1) < 1:
@@ -87,9 +89,9 @@ def proposal(walk: Walk, target: Array, settings: SamplerConfig, vocab_size: int
 
 
 def _cut_of_top_p(walk: Walk, normaliser: Array, best: Array, settings: SamplerConfig) -> Array:
-    """Returns the cut of `proposals.keep_top_p`, as logit / temperature.
+    """Returns the cut of `proposals.keep_top_p` as a value of logit / temperature.
 
-    Its probability is halfway between the last token that stays and the first one that is cut.
+    It corresponds to the probability halfway between those of the last token kept and of the first one cut.
     """
 
     def bits(z: Array) -> tuple[Array, Array]:
@@ -116,33 +118,34 @@ def _cut_of_top_p(walk: Walk, normaliser: Array, best: Array, settings: SamplerC
 
 
 def drawn_log_prob(found: Proposal, settings: SamplerConfig) -> Array:
-    """Returns `log q(y)` [..., S] of the targets; it is -inf where the cuts or a ban exclude the target."""
+    """Returns `log q(y)`, `[..., S]`, of the targets; it is -inf where the cuts or a ban exclude the target."""
     scaled = found.logit / settings.temperature
     return jnp.where((scaled >= found.cut) & (found.logit > NEVER / 2), scaled - found.normaliser, -jnp.inf)
 
 
 class Bound(NamedTuple):
-    """A rank: a score and, among equal scores, a place; both are `[..., 1]`."""
+    """A rank: a score and, to order equal scores, a position; both are `[..., 1]`."""
 
     score: Array
     place: Array
 
 
 def _last(score: Array, chosen: Array) -> Bound:
-    """Returns the rank of the last of the chosen; if none is chosen, a rank that every candidate is behind."""
+    """Returns the rank of the last of the chosen candidates; without any, a rank behind which all candidates lie."""
     lowest = jnp.min(jnp.where(chosen, score, jnp.inf), axis=-1, keepdims=True)
     place = jnp.arange(score.shape[-1])
     return Bound(lowest, jnp.max(jnp.where(chosen & (score == lowest), place, -1), axis=-1, keepdims=True))
 
 
 def _first(score: Array, chosen: Array) -> Bound:
+    """Returns the rank of the first of the chosen candidates; without any, a rank behind which none lies."""
     highest = jnp.max(jnp.where(chosen, score, -jnp.inf), axis=-1, keepdims=True)
     place, end = jnp.arange(score.shape[-1]), score.shape[-1]
     return Bound(highest, jnp.min(jnp.where(chosen & (score == highest), place, end), axis=-1, keepdims=True))
 
 
 def _behind(score: Array, bound: Bound) -> Array:
-    """Tells which candidates, `[..., S]` or `[..., S, v]`, rank behind a bound."""
+    """Returns which candidates, `[..., S]` or `[..., S, v]`, rank behind a bound."""
     place = jnp.arange(score.shape[bound.score.ndim - 1])
     if score.ndim > bound.score.ndim:
         bound, place = Bound(*(x[..., None] for x in bound)), place[:, None]
@@ -150,11 +153,11 @@ def _behind(score: Array, bound: Bound) -> Array:
 
 
 class Rule(NamedTuple):
-    """Holds the conditions that a threshold or a factor imposes on the confidences.
+    """Holds the conditions that a threshold or a factor imposes on the candidates of a step.
 
     possible: `[...]`, whether one step can commit the committed candidates together.
-    lead: `[..., S]`, those of the committed candidates that may be the first in rank.
-    open: a function from confidences `[..., S, v]` to whether each candidate may be left uncommitted.
+    lead: `[..., S]`, which of the committed candidates may rank first.
+    open: a function from confidences `[..., S, v]` to whether the step may leave each candidate uncommitted.
     """
 
     possible: Array
@@ -163,10 +166,10 @@ class Rule(NamedTuple):
 
 
 def _rule(settings: SamplerConfig, confidence: Array, committed: Array) -> Rule:
-    """Returns the rule that the settings set for the `committed` candidates.
+    """Returns the rule of the settings, given the candidates that the step commits.
 
-    At most one committed candidate may fail to pass the threshold or factor. It is then the first in rank, which is
-    always committed.
+    At most one committed candidate may fail the threshold or factor. It must then rank first, because the first
+    candidate is always committed.
     """
     number = lambda chosen: jnp.sum(chosen, axis=-1, keepdims=True)  # noqa: E731
     if settings.threshold is not None:
@@ -176,7 +179,7 @@ def _rule(settings: SamplerConfig, confidence: Array, committed: Array) -> Rule:
         end = _last(confidence, committed)
         is_last = committed & ~_behind(confidence, end) & (confidence == end.score)
         is_last &= jnp.arange(committed.shape[-1]) == end.place
-        # As in the sampler: the n-th most confident passes where (n + 1)(1 - c) < factor.
+        # As in `remasking.select`, the n-th most confident candidate passes if (n + 1)(1 - c) < factor.
         whole = (number(committed) + 1) * (1 - end.score) < settings.factor
         passing = committed & (whole | ~is_last)
         n, end = number(passing), _last(confidence, passing)
@@ -195,9 +198,9 @@ def step_log_prob(
     The step commits `target` [..., S] at the positions `committed`, out of the positions `eligible`.
 
     Returns:
-      `[..., S]`, what each position adds to the log-probability, to be summed over the positions; the order of the
-      commits counts at the first committed position, and positions that are not eligible add 0. Second, the
-      distributions of the candidates.
+      The terms of the log-probability, `[..., S]`, to be summed over positions, and the distributions of the
+      candidates. The term for the order of the commits is part of the first committed position's; positions that are
+      not eligible have the term 0.
     """
     strategy = STRATEGIES[settings.strategy]
     found = proposal(walk, target, settings, vocab_size, dtype)
@@ -217,7 +220,7 @@ def step_log_prob(
         possible, lead, unbound = _rule(settings, confidence, committed)
 
     def candidates(z: Array, ids: Array) -> tuple[Array, Array, Array, Array]:
-        """Returns each candidate's probability and score, whether it may stay uncommitted, and if it is postponed."""
+        """Returns each candidate's probability and score, and whether it may stay uncommitted, and is postponed."""
         scaled = z / settings.temperature
         q = jnp.where(scaled >= found.cut[..., None], jnp.exp(scaled - found.normaliser[..., None]), 0.0)
         c = jnp.exp(fixed(z) - fixed(found.plain)[..., None])
@@ -228,8 +231,8 @@ def step_log_prob(
     def masses(rank: Callable[[Array, Array], Array]) -> tuple[Array, Array, Array]:
         """Returns three masses of candidates, which add up to 1.
 
-        The first two are of candidates that may stay uncommitted and for which `rank(score, postponed)` is True: those
-        that are not postponed, and those that are. The third is of all other candidates.
+        The first two are the masses of candidates that may stay uncommitted and for which `rank(score, postponed)` is
+        True: first those that are not postponed, then those that are. The third is the mass of all other candidates.
         """
 
         def step(sums: tuple, z: Array, ids: Array) -> tuple:
@@ -264,7 +267,8 @@ def step_log_prob(
             order = lax.lgamma(n + 1.0) + lax.lgamma(m + 1.0) - lax.lgamma(n + m + 1.0)
         return drawn + certain + own + at_first(order.astype(dtype)), found
 
-    # A race. Postponed candidates never arrive: they are committed, from the left, once nothing else is left.
+    # Noise decides the ranks. Postponed candidates never arrive in the race: they are committed from the left once
+    # nothing else is left.
     rate = mine / settings.alg_temp if settings.alg_temp else jnp.zeros_like(drawn)
     most = fixed(rate)
     if settings.strategy == "maskgit_plus":
@@ -275,7 +279,7 @@ def step_log_prob(
         survival = summed_survival(walk, candidates, log_t, settings, target.shape, dtype)
         log_survival = jnp.log(jnp.maximum(survival, jnp.finfo(dtype).tiny))
     else:
-        # Where there is no mass this is finite, as infinities have no gradient; `certain` adds the -inf.
+        # Where there is no mass, the logarithms are finite for the sake of the gradient; `certain` adds the -inf.
         log_free, log_late = _log(free, late + out, NEVER), _log(late, free + out, NEVER)
         log_survival = jnp.logaddexp(log_free[..., None] - time(rate, log_t), log_late[..., None])
     certain += jnp.where(rest & (free + late == 0), -jnp.inf, 0.0)
@@ -290,9 +294,9 @@ def step_log_prob(
 
 
 def _log(mass: Array, rest: Array, of_nothing: float = -jnp.inf) -> Array:
-    """Returns `log mass`, precise next to 1, where `mass` and `rest` add up to 1.
+    """Returns `log mass`, with `mass + rest = 1`, computed from `rest` where the mass is near 1.
 
-    Where the mass is 0, it is `of_nothing`, without gradient.
+    Where the mass is 0, the result is `of_nothing` and has no gradient.
     """
     near = rest < 0.5
     small = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1.0)), of_nothing)

@@ -1,7 +1,9 @@
-"""Candidates of a step: the logits of the positions that are read are cut, and each position draws one token.
+"""Draws the candidates of a step: one token at each position that is read, from the cut distribution of its logits.
 
-B rows, S positions that a step looks at, D hidden size, V vocabulary.
+B rows, S positions of the step's region, D hidden size, V vocabulary.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,17 +19,18 @@ from gdsd_jax.denoiser import DenoiserConfig, Read, logits_from_hidden
 from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig
 from gdsd_jax.runtime.sharding import constrain, pieces
 
-# A device holds logits of at most this many elements at once, 1 GiB in float32; a larger region is read in slices of
-# positions.
+# The most logits that a device holds at once, 1 GiB in float32. A larger region is read in slices of positions.
 MAX_LOGITS = 2**28
-LEAST = 2  # positions; a program for fewer gains too little to be compiled
-GROUP = 128  # tokens per group
+# `propose_at` compiles programs for numbers of positions this far apart at least; a finer choice gains too little.
+LEAST = 2
+# Tokens in each of the groups into which a draw divides the vocabulary.
+GROUP = 128
 
 
 def keep_top_p(logits: Array, top_p: float) -> Array:
-    """Keeps the most probable tokens, up to and including the first one that takes their mass beyond top_p.
+    """Keeps the most probable tokens, up to and including the first one that takes their mass beyond `top_p`.
 
-    A token stays when the mass of all more probable tokens is at most top_p; the logits of the others become -inf.
+    A token is kept if the mass of all more probable tokens is at most `top_p`; the other logits become -inf.
     """
     probs = jax.nn.softmax(logits)
     bits = lax.bitcast_convert_type(probs, jnp.int32)
@@ -37,13 +40,13 @@ def keep_top_p(logits: Array, top_p: float) -> Array:
 
 
 def top_p_cut(mass_above: Callable[[Array], Array], highest: Array, top_p: float) -> Array:
-    """Returns the bits of the least probability that a cut at mass `top_p` keeps.
+    """Returns the least probability that a cut at mass `top_p` keeps, as the int32 with the bits of that float32.
 
-    Non-negative floats order like their bits, so bisecting the integers finds the cut exactly in 31 passes, a fraction
-    of what sorting a large vocabulary costs.
+    Non-negative floats are ordered as their bits are. Bisecting the integers thus finds the cut exactly in 31 passes, a
+    fraction of the cost of sorting a large vocabulary.
 
     Args:
-      mass_above: a function from bits to the mass of the tokens whose probability has greater bits.
+      mass_above: a function from bits to the mass of the tokens whose probabilities have greater bits.
       highest: the bits of the largest probability.
     """
 
@@ -57,6 +60,7 @@ def top_p_cut(mass_above: Callable[[Array], Array], highest: Array, top_p: float
 
 
 def keep_top_k(logits: Array, top_k: int) -> Array:
+    """Keeps the `top_k` largest logits, and those equal to the last of them; the other logits become -inf."""
     cut = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
     return jnp.where(logits >= cut, logits, -jnp.inf)
 
@@ -68,8 +72,8 @@ def _take(values: Array, index: Array) -> Array:
 def _invert(weights: Array, uniform: Array) -> Array:
     """Returns the first index [...] where the cumulative sum of `weights` [..., N] exceeds `uniform` times its total.
 
-    A parallel cumulative sum need not be monotone to the last bit, nor exceed a target next to the total. Hence only
-    positive weights can be chosen, and the largest one is taken when rounding leaves none.
+    Rounding can make a parallel cumulative sum decrease, or never exceed a target close to the total. Therefore only
+    positive weights can be chosen, and the largest weight is chosen if no index qualifies.
     """
     total = jnp.cumsum(weights, axis=-1)
     hit = (total > (uniform * total[..., -1])[..., None]) & (weights > 0)
@@ -77,10 +81,10 @@ def _invert(weights: Array, uniform: Array) -> Array:
 
 
 class Groups(NamedTuple):
-    """Summaries of logits [..., V] by groups of GROUP tokens: a search for one token reads V once, and then one group.
+    """Summarises logits [..., V] by groups of GROUP tokens; a draw then reads only the logits of one group.
 
     peak: [..., G], the highest logit of each group.
-    mass: [..., G], the sum of each group's exp(logit - highest of all).
+    mass: [..., G], the sum of `exp(logit - highest of all)` over each group.
     """
 
     peak: Array
@@ -88,7 +92,7 @@ class Groups(NamedTuple):
 
 
 def grouped(logits: Float[Array, "*S V"]) -> Groups:
-    """Computes the peaks and masses of the G = ceil(V / GROUP) groups; impossible tokens fill up the last group."""
+    """Computes the peaks and masses of the G = ceil(V / GROUP) groups; logits of -inf fill up the last group."""
     beyond = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % GROUP)]
     groups = jnp.pad(logits, beyond, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, GROUP)
     peak = jnp.max(groups, axis=-1)
@@ -102,17 +106,17 @@ def _read(logits: Array, group: Array) -> Array:
 
 
 def best(logits: Float[Array, "*S V"], groups: Groups) -> Int[Array, "*S"]:
-    """Returns the token with the highest logit, and of equal ones the first."""
+    """Returns the token with the highest logit; of equal logits, the first."""
     group = jnp.argmax(groups.peak, axis=-1)
     return (group * GROUP + jnp.argmax(_read(logits, group), axis=-1)).astype(jnp.int32)
 
 
 def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S 2"]) -> Int[Array, "*S"]:
-    """Draws one token per distribution by inverting cumulative sums at two numbers in [0, 1).
+    """Draws one token from each softmax(logits), by inverting cumulative sums at two uniform numbers in [0, 1).
 
-    The distribution is that of the argmax of logits plus Gumbel noise, from two random numbers instead of V. The first
-    number draws a group, the second a token of this group. A single number, a multiple of 2^-23, could not tell apart
-    the tokens of a group with little mass. A token of probability zero is never drawn.
+    This takes two random numbers where the argmax of logits plus Gumbel noise takes V. The first number draws a group,
+    the second a token of this group. A single number, which is a multiple of 2^-23, could not reach every token of a
+    group with little mass. A token of probability zero is never drawn.
     """
     group = _invert(groups.mass, uniform[..., 0])
     found = _read(logits, group)
@@ -123,9 +127,13 @@ def draw(logits: Float[Array, "*S V"], groups: Groups, uniform: Float[Array, "*S
 def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[Array, ...]:
     """Chooses one candidate token for each of the distributions `logits` [..., V].
 
-    The random numbers `uniform` are [..., 2]. Returns the tokens, their probabilities under `logits`, and the
-    strategy's scores. With `settings.record` it also returns the log-probabilities at which the candidates were drawn,
-    and the entropies of the distributions `logits`.
+    Args:
+      uniform: [..., 2] random numbers in [0, 1).
+
+    Returns:
+      The tokens, their probabilities under softmax(logits), and the strategy's scores, each [...]. With
+      `settings.record` also the log-probabilities with which the tokens were drawn, and the entropies of
+      softmax(logits) in nats.
     """
     strategy = STRATEGIES[settings.strategy]
     cut = logits if settings.temperature in (0, 1) else logits / settings.temperature
@@ -145,7 +153,7 @@ def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[
         score = strategy.score(probs, _take(probs, token))
     if not settings.record:
         return token, confidence, score
-    # The argmax is not drawn: at temperature 0 its log-probability is 0.
+    # At temperature 0 the argmax is taken with certainty, so that its log-probability is 0.
     drawn = _take(cut, token) - normaliser if settings.temperature > 0 else jnp.zeros_like(confidence)
     probs = jnp.exp(logits - plain[..., None])
     entropy = plain - jnp.sum(jnp.where(probs > 0, probs * logits, 0.0), axis=-1)
@@ -153,18 +161,18 @@ def candidates(logits: Array, uniform: Array, settings: SamplerConfig) -> tuple[
 
 
 def banned_tokens(config: DenoiserConfig, settings: SamplerConfig) -> tuple[int, ...]:
-    """Returns the ids that are never proposed: those suppressed, the mask, and ids that the tokenizer does not have."""
+    """Returns the ids that are never proposed: suppressed ids, the mask, and ids that the tokenizer does not have."""
     return (*settings.suppress, *[config.mask_token_id] * settings.forbid_mask, *config.padding_tokens)
 
 
 def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S V"]:
-    """Gives these tokens probability zero."""
+    """Sets the logits of these tokens to -inf."""
     if not tokens:
         return logits
     banned = np.zeros(logits.shape[-1], bool)
     banned[list(tokens)] = True
-    # An accelerator selects while it reads, and would copy the whole array to write a few numbers. On a CPU writing is
-    # faster; the first index is given twice, because XLA turns a write at a single index into a select.
+    # An accelerator would copy the whole array to write a few numbers, but selects for free while it reads. On a CPU
+    # writing is faster. The first index is given twice, because XLA turns a write at a single index into a select.
     return lax.platform_dependent(
         logits,
         cpu=lambda logits: logits.at[..., np.array([*tokens, tokens[0]])].set(-jnp.inf, mode="promise_in_bounds"),
@@ -173,10 +181,10 @@ def ban(logits: Float[Array, "*S V"], tokens: Sequence[int]) -> Float[Array, "*S
 
 
 class Boost(NamedTuple):
-    """One logit of each row that is raised before a candidate is chosen.
+    """One logit in each row that is raised before candidates are chosen.
 
-    place, token: [B] int32, the position in the step's region and the token.
-    amount: [B] float32.
+    place, token: [B] int32, the position in the step's region, and the token.
+    amount: [B] float32, the number that is added to this logit.
     """
 
     place: Array
@@ -184,7 +192,7 @@ class Boost(NamedTuple):
     amount: Array
 
     def at(self, place: Array) -> tuple[Array, Array]:
-        """Returns the tokens [B, 1], and by how much their logits are raised at places [B, S'] of the region."""
+        """Returns the tokens [B, 1], and the amounts [B, S'] added to their logits at the positions `place` [B, S']."""
         return self.token[:, None], self.amount[:, None] * (place == self.place[:, None])
 
 
@@ -196,17 +204,19 @@ def propose(
     settings: SamplerConfig,
     raised: tuple[Array, Array] | None = None,
 ) -> tuple[Array, ...]:
-    """Chooses the candidates [B, S] of hidden states; returns what `candidates` returns.
+    """Chooses candidates for hidden states; returns what `candidates` returns, each [B, S].
 
-    The states `hidden` [1 or 2, B, S, D] are the conditional and, with guidance, the unconditional ones; the random
-    numbers `uniform` are [B, S, 2]. Of `raised` the tokens are [B, 1], and the amounts added to their logits [B, S].
+    Args:
+      hidden: [1 or 2, B, S, D], the conditional states and, with guidance, the unconditional ones.
+      uniform: [B, S, 2] random numbers in [0, 1).
+      raised: tokens [B, 1], and the amounts [B, S] that are added to their logits.
     """
     banned = banned_tokens(config, settings)
 
     def propose_slice(slices: tuple[Array, ...]) -> tuple[Array, ...]:
         hidden, uniform, *amount = slices
         logits = constrain(logits_from_hidden(config, base, hidden), ("views", "rows", "tokens", "vocab"))
-        # From here on no sum over the vocabulary crosses devices: a draw does not depend on their number.
+        # From here on no sum over the vocabulary crosses devices, so that a draw does not depend on their number.
         logits = constrain(logits, ("views", "rows", "positions", "candidates"))
         if logits.shape[0] == 2:
             logits = logits[1:] + (settings.cfg_scale + 1) * (logits[:1] - logits[1:])
@@ -245,14 +255,14 @@ def propose_at(
 ) -> tuple[Array, ...]:
     """Chooses candidates as `propose` does, at the positions `eligible` [B, S]; values elsewhere have no meaning.
 
-    The fewer positions are still masked, the fewer are read: as many eighths of S as the row with the most masked
-    positions needs, or sixteenths where the head outweighs the layers, in steps of at least `LEAST` positions.
+    The fewer positions are still masked, the fewer are read. Their number is rounded up to a multiple of S/8, or of
+    S/16 if the head costs more than the layers, but at least of `LEAST`, so that few programs are compiled.
 
     Args:
-      read: gives hidden states [B, S', D] at places [B, S'] of S; with guidance [2B, S', D] at [2B, S'].
+      read: a function from positions [B, S'] to hidden states [B, S', D]; with guidance from [2B, S'] to [2B, S', D].
     """
     rows, positions = eligible.shape
-    # The layers' parameters divided by the hidden size; for the head this number is vocab_size.
+    # The numbers of parameters of the layers and of the head are compared after division by the hidden size.
     layers = config.num_layers * (4 * config.hidden_size + 3 * config.intermediate_size)
     step = max(LEAST, -(-positions // (16 if config.vocab_size > layers else 8)))
     sizes = [*range(step, positions, step), positions]

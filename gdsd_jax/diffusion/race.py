@@ -1,14 +1,14 @@
-"""Integrals over exponential arrival times: the probability of a step whose ranks are decided by noise.
+"""Computes the probability of a step whose ranks are decided by noise, as an integral over arrival times.
 
 The candidates with the largest `s + Gumbel noise` are distributed as the first arrivals among exponential times of
-rates `w = e^s`. So the probability that a set U comes before all others is one integral over the time at which the last
-of U arrives,
+rates `w = e^s`. The probability that a set U arrives before all others is thus an integral over the time at which the
+last of U arrives,
 
     int dt  d/dt prod_{k in U} (1 - e^{-w_k t})  prod_{others j} S_j(t),
 
 where `S_j(t)` is the probability that j has not arrived by the time t.
 
-S positions that a step looks at, N nodes of the integral, v tokens of a chunk of the vocabulary.
+S positions of the step's region, N nodes of the integral, v tokens of a chunk of the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from jax import Array, lax
 
 from gdsd_jax.diffusion.remasking import SamplerConfig
 
-# The integral is a sum over even steps in log t. It leaves out less than e^-17 of the whole before the first node and
-# e^-40 after the last; the sum itself is exact to e^-24, as the integrand is analytic where |Im log t| < pi / 2.
+# The integral is a sum over even steps of log t. Less than e^-17 of the whole lies before the first node, and less than
+# e^-40 after the last. The error of the sum is e^-24, as the integrand is analytic where |Im log t| < pi / 2.
 SPACING, BEFORE, BEHIND = 0.4, 17.0, 3.69
 
 
 def nodes(rate: Array, most: Array, runs: Array, eligible: Array, settings: SamplerConfig, vocab_size: int) -> Array:
-    """Returns the values of log t, `[..., N]`, over which the integral is a sum.
+    """Returns the values of log t, `[..., N]`, over which the integral is summed.
 
-    The first lies before the first arrival and the last one after the last arrival.
+    They range from before the first arrival to after the last arrival of the committed candidates.
 
     Args:
-      rate: `[..., S]`, log rates of the committed candidates.
+      rate: `[..., S]`, the log rates of the committed candidates.
       most: `[..., S]`, the largest log rate that any candidate may have.
-      runs: `[..., S]`, the committed candidates that take part.
-      eligible: `[..., S]`, the positions that the step may commit.
+      runs: `[..., S]` bool, which committed candidates take part in the race.
+      eligible: `[..., S]` bool, the positions that the step may commit.
     """
     spread = 0.0
     if settings.alg_temp:
@@ -51,14 +51,17 @@ def nodes(rate: Array, most: Array, runs: Array, eligible: Array, settings: Samp
 
 
 def time(rate: Array, log_t: Array) -> Array:
-    """Computes `w t`, `[..., S, N]`, capped at e^BEHIND, beyond which the integrand and its gradient are negligible."""
+    """Computes `w t`, `[..., S, N]`, capped at e^BEHIND; beyond it the integrand and its gradient are negligible."""
     return jnp.exp(jnp.minimum(rate[..., None] + log_t[..., None, :], BEHIND))
 
 
 def summed_survival(
     walk: Callable, candidates: Callable, log_t: Array, settings: SamplerConfig, shape: tuple, dtype: Any
 ) -> Array:
-    """Computes `sum_v q(v) e^{-w(v) t}`, `[..., S, N]`, over the tokens that may stay uncommitted, node by node."""
+    """Computes `sum_v q(v) e^{-w(v) t}`, `[..., S, N]`, over the tokens that may stay uncommitted.
+
+    The nodes are computed one by one, so that no array has both the node and the vocabulary axis.
+    """
 
     def step(total: Array, z: Array, ids: Array) -> Array:
         q, s, stays, late = candidates(z, ids)
@@ -74,12 +77,14 @@ def summed_survival(
 
 
 def race(rate: Array, log_t: Array, runs: Array, lead: Array, rest: Array, log_survival: Array, early: bool) -> Array:
-    """Computes the log-probability `[...]` that all of `runs` arrive before the rest.
+    """Computes the log-probability `[...]` that all of `runs` arrive before `rest`.
 
     With `early` it is the log-probability that one of `lead` is the first to arrive.
 
     Args:
-      log_survival: `[..., S, N]`, log-probability that a position of the rest has not arrived.
+      rate: `[..., S]`, the log rates of the committed candidates.
+      log_t: `[..., N]`, the nodes.
+      log_survival: `[..., S, N]`, the log-probability that a position of `rest` has not arrived by each time.
     """
     tiny = jnp.finfo(rate.dtype).tiny  # keeps the gradient finite where no candidate takes part
     x = time(rate, log_t)

@@ -1,7 +1,9 @@
-"""Settings of the sampler, and which positions a step commits: schedules, orderings, thresholds.
+"""Defines the settings of the sampler, and selects the positions that a step commits: schedules, orders, thresholds.
 
-B rows, S positions that a step looks at, L completion tokens, V vocabulary.
+B rows, S positions of the step's region, L completion tokens, V vocabulary.
 """
+
+from __future__ import annotations
 
 import functools
 import math
@@ -24,13 +26,13 @@ class Strategy(NamedTuple):
     """Describes how a strategy schedules, scores and selects.
 
     timed: commits per step follow the time schedule linspace(1, eps); otherwise they are split evenly over the steps.
-    score: a function of the proposal's probabilities [..., V] and the candidate's probability there [...] that gives
-        the scores [...]; None: the score is not computed from these probabilities.
+    score: a function from the probabilities of the proposal [..., V] and that of the candidate [...] to scores [...];
+        None: the score is not computed from these probabilities.
     uniform: the order of the commits is uniform noise.
-    independent: every masked position is committed by a coin of its own (implies timed).
-    leftmost: commits go from left to right.
-    plan: a function of the masked tokens at the start of a block and its steps, which returns the commits of each step;
-        for strategies that plan a block ahead. They may take fewer steps, and their last block may be shorter.
+    independent: each masked position is committed with a probability of its own (implies `timed`).
+    leftmost: positions are committed from left to right.
+    plan: for strategies that plan a block ahead, a function from the numbers of masked tokens and of steps of a block
+        to the commits of each step. Such strategies may take fewer steps, and their last block may be shorter.
     """
 
     timed: bool
@@ -56,10 +58,10 @@ def _masked_cosine(time: np.float32) -> np.float32:
 
 
 def _mdlm(masked_share: Callable, masked: int, steps: int) -> list[int]:
-    """Plans the commits of each step when the share `m` of masked tokens follows time (dllm's MDLM sampler).
+    """Plans the commits of each step such that the share of masked tokens follows `masked_share` (dllm's MDLM sampler).
 
-    A step from t to s commits round(n (1 - m(s) / m(t))) of the `n` tokens that are left. Steps that would commit
-    nothing are left out.
+    A step from time t to time s commits round(n (1 - m(s) / m(t))) of the `n` tokens that are left, where m is the
+    masked share. Steps that would commit nothing are left out.
     """
     counts = []
     for step in range(steps):
@@ -93,17 +95,17 @@ class SamplerConfig:
     strategy: schedule, proposal noise and ordering together.
         low_confidence, random: tokens per step split evenly over the block's steps; ordered by the candidate's
             probability under the plain logits, or by uniform noise.
-        maskgit_plus, topk_margin, entropy, origin: time schedule linspace(1, eps, steps + 1) inside each block, a step
-            from t to s committing floor(n (1 - s/t)) of the n masked tokens, the last one all; ordered by the
-            candidate's probability, by the margin of the two best tokens, or by negative entropy, all after
-            temperature, top_p and top_k; origin commits every masked token with probability 1 - s/t.
+        maskgit_plus, topk_margin, entropy, origin: time schedule linspace(1, eps, steps + 1) inside each block. A step
+            from time t to time s commits floor(n (1 - s/t)) of the n masked tokens, the last step all of them. They are
+            ordered by the candidate's probability, by the margin between the two best tokens, or by negative entropy,
+            all after temperature, top_p and top_k. origin commits each masked token with probability 1 - s/t.
         sequential: as low_confidence, from left to right.
-        mdlm, mdlm_cosine: ordered as low_confidence; planned at the start of each block, in ceil(steps / blocks) steps
-            or fewer, from the share of masked tokens at each time, t or 1 - cos(pi t / 2) from the other end.
+        mdlm, mdlm_cosine: ordered as low_confidence. Commits are planned at the start of each block, in at most
+            ceil(steps / blocks) steps, so that the share of masked tokens at time t is t, or cos(pi (1 - t) / 2).
     temperature: of the proposal; 0 takes the argmax.
-    top_p, top_k: cut the proposal, of every strategy, top_p first; tokens that tie at the cut stay.
+    top_p, top_k: cut the proposal of every strategy, top_p first; tokens that tie at the cut stay.
     cfg_scale: s in un + (s + 1)(cond - un), where the unconditional pass sees a masked prompt; 0 skips that pass.
-    alg_temp: draws the positions from softmax(confidence / alg_temp) instead of taking the best; 0 takes the best.
+    alg_temp: draws the positions from softmax(score / alg_temp) instead of taking the best; 0 takes the best.
     eps: last time of the time schedule.
     threshold: instead of a schedule, commit every candidate of at least this probability (plain logits), always the
         strategy's first.
@@ -111,30 +113,30 @@ class SamplerConfig:
         (n + 1)(1 - c_n) < factor, c_n the n-th highest probability (plain logits), always the strategy's first.
         Both take as many steps as they need, at most block_length a block, whatever `steps` says.
     floor: with a threshold, commit at least as many as the schedule of `steps` would.
-    lead: where logits speak of the next token, a block-causal denoiser commits the first token of each block by itself,
-        before any other of the block is looked at.
-    grow: later blocks do not exist until a block is finished, instead of being seen as masks; with `stop_at_eos` the
-        end is looked for when a block is finished.
-    end_think: token ids of a text that ends thinking. Until a completion holds it, the next of these ids, counted from
-        those that stand right before the block's first masked position, has a higher logit there.
-    end_think_boost: what is added to this logit at the completion's end.
-    end_think_power: at the share x of the completion, x to this power of the boost is added.
+    lead: if logits predict the next token, a block-causal denoiser commits the first token of each block in a step of
+        its own, before it reads any other position of the block.
+    grow: later blocks do not exist until the blocks before them are finished, instead of being seen as masks; with
+        `stop_at_eos`, a rollout stops only after a finished block.
+    end_think: token ids of a text that ends thinking. Until a completion holds it, the logit of one of these ids is
+        raised at the block's first masked position: of the id that continues the text from the tokens before it.
+    end_think_boost: the number that is added to this logit at the last position of the completion.
+    end_think_power: p; at the share x of the completion, `x^p` times the boost is added.
     hide_pads: a block-causal denoiser forgets pad tokens that it has written: they are not attended to and take no
         position.
-    cache: tokens whose keys and values are kept while a block is decoded, an approximation. "none": no tokens;
-        "prefix": those before the block; "dual": all outside the block. A block-causal denoiser keeps finished blocks
-        in any case, exactly, and with "dual" also the rest of its own block while a part of it is decoded.
+    cache: the tokens whose keys and values are kept while a block is decoded, which is an approximation. "none": no
+        tokens; "prefix": those before the block; "dual": all outside the block. A block-causal denoiser always keeps
+        those of finished blocks, which is exact; with "dual" it also keeps the rest of the block while it decodes a
+        part of it.
     refresh_every: steps of a block from one full pass to the next, which refreshes the cache; None: only the first
         step of a block is one. 1 makes every step exact.
-    stop_at_eos: stop once every row has committed an EOS with nothing masked before it; what is masked then becomes
-        EOS.
+    stop_at_eos: stop once every row has committed an EOS with nothing masked before it; all masks then become EOS.
     suppress: token ids that are never proposed.
     suppress_confidence: token ids that are committed only when nothing else is left to commit.
-    forbid_mask: never propose the mask token. False reproduces the public samplers, which may: such a position counts
-        as committed, stays masked, and may be written again later.
+    forbid_mask: never propose the mask token. False reproduces the public samplers, which may propose it: such a
+        position counts as committed, stays masked, and may be written again later.
     record: returns `Rollout.log_prob` and `Rollout.entropy` too; the tokens are the same.
 
-    Raises UserError on settings that are out of range or contradict each other.
+    Raises UserError if a setting is out of range, or if two settings contradict each other.
     """
 
     completion_length: int
@@ -231,6 +233,7 @@ class SamplerConfig:
 
     @property
     def blocks(self) -> int:
+        """Returns the number of blocks in a completion."""
         return -(-self.completion_length // self.block_length)
 
     @property
@@ -241,39 +244,37 @@ class SamplerConfig:
 
     @property
     def steps_per_block(self) -> int:
-        """Returns the number of steps that one block may take.
+        """Returns the largest number of steps that one block takes.
 
-        It is the schedule's, or one per token of the block with a threshold or a factor.
+        It is that of the schedule; with a threshold or a factor it is one step per token of the block.
         """
         scheduled = self.threshold is None and self.factor is None
         return self.scheduled_steps if scheduled else self.block_length
 
     @property
     def step_limit(self) -> int:
-        """Returns the `commit_step` of a position that no step wrote.
-
-        This is `steps`, or more where the blocks may take more steps.
-        """
+        """Returns the `commit_step` of positions that no step wrote: `steps`, or more if the blocks may take more."""
         return max(self.steps, self.blocks * self.steps_per_block)
 
 
 @functools.cache
 def commit_plan(settings: SamplerConfig) -> np.ndarray:
-    """Returns the commits `[n, step]` of a block with n masked tokens at its start, for strategies that plan.
+    """Returns a table `[n, step]` of the commits in a block with n masked tokens at its start, filled up with zeros.
 
-    After the last step of a plan they are 0.
+    The settings must have a strategy that plans.
     """
     plan = STRATEGIES[settings.strategy].plan
     assert plan is not None, f"the strategy {settings.strategy} follows no plan"
-    rows = [plan(masked, settings.scheduled_steps) for masked in range(settings.block_length + 1)]
-    return np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], np.int32)
+    plans = [plan(masked, settings.scheduled_steps) for masked in range(settings.block_length + 1)]
+    longest = max(map(len, plans))
+    return np.array([commits + [0] * (longest - len(commits)) for commits in plans], np.int32)
 
 
 def ranks(score: Array) -> Array:
-    """Returns the rank of every entry in its row, [B, S] -> [B, S]; 0 is the highest, and ties go to the first."""
+    """Returns the rank of every score in its row, [B, S] -> [B, S]; the highest has rank 0, ties go to the first."""
     here, there = score[..., :, None], score[..., None, :]
     place = jnp.arange(score.shape[-1])
-    # Counting pairs fuses into one pass; a row is at most a completion long, too short for two sorts to pay.
+    # The compiler fuses the counting of pairs into one pass; two sorts would be slower for rows of this length.
     return jnp.sum((there > here) | ((there == here) & (place < place[:, None])), axis=-1)
 
 
@@ -286,16 +287,17 @@ def select(
     keys: Array,
     started: Array | None = None,
 ) -> Array:
-    """Selects the `eligible` positions [B, S] that this step commits; a postponed candidate's score is `LOWEST`.
+    """Selects the `eligible` positions [B, S] that this step commits.
 
     Args:
+      confidence, score: [B, S], of the candidates; both are `LOWEST` for postponed candidates.
       keys: random keys of this step, [B], one for each row.
-      started: how many tokens of the block were masked at its start, [B]; for strategies that plan.
+      started: the numbers of tokens that were masked at the block's start, [B]; for strategies that plan.
     """
     strategy = STRATEGIES[settings.strategy]
     pairs, width = jax.vmap(jax.random.split)(keys), score.shape[1:]
     if settings.alg_temp > 0:
-        # The largest of logit + Gumbel noise are draws without replacement from the softmax of the logits.
+        # The largest values of logit + Gumbel noise are draws without replacement from the softmax of the logits.
         noisy = score / settings.alg_temp + jax.vmap(lambda key: jax.random.gumbel(key, width))(pairs[:, 0])
         score = jnp.where(score > LOWEST, noisy, LOWEST)
     rank = ranks(jnp.where(eligible, score, -jnp.inf))
@@ -320,17 +322,18 @@ def select(
         postponed = score <= LOWEST
         alone = jnp.all(~eligible | postponed, axis=1, keepdims=True)
         return eligible & (last | (coin & (~postponed | alone)))
-    masked, rows = jnp.sum(eligible), eligible.shape[0]
+    masked, rows = jnp.sum(eligible, axis=1, keepdims=True), 1
+    if not settings.forbid_mask:
+        # The public samplers, which may propose masks, count by the mean over the batch, in the last step too.
+        masked, rows = jnp.sum(masked), len(eligible)
     count = scheduled_count(settings, masked.astype(jnp.float32) / rows, step_in_block)
     if strategy.timed:
-        # Rows differ in their number of masked tokens only when masks can be proposed; then the last step too goes by
-        # the mean over the batch, as in the reference.
         count = jnp.where(last, eligible.shape[1] if settings.forbid_mask else masked // rows, count)
     return eligible & (rank < count)
 
 
 def time_shares(settings: SamplerConfig) -> Array:
-    """Returns `1 - s/t` for every step of a block; the step goes from time t to time s."""
+    """Returns `1 - s/t` for every step of a block, which goes from time t to time s."""
     times = np.linspace(1, settings.eps, settings.steps_per_block + 1, dtype=np.float32)
     return jnp.asarray(1 - times[1:] / times[:-1])
 
@@ -338,7 +341,7 @@ def time_shares(settings: SamplerConfig) -> Array:
 def scheduled_count(settings: SamplerConfig, masked: Array, step_in_block: Array) -> Array:
     """Returns how many of `masked` tokens a step commits by schedule.
 
-    The last step of a time schedule commits all of them instead; callers handle that step themselves.
+    Callers handle the last step of a time schedule themselves, because it commits all tokens.
     """
     if STRATEGIES[settings.strategy].timed:
         return jnp.floor(masked * time_shares(settings)[step_in_block]).astype(jnp.int32)

@@ -1,13 +1,17 @@
-"""Iterative unmasking: a masked denoiser writes completions, the whole loop in one compiled program.
+"""Iterative unmasking: a masked denoiser writes completions in a loop that is one compiled program.
 
-Letters: B rows, P prompt tokens, L completion tokens, T = P + L, S positions that a step looks at (the active block, or
-the whole completion), D hidden size, V vocabulary. A step proposes one candidate token per masked position, scores the
-candidates, and commits the best of them; `Strategy` says how each of the three is done.
+A step proposes one candidate token per masked position, scores the candidates, and commits the best of them; a
+`remasking.Strategy` defines the three parts.
+
+B rows, P prompt tokens, L completion tokens, T = P + L, S positions of the region that a step reads (the active block,
+or the whole completion), D hidden size, V vocabulary.
 
 Sources: the public samplers of the two families of masked language models (low-confidence remasking in blocks with a
-fixed number of tokens per step; a time schedule with a confidence ordering), Fast-dLLM (arXiv:2505.22618) for
+fixed number of tokens per step; a time schedule with a confidence ordering), Fast-dLLM (arXiv 2505.22618) for
 `threshold` and `factor`.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -39,17 +43,21 @@ def sample(
     settings: SamplerConfig,
     numbers: Int[Array | np.ndarray, " B"] | None = None,
 ) -> Rollout:
-    """Samples completions of `prompts` [B, P] int32, which are left-padded.
+    """Samples completions of left-padded prompts.
 
-    `prompt_mask` [B, P] is True on real tokens; None: all are real. The function is pure, and is compiled once per
-    shape, config and settings. Every draw depends only on `key`, the row's number, the block and the step in the block:
-    neither left padding nor the other rows of a batch change it. `numbers` [B] int32 are the numbers of these rows in a
-    rollout that is sampled in parts; None: the first B.
+    The function is pure, and is compiled once per shape, config and settings. Every draw depends only on `key`, the
+    row's number, the block and the step in the block; neither left padding nor other rows of the batch change it.
 
-    Raises UserError when the sequence or a token id does not fit the model, or the mask does not fit the prompts.
+    Args:
+      prompts: [B, P] int32.
+      prompt_mask: [B, P], True on real tokens; None: all are real.
+      numbers: [B] int32, the numbers of these rows in a rollout that is sampled in parts; None: 0 to B - 1.
+
+    Raises:
+      UserError: the sequence or a token id does not fit the model, or the mask does not fit the prompts.
     """
     if prompt_mask is not None and prompt_mask.shape != prompts.shape:
-        raise UserError(f"prompt_mask has shape {prompt_mask.shape}, prompts {prompts.shape}; they must agree")
+        raise UserError(f"prompt_mask has shape {prompt_mask.shape} and prompts {prompts.shape}; they must be equal")
     check_fits(config, prompts.shape[1], settings)
     return compiled_sample(config, base, lora, prompts, prompt_mask, key, settings, numbers)
 
@@ -59,11 +67,11 @@ def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConf
     length = prompt_length + settings.completion_length
     if length > config.max_length:
         raise UserError(
-            f"prompt ({prompt_length}) and completion_length ({settings.completion_length}) make {length} tokens, "
-            f"the model holds {config.max_length}; shorten completion_length or the prompts"
+            f"prompt ({prompt_length}) and completion_length ({settings.completion_length}) make {length} tokens, and "
+            f"the model takes at most {config.max_length}; shorten completion_length or the prompts"
         )
     if settings.cache != "none" and config.next_token_logits and prompt_length == 0:
-        raise UserError("a cache needs a prompt where logits speak of the next token; give one, or set cache='none'")
+        raise UserError("the model predicts the next token, so a cache needs a prompt; give one, or set cache='none'")
     if config.block_size is not None:
         fits_blocks(config, prompt_length, settings)
     for name in ("suppress", "suppress_confidence", "end_think"):
@@ -72,10 +80,10 @@ def check_fits(config: DenoiserConfig, prompt_length: int, settings: SamplerConf
 
 
 def replay(rollout: Rollout, config: DenoiserConfig, step: int) -> Int[Array, "B T"]:
-    """Returns the tokens [B, P+L] as they were after `step` (-1: the fully masked start).
+    """Returns the tokens [B, P+L] as they were after `step`; -1 gives the fully masked start.
 
-    They are exact although only the last write of a position is known, since a position is written again only while it
-    holds a mask. Positions that `stop_at_eos` filled in stay masked until `SamplerConfig.step_limit`.
+    The result is exact although only the last write of each position is recorded, because a position is written again
+    only while it holds a mask. Positions that `stop_at_eos` filled in stay masked until `SamplerConfig.step_limit`.
     """
     prompt_length = rollout.tokens.shape[1] - rollout.commit_step.shape[1]
     later = jnp.pad(rollout.commit_step > step, ((0, 0), (prompt_length, 0)))
@@ -93,7 +101,7 @@ def compiled_sample(
     settings: SamplerConfig,
     numbers: Int[Array | np.ndarray, " B"] | None = None,
 ) -> Rollout:
-    """Samples as `sample` does, without its checks: this is the jitted program itself."""
+    """Samples as `sample` does, without its checks; this is the jitted program."""
     if config.block_size is not None:
         return sample_blocks(config, base, lora, prompts, prompt_mask, key, settings, numbers)
     rows, prompt_length = prompts.shape
@@ -112,9 +120,12 @@ def infill(
     key: Array,
     settings: SamplerConfig,
 ) -> Rollout:
-    """Fills in the mask tokens of `tokens` [B, L], L the completion length; `real` [B, L] is False on pads.
+    """Fills in the mask tokens of `tokens` [B, L], where L is the completion length of the settings.
 
     Blocks are counted from the first column. The denoiser must have full attention.
+
+    Args:
+      real: [B, L], False on pads; None: all tokens are real.
     """
     rows = len(tokens)
     given = None if real is None else real.astype(bool)
@@ -132,9 +143,10 @@ def unmask(
     settings: SamplerConfig,
     numbers: Array | None = None,
 ) -> Rollout:
-    """Runs the loop of steps under full attention, which writes the masks of `completion` [B, L].
+    """Runs the loop of steps under full attention, which fills in the masks of `completion` [B, L].
 
-    `real` is [B, P] or [B, P + L], False on pads.
+    Args:
+      real: [B, P] or [B, P + L], False on pads; None: all tokens are real.
     """
     rows, prompt_length = prompts.shape
     length, limit = settings.completion_length, settings.step_limit
@@ -157,7 +169,7 @@ def unmask(
             more &= ~(ended & (state.step_in_block == 0)) if settings.grow else ~ended
         return more
 
-    # Each step runs at least one block.
+    # Each step computes at least one block.
     cached = settings.cache != "none"
     base, lora = repeated(config, base, lora, tokens=limit * rows * settings.block_length, cached=cached)
     keys = row_keys(key, rows, numbers)
@@ -178,7 +190,7 @@ def unmask(
     def refreshed_steps(state: State) -> State:
         """Takes a full step and the cached steps up to the next full one.
 
-        The cache is never copied: it is a constant of the loop over cached steps, or each step writes into it.
+        The cache is never copied: the loop over cached steps reads it as a constant or writes into it in place.
         """
         with jax.named_scope("refresh"):
             inputs, mask = passes(config, settings, state.tokens, prompt_mask)

@@ -10,10 +10,10 @@ from gdsd_jax.diffusion.remasking import STRATEGIES, SamplerConfig, scheduled_co
 
 
 def schedule_log_prob(commit_step: Int[Array, "B L"], settings: SamplerConfig) -> Float[Array, "B steps"]:
-    """Computes the log-probability of the number of tokens that each step commits.
+    """Computes the log-probability, in nats, of the number of tokens that each step commits.
 
-    A schedule makes it 0 or -inf; with `origin` it is the log-probability of the step's coins. A threshold or a factor
-    has no schedule, and makes it 0.
+    Under a schedule it is 0 if the number is the scheduled one, else -inf. With `origin` it is the log-probability of
+    the step's coins. With a threshold or a factor there is no schedule, and it is 0.
     """
     limit, per_block = settings.step_limit, settings.steps_per_block
     step = jnp.arange(limit)
@@ -34,7 +34,7 @@ def schedule_log_prob(commit_step: Int[Array, "B L"], settings: SamplerConfig) -
         if strategy.timed:
             expected = jnp.where(last, masked, expected)
         log_prob = jnp.where(count == jnp.minimum(expected, masked), 0.0, -jnp.inf)
-    # The sampler stops after the step that finishes the last row.
+    # With `stop_at_eos`, the sampler stops after the step that finishes the last row.
     written = jnp.where(commit_step < limit, commit_step, -1)
     taken = step <= jnp.max(written) if settings.stop_at_eos else step >= 0
     astray = jnp.any(now & ~in_block, axis=-1)

@@ -1,8 +1,8 @@
-"""Per-token reads of a policy on masked views: log-probabilities, centred logits, entropy.
+"""Reads per-token quantities of a policy on masked views: log-probabilities, centred logits, entropies.
 
-The vocabulary is walked in chunks, forwards and backwards, so nothing of shape `[B, L, V]` ever exists; every sum over
-the vocabulary is float32. Each token is read from one view only: among the views that together cover a completion, the
-hidden state of the one that masks the token is selected first, and the head runs once on the selection.
+The vocabulary is computed in chunks, in the forward and in the backward pass, so that no array `[B, L, V]` ever exists.
+Every sum over the vocabulary is float32. Each token is read from one view only: of the views that together cover a
+completion, the hidden state in the view that masks the token is selected first, and the head runs on the selection.
 
 K denoiser passes, R reads per token, B rows, L completion tokens, D model size, V vocabulary.
 """
@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, noisy_states_at, ops
+from gdsd_jax.denoiser import (
+    DenoiserConfig,
+    LoRA,
+    head_weights,
+    hidden_states_at,
+    noisy_states_at,
+    ops,
+    precision_of,
+)
 from gdsd_jax.runtime.sharding import constrain
 
 DEFAULT_CHUNK = 16384
@@ -29,10 +37,10 @@ class Views:
     """Masked views of a batch, and the view in which each completion token is read.
 
     Attributes:
-      masked: `[K, B, T]` bool, the tokens hidden in each denoiser pass.
+      masked: `[K, B, T]` bool, the tokens that are hidden in each denoiser pass.
       weights: `[R, B, L]` float32, the weight of each read in a score; 0 where a token is not read.
-      sources: static; for each of the R reads, the passes among which it chooses. A token is read in the first of them
-        that masks it, or in the last if none does. `((0, 1),)` is a coupled pair, `((0,),)` a single pass.
+      sources: static, for each of the R reads the passes from which it is taken. A token is read in the first of these
+        passes that masks it, or in the last if none does. `((0, 1),)` is a coupled pair, `((0,),)` a single pass.
     """
 
     masked: Any
@@ -44,7 +52,7 @@ class Views:
         return _read_chosen(*arguments, **options)
 
     def predicted(self) -> Bool[Array, "R B L"]:
-        """Returns where a token is masked in the pass in which it is read; elsewhere that pass shows it."""
+        """Returns where the pass in which a token is read masks this token."""
         masked = self.masked[:, :, -self.weights.shape[-1] :]
         return jnp.stack([jnp.any(masked[jnp.array(source)], axis=0) for source in self.sources])
 
@@ -64,7 +72,7 @@ def read_views(
     """Reads the clean completion tokens in their masked views.
 
     Args:
-      tokens: clean prompts and completions; the completion is the last L tokens, L from `views.weights`.
+      tokens: clean prompts and completions; the completion is the last L tokens, with the L of `views.weights`.
       reads: names of the quantities, see `read_tokens`.
       prompt_mask: `[B, P or T]`, True on real tokens.
       chunk: vocabulary entries whose logits exist at one time.
@@ -99,7 +107,7 @@ def _read_chosen(
     if config.block_size is None:
         read = hidden_states_at(config, base, lora, noisy, **given)
     else:
-        # Under block-causal attention a masked block is read after clean ones.
+        # Under block-causal attention, masked blocks attend to a clean copy of the blocks before them.
         clean = jnp.repeat(tokens, passes, axis=0)
         read = noisy_states_at(config, base, lora, clean, noisy, length=length, **given)
     hidden = jnp.moveaxis(read(slice(total - length, total)).reshape(rows, passes, length, -1), 1, 0)
@@ -123,15 +131,23 @@ def read_tokens(
     *,
     chunk: int,
 ) -> dict:
-    """Computes the reads of `targets` from the hidden states `hidden`, as `{read: [*N] float32}`.
+    """Computes the reads of `targets` from hidden states, as `{read: [*N] float32}`.
 
-    "log_prob" is `z_y - logsumexp(z)`. "centred" is `z_y - mean_v z_v` (GDSD, arXiv 2605.29398, Eq. 8), which is one
-    dot product with `w_y - mean_v w_v` and needs no normaliser. `("centred_top_k", k)` is `z_y` minus the mean of the k
-    largest logits. "entropy" is that of `softmax(z)`, in nats, and "entropy_value" is the same without a gradient,
-    which a metric does not need. "hidden" is the hidden state itself, `[*N, D]` float32.
+        "log_prob"              z_y - logsumexp(z)
+        "centred"               z_y - mean_v z_v                                   (GDSD, arXiv 2605.29398, Eq. 8)
+        ("centred_top_k", k)    z_y minus the mean of the k largest logits
+        "entropy"               the entropy of softmax(z), in nats
+        "entropy_value"         the same without a gradient, for metrics
+        "hidden"                the hidden state itself, `[*N, D]`
+
+    for the logits `z` of a hidden state and its target `y`. "centred" needs no pass over the vocabulary: it is the dot
+    product of the hidden state with `w_y - mean_v w_v`, where `w_v` are the rows of the head.
+
+    Args:
+      chunk: vocabulary entries whose logits exist at one time.
     """
     head = head_weights(config, base)
-    precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
+    precision = precision_of(config)
     top_k = next((r[1] for r in reads if isinstance(r, tuple)), None)
     if top_k is not None and top_k >= config.vocab_size:
         plain = {read: "centred" if isinstance(read, tuple) else read for read in reads}
@@ -163,9 +179,9 @@ def read_tokens(
 
 
 def _row_logits(hidden: Float[Array, "*N D"], rows: Array, precision: Any) -> Float[Array, "*N"]:
-    """Computes the logits of one head row each.
+    """Computes the logit of each hidden state for its own row of the head.
 
-    The rows are cast here, after they are picked, so that the gradient of the head is not cast.
+    The rows are cast after they are picked, so that the gradient of the head is not cast.
     """
     return jnp.einsum(
         "...d,...d->...", hidden, rows.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
@@ -178,19 +194,19 @@ def target_and_normaliser(
 ) -> tuple[Float[Array, "*N"], Float[Array, "*N"], Float[Array, "*N"]]:
     """Computes `z_y`, `logsumexp(z)`, and `sum_v p_v z_v`, the last without a gradient.
 
-    The gradient of `z_y - logsumexp(z)` is `w_y - sum_v p_v w_v`, the difference of two nearly equal rows where a token
-    is confident, so both stay float32 until they are subtracted. The sum of the second row is accumulated beside that
-    of the normaliser and rescaled as the maximum grows, so that no logit is computed twice: two products with the head
-    instead of three. The gradient of a trained head sums `onehot - p` over tokens, in float32.
+    The gradient of `z_y - logsumexp(z)` in the hidden state is `w_y - sum_v p_v w_v`. Where a token is confident these
+    two rows are nearly equal, so both stay float32 until they are subtracted. The forward pass accumulates the second
+    row beside the normaliser and rescales it as the maximum grows. Thus no logit is computed twice, and two products
+    with the head suffice instead of three. The gradient of a trained head sums `onehot - p` over tokens in float32.
     """
     normaliser, mean_logit, _ = _normaliser(hidden, head, precision, chunk, False)
     return _row_logits(hidden, jnp.take(head, targets, axis=0), precision), normaliser, mean_logit
 
 
 def _normaliser(hidden: Array, head: Array, precision: Any, chunk: int, pull: bool) -> tuple[Array, Array, Any]:
-    """Computes the log-normaliser, the mean logit and, with `pull`, the head's mean row, all under `softmax(z)`."""
+    """Computes the log-normaliser and, under `softmax(z)`, the mean logit and, with `pull`, the head's mean row."""
     shape = hidden.shape[:-1]
-    # The mean logit is the mean row's, which bfloat16 would round too much.
+    # In float32 the mean logit is that of the mean row; in bfloat16 this would round it too much.
     by_row = pull and hidden.dtype == jnp.float32
     zero = jnp.zeros(shape, jnp.float32)
     start = (jnp.full(shape, -jnp.inf, jnp.float32), zero, zero, jnp.zeros(hidden.shape, jnp.float32) if pull else None)
@@ -238,7 +254,7 @@ def _target_and_normaliser_backward(
         stats = _vocabulary_statistics(hidden, head, targets, precision, None, chunk)
         return stats["target"], stats["log_normaliser"]
 
-    # The gradient of the head is needed, and computed, only where the head is trained.
+    # The compiler drops the gradient of the head where the head is not trained.
     return of_hidden.astype(hidden.dtype), jax.vjp(of_head, head)[1]((of_target, of_normaliser))[0], None
 
 
@@ -247,7 +263,7 @@ target_and_normaliser.defvjp(_target_and_normaliser_forward, _target_and_normali
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def chunk_logits(hidden: Float[Array, "*N D"], rows: Float[Array, "C D"], dtype: Any, precision: Any) -> Array:
-    """Computes float32 logits `[*N, C]` of factors cast to `dtype`; gradients have the dtypes of the arguments."""
+    """Computes float32 logits `[*N, C]` from factors cast to `dtype`; gradients have the dtypes of the arguments."""
     z = jnp.einsum(
         "...d,vd->...v", hidden.astype(dtype), rows.astype(dtype),
         precision=precision, preferred_element_type=jnp.float32,
@@ -261,7 +277,7 @@ def _logits_forward(hidden: Array, rows: Array, dtype: Any, precision: Any) -> t
 
 def _logits_backward(dtype: Any, precision: Any, saved: tuple, gradient: Array) -> tuple[Array, Array]:
     hidden, rows = saved
-    # The gradient of a logit is complete by now (`onehot - p`), so that the cast rounds the difference.
+    # The gradient of a logit is complete here (`onehot - p`), so that the cast rounds only the difference.
     gradient = gradient.astype(dtype)
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     of_hidden = product("...v,vd->...d", gradient, rows.astype(dtype))
@@ -284,7 +300,7 @@ def _vocabulary_statistics(
     start = {"target": zero, "log_normaliser": jnp.full(shape, -jnp.inf, jnp.float32), "mean_logit": zero}
     if top_k is not None:
         start["top"] = jnp.full((*shape, top_k), -jnp.inf, jnp.float32)
-    # In float32 the gradients of all chunks add up unrounded.
+    # The gradients of all chunks add up in float32.
     wide = hidden.astype(jnp.float32)
 
     def step(carry: dict, rows: Array, ids: Array) -> dict:
@@ -302,17 +318,21 @@ def _vocabulary_statistics(
 
 
 def over_chunks(step: Callable[[Any, Array, Array], Any], carry: Any, head: Float[Array, "V D"], chunk: int) -> Any:
-    """Folds `step(carry, rows, their ids)` over chunks of the head's rows."""
+    """Folds `step(carry, rows, ids)` over chunks of the head's rows; the order of the rows is not that of their ids.
+
+    Args:
+      chunk: the largest number of rows in a chunk.
+    """
     vocab, width = head.shape
     if chunk >= vocab:
         return step(carry, head, jnp.arange(vocab))
     size = _chunk_size(vocab, chunk)
     count = vocab // size
-    # A chunk takes every count-th row: if the vocabulary is split over devices, each has its share of every chunk.
+    # A chunk takes every count-th row, so that devices that share the vocabulary each have a part of every chunk.
     chunks = head[: count * size].reshape(size, count, width)
     take = functools.partial(jax.lax.dynamic_index_in_dim, chunks, axis=1, keepdims=False)
     ids = count * jnp.arange(size)
-    # Without its checkpoint a gradient would keep each chunk of the head, and its logits.
+    # Without the checkpoint, a gradient would keep each chunk of the head and its logits.
     one = jax.checkpoint(lambda carry, index: (step(carry, take(index), ids + index), None), prevent_cse=False)
     carry, _ = jax.lax.scan(one, carry, jnp.arange(count))
     done = count * size
@@ -320,5 +340,5 @@ def over_chunks(step: Callable[[Any, Array, Array], Any], carry: Any, head: Floa
 
 
 def _chunk_size(vocab: int, chunk: int) -> int:
-    """Returns the largest divisor of `vocab` in `(chunk/2, chunk]`, which leaves no rest, or else `chunk`."""
+    """Returns the largest divisor of `vocab` in `(chunk/2, chunk]`, or `chunk` if there is none."""
     return next((size for size in range(chunk, chunk // 2, -1) if vocab % size == 0), chunk)

@@ -1,7 +1,9 @@
-"""One step of unmasking: candidates are drawn where masks are and scored, and the best of them are committed.
+"""Takes one step of unmasking: draws and scores candidates at masked positions, and commits the best of them.
 
-Letters as in `sampler`.
+The letters of shapes are those of `sampler`.
 """
+
+from __future__ import annotations
 
 import functools
 from typing import NamedTuple
@@ -17,17 +19,17 @@ from gdsd_jax.diffusion.remasking import LOWEST, STRATEGIES, SamplerConfig, comm
 
 
 class Rollout(NamedTuple):
-    """Completions, and how they were written.
+    """Completions, and a record of the steps that wrote them.
 
     tokens: [B, P+L] int32, prompt and completion.
-    commit_step: [B, L] int32, the last step that wrote the position, counted from 0 over all blocks;
-        `SamplerConfig.step_limit` (that is, `steps`) if none did.
+    commit_step: [B, L] int32, the last step that wrote the position, counted from 0 over all blocks. If no step did, it
+        is `blocks.step_limit`, which is the number of steps unless blocks may take more.
     confidence: [B, L] float32, the committed token's softmax probability at that step, under the logits without noise,
         temperature, top_p and top_k (but after guidance, `suppress` and `forbid_mask`); -inf if no step wrote it.
-    log_prob: [B, L] float32 or None, the committed token's log-probability at its draw, that is, after temperature,
-        top_p and top_k; 0 if no step wrote it.
-    entropy: [B, L] float32 or None, in nats, the entropy of the distribution from which `confidence` is read; 0 if no
-        step wrote it. Both this and `log_prob` are None without `SamplerConfig.record`.
+    log_prob: [B, L] float32, the log-probability in nats with which the committed token was drawn, after temperature,
+        top_p and top_k; 0 if no step wrote it. None without `SamplerConfig.record`.
+    entropy: [B, L] float32, the entropy in nats of the distribution from which `confidence` is read; 0 if no step wrote
+        it. None without `SamplerConfig.record`.
     """
 
     tokens: Array
@@ -38,23 +40,25 @@ class Rollout(NamedTuple):
 
 
 class State(NamedTuple):
+    """The state of a rollout between two steps."""
+
     tokens: Array  # [B, T]
     commit_step: Array  # [B, L]
     confidence: Array  # [B, L]
     recorded: tuple[Array, ...]  # log_prob and entropy [B, L], or nothing
-    started: Array  # [B], masked tokens of the block at its start
-    step: Array  # steps taken
-    block: Array
-    step_in_block: Array
+    started: Array  # [B], the number of masked tokens at the start of the block
+    step: Array  # scalar, the number of steps taken
+    block: Array  # scalar
+    step_in_block: Array  # scalar
 
 
 def ends(config: DenoiserConfig, tokens: Array) -> Array:
-    """Tells where `tokens` hold an id that ends a completion."""
+    """Returns where `tokens` hold an id that ends a completion."""
     return functools.reduce(jnp.logical_or, [tokens == token for token in config.ends])
 
 
 def finished(config: DenoiserConfig, completion: Array) -> Array:
-    """Tells for each row, [B], whether an id that ends a completion is committed and nothing before it is masked."""
+    """Returns for each row, [B], whether it holds an id that ends a completion and nothing before it is masked."""
     masked_before = jnp.cumsum(completion == config.mask_token_id, axis=1)
     return jnp.any(ends(config, completion) & (masked_before == 0), axis=1)
 
@@ -62,7 +66,7 @@ def finished(config: DenoiserConfig, completion: Array) -> Array:
 def passes(
     config: DenoiserConfig, settings: SamplerConfig, tokens: Array, prompt_mask: Array | None
 ) -> tuple[Array, Array | None]:
-    """Returns the rows that the denoiser sees, and their prompt mask.
+    """Returns the rows that the denoiser runs, and their prompt mask.
 
     The rows are [B, T] or, with guidance, [2B, T], where the two passes of a row are adjacent.
     """
@@ -77,7 +81,8 @@ def passes(
 def beginning(config: DenoiserConfig, settings: SamplerConfig, tokens: Array, limit: int) -> State:
     """Returns the state before the first step on `tokens` [B, T], whose last L are the completion.
 
-    `limit` is the `commit_step` of its masked positions; tokens that are given there count as committed at step -1.
+    Args:
+      limit: the `commit_step` of masked positions. Tokens of the completion that are given have the `commit_step` -1.
     """
     shape = (len(tokens), settings.completion_length)
     masked = tokens[:, tokens.shape[1] - shape[1] :] == config.mask_token_id
@@ -95,15 +100,15 @@ def beginning(config: DenoiserConfig, settings: SamplerConfig, tokens: Array, li
 
 
 def row_keys(key: Array, rows: int, numbers: Array | None) -> Array:
-    """Returns the rows' own keys, [B]; `numbers` [B] are the numbers of the rows in a rollout, None: the first ones."""
+    """Returns a key for each row, [B], from the rows' `numbers` [B] in a rollout (None: 0 to B - 1)."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows) if numbers is None else numbers)
 
 
 def end_think_boost(settings: SamplerConfig, completion: Array, start: Array, eligible: Array) -> Boost:
-    """Returns the logits that `SamplerConfig.end_think` raises, each row's in the region [B, S] that begins at `start`.
+    """Returns the logit of each row that `SamplerConfig.end_think` raises, in the region that begins at `start`.
 
-    The logit is that of the next id of the sequence, at the first masked position; 0 is added where the completion
-    [B, L] holds the sequence already. Source: iLLaDA's sampler of growing texts.
+    It is the logit of the id that continues the sequence, at the first `eligible` position [B, S]. If the completion
+    [B, L] holds the sequence already, 0 is added. Source: iLLaDA's sampler of growing texts.
     """
     sequence, length = jnp.asarray(settings.end_think, jnp.int32), completion.shape[1]
     windows = jnp.arange(max(0, length - sequence.size + 1))[:, None] + jnp.arange(sequence.size)
@@ -128,18 +133,24 @@ def commit(
     read: Read,
     span: tuple[Array, int] | None = None,
 ) -> State:
-    """Takes one step; `keys` [B] are the rows' own, and `read` gives hidden states at places of the step's region.
+    """Takes one step.
 
-    With `span`, a start and a size in the completion, this span is the region, and the block is finished once nothing
-    in the span is masked.
+    Args:
+      keys: [B], those of `row_keys`.
+      read: a function from positions of the step's region to hidden states.
+      span: start and size of the region in the completion; the block is then finished once nothing in it is masked.
+        None: the region is that of `cache.region`.
     """
     prompt_length = state.tokens.shape[1] - settings.completion_length
     block_end = (state.block + 1) * settings.block_length
     start, size = region(settings, state.block) if span is None else span
-    # Keys do not depend on the count of all steps, which with a threshold depends on the slowest row of each block.
+    # With a threshold, the number of all steps depends on the slowest row of each block; keys must not depend on it.
     of_step = lambda key: jax.random.fold_in(jax.random.fold_in(key, state.block), state.step_in_block)  # noqa: E731
     step_keys = jax.vmap(lambda key: jax.random.split(of_step(key), 3))(keys)
-    uniforms = lambda number, *shape: jax.vmap(lambda key: jax.random.uniform(key, shape))(step_keys[:, number])  # noqa: E731
+
+    def uniforms(number: int, *shape: int) -> Array:
+        """Draws uniform numbers [B, *shape] with one of the three keys of each row."""
+        return jax.vmap(lambda key: jax.random.uniform(key, shape))(step_keys[:, number])
 
     old = lax.dynamic_slice_in_dim(state.tokens, prompt_length + start, size, axis=1)
     position = start + jnp.arange(size)

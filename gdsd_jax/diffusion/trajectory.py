@@ -1,12 +1,13 @@
-"""The exact log-probability of a rollout: that every step commits exactly the tokens and positions that it did.
+"""Computes the exact log-probability of a rollout: of every step committing the tokens and positions that it did.
 
     log pi(trajectory) = sum_s log P(U_s, y_U | state before s)
 
 Each factor takes one forward pass (`gdsd_jax.diffusion.order`), for all settings of the sampler that `check_defined`
-accepts. The result is the probability of the completion together with the order in which it was written; that of the
-completion alone is a sum over orders.
+accepts. The result is the probability of the completion together with the order in which it was written. The
+probability of the completion alone would be a sum over orders.
 
-K views, B rows, L completion tokens, T = P + L tokens, S positions of a block, V vocabulary.
+K views, B rows, L completion tokens, T = P + L tokens, S positions of a block, G passes per view, D hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, noisy_states_at
+from gdsd_jax.denoiser import DenoiserConfig, LoRA, head_weights, hidden_states_at, noisy_states_at, precision_of
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.blocks import step_limit, tail_length
 from gdsd_jax.diffusion.order import NEVER, Walk, drawn_log_prob, proposal, step_log_prob
@@ -36,18 +37,18 @@ STEP_READS = ("step_log_prob", "proposal_log_prob", "log_prob", "entropy", "entr
 
 @flax.struct.dataclass
 class StepViews(Views):
-    """Holds the states that a sampler saw before some of its steps; each state is a view that one pass reads.
+    """Holds the states of a rollout before some of its steps; each state is a view.
 
-    Reads are those of `STEP_READS`. "step_log_prob", summed over positions, is the log-probability of the step.
-    "proposal_log_prob" is the log-probability at which a committed token is drawn, with temperature and cuts. The
-    others are of the distribution without temperature and cuts. All are 0 at positions that the step does not commit,
-    except "step_log_prob", which has terms for positions that the step leaves masked too.
+    The reads are those of `STEP_READS`. "step_log_prob", summed over positions, is the log-probability of the step.
+    "proposal_log_prob" is the log-probability with which a committed token is drawn, with temperature and cuts. The
+    other reads are of the distribution without temperature and cuts. All are 0 at positions that the step does not
+    commit, except that "step_log_prob" also has terms for positions that the step leaves masked.
 
     Attributes:
-      step: `[K, B]` int32, the steps. A step that commits nothing reads 0.
+      step: `[K, B]` int32, the steps. All reads of a step that commits nothing are 0.
       commit_step: `[1, B, L]` int32.
-      sampler: static, its settings.
-      at_once: static, views whose activations exist at one time; None: all. A gradient recomputes the others.
+      sampler: static, the settings of the sampler.
+      at_once: static, the number of views that share a pass; None: all. A gradient recomputes one pass after another.
     """
 
     step: Any = None
@@ -59,7 +60,7 @@ class StepViews(Views):
         return _read_steps(*arguments, **options)
 
     def predicted(self) -> Array:
-        """Returns where a token is read, `[K, B, L]` bool: where the view's step commits it."""
+        """Returns where the step of a view commits a token, `[K, B, L]` bool; only there the token is read."""
         return self.commit_step == self.step[..., None]
 
 
@@ -71,7 +72,7 @@ def step_views(
     *,
     at_once: int | None = None,
 ) -> StepViews:
-    """Returns views of the states before each `step`; positions that the step commits have weight 1, others 0."""
+    """Returns views of the states before each `step`; positions that the step commits have the weight 1, others 0."""
     masked = masking.behind_prompt(commit_step >= step[..., None], prompt_length)
     weights = (commit_step == step[..., None]).astype(jnp.float32)
     sources = tuple((index,) for index in range(step.shape[0]))
@@ -91,22 +92,24 @@ def trajectory_log_prob(
 ) -> Float[Array, "B steps"]:
     """Computes the log-probability of each step of a rollout, in nats.
 
-    Steps that were not taken or had nothing to commit have the log-probability 0, and steps that the policy could not
-    have made have -inf. Rounding can also cause -inf: of two candidates whose scores differ by rounding alone either
-    may rank first, and a token may be cut. The sum over steps is the log-probability of completions and commit steps.
-    It is differentiable in `base` and `lora`. Each step takes one forward pass, or none where no row commits.
+    The sum over steps is the log-probability of the completion and its commit steps together. Steps that were not taken
+    or had nothing to commit have the log-probability 0, and steps that the policy could not have taken have -inf.
+    Rounding can also cause -inf: if two scores differ only by rounding, either candidate may rank first, and a token
+    close to a cut may be cut. The result is differentiable in `base` and `lora`. Each step takes one forward pass, or
+    none if it commits nothing in any row.
 
     Args:
-      rollout: of `sample` with these settings; all rows of the batch, as they decide together when it stops.
+      rollout: the result of `sample` with these settings, with all rows of the batch, because all rows together decide
+        when a rollout stops.
       prompt_mask: `[B, P]`, True on real tokens, as for `sample`.
       chunk: vocabulary entries whose logits exist at one time.
-      steps_at_once: steps that share a forward pass; a gradient recomputes one such pass after the other.
+      steps_at_once: steps that share a forward pass; a gradient recomputes one pass after another.
 
     Returns:
       `[B, blocks.step_limit(config, settings)]`, that is `settings.steps` unless blocks may take more.
 
     Raises:
-      UserError: settings under which no likelihood is defined or computed here.
+      UserError: the likelihood is not defined or implemented under these settings, or the rollout does not fit them.
     """
     check_defined(settings, config)
     expected = (rollout.tokens.shape[0], settings.completion_length)
@@ -119,9 +122,9 @@ def trajectory_log_prob(
 
 
 def check_defined(settings: SamplerConfig, config: DenoiserConfig | None = None) -> None:
-    """Raises UserError if the probability of a trajectory is not defined, or is not that of the recorded steps.
+    """Raises UserError if the likelihood of a rollout is not defined or not implemented under these settings.
 
-    Without `config`, the denoiser is taken to have full attention.
+    Without `config`, the denoiser is assumed to have full attention.
     """
     blocks = config is not None and config.block_size is not None
     exact = settings.cache == "none" or settings.refresh_every == 1
@@ -175,7 +178,7 @@ def compiled_log_prob(
     chunk: int,
     steps_at_once: int,
 ) -> Array:
-    """Computes what `trajectory_log_prob` does, without its checks: this is the jitted program itself."""
+    """Computes what `trajectory_log_prob` does, without its checks; this is the jitted program."""
     rows = rollout.commit_step.shape[0]
     prompt_length = rollout.tokens.shape[1] - settings.completion_length
     limit = step_limit(config, settings)
@@ -184,9 +187,11 @@ def compiled_log_prob(
     options = {"prompt_mask": prompt_mask, "dropout_key": None, "chunk": chunk}
     read = _read_steps(config, base, lora, rollout.tokens, views, ("step_log_prob",), **options)
     log_prob = jnp.sum(read["step_log_prob"], axis=-1).T
-    # Rows of block-causal denoisers leave a block together, whatever tails their prompts have: a step's number does
-    # not say where in its block it was. None of the strategies that are defined there draws its number of tokens.
-    return log_prob if config.block_size else log_prob + schedule_log_prob(rollout.commit_step, settings)
+    if config.block_size is not None:
+        # The strategies that are defined under block-causal attention do not draw their number of tokens. It could not
+        # be checked either: rows leave a block together, so a step's number does not tell its place in a block.
+        return log_prob
+    return log_prob + schedule_log_prob(rollout.commit_step, settings)
 
 
 def _read_steps(
@@ -204,10 +209,10 @@ def _read_steps(
     """Reads `StepViews` as `read_views` does; only the active block of each step is read.
 
     Raises:
-      UserError: the sampler forgets pads that it wrote, and no view knows which.
+      UserError: the sampler hides pads that it wrote, which the views do not record.
     """
     if views.sampler.hide_pads and config.block_size is not None:
-        raise UserError("views of a sampler's steps keep every token: set config.sampler.hide_pads=False")
+        raise UserError("a likelihood attends to the pads that hide_pads hides: set config.sampler.hide_pads=False")
     count, at_once = views.step.shape[0], views.at_once or views.step.shape[0]
     size = next(n for n in range(min(at_once, count), 0, -1) if count % n == 0)
     read = functools.partial(_read_some, config, base, lora, tokens, views, reads, prompt_mask, chunk)
@@ -241,13 +246,13 @@ def _read_some(
     step: Array,
     dropout_key: Array | None,
 ) -> dict:
-    """Computes the reads, `[c, B, L]`, of the views `masked` [c, B, T] before `step` [c, B], in one forward pass."""
+    """Computes the reads, `[c, B, L]`, of the states `masked` [c, B, T] before `step` [c, B], in one forward pass."""
     settings, length = views.sampler, views.commit_step.shape[-1]
     (count, rows, total), size = masked.shape, settings.block_length
     commits = views.commit_step == step[..., None]
     tail = tail_length(config, prompt_mask, rows, total - length)
     start = (jnp.argmax(commits, axis=-1) + tail) // size * size - tail
-    # The tail of a prompt takes the first places of the row's first block, and the last block may be cut short.
+    # The first block of a row may begin in the prompt, and the last block may end after the completion.
     place = start[..., None] + jnp.arange(size)
     inside, place = (place >= 0) & (place < length), jnp.clip(place, 0, length - 1)
     at_block = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, (count, rows, length)), place, axis=-1)  # noqa: E731
@@ -285,7 +290,7 @@ def step_reads(
     reads: tuple,
     dtype: Any = jnp.float32,
 ) -> dict:
-    """Computes those of `STEP_READS` that are in `reads`, `[..., S]`, from a walk, see `gdsd_jax.diffusion.order`."""
+    """Computes the `reads`, names of `STEP_READS`, each `[..., S]`, from a walk (see `gdsd_jax.diffusion.order`)."""
     out = {}
     if "step_log_prob" in reads:
         arguments = (walk, target, committed, eligible, settings, vocab_size, dtype)
@@ -313,11 +318,13 @@ def vocabulary_walk(
 ) -> Walk:
     """Returns a walk over the logits of hidden states; banned tokens have the logit `NEVER`.
 
-    The states are the conditional ones and, with guidance, the unconditional ones. The backward pass recomputes each
-    chunk's logits.
+    The backward pass recomputes the logits of each chunk.
+
+    Args:
+      hidden: `[G, K, B, S, D]`, the conditional states and, with guidance (G = 2), the unconditional ones.
     """
     head = head_weights(config, base)
-    precision = jax.lax.Precision.HIGHEST if config.dtype == "float32" else None
+    precision = precision_of(config)
     banned = jnp.asarray(banned_tokens(config, settings), jnp.int32)
     wide = hidden.astype(jnp.float32)
 

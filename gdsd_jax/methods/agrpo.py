@@ -2,14 +2,16 @@
 
     loss = 1/(M G) sum_{i,m} w_im sum_{k in U_s} [ -min(r_ik A_i, clip(r_ik) A_i) + beta k3_ik r_ik ]
 
-over rows i and M steps s of each row, drawn with probability `p_is`; `w = 1 / (T_i p_is)`. `U_s` are the tokens that
-step s committed, scored in the state before it with the sampler's temperature and cuts (top_p, top_k). The ratio `r` is
-to the probability at which the sampler drew the token; k3 is to the reference. `p_is` is uniform, or proportional to
-the recorded entropy, summed over `U_s`, plus 1e-8. It is 0 from step `T_i` on, which follows the last step that
-committed a token other than EOS. The sum over rows is divided by the group size, not the batch size.
-`A = r - group mean`. If the order of commits does not depend on the policy, only the tail and `1/T` bias the gradient.
+over rows i and M steps s of each row, which are drawn with probability `p_is`; `w = 1 / (T_i p_is)`. `U_s` are the
+tokens that step s committed, scored in the state before it with the sampler's temperature and cuts (top_p, top_k). The
+denominator of `r` is the probability with which the sampler drew the token; k3 compares with the reference. `p_is` is
+uniform, or proportional to 1e-8 plus the sum over `U_s` of the recorded entropies. It is 0 for all steps after the last
+one that committed a token other than EOS; `T_i` counts the steps up to that one. The sum over rows is divided by the
+group size, not the batch size. `A` is the reward minus its group mean. If the order of commits does not depend on the
+policy, only the omitted tail and the factor `1/T` bias the gradient.
 
-The cuts are computed from the scored policy; the authors keep the rollout's, the same before the policy moves.
+The cuts are those of the scored policy. The authors keep those of the rollout, which are the same until the policy
+moves.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.trajectory import StepViews
 from gdsd_jax.methods import common, steps
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Bound, Count, Few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,25 +34,21 @@ class Settings:
     Attributes:
       eps_low, eps_high: trust region on the ratio of each token.
       beta: weight of the KL to the reference.
-      steps: steps of the rollout drawn from each row for an inner update, M.
-      importance: draw them in proportion to the recorded entropy, not uniformly.
+      steps: steps drawn per row and inner update, M.
+      importance: draw steps in proportion to their entropy instead of uniformly.
       at_once: steps that share a forward pass.
     """
 
-    eps_low: float = 0.2
-    eps_high: float = 0.2
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.2
     beta: float = 0.0
-    steps: int = 24
+    steps: Few = 24
     importance: bool = True
-    at_once: int = 8
-
-    def __post_init__(self):
-        common.require_clip(self)
-        common.require(min(self.steps, self.at_once) >= 1, "steps and at_once must be at least 1")
+    at_once: Count = 8
 
 
 def step_probabilities(batch: Batch, importance: bool) -> tuple[jax.Array, jax.Array]:
-    """Computes the probabilities `p` `[B, steps]` of drawing each step, and `T` `[B]`."""
+    """Computes the probability `p` of drawing each step, `[B, steps]`, and `T`, `[B]`."""
     commits, count = steps.of_batch(batch, "agrpo"), batch.step_limit
     counted = commits < count
     if batch.eos_token_id is not None:
@@ -61,7 +60,7 @@ def step_probabilities(batch: Batch, importance: bool) -> tuple[jax.Array, jax.A
 
 
 def drawn_steps(uniform: jax.Array, p: jax.Array) -> jax.Array:
-    """Returns the steps `[B, M]` at which the cumulative sum of `p` first exceeds `uniform` `[B, M]`."""
+    """Returns the steps `[B, M]` at which the cumulative sum of `p` `[B, steps]` first exceeds `uniform` `[B, M]`."""
     total = jnp.cumsum(p, axis=1)
     drawn = jnp.sum(total[:, None, :] <= uniform[..., None], axis=-1)
     last = jnp.sum(jnp.cumsum(p[:, ::-1], axis=1) > 0, axis=1, keepdims=True) - 1
@@ -102,7 +101,7 @@ def make(settings: Settings) -> Method:
         policy, clipped = common.ppo(log_ratio, advantage, settings.eps_low, settings.eps_high)
         total = lambda x: jnp.sum(possible * x, axis=(1, 2)) / w.shape[1]  # noqa: E731
         read = jnp.maximum(jnp.sum(possible > 0, axis=(1, 2)), 1)
-        metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
+        metrics = common.ratio_metrics(log_ratio, clipped)
         metrics = {name: jnp.sum((possible > 0) * x, axis=(1, 2)) / read for name, x in metrics.items()}
         losses = {"objective": total(policy) / constants["group"]}
         if constants["ref"] is not None:

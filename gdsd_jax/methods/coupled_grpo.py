@@ -1,11 +1,11 @@
 """coupled-GRPO (DiffuCoder, arXiv 2506.20639): token-level PPO on a full view and a complementary pair of views.
 
-    l_ik = 1/2 ( l_full + (l_masked / t  or  l_complement / (1 - t)) ),   by the view of the pair that masks k
+    l_ik = 1/2 ( l_full + (l_masked / t  or  l_complement / (1 - t)) ),   whichever view of the pair masks k
     loss = sum_{i,k} c_ik [ -min(r_ik A_i, clip(r_ik) A_i) + beta k3_ik ] / max(sum c, 1),   r = exp(l_theta - l_old)
 
-over rows i and completion tokens k, with `c` the completion mask. The full view masks the whole completion. The pair is
-a Bernoulli mask, with one ratio from `U(0.2, 0.8)` for the batch, and its complement. `t` is the share of the batch's
-completion tokens that the mask covers in fact. Advantages are leave-one-out.
+over rows i and completion tokens k, with the completion mask `c`. The full view masks the whole completion. The pair is
+a Bernoulli mask, whose ratio is drawn from `U(0.2, 0.8)` for the whole batch, and its complement. `t` is the share of
+the batch's completion tokens that the mask actually covers. Advantages are leave-one-out.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     w+   = softmax over the group of (S_ref - S_old + r / alpha),    w-  with - r / alpha
     loss = 1/V sum_{i,v} (w+ - s w-)_i CE_iv / m_iv,    S_i = 1/V sum_v (L / m_iv) sum_{k masked in v} l_ik
 
-over rows i and V = 4 views v, two antithetic pairs: Bernoulli masks of ratio `t ~ U(0.1, 1)` and their complement.
-`CE_iv = - sum of the l_ik masked in v`, and `m_iv` (at least 1) counts them. So the mean over v of `CE_iv / m_iv` is
-`-S_i / L`, and the loss depends on the policy only through `S`: `loss = - sum_i (w+ - s w-)_i S_i / L`. All L positions
-count, including the tail behind the first EOS. `s` is `negative_weight`.
+over rows i and V = 4 views v, which are two antithetic pairs: Bernoulli masks of ratio `t ~ U(0.1, 1)` and their
+complements. `CE_iv` is minus the sum of the `l_ik` masked in v, and `m_iv` (at least 1) is their number. The mean over
+v of `CE_iv / m_iv` is thus `-S_i / L`, and the loss depends on the policy only through `S`:
+`loss = - sum_i (w+ - s w-)_i S_i / L`. All L positions count, including the tail after the first EOS. `s` is
+`negative_weight`.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ class Settings:
     high: Share = 1.0
 
     def __post_init__(self):
-        common.require(self.alpha > 0, f"alpha {self.alpha} must be positive")
-        common.require(self.pairs >= 1, f"pairs {self.pairs} must be at least 1")
         common.require(self.low <= self.high, f"low {self.low} is above high {self.high}")
 
 

@@ -2,14 +2,15 @@
 
     loss = 1/(B S n) sum_{i,j} [ -min(r_ij A_ij, clip(r_ij) A_ij) + beta k3(q_ij) ],    r = exp(q_theta - q_rollout)
 
-over rows i and S slots j, the row's steps of highest mean entropy, the highest first. `q` sums the log-probabilities,
-without temperature, of the tokens that the step committed, in the state before it; `n` is the number of tokens per
-step. The authors update on one slot after the other (`slot`), here an update averages over all. With `mean`, `q` is a
-mean over tokens and `n` is 1. `A` is the slot's return minus its group mean: the reward, or if lambda = `stepwise` > 0
+over rows i and S slots j. The slots of a row are its steps of highest mean entropy, the highest first. `q` sums the
+log-probabilities, without temperature, of the tokens that the step committed, in the state before it. `n` is the number
+of tokens per step. With `mean`, `q` is a mean over tokens and `n` is 1. The authors update on one slot after another
+(`slot`); here an update averages over all slots. `A` is a return minus its group mean. The return is the reward, or in
+EGSPO-SA (lambda = `stepwise` > 0)
 
     ret_ij = (R_i + lambda (R_i - r_ij)) / (1 + lambda)
 
-(EGSPO-SA), where `r_ij` rewards the completion that the policy would have written at once before step j. It comes
+where `r_ij` is the reward of the completion that the policy would have written in one step in place of step j. It comes
 from `Batch.step_rewards`, which `gdsd_jax.train` cannot give, because a task rewards whole completions.
 """
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.trajectory import StepViews
 from gdsd_jax.methods import common, steps
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Bound, Count, Few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,27 +32,25 @@ class Settings:
     """Settings of `egspo`.
 
     Attributes:
-      eps_low, eps_high: trust region on the ratio of each step.
+      eps_low, eps_high: trust region on the ratio of each slot.
       beta: weight of the KL to the reference.
-      slots: steps of highest entropy used of each row, S.
-      slot: the only slot to use, from 0; None: all of them.
-      stepwise: lambda of EGSPO-SA, 0 without it; above 0 the batch must have `step_rewards`.
-      mean: take the mean over the tokens of a step, not their sum.
+      slots: steps of highest entropy per row, S.
+      slot: the only slot to use; None: all.
+      stepwise: lambda, the weight of stepwise rewards in the returns.
+      mean: average the log-probabilities of a step's tokens instead of summing them.
       at_once: steps that share a forward pass.
     """
 
-    eps_low: float = 0.2
-    eps_high: float = 0.5
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.5
     beta: float = 0.04
-    slots: int = 8
+    slots: Few = 8
     slot: int | None = None
     stepwise: float = 0.0
     mean: bool = False
-    at_once: int = 8
+    at_once: Count = 8
 
     def __post_init__(self):
-        common.require_clip(self)
-        common.require(min(self.slots, self.at_once) >= 1, "slots and at_once must be at least 1")
         inside = self.slot is None or 0 <= self.slot < self.slots
         common.require(inside, f"slot {self.slot} is not one of the {self.slots} slots")
 
@@ -78,7 +78,7 @@ def make(settings: Settings) -> Method:
         return Scores(q, q, {"committed": committed})
 
     def slot_advantages(batch: Batch) -> jax.Array:
-        """Returns advantages `[B, 1]`, or `[B, S]` where each slot has a reward of its own."""
+        """Returns advantages `[B, 1]`, or `[B, S]` if each slot has a reward of its own."""
         if batch.advantages is not None or not settings.stepwise:
             return common.advantages(batch, common.centred)[:, None]
         common.require(batch.step_rewards is not None, "stepwise needs step_rewards, which the trainer cannot give")
@@ -103,7 +103,7 @@ def make(settings: Settings) -> Method:
         old = summed(constants["old"][:, None], committed)
         log_ratio = q - old
         policy, clipped = common.ppo(log_ratio, constants["advantage"], settings.eps_low, settings.eps_high)
-        metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
+        metrics = common.ratio_metrics(log_ratio, clipped)
         losses = {"objective": jnp.mean(policy, axis=1) / constants["denominator"]}
         if constants["ref"] is not None:
             metrics["kl"] = common.k3(q, constants["ref"])

@@ -1,17 +1,18 @@
-"""The policy gradient on the exact likelihood of what the sampler did.
+"""The policy gradient on the exact likelihood of the sampler's trajectory.
 
     loss = 1/B sum_i sum_s w_is [ -min(r_is A_i, clip(r_is) A_i) + beta k(p_is) + beta_old k_old(p_is) ]
 
-over rows i and the denoising steps s that committed something, with `r = exp(p_theta - p_old)` and `p_is` the
+over rows i and the denoising steps s that committed something, with `r = exp(p_theta - p_old)`. `p_is` is the
 log-probability that step s commits exactly the positions and tokens that it committed, given the state before it
 (`gdsd_jax.diffusion.trajectory_log_prob`; the equation is section 4 of arXiv 1707.06347 with steps as actions). At the
-first update the gradient is `A grad log pi(trajectory)`, exact for completion AND order: it is an unbiased estimate of
-the gradient of this sampler's expected reward. It differs from that of the completion's own likelihood, a sum over
-orders. With `steps` set, that many steps of each row are drawn, evenly spread, and `w` (else 1) makes the sum unbiased.
+first update the gradient is `A grad log pi(trajectory)`, for the completion and its order together. This is an unbiased
+estimate of the gradient of this sampler's expected reward. The gradient of the completion's own likelihood, a sum over
+orders, differs from it. With `steps` set, that many steps of each row are drawn, evenly spread, and `w`, which is 1
+otherwise, keeps the sum unbiased.
 
-A step that the scored policy cannot make, by rounding or because a token is cut, has no ratio. It is left out, and
-`impossible` is the share of such steps. `k` and `k_old` estimate, by a function of `common.KL`, the KL of trajectories
-to the reference and to the old policy.
+A step that the scored policy cannot take, because of rounding or because a token is cut, has no ratio. It is left out,
+and the metric `impossible` is the share of such steps. `k` and `k_old` estimate the KL of trajectories to the reference
+and to the old policy, by a function of `common.KL`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.trajectory import StepViews, check_defined
 from gdsd_jax.methods import common, steps
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Bound, Count, Few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +34,23 @@ class Settings:
 
     Attributes:
       eps_low, eps_high: trust region on the ratio of each step.
-      beta, beta_old: weights of the KL to the reference and to the old policy.
-      kl: their estimator, a name of `common.KL`.
+      beta: weight of the KL to the reference.
+      beta_old: weight of the KL to the old policy.
+      kl: the estimator of both, a name of `common.KL`.
       steps: steps per row and inner update, M; None: all.
-      at_once: steps that share a forward pass. Each such pass is recomputed for its gradient.
+      at_once: steps that share a forward pass; the gradient recomputes one pass after another.
     """
 
-    eps_low: float = 0.2
-    eps_high: float = 0.2
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.2
     beta: float = 0.0
     beta_old: float = 0.0
     kl: str = "k3"
-    steps: int | None = None
-    at_once: int = 8
+    steps: Few | None = None
+    at_once: Count = 8
 
     def __post_init__(self):
-        common.require_clip(self)
-        common.require(self.beta_old >= 0, f"beta_old {self.beta_old} must not be negative")
         common.require(self.kl in common.KL, f"kl {self.kl!r} is not one of {', '.join(common.KL)}")
-        common.require(self.steps is None or self.steps >= 1, f"steps {self.steps} must be at least 1, or None")
-        common.require(self.at_once >= 1, f"at_once {self.at_once} must be at least 1")
 
 
 def make(settings: Settings) -> Method:

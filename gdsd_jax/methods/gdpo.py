@@ -5,9 +5,9 @@
 
 over rows i, the nodes `t_j` and weights `v_j` of a rule on [0, 1], and K draws d at each node. A mask covers
 `max(1, floor(n t))` of the completion's `n` tokens through the first EOS. The weight has the nominal `t`, not the share
-that is masked. Rules: "gauss-1" to "gauss-5" (Legendre), "simpson" at 0.1, 0.5 and 1, and "mc", K ratios per row drawn
-from [1/n, 1]. The tokens alone determine the masks, so that every evaluation of a completion has the same masks.
-`A = r - group mean`. The KL term, on `S / n`, is our addition; the authors have none.
+that is masked. Rules are "gauss-1" to "gauss-5" (Legendre), "simpson" at 0.1, 0.5 and 1, and "mc" with K ratios per row
+drawn from [1/n, 1]. A completion's tokens alone determine its masks, so that all its scores see the same masks. `A` is
+the reward minus its group mean. The KL term, on `S / n`, is our addition; the authors have none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Bound, Few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,25 +32,23 @@ class Settings:
     Attributes:
       eps_low, eps_high: trust region on the ratio per token of the sequence.
       beta: weight of the KL to the reference.
-      rule: quadrature rule over the mask ratio: "gauss-1" to "gauss-5", "simpson" or "mc".
-      draws: masks drawn at each node of the rule, K.
+      rule: "gauss-1" to "gauss-5", "simpson" or "mc".
+      draws: masks drawn at each node, K.
     """
 
-    eps_low: float = 0.5
-    eps_high: float = 0.5
+    eps_low: Bound = 0.5
+    eps_high: Bound = 0.5
     beta: float = 0.0
     rule: str = "gauss-3"
-    draws: int = 1
+    draws: Few = 1
 
     def __post_init__(self):
-        common.require_clip(self)
         rules = [*(f"gauss-{n}" for n in range(1, 6)), "simpson", "mc"]
         common.require(self.rule in rules, f"rule {self.rule!r} is not one of {', '.join(rules)}")
-        common.require(self.draws >= 1, f"draws {self.draws} must be at least 1")
 
 
 def nodes(rule: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns nodes and weights of a rule on [0, 1]."""
+    """Returns the nodes and weights of a rule on [0, 1]."""
     if rule == "simpson":
         return np.array([0.1, 0.5, 1.0]), np.array([1, 4, 1]) / 6
     x, w = np.polynomial.legendre.leggauss(int(rule.removeprefix("gauss-")))
@@ -70,11 +69,10 @@ def make(settings: Settings) -> Method:
 
     def times(batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns `t` and `v / K` of each view, both `[M, B]`."""
-        rows = batch.tokens.shape[0]
+        rows, least = batch.tokens.shape[0], 1 / lengths(batch)
         if settings.rule == "mc":
             draw = lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (settings.draws,))  # noqa: E731
             uniform = jax.vmap(draw)(row_keys(batch))
-            least = 1 / lengths(batch)
             return least + (1 - least) * uniform.T, jnp.full((settings.draws, rows), 1 / settings.draws)
         t, v = (jnp.repeat(jnp.asarray(x, jnp.float32), settings.draws)[:, None] for x in nodes(settings.rule))
         return jnp.tile(t, (1, rows)), jnp.tile(v / settings.draws, (1, rows))
@@ -92,7 +90,7 @@ def make(settings: Settings) -> Method:
         t, v = times(batch)
         common.require(len(masked) == len(t), f"rule {settings.rule!r} with draws {settings.draws} has {len(t)} views")
         within = masked[:, :, batch.prompt_length :] * batch.completion_mask
-        return common.own_views(masked, batch, within * (v / t)[..., None])
+        return common.own_views(masked, within * (v / t)[..., None])
 
     def score(reads: dict, views: Views) -> Scores:
         total = jnp.sum(common.weighted_sum(reads["log_prob"], views), axis=1)
@@ -112,7 +110,7 @@ def make(settings: Settings) -> Method:
         length, rows = constants["length"], constants["rows"]
         log_ratio = (new.guided - common.old_or_new(constants["old"], new.guided)) / length
         policy, clipped = common.ppo(log_ratio, constants["advantage"], settings.eps_low, settings.eps_high)
-        metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
+        metrics = common.ratio_metrics(log_ratio, clipped)
         losses = {"objective": policy / rows}
         if constants["ref"] is not None:
             metrics["kl"] = common.k3(new.normalised / length, constants["ref"] / length)

@@ -6,10 +6,9 @@ The optimum of `max E[psi A] - KL(pi || pi_old) - beta KL(pi || pi_ref)` induces
     delta = clip(S_theta - S_old, log(1 - eps_low), log(1 + eps_high))
     loss  = sum_{i,m} (delta_{im} / L - psi A_i)^2 / B  +  beta sum_{i,m} 1/2 (P_theta - P_ref)_{im}^2 / (B M L)
 
-over rows i and views m, as the authors' public code runs it. `S` sums the scores of the completion tokens, each read in
-the view of a coupled pair that masks it. `gdsd` scores by the log-probability, `gdsd_tlc` by the logit minus the mean
-logit of the vocabulary (or of the k largest), in which the normaliser drops out. `P` is always the normalised
-log-probability. Advantages are leave-one-out.
+over rows i and views m, as in the authors' public code. `S` sums over the completion tokens, each read in the view of a
+coupled pair that masks it: in `gdsd` log-probabilities; in `gdsd_tlc` logits minus the mean of all logits (or of the k
+largest), from which the normaliser drops out. `P` always sums log-probabilities. Advantages are leave-one-out.
 """
 
 from __future__ import annotations
@@ -33,15 +32,14 @@ class Guidance:
 
     Attributes:
       psi: guidance scale per token: the paper's 10 is 10 / L here. The authors' code has 0.04 now; recipes had 1 or 10.
-      eps_low, eps_high: trust region on the log-ratio summed over the sequence. At or above 1, and at infinity, the
-        side is open.
-      beta: weight of the reference.
-      weighting: "plain" counts every token once, "elbo" as the evidence lower bound does.
+      eps_low, eps_high: trust region on the log-ratio of a sequence. `eps_low` from 1 on and infinity set no bound.
+      beta: weight of the KL to the reference.
+      weighting: "plain" counts every token once, "elbo" weights tokens as the evidence lower bound does.
       views: masked views per row and inner update, M.
       masking: "stratified" positions are uniform; "rollout_order" masks what the sampler committed last and least
         confidently, "rollout_order_random" the same blocks with random positions.
       block_length: the sampler's block, for the rollout orders; None: no blocks.
-      scale_advantages: divide by the group's standard deviation.
+      scale_advantages: divide advantages by the standard deviation of the group's rewards.
     """
 
     psi: float = 0.04
@@ -57,8 +55,6 @@ class Guidance:
     def __post_init__(self):
         common.require(self.weighting in ("plain", "elbo"), f"weighting {self.weighting!r} is not 'plain' or 'elbo'")
         common.require(self.masking in common.MASKINGS, f"masking {self.masking!r} is not one of {common.MASKINGS}")
-        common.require(self.views >= 1, f"views {self.views} must be at least 1")
-        common.require_clip(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Centred(Guidance):
     """Settings of `gdsd_tlc`: those of `gdsd`, with ELBO weights by default, and one more.
 
     Attributes:
-      top_k: a logit is centred by the mean of this many largest logits; None: by the mean of all.
+      top_k: logits are centred by the mean of this many largest ones; None: of all.
     """
 
     weighting: str = "elbo"
@@ -74,7 +70,7 @@ class Centred(Guidance):
 
 
 def make(settings: Guidance) -> Method:
-    """Makes `gdsd` from `Guidance` and `gdsd_tlc` from `Centred`."""
+    """Makes `gdsd` from `Guidance`, and `gdsd_tlc` from `Centred`."""
     guided = centred_read(settings) if isinstance(settings, Centred) else "log_prob"
 
     def views(masked: jax.Array, batch: Batch) -> Views:
@@ -90,8 +86,8 @@ def make(settings: Guidance) -> Method:
             "advantage": group_advantages(batch, settings),
             "old": None if old is None else old.guided,
             "ref": ref.normalised if ref is not None and settings.beta else None,
-            "length": jnp.full(rows, length, jnp.float32),
-            "rows": jnp.full(rows, rows, jnp.float32),
+            "length": common.per_row(length, rows),
+            "rows": common.per_row(rows, rows),
         }
 
     def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
@@ -120,5 +116,5 @@ def centred_read(settings: Centred) -> Any:
 
 
 def group_advantages(batch: Batch, settings: Guidance) -> jax.Array:
-    """Returns the batch's advantages, or leave-one-out advantages where it has none."""
+    """Returns the batch's advantages, or leave-one-out advantages if it has none."""
     return common.advantages(batch, functools.partial(common.leave_one_out, scale=settings.scale_advantages))

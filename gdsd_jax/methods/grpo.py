@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from gdsd_jax.diffusion.scoring import Views
@@ -24,7 +23,7 @@ from gdsd_jax.runtime.ranges import Bound, Share
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """Settings of methods with a ratio for each token.
+    """Settings of a token-level PPO.
 
     Attributes:
       eps_low, eps_high: trust region on the ratio of each token.
@@ -38,7 +37,6 @@ class PPO:
     kl: str = "k3"
 
     def __post_init__(self):
-        common.require_clip(self)
         common.require(self.kl in common.KL, f"kl {self.kl!r} is not one of {', '.join(common.KL)}")
 
 
@@ -47,28 +45,28 @@ class Settings(PPO):
     """Settings of `diffu_grpo`.
 
     Attributes:
-      prompt_mask_rate: probability that a token of the prompt is masked.
+      prompt_mask_rate: probability that a prompt token is masked.
     """
 
     prompt_mask_rate: Share = 0.15
 
 
 def make(settings: Settings) -> Method:
-    def views(masked: jax.Array, batch: Batch) -> Views:
-        ones = jnp.ones((masked.shape[0], *batch.completion_mask.shape), jnp.float32)
-        return common.own_views(masked, batch, ones / masked.shape[0])
-
-    return token_ppo(settings, common.whole_completion(settings.prompt_mask_rate), views, common.centred)
+    masks = common.whole_completion(settings.prompt_mask_rate)
+    return token_ppo(settings, masks, common.averaged_views, common.centred)
 
 
 def token_ppo(settings: PPO, masks: Callable, views: Callable, own: Callable, *, masked_only: bool = False) -> Method:
     """Makes the method that has the objective above on the given masks and views.
 
-    `own` computes the advantages. A token's `l` is the weighted sum of its reads. With `masked_only`, the tokens that
-    some view weights replace the completion mask, averaged within each row first: `w = masked / count in the row / B`.
+    Args:
+      own: computes the advantages, as `common.centred` does.
+      masked_only: averages over the tokens with a positive weight in some view instead of over the completion mask,
+        first within each row: `w = weighted / count in the row / B`.
     """
 
     def score(reads: dict, views: Views) -> Scores:
+        # A token's log-probability is the weighted sum of its reads.
         l = jnp.sum(views.weights * reads["log_prob"], axis=0)  # noqa: E741
         read = jnp.any(views.weights > 0, axis=0)
         return Scores(l, l, {"share": read / jnp.maximum(jnp.sum(read, axis=1, keepdims=True), 1)})
@@ -90,11 +88,11 @@ def token_ppo(settings: PPO, masks: Callable, views: Callable, own: Callable, *,
         w = constants["weights"] * new.extra["share"] if masked_only else constants["weights"]
         policy, clipped = common.ppo(log_ratio, advantage, settings.eps_low, settings.eps_high)
         losses = {"objective": policy}
-        metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
+        metrics = common.ratio_metrics(log_ratio, clipped)
         if constants["ref"] is not None:
             metrics["kl"] = common.KL[settings.kl](new.normalised, constants["ref"])
             losses["kl"] = settings.beta * metrics["kl"]
-        # Metrics are averaged over rows later: the factor B makes that average the weighted mean over tokens.
+        # Metrics are averaged over rows later; the factor B turns this average into the weighted mean over tokens.
         weighted_means = {name: jnp.sum(w * x, axis=1) * constants["rows"] for name, x in metrics.items()}
         return {name: jnp.sum(w * x, axis=1) for name, x in losses.items()}, weighted_means
 

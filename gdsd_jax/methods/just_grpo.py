@@ -2,13 +2,13 @@
 
     loss = 1/N sum_{i,k} -min(r_ik A_i, clip(r_ik) A_i) / (L (n + 1e-5)),    r = exp(l_theta - stopgrad l_theta) = 1
 
-over rows i of N groups and all L completion tokens k, including the tail behind the first EOS, but not what
-`stop_at_eos` filled in undrawn. `l_ik` is read in the view that masks k and all tokens behind it, so that it is exact
-where the rollout wrote one token after the other (`config.sampler.block_length=1`, `steps` = L). `n` is the mean over
-groups of the number of rows with an advantage other than 0; `A = (r - mean) / (std + 1e-4)` with the sample std. The
-ratio is 1 and its clip has no effect, as the authors update once per rollout; there is no KL. The authors add up the
-gradients of the N groups, which scales their loss by N. Each row needs L passes, of which `at_once` are computed
-together.
+over rows i of N groups and all L completion tokens k, including the tail after the first EOS, except tokens that
+`stop_at_eos` filled in without drawing them. `l_ik` is read in the view that masks k and all tokens after it. It is
+exact if the rollout wrote one token after another (`config.sampler.block_length=1`, `steps` = L). `n` is the number of
+rows of a group whose advantage is not 0, averaged over groups; `A = (reward - mean) / (std + 1e-4)` with the sample
+standard deviation. The ratio is 1 and its clip has no effect, because the authors update once per rollout. There is no
+KL. The authors add up the gradients of the N groups, which scales their loss by N. Each row needs L passes, of which
+`at_once` are computed together.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gdsd_jax.diffusion import SamplerConfig, masking
 from gdsd_jax.diffusion.trajectory import StepViews, step_views
 from gdsd_jax.methods import common, steps
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,7 @@ class Settings:
       at_once: positions that share a forward pass.
     """
 
-    at_once: int = 16
-
-    def __post_init__(self):
-        common.require(self.at_once >= 1, f"at_once {self.at_once} must be at least 1")
+    at_once: Count = 16
 
 
 def make(settings: Settings) -> Method:
@@ -46,12 +44,12 @@ def make(settings: Settings) -> Method:
         return masking.behind_prompt(suffix, batch.prompt_length)
 
     def views(masked: jax.Array | None, batch: Batch) -> StepViews:
-        """Builds the views from the length alone, whatever masks are given."""
+        """Builds the views from the length alone; the given masks are not used."""
         rows, length = batch.completion_mask.shape
         one_by_one = SamplerConfig(length, length, 1, "low_confidence", temperature=1.0, forbid_mask=False)
         position = jnp.broadcast_to(jnp.arange(length), (rows, length))
         views = step_views(position, position.T, batch.prompt_length, one_by_one, at_once=settings.at_once)
-        # The token that a position holds was not drawn where `stop_at_eos` filled it in.
+        # A token that `stop_at_eos` filled in was not drawn.
         return views.replace(weights=views.weights * steps.sampled(batch))
 
     def score(reads: dict, views: StepViews) -> Scores:

@@ -1,8 +1,8 @@
-"""The contract of a method: the batch that it sees, the functions that it consists of, and a check of both.
+"""The contract of a method: the batch that it receives, the functions that it consists of, and a check of both.
 
-A method turns a rollout into a loss in five pure steps. Only `prepare` sees the whole batch: everything that couples
-rows (group means, denominators, softmaxes) happens there, without gradient, so that `objective` is a plain sum over
-rows, and splitting it into micro-batches changes only the rounding.
+A method turns a rollout into a loss in five pure steps. Only `prepare` couples rows: group means, denominators and
+softmaxes are computed there, from the whole batch and without gradient. `objective` is a sum over rows, so that cutting
+it into micro-batches changes only the rounding.
 
 B rows, G completions per group, M views, L completion tokens, T = P + L tokens.
 """
@@ -24,7 +24,7 @@ from gdsd_jax.runtime.errors import UserError
 
 @flax.struct.dataclass
 class Batch:
-    """Rollouts with their rewards, as methods see them. The rows of a group are adjacent.
+    """Rollouts with their rewards, as methods receive them. The rows of a group are adjacent.
 
     Attributes:
       tokens: `[B, T]` int32, clean prompts and completions.
@@ -34,14 +34,14 @@ class Batch:
       advantages: `[B]` float32, or None where the method computes its own from the rewards.
       commit_step: `[B, L]` int32, the denoising step at which the sampler committed each token, or None.
       confidence: `[B, L]` float32, the probability of each token at that step, before temperature and cuts, or None.
-      log_prob: `[B, L]` float32, the log-probability at which the sampler drew each token, after temperature and the
+      log_prob: `[B, L]` float32, the log-probability with which the sampler drew each token, after temperature and the
         cuts top_p and top_k, or None.
-      entropy: `[B, L]` float32, the entropy in nats of the distribution that `confidence` is taken from, or None.
-      step_rewards: `[B, S]` float32, rewards of partial completions, where a method uses them, or None.
-      components: `[B, C]` float32, the rewards of the task's components (0 where one failed), or None.
-      token_rewards: `[B, L]` float32, what the task's `token_score` gives each token, 0 behind the EOS, or None.
-      verdicts: `[B, V]` float32, what the task's metrics say of each text (0 where one failed), where a method asks for
-        them, or None.
+      entropy: `[B, L]` float32, the entropy in nats of the distribution from which `confidence` is read, or None.
+      step_rewards: `[B, S]` float32, the rewards of S partial completions of each row, or None.
+      components: `[B, C]` float32, the task's reward components (0 where one failed), or None.
+      token_rewards: `[B, L]` float32, the rewards of the task's `token_score`, 0 after the EOS, or None.
+      verdicts: `[B, V]` float32, the values of the task's metrics for each text (0 where one failed), or None if the
+        method does not ask for them.
       iteration, inner_update: int32 scalars, counted from 0, or None outside of training.
       group_size: static, G.
       component_weights: static, `(name, weight)` of each component: `rewards` is their weighted sum.
@@ -75,7 +75,7 @@ class Batch:
 
     @property
     def step_limit(self) -> int:
-        """Returns the number of steps that the sampler may have taken, the `commit_step` of what none of them wrote."""
+        """Returns the largest number of steps of the sampler; it is the `commit_step` of positions that none wrote."""
         if self.unwritten is not None:
             return self.unwritten
         assert self.sampler is not None, "a batch that records steps names its sampler"
@@ -91,12 +91,12 @@ class Batch:
 
 
 class Scores(NamedTuple):
-    """Holds the values that an objective compares between policies; rows first.
+    """The values that an objective compares between policies; all arrays have rows first.
 
-    guided: the quantity that the method moves relative to its value under the old policy.
-    normalised: the likelihood-like quantity that the KL to the reference compares.
-    extra: further values that the objective needs from the views, a dictionary of arrays with rows first (weights of
-      tokens, diagnostics), or None. Only that of the new scores is read.
+    guided: the quantity that the method moves away from its value under the old policy.
+    normalised: the log-probabilities that the KL to the reference compares.
+    extra: further values that the objective needs from the views, such as weights of tokens and diagnostics, as a
+      dictionary; or None. Only the new policy's are read.
     """
 
     guided: Any
@@ -105,30 +105,30 @@ class Scores(NamedTuple):
 
 
 class Method(NamedTuple):
-    """One objective, as functions. `gdsd_jax.methods.METHODS` lists them; the trainer never asks which it runs.
+    """An objective as functions. `gdsd_jax.methods.METHODS` lists them; the trainer never asks which one it runs.
 
-    reads: the per-token quantities that the scorer must return, see `gdsd_jax.diffusion.scoring.read_tokens`.
+    reads: the per-token quantities that the method needs, see `gdsd_jax.diffusion.scoring.read_tokens`.
     masks: `(key, batch) -> masked [M, B, T]`, drawn once per inner update; old, reference and new scores share them.
       Both `masks` and `prepare` may use `batch.iteration` and `batch.inner_update`.
-    views: `(masked, batch) -> Views`, adds what follows from the masks, such as coupled views and weights.
+    views: `(masked, batch) -> Views`; adds to the masks what follows from them, such as complements and weights.
     score: `({read: [R, B, L]}, views) -> Scores`; the read "hidden" is `[R, B, L, D]`.
     prepare: `(batch, old Scores | None, ref Scores | None) -> constants`, a pytree of arrays with rows first. With
       `current` it takes a fourth argument, the detached scores of the policy as it is before this inner update.
     objective: `(new Scores, constants) -> ({component: [B]}, {metric: [B]})`. The loss is the sum over components and
       rows; components are named ("objective", "kl"), so that the gradient of each can be measured. Metrics are averaged
-      over rows, except that names ending in `_max` take the largest value and names ending in `_std` the standard
-      deviation. Where the constants hold no old scores, the stop-gradient of the new scores replaces them. This is
-      exact at the first inner update after a rollout.
+      over rows; of names that end in `_max` the largest value is taken, of those in `_std` the standard deviation. If
+      the constants hold no old scores, `objective` uses the stop-gradient of the new ones, which is exact at the first
+      inner update after a rollout.
     needs_reference: whether `prepare` uses the reference's scores.
     old: "unused" (no old policy), "ratio" (old scores are only compared with new ones, so the first inner update needs
       no forward pass for them), "always" (`prepare` couples rows through them), or "own_masks" (as "always", but the
       old scores are read on masks of their own, drawn once for all inner updates of a rollout).
     current: whether `prepare` couples rows through the scores of the policy that is being updated.
     records: whether the batch must hold the rollout's `log_prob` and `entropy`.
-    extras: `(key, DenoiserConfig) -> pytree of arrays`, the initial values of what the method trains beside the policy
-      (a value head, a learned constant), with `config.extras_optimizer`; None: nothing. With it `score` takes them as a
-      third argument: those of the policy that it scores, and today's for the reference. A gradient of the loss in them
-      comes through the new scores alone.
+    extras: `(key, DenoiserConfig) -> pytree of arrays`, the initial values of parameters that the method trains beside
+      the policy, such as a value head, with `config.extras_optimizer`; None: there are none. `score` takes them as a
+      third argument: old scores get those of the rollout's policy, new and reference scores the current ones. Their
+      gradient flows through the new scores alone.
     verdicts: whether the batch must hold the task's verdicts.
     """
 
@@ -150,17 +150,15 @@ class Method(NamedTuple):
         return self.score(reads, views) if self.extras is None else self.score(reads, views, extras)
 
     def constants(self, batch: Batch, old: Scores | None, ref: Scores | None, current: Scores | None) -> Any:
-        """Calls `prepare` with the scores that it takes, and stops the gradients of its inputs and outputs."""
+        """Calls `prepare` with the scores that it takes; no gradient flows through the result."""
         scores = (old, ref, current) if self.current else (old, ref)
         return jax.lax.stop_gradient(self.prepare(batch, *jax.lax.stop_gradient(scores)))
 
 
 READS = ("log_prob", "centred", "entropy", ("centred_top_k", "k"), "hidden", "step_log_prob", "proposal_log_prob")
-
-
 OLD = ("unused", "ratio", "always", "own_masks")
 
-# Any denoiser does for a check of shapes, which runs before the real one is known.
+# `check` traces shapes before the real denoiser is known, for which any config will do.
 STAND_IN = DenoiserConfig(
     family="", vocab_size=32, hidden_size=24, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16,
     max_length=64, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False, tied_head=False, next_token_logits=False,
@@ -185,17 +183,18 @@ def check(
     """Traces masks, views, score, prepare and objective on a batch of two groups, without computing anything.
 
     Args:
-      method: what `build` returned.
-      name: the method's name, which error messages contain.
+      method: the result of `build`.
+      name: the method's name, for error messages.
       prompt_length, completion_length, group_size: P, L and G of the run.
       sampler: settings of the rollouts; None means one token per step, without blocks.
       component_weights: name and weight of each reward component of the run's task.
       token_rewards: whether the run's task rewards tokens.
       verdict_names: the names of the verdicts that the run's task gives.
-      reference, kl: whether the run has a reference of its own, and whether it adapts the weight of a KL.
+      reference: whether the run has a reference that moves.
+      kl: whether the run adapts the weight of the KL.
 
     Raises:
-      UserError: a function does not take its arguments, or returns another shape than the contract says.
+      UserError: a function does not accept its arguments, or does not return the shapes of the contract.
     """
     rows, total = 2 * group_size, prompt_length + completion_length
     completion = (rows, completion_length)
@@ -263,7 +262,7 @@ def check(
     good = len(views.sources) == views.weights.shape[0] and max(map(max, views.sources)) < views.masked.shape[0]
     expect(good, "views", f"one source for each read, made of passes below {views.masked.shape[0]}", views.sources)
 
-    # A list, because JAX sorts the keys of a dictionary, and names and tuples cannot be compared.
+    # The reads are a list, because JAX sorts the keys of dictionaries, and strings cannot be compared with tuples.
     width = {"hidden": (STAND_IN.hidden_size,)}
     reads = [_array((*views.weights.shape, *width.get(read, ()))) for read in method.reads]
     key, extras = jax.eval_shape(lambda: jax.random.key(0)), []
@@ -275,7 +274,7 @@ def check(
     expect(hasattr(scores, "guided"), "score", "a gdsd_jax.methods.Scores", scores)
     rows_first("score", scores, "Scores")
 
-    # The trainer gives no old scores at a first inner update, unless the method always needs them.
+    # At a first inner update the trainer gives no old scores, unless the method always needs them.
     absent = [] if method.old in ("always", "own_masks") else [None]
     prepare_of = "(batch, old, ref, current)" if method.current else "(batch, old, ref)"
     for old in absent + ([] if method.old == "unused" else [scores]):
@@ -289,7 +288,7 @@ def check(
             good = getattr(value, "shape", None) == (rows,)
             expect(good, "objective", f"one value per row, [{rows}], as {what!r}", value)
     if reference and not method.needs_reference:
-        raise UserError(f"method {name!r} has no reference: set config.reference.every to 0, or its beta above 0")
+        raise UserError(f"method {name!r} uses no reference: set config.reference.every to 0, or its beta above 0")
     if kl and not ("kl" in returned[0] and "kl" in returned[1]):
         raise UserError(
             f"method {name!r} has no KL in its loss to adapt: set config.reference.kl_target to None, "
@@ -307,6 +306,6 @@ def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeSt
 
 
 def _shapes(found: Any) -> str:
-    """Describes what a function returned, with shapes and dtypes in place of arrays."""
+    """Describes a pytree in one line, with shapes and dtypes in place of arrays."""
     words = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x), found)
     return " ".join(str(words).replace("'", "").split())[:300]

@@ -1,4 +1,4 @@
-"""A method's objective on masks that are given from outside: for parity tests and for experiments by hand."""
+"""Computes a method's objective on given masks, for parity tests and for experiments by hand."""
 
 from __future__ import annotations
 
@@ -42,26 +42,28 @@ def loss_on_views(
     chunk: int = DEFAULT_CHUNK,
     **settings: Any,
 ) -> tuple[Float[Array, ""], Array]:
-    """Computes a method's objective on masks given from outside, differentiable in `base` and `lora`.
+    """Computes a method's objective on given masks; it is differentiable in `base` and `lora`.
 
     Args:
       prompts, completions: `[B, P]` and `[B, L]` ids.
-      masked: `[M, B, P+L]` bool, the views' masks; the method itself adds complements and the fully masked view of
-        `coupled_grpo`. None for `tracerl`, whose masks follow from `commit_step`, even where both are given.
-      advantages: `[B]`; None: the method's own from `rewards` (`[B]`) in groups of `group_size` (None: one group).
+      masked: `[M, B, P+L]` bool, the masks of the views; the method itself adds complements, and `coupled_grpo` its
+        fully masked view. None suffices for `tracerl` with `commit_step`, from which it then derives its masks.
+      advantages: `[B]`; None: the method computes its own from `rewards` in groups of `group_size`.
       old, ref: scores of the old and the reference policy in the method's own shape: `[B, M]` for `gdsd` and
-        `gdsd_tlc`, `[B]` for `espo`, `spg` and `dmpo`, `[B, L]` for methods of tokens. old=None: the stop-gradient of
+        `gdsd_tlc`, `[B]` for `espo`, `spg` and `dmpo`, `[B, L]` for token-level methods. old=None: the stop-gradient of
         the current scores; ref=None: no KL.
       prompt_mask: True on real prompt tokens; None: every token is attended to, including pads.
       completion_mask: `[B, L]`, 1 through the first EOS; None: all ones.
+      rewards: `[B]`.
+      group_size: rows per group; None: one group.
       commit_step: `[B, L]`, the denoising step that committed each token.
       confidence, rollout_log_prob, rollout_entropy, step_rewards, sampler, eos_token_id: further fields of `Batch`.
-      extras: what the method trains beside the policy, where it does.
+      extras: the parameters that the method trains beside the policy, if it has any.
       chunk: vocabulary entries whose logits exist at one time.
       **settings: fields of the method's settings class.
 
     Returns:
-      The loss, a float32 scalar, and the scores `guided` of the current policy, rows first.
+      The loss, a float32 scalar, and `Scores.guided` of the current policy, rows first.
     """
     method = build(name, **settings)
     rows, length = jnp.shape(completions)

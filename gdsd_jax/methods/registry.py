@@ -63,10 +63,10 @@ METHODS: dict[str, Recipe] = {
 
 
 def build(name: str, **settings: Any) -> Method:
-    """Builds the method of that name (or of `package.module:NAME`, a `Recipe`) with these settings.
+    """Builds the method that a name of `METHODS`, or `package.module:NAME` of a `Recipe`, denotes.
 
     Raises:
-      UserError: an unknown method or setting; the message lists the known ones.
+      UserError: the method or a setting is unknown, or a setting is out of its range.
     """
     if is_plugin(name):
         recipe = load_plugin(name, "config.method")

@@ -1,15 +1,16 @@
-"""RSPO, our reading of the abstract (arXiv 2605.10218): the advantage is the target of the log-ratio to the reference.
+"""RSPO, our reading of its abstract (arXiv 2605.10218): the log-ratio to the reference is fitted to the advantage.
 
     loss = 1/B sum_i 1/2 (d_i - A_i / tau)^2,    d = (S_theta - S_ref) / L
 
-over B rows. The abstract names neither the estimator of the likelihood nor scale and clip. Here `S` is ESPO's bound,
-the ELBO-weighted score of coupled views averaged over M pairs, and taken per token; `A` is leave-one-out and nothing
-is clipped. The loss is the closed form of GDSD where the reference is the old policy (beta = 1).
+over B rows. The abstract names neither the estimator of the likelihood nor a scale or clip. Here `S` is ESPO's bound,
+the ELBO-weighted score of a coupled pair of views averaged over M pairs, `A` is leave-one-out, and nothing is clipped.
+The loss is the closed form of GDSD whose old policy is the reference (beta = 1).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from gdsd_jax.diffusion.scoring import Views
 from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Few, Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +26,16 @@ class Settings:
     """Settings of `rspo`.
 
     Attributes:
-      tau: temperature of the target, per token.
+      tau: temperature of the advantages, per token.
       views: coupled pairs per row and inner update, M.
     """
 
-    tau: float = 1.0
-    views: int = 2
-
-    def __post_init__(self):
-        common.require(self.tau > 0, f"tau {self.tau} must be positive")
-        common.require(self.views >= 1, f"views {self.views} must be at least 1")
+    tau: Positive = 1.0
+    views: Few = 2
 
 
-def bound_method(views_per_row: int, prepare, *, current: bool) -> Method:
-    """Makes a method that fits the bound's log-ratio to the reference to the target of `prepare`, by squared error."""
+def bound_method(views_per_row: int, prepare: Callable[..., dict], *, current: bool) -> Method:
+    """Makes a method that fits `d`, the log-ratio to the reference, to the target of `prepare` by squared error."""
 
     def views(masked: jax.Array, batch: Batch) -> Views:
         return common.coupled_views(masked, batch, weighted=True)

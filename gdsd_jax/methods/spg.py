@@ -4,10 +4,11 @@
     L~   = ELBO where A > 0, else  omega EUBO + (1 - omega) ELBO
     loss = - sum_i A_i L~_i n_i / sum_i n_i
 
-over rows i and views v. "k in v": token k is masked in v and lies within the completion's `n` tokens, through the
-first EOS; `share_v` is the share of the `n` that v masks, and EUBO averages over the tokens that some view masks. A
-lower bound of the log-likelihood is raised where `A > 0`, an upper bound lowered elsewhere. `negative` chooses the
-estimate where `A <= 0`: "mix" as above, "eubo", "elbo" or "zero". `A = r - group mean`; there is no ratio and no KL.
+over rows i and views v. "k in v": token k is masked in v and is one of the completion's `n` tokens, through the first
+EOS. `share_v` is the share of the `n` tokens that v masks. EUBO averages over the tokens that some view masks. Where
+`A > 0`, a lower bound of the log-likelihood is raised; elsewhere an upper bound is lowered. `negative` chooses the
+estimate where `A <= 0`: "mix" as above, "eubo", "elbo" or "zero". `A` is the reward minus its group mean. There is no
+ratio and no KL.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class Settings:
     """Settings of `spg`.
 
     Attributes:
-      negative: "mix", "eubo", "elbo" or "zero".
-      eubo_beta: b; 1.0 for Sudoku, 2.0 for Countdown with "eubo".
+      negative: the estimate where the advantage is not positive: "mix", "eubo", "elbo" or "zero".
+      eubo_beta: b; the authors use 1.0 for Sudoku, and 2.0 for Countdown with "eubo".
       mix_weight: omega.
-      num_t: views per row; each draws its current block among those that the completion occupies.
-      block_length: the blocks of the sampler.
+      num_t: views per row and inner update; each draws one of the blocks of the completion as its current block.
+      block_length: tokens per block of the sampler.
       prompt_mask_rate: probability that a token before the current block is masked, in prompt and completion.
     """
 
@@ -49,19 +50,17 @@ class Settings:
     def __post_init__(self):
         kinds = ("mix", "eubo", "elbo", "zero")
         common.require(self.negative in kinds, f"negative {self.negative!r} is not one of {', '.join(kinds)}")
-        common.require(self.eubo_beta > 0, f"eubo_beta {self.eubo_beta} must be positive")
-        common.require(min(self.num_t, self.block_length) >= 1, "num_t and block_length must be at least 1")
 
 
 @flax.struct.dataclass
 class SignedViews(Views):
-    """Views with `positive` `[1, B]`: whether the row's advantage is positive, which decides its bound."""
+    """Views with `positive` `[1, B]` bool, whether a row's advantage is positive, which decides between the bounds."""
 
     positive: Any = None
 
 
 def semi_autoregressive(key: jax.Array, batch: Batch, settings: Settings) -> jax.Array:
-    """Draws masks `[B, T]`: a random count in the current block, a few tokens before it, all behind it or the EOS."""
+    """Draws masks `[B, T]`: some tokens of the current block, few before it, and all after it or after the EOS."""
     block_key, count_key, order_key, before_key = jax.random.split(key, 4)
     rows, length = batch.completion_mask.shape
     n = jnp.maximum(jnp.sum(batch.completion_mask, axis=1, keepdims=True).astype(jnp.int32), 1)
@@ -87,8 +86,8 @@ def make(settings: Settings) -> Method:
         within = masked[:, :, batch.prompt_length :] * batch.completion_mask
         count = jnp.sum(within, axis=2, keepdims=True)
         weights = within * jnp.sum(batch.completion_mask, axis=1)[:, None] / jnp.maximum(count, 1)
-        own = common.own_views(masked, batch, weights)
-        return SignedViews(own.masked, own.weights, own.sources, (common.advantages(batch, common.centred) > 0)[None])
+        positive = (common.advantages(batch, common.centred) > 0)[None]
+        return SignedViews(masked, weights, common.own_views(masked, weights).sources, positive)
 
     def score(reads: dict, views: SignedViews) -> Scores:
         w, l, b = views.weights, reads["log_prob"], settings.eubo_beta  # noqa: E741
@@ -98,7 +97,7 @@ def make(settings: Settings) -> Method:
         lower = jnp.sum(per_view, axis=0) / seen
 
         masked = jnp.any(w > 0, axis=0)
-        # In the log domain, as p^b of an unlikely token is 0 in float32; empty sums are kept out of the gradient.
+        # Computed from logarithms, as p^b of an unlikely token underflows; empty sums are kept out of the gradient.
         log_terms = jnp.where(w > 0, b * l + jnp.log(jnp.where(w > 0, w, 1)), -jnp.inf)
         log_mean = jax.nn.logsumexp(jnp.where(masked, log_terms, 0.0), axis=0) - jnp.log(seen)[:, None]
         upper = jnp.sum(jnp.where(masked, log_mean, 0.0), axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1) / b

@@ -5,7 +5,8 @@
 
 over the rows i of N groups; `L~`, `ELBO` and the views are those of SPG (`gdsd_jax.methods.spg`). `ELBO` is a mean per
 token, so that `w` stays near 1/G. The old policy is scored on masks of its own, drawn once for all updates of a
-rollout; `w` contains their noise. There is no lower clip. `A = r - group mean`. Without `importance`, it is SPG's loss.
+rollout, whose noise enters `w`. There is no lower clip. `A` is the reward minus its group mean. Without `importance`,
+the loss is that of SPG.
 """
 
 from __future__ import annotations
@@ -17,23 +18,20 @@ import jax.numpy as jnp
 
 from gdsd_jax.methods import common, spg
 from gdsd_jax.methods.method import Batch, Method, Scores
+from gdsd_jax.runtime.ranges import Positive
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(spg.Settings):
-    """Settings of `stable_drl`: those of `spg`, and two more.
+    """Settings of `stable_drl`, which has those of SPG too.
 
     Attributes:
-      clip: largest importance ratio.
-      importance: use importance weights; without them the loss is that of `spg`.
+      clip: the largest importance ratio.
+      importance: weight rows by their importance ratios; without these weights the loss is that of SPG.
     """
 
-    clip: float = 5.0
+    clip: Positive = 5.0
     importance: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        common.require(self.clip > 0, f"clip {self.clip} must be positive")
 
 
 def make(settings: Settings) -> Method:

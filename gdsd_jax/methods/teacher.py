@@ -5,8 +5,8 @@ The optimum of `max E[psi A] - KL(pi || pi_old) - beta KL(pi || pi_ref)` induces
 
     loss = mean_{i,m} (x_theta - (1 - beta) x_old - beta x_ref - psi A_i)^2
 
-over rows i and views m, without a clip; `x` is the centred logit of each token (the error averaged over tokens), or the
-centred score of the sequence per token. Advantages are leave-one-out.
+over rows i and views m, without a clip. `x` is the centred logit of each token (the squared errors are then averaged
+over tokens), or the mean of these over the sequence. Advantages are leave-one-out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Teacher(Centred):
     """Settings of `gdsd_teacher`: those of `gdsd_tlc`, and one more.
 
     Attributes:
-      eps_low, eps_high: not used, as there is no trust region.
-      level: the squared error is that of each "token", or of the whole "sequence".
+      eps_low, eps_high: not used, because there is no trust region.
+      level: "token" fits the centred logit of each token, "sequence" their mean over the sequence.
     """
 
     weighting: str = "plain"
@@ -52,7 +52,7 @@ def make(settings: Teacher) -> Method:
                 return common.weighted_sum(values, views)[..., None] / views.weights.shape[-1]
             return jnp.swapaxes(2.0 * views.weights * values, 0, 1)
 
-        # The second score is for the logged KL, which cannot be computed from centred logits.
+        # The metric KL cannot be computed from centred logits, so it has a score of its own.
         return Scores(of(reads[guided]), of(reads["log_prob"]) if "log_prob" in reads else None)
 
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
@@ -62,8 +62,8 @@ def make(settings: Teacher) -> Method:
             "old": None if old is None else old.guided,
             "ref": None if ref is None else ref.guided,
             "ref_log_prob": None if ref is None else ref.normalised,
-            "rows": jnp.full(rows, rows, jnp.float32),
-            "length": jnp.full(rows, length, jnp.float32),
+            "rows": common.per_row(rows, rows),
+            "length": common.per_row(length, rows),
         }
 
     def objective(new: Scores, constants: dict) -> tuple[dict, dict]:
@@ -76,7 +76,7 @@ def make(settings: Teacher) -> Method:
         metrics["target"] = jnp.abs(settings.psi * constants["advantage"])
         metrics["residual"] = jnp.mean(jnp.abs(error), axis=(1, 2))
         if constants["ref_log_prob"] is not None:
-            # Per token. Of a sequence, as in `gdsd`: the square of the sum over tokens, divided by the length.
+            # The KL is per token. For sequences it is, as in `gdsd`, the squared sum over tokens divided by the length.
             tokens = constants["length"][:, None, None] if settings.level == "sequence" else 1.0
             metrics |= common.size_of("kl", tokens * common.k2(new.normalised, constants["ref_log_prob"]))
         return {"objective": jnp.mean(error**2, axis=(1, 2)) / constants["rows"]}, metrics

@@ -2,10 +2,10 @@
 
     loss = -1/B sum_{i,g} mean_{k in g} min(r_ik A_i, clip(r_ik) A_i)  +  beta/B sum_{i,k} k3(l_theta - l_old)_ik
 
-over rows i and groups g of completion tokens k, with `r = exp(l_theta - l_old)`. A row's distinct commit steps are
-sorted, and every `shrink` of them are merged into one group. The view of group g masks the tokens committed in g or
-later, and `l_ik` is read in the view of k's own group: each token is predicted from the tokens of earlier groups. `A`
-is the z-score among a prompt's completions. The KL is to the old policy; there is no reference.
+over rows i and groups g of completion tokens k, with `r = exp(l_theta - l_old)`. The distinct commit steps of a row are
+sorted, and every `shrink` of them form one group. The view of group g masks the tokens committed in g or later, and
+`l_ik` is read in the view of k's own group, so that each token is predicted from the tokens of earlier groups. `A` is
+the z-score among a prompt's completions. The KL is to the old policy; there is no reference.
 
 The number of views is static, `ceil(L / shrink)`; in a row with fewer groups, the remaining views mask nothing.
 """
@@ -31,7 +31,7 @@ class Settings:
     Attributes:
       eps_low, eps_high: trust region on the ratio of each token.
       beta: weight of the KL to the old policy.
-      shrink: commit steps per group; a row costs a forward pass for each group.
+      shrink: commit steps per group; each group costs a forward pass per row.
     """
 
     eps_low: Bound = 0.2
@@ -39,12 +39,8 @@ class Settings:
     beta: float = 0.01
     shrink: Count = 8
 
-    def __post_init__(self):
-        common.require_clip(self)
-        common.require(self.shrink >= 1, f"shrink {self.shrink} must be at least 1")
 
-
-def trajectory_groups(commit_step: jax.Array, shrink: Count) -> jax.Array:
+def trajectory_groups(commit_step: jax.Array, shrink: int) -> jax.Array:
     """Returns each token's group `[B, L]` int32, counted from 0 in the order of its row's distinct commit steps."""
     order = jnp.argsort(commit_step, axis=1, stable=True)
     steps = jnp.take_along_axis(commit_step, order, axis=1)
@@ -66,7 +62,7 @@ def make(settings: Settings) -> Method:
         return trajectory(batch)
 
     def views(masked: jax.Array | None, batch: Batch) -> Views:
-        """Builds views from the commit steps, or without these from the given masks: nested, the smallest first."""
+        """Builds views from the commit steps; without these, from the given masks, which are nested, smallest first."""
         given = batch.commit_step is None
         common.require(not given or masked is not None, "tracerl needs commit_step, or nested masks")
         masked = masked if given else trajectory(batch)
@@ -75,7 +71,7 @@ def make(settings: Settings) -> Method:
         scored = (count > 0) & steps.sampled(batch)
         members = jnp.sum((count[:, :, None] == count[:, None, :]) & scored[:, None, :], axis=2)
         weights = jnp.where(scored, 1 / jnp.maximum(members, 1), 0.0).astype(jnp.float32)
-        # As the last group's view is the first, the first view that masks a token is that of its own group.
+        # The view of the last group comes first, so the first view that masks a token is that of its own group.
         return Views(masked, weights[None], (tuple(range(masked.shape[0])),))
 
     def score(reads: dict, views: Views) -> Scores:
@@ -100,7 +96,7 @@ def make(settings: Settings) -> Method:
         if settings.beta:
             losses["kl_old"] = settings.beta * jnp.sum(kl, axis=1) / rows
         groups = jnp.maximum(jnp.sum(share, axis=1), 1)
-        metrics = {"clipped": clipped, "ratio": common.ratio_of(log_ratio), "log_ratio": jnp.abs(log_ratio)}
+        metrics = common.ratio_metrics(log_ratio, clipped)
         metrics["kl_old"] = kl
         means = {name: jnp.sum(share * x, axis=1) / groups for name, x in metrics.items()}
         return losses, {**means, "trajectory_groups": groups}

@@ -1,10 +1,10 @@
-"""TraFL, our reading of the abstract (arXiv 2605.13935): trajectory balance towards the reference tilted by the reward.
+"""TraFL, our reading of its abstract (arXiv 2605.13935): trajectory balance with the reward-tilted reference as target.
 
     loss = 1/B sum_i (log Z(c) + d_i - r_i / tau)^2,    d = (S_theta - S_ref) / L
 
-over B rows; `c` is the prompt. The abstract learns `Z`; here `log Z(c)` is the mean over the prompt's group of
-`r / tau - d`, which minimises the loss over `Z`, without gradient: the log-variance loss (VarGrad, arXiv 2010.10436).
-The abstract does not say how `S` is estimated; here it is ESPO's bound, as in `gdsd_jax.methods.rspo`.
+over B rows; `c` is the prompt. In the abstract `Z` is learned. Here `log Z(c)` is the mean of `r / tau - d` over the
+prompt's group, without gradient, which minimises the loss over `Z`: this is the log-variance loss (VarGrad, arXiv
+2010.10436). The abstract does not say how `S` is estimated; here it is ESPO's bound, as in `gdsd_jax.methods.rspo`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gdsd_jax.methods.method import Batch, Method, Scores
 
 
 class Settings(rspo.Settings):
-    """Settings of `trafl`, the same as those of `rspo`."""
+    """Settings of `trafl`, which are those of `rspo`."""
 
 
 def make(settings: Settings) -> Method:

@@ -2,9 +2,10 @@
 
     loss = 1/B sum_i mean_{k masked} [ -min(r_ik A_i, clip(r_ik) A_i) + beta k3_ik ],    r = exp(l_theta - l_old)
 
-over B rows. The prompt stays clean, and `A` is the z-score in the group. This is written from the paper, as there is no
-public code. The paper spaces the ratios of a rollout's inner updates evenly behind a random first one; here each inner
-update draws its own, since its masks depend on its key alone. `eps_low`, `eps_high` and `beta` are our choice.
+over B rows. The prompt stays clean, and `A` is the z-score in the group. This follows the paper, as there is no public
+code. In the paper the mask ratios of a rollout's inner updates are evenly spaced after a random first one; here each
+inner update draws its own ratio, because its masks depend on its key alone. `eps_low`, `eps_high` and `beta` are our
+choice.
 """
 
 from __future__ import annotations
@@ -41,6 +42,6 @@ def make(settings: Settings) -> Method:
 
     def views(masked: jax.Array, batch: Batch) -> Views:
         completion = masked[:, :, batch.prompt_length :].astype(jnp.float32)
-        return common.own_views(masked, batch, completion / jnp.maximum(jnp.sum(completion, axis=0), 1))
+        return common.own_views(masked, completion / jnp.maximum(jnp.sum(completion, axis=0), 1))
 
     return token_ppo(settings, masks, views, common.standardised, masked_only=True)

@@ -2,17 +2,16 @@
 
     loss = - sum_i w+_i sum_k c_ik l_ik  +  sum_i w-_i sum_k c_ik l_ik,    w+ = softmax(A),  w- = softmax(-A)
 
-over rows i and completion tokens k, `c` the completion mask and the softmaxes over each group. `l_ik` is read in one
-view that masks the whole completion, and prompt tokens with probability 0.15, as in diffu-GRPO; `A = r - group mean`.
-There is no old policy and no reference. The authors' code takes the softmax over the batch of a device, which is the
-same where a device's batch is one group. `positive_only` drops the second sum.
+over rows i and completion tokens k, with the completion mask `c` and softmaxes over each group. `l_ik` is read in one
+view that masks the whole completion, and prompt tokens with probability 0.15, as in diffu-GRPO. `A` is the reward minus
+its group mean. There is no old policy and no reference. The authors' code takes the softmax over the batch of a device,
+which is the same if that batch is one group. `positive_only` drops the second sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from gdsd_jax.diffusion.scoring import Views
@@ -27,7 +26,7 @@ class Settings:
 
     Attributes:
       positive_only: leave out the sum over `w-`.
-      prompt_mask_rate: probability that a token of the prompt is masked.
+      prompt_mask_rate: probability that a prompt token is masked.
     """
 
     positive_only: bool = False
@@ -35,10 +34,6 @@ class Settings:
 
 
 def make(settings: Settings) -> Method:
-    def views(masked: jax.Array, batch: Batch) -> Views:
-        ones = jnp.ones((masked.shape[0], *batch.completion_mask.shape), jnp.float32)
-        return common.own_views(masked, batch, ones / masked.shape[0])
-
     def score(reads: dict, views: Views) -> Scores:
         log_prob = jnp.sum(views.weights * reads["log_prob"], axis=0)
         return Scores(log_prob, log_prob)
@@ -60,4 +55,6 @@ def make(settings: Settings) -> Method:
         return {"objective": -constants["weight"] * score}, {**metrics, "log_prob": score / length}
 
     masks = common.whole_completion(settings.prompt_mask_rate)
-    return Method(("log_prob",), masks, views, score, prepare, objective, needs_reference=False, old="unused")
+    return Method(
+        ("log_prob",), masks, common.averaged_views, score, prepare, objective, needs_reference=False, old="unused"
+    )

@@ -113,8 +113,8 @@ def test_stops_when_every_row_has_ended():
     ("changes", "message"),
     [
         ({"block_length": 8}, "block_length 8 does not divide the 4 tokens"),
-        ({"cache": "prefix"}, "keep an exact cache"),
-        ({"end_think": (1, 2), "end_think_boost": 5.0}, "end_think counts positions"),
+        ({"cache": "prefix"}, "keeps an exact cache"),
+        ({"end_think": (1, 2), "end_think_boost": 5.0}, "end_think is not supported"),
     ],
 )
 def test_settings_that_do_not_fit_blocks(changes, message):

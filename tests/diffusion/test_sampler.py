@@ -257,6 +257,16 @@ def test_alg_temp_draws_positions_from_the_softmax():
     np.testing.assert_allclose(first.mean(0)[:4], jax.nn.softmax(score[:4] / 0.5), atol=0.015)
 
 
+def test_a_schedule_counts_the_masks_of_each_row_alone():
+    """Prompts whose tails share a block with the completion leave rows with fewer masks; neighbours do not count."""
+    run = settings(strategy="entropy", completion_length=8, block_length=8, steps=3)
+    eligible = jnp.arange(8) >= jnp.array([[0], [5]])
+    scores = jnp.broadcast_to(jnp.arange(8.0), eligible.shape)
+    chosen = select(run, eligible, scores, scores, jnp.asarray(1), keys_of(eligible))
+    # floor(8 * 0.4995) and floor(3 * 0.4995).
+    assert chosen.sum(axis=1).tolist() == [3, 1]
+
+
 def test_one_program_for_all_keys_and_adapters(base):
     run = settings(temperature=1.0, steps=8)
     loras = [init_lora(TINY, jax.random.key(i), rank=2, alpha=4.0, targets=("q", "v")) for i in range(2)]
