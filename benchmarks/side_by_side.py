@@ -52,7 +52,7 @@ from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.tasks.task import weighted_sum
 from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
 from gdsd_jax.train import due, make_evaluation, update_metrics
-from gdsd_jax.training.between import finished
+from gdsd_jax.training.between import after_iteration
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.record import keep_record, with_first_schedule
 from gdsd_jax.training.rollout import Prompts, completion_mask
@@ -67,7 +67,7 @@ from gdsd_jax.training.setup import (
     task_rows,
 )
 from gdsd_jax.training.state import TrainState, init_state, policy
-from gdsd_jax.training.update import Before, Recipe, inner_update
+from gdsd_jax.training.update import Before, UpdateSpec, inner_update
 
 SAMPLES, SAMPLED_ROWS, TEST_ROWS = 16, 64, 256
 
@@ -108,7 +108,7 @@ def make_programs(config: TrainConfig, setup: Setup, method: Method, sampler: Sa
     """
     unit = dataclasses.replace(config.optimizer, learning_rate=1.0)
     optimizer, schedule = make_optimizer(unit, config.iterations * config.inner_updates)
-    recipe = Recipe(
+    spec = UpdateSpec(
         setup.model, method, scaled_by_state(optimizer), schedule, config.microbatch_rows, config.model.vocab_chunk,
         config.inner_updates, config.update_rows,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def make_programs(config: TrainConfig, setup: Setup, method: Method, sampler: Sa
     def start(seed: jax.Array, rate: jax.Array) -> TrainState:
         key = jax.random.key(seed)
         lora = init_lora(setup.model, stream_key(key, Stream.ADAPTER), **dataclasses.asdict(config.lora))
-        state = init_state(lora, recipe.optimizer, config.seed)
+        state = init_state(lora, spec.optimizer, config.seed)
         return state.replace(opt_state=(state.opt_state[0], rate), key=key)
 
     def roll_out(base: Any, state: TrainState, prompts: jax.Array, mask: jax.Array) -> Any:
@@ -127,9 +127,9 @@ def make_programs(config: TrainConfig, setup: Setup, method: Method, sampler: Sa
 
     def update(base: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         before = None if method.old == "unused" else Before(state.params, state.extras)
-        step = lambda state, _: inner_update(recipe, state, base, before, batch, False)  # noqa: E731
+        step = lambda state, _: inner_update(spec, state, base, before, batch, False)  # noqa: E731
         state, reports = jax.lax.scan(step, state, None, length=config.inner_updates)
-        return finished(state, config.reference), reports
+        return after_iteration(state, config.reference), reports
 
     return Programs(
         jax.jit(jax.vmap(start)),

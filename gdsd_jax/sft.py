@@ -1,16 +1,18 @@
-"""Trains a supervised start by masked-diffusion cross-entropy on reference completions: all parameters or an adapter.
+"""Trains a supervised start by masked-diffusion cross-entropy on reference completions.
 
     python -m gdsd_jax.sft --config configs/tiny_sudoku.py --workdir runs/sft [--config.sft.steps=500 ...]
     python -m gdsd_jax.sft --config FILE --workdir runs/sft --config.sft.path=chats.jsonl --config.sft.held_out=0.05
 
-It trains on the answers of the config's task, or on a file of prompts and completions or of chats
-(`gdsd_jax.tasks.chats`), one demonstration in each row.
+The demonstrations are the answers of the config's task, or a file of prompts and completions or of chats
+(`gdsd_jax.tasks.chats`). All parameters are trained, or an adapter (`config.sft.adapter`).
 
-The loss is that of `gdsd_jax.training.supervised`. The tail of a completion after its EOS is trained on too, because
-the model must learn to end; `config.sft.packed_length` trades that tail for rows without padding. The command writes
-`WORKDIR/merged`, a Hugging Face directory from which reinforcement learning can start. An autoregressive checkpoint
-whose tensors are those of one of our families is first turned into a masked denoiser with a mask token of its own, in
-`WORKDIR/adapted`.
+The loss is that of `gdsd_jax.training.supervised`. Each row holds one demonstration. The tail of its completion after
+the EOS is trained on too, because the model must learn to end. With `config.sft.packed_length`, rows hold several
+demonstrations, without tails and with little padding.
+
+The command writes `WORKDIR/merged`, a Hugging Face directory from which reinforcement learning can start. If the
+checkpoint is autoregressive and one of our families has its tensors, it is first turned into a masked denoiser with a
+new mask token, in `WORKDIR/adapted`.
 """
 
 from __future__ import annotations
@@ -44,8 +46,7 @@ from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.training.checkpoint import Checkpoints
 from gdsd_jax.training.demonstrations import encoded_demonstrations, rows_of
 from gdsd_jax.training.optimizer import make_optimizer
-from gdsd_jax.training.rollout import encode_prompts
-from gdsd_jax.training.setup import Setup, evaluated_task, load_setup, task_rows
+from gdsd_jax.training.setup import Setup, encoded_rows, evaluated_task, load_setup, task_rows
 from gdsd_jax.training.state import policy, start_state
 from gdsd_jax.training.supervised import make_held_out_loss, make_sft_update
 
@@ -54,25 +55,30 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     """Trains the base of `config.checkpoint` and exports it to `workdir / "merged"`; returns that directory.
 
     Until the export, checkpoints are in `workdir / "sft"`. A run that was killed continues from its last checkpoint and
-    ends with the same parameters, bit for bit. SIGTERM and SIGINT save a checkpoint and end the process.
+    ends with the same parameters, bit for bit. On SIGTERM or SIGINT it saves a checkpoint and ends the process.
+
+    Args:
+      log_every: steps from one written loss to the next.
 
     Raises:
       UserError: the directory is in use or not empty, the disk is full, or the checkpoint, task or config is not valid.
     """
     merged = workdir / "merged"
-    if ended(workdir):
+    if remove_leftovers(workdir):
         return merged
     refuse_existing(merged)
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
-    # The result is exported, onto the weights as they are stored.
+    # The export needs the weights as they are stored, not in 8 bits.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
     config = adapted(config, workdir / "adapted")
     piece = config.sft.microbatch_rows or config.sft.batch_rows
     if config.sft.batch_rows % piece:
-        raise UserError(f"config.sft.microbatch_rows {piece} does not divide config.sft.batch_rows")
+        raise UserError(
+            f"config.sft.microbatch_rows {piece} does not divide config.sft.batch_rows {config.sft.batch_rows}"
+        )
     if config.sft.adapter and not config.lora.rank:
-        raise UserError("config.sft.adapter trains an adapter and config.lora.rank is 0: change one of them")
+        raise UserError("config.sft.adapter trains an adapter, but config.lora.rank is 0: change one of them")
     setup = load_setup(config, rows={"config.sft.batch_rows": piece})
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
     if hosts.first():
@@ -99,7 +105,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
         state, _ = checkpoints.restore()
     writer = hosts.first_only(MetricWriter, workdir, trackers=config.tracker_names, resume_step=first or -1)
     progress = hosts.first_only(Progress, config.sft.steps, start=first, label="sft")
-    with writer, checkpoints, StopSignal() as stop, progress:
+    # StopSignal is outermost: a signal that arrives while the others close and save must not interrupt them.
+    with StopSignal() as stop, writer, checkpoints, progress:
         if checkpoints.note and first:
             progress.note(checkpoints.note)
         start = time.perf_counter()
@@ -117,7 +124,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
                 writer.write(step + 1, values | {"time/total": time.perf_counter() - start})
                 if not np.isfinite(list(values.values())).all():
                     raise UserError(
-                        f"supervised training diverged by step {step + 1}, nothing is exported: lower "
+                        f"the supervised loss is not finite at step {step + 1}, and nothing is exported: lower "
                         "config.sft.optimizer.learning_rate"
                     )
                 progress.update(step + 1, loss=values["loss"])
@@ -138,14 +145,14 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     trained = jax.tree.map(lambda x, stored: x.astype(stored.dtype), base, setup.base)
     facts = {"method": "masked-diffusion SFT", "task": config.task.name} | to_dict(config.sft)
     hub.export_checkpoint(merged, setup.model, trained, lora=lora, source=config.checkpoint, training=facts)
-    ended(workdir)
+    remove_leftovers(workdir)
     return merged
 
 
-def ended(workdir: Path) -> bool:
-    """Returns whether the training in `workdir` has exported its result, and removes the checkpoints it then has left.
+def remove_leftovers(workdir: Path) -> bool:
+    """Removes the checkpoints of a training that has exported its result; returns whether there were any.
 
-    A run that is killed between its export and its end leaves both behind.
+    A run that is killed between its export and its end leaves them behind.
     """
     found = (workdir / "merged" / "config.json").is_file() and (workdir / "sft").is_dir()
     hosts.wait()
@@ -156,12 +163,10 @@ def ended(workdir: Path) -> bool:
 
 
 def make_accuracy(config: TrainConfig, setup: Setup) -> Callable[[Any], float]:
-    """Returns `trained parameters -> the task's last metric on the validation rows`."""
+    """Returns a function from trained parameters to the task's last metric on the validation rows."""
     task = evaluated_task(config)
     rows = task_rows(config.task, task, "validation", count=config.evaluation.count)
-    prompts = encode_prompts(
-        task, setup.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
-    )
+    prompts = encoded_rows(config, task, setup.tokenizer, rows)
     greedy, key = greedy_sampler(config), stream_of_seed(config.sft.seed, Stream.EVALUATION)
 
     def accuracy(params: Any) -> float:
@@ -175,12 +180,15 @@ def make_accuracy(config: TrainConfig, setup: Setup) -> Callable[[Any], float]:
 
 
 def frozen_base(config: TrainConfig, setup: Setup) -> Any:
-    """Returns the base beside an adapter, or None where the base itself is trained, which needs no second copy."""
+    """Returns the base if an adapter is trained on it, or None if the base itself is trained."""
     return setup.base if config.sft.adapter else None
 
 
 def own_settings(config: TrainConfig) -> TrainConfig:
-    """Returns the config with defaults for what supervised training ignores, which may thus change during a start."""
+    """Returns the config with defaults for the settings that supervised training does not use.
+
+    These settings may therefore differ when a killed run continues.
+    """
     used = (
         "task", "model", "lora", "sampler", "evaluation", "sft", "tiny", "mesh", "hosts", "eos_token_id",
         "prompt_buckets", "overlong_prompts", "keep", "dry_run",
@@ -190,7 +198,10 @@ def own_settings(config: TrainConfig) -> TrainConfig:
 
 
 def adapted(config: TrainConfig, directory: Path) -> TrainConfig:
-    """Returns the config with an autoregressive checkpoint replaced by a masked denoiser made of it in `directory`."""
+    """Makes a masked denoiser in `directory` if the checkpoint is autoregressive; returns the config that names it.
+
+    A config whose checkpoint is a masked denoiser is returned unchanged.
+    """
     if hub.family_for(config.checkpoint) is None:
         return config
     if hosts.first() and not directory.exists():
@@ -203,16 +214,16 @@ def embedded_start(config: TrainConfig) -> None:
     """Makes the checkpoint of a config that embeds a tiny model, unless it exists; does nothing for other configs.
 
     Raises:
-      UserError: the checkpoint is not called "merged", which is what `run` writes.
+      UserError: the checkpoint is not named "merged", the name that `run` gives it.
     """
     checkpoint = Path(config.checkpoint)
     if not config.tiny.family:
         return
     if checkpoint.exists():
-        ended(checkpoint.parent)
+        remove_leftovers(checkpoint.parent)
         return
     if checkpoint.name != "merged":
-        raise UserError(f"config.checkpoint {checkpoint} of an embedded model must be a directory named merged")
+        raise UserError(f"config.checkpoint {checkpoint} of an embedded model must name a directory called merged")
     init = checkpoint.parent / "init"
     if hosts.first() and not init.exists():
         tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
@@ -222,6 +233,7 @@ def embedded_start(config: TrainConfig) -> None:
 
 
 def main(config: TrainConfig, workdir: Path) -> None:
+    """Trains the start of a config in `workdir`; for a config that embeds a tiny model, makes this model first."""
     if config.tiny.family:
         config = dataclasses.replace(config, checkpoint=str(workdir / "merged"))
         embedded_start(config)

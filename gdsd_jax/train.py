@@ -2,10 +2,10 @@
 
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/demo [--config.method=gdsd_tlc ...]
 
-Each iteration draws prompts, samples completions, rewards them, and makes `inner_updates` updates of the policy. The
-parts are in `tasks` (prompts and rewards), `diffusion.sample` (completions), `methods` (the objective) and
-`training.update` (the gradient). A run can be killed at any time; started again with the same workdir, it continues
-from its last checkpoint and repeats what an uninterrupted run would have done, bit for bit.
+Each iteration draws prompts, samples completions, rewards them, and updates the policy `inner_updates` times. The parts
+are in `tasks` (prompts and rewards), `diffusion.sample` (completions), `methods` (the objective) and `training.update`
+(the gradient). A run can be killed at any time. Started again with the same workdir, it continues from its last
+checkpoint and does what an uninterrupted run would have done, bit for bit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.profile import Profile, phase
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.telemetry.warnings import precursors
-from gdsd_jax.training.between import finished
+from gdsd_jax.training.between import after_iteration
 from gdsd_jax.training.checkpoint import Best, Checkpoints
 from gdsd_jax.training.divergence import diverged
 from gdsd_jax.training.dry_run import shrink
@@ -77,6 +77,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     # ------------------------------------------------------------------------------------------ set-up
     config = with_first_schedule(config, workdir)
     method = checked_method(config)
+    # An unknown name fails here, before anything is loaded.
     selection(config.refill.select)
     config = fitted_to_devices(config, method, planned_sizes(workdir))
     setup = load_setup(config, rows=spread_rows(config))
@@ -91,12 +92,14 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
         reference=config.reference, shardings=places,
     )  # fmt: skip
     rollout_key = jax.jit(lambda state: stream_key(state.key, Stream.ROLLOUT, state.iteration))
-    finish = jax.jit(lambda state: finished(state, config.reference), out_shardings=places)
+    finish = jax.jit(lambda state: after_iteration(state, config.reference), out_shardings=places)
+    # Updates donate the state, so the old policy must be a copy; adding 0 makes one, while an identity would not.
     snapshot = jax.jit(
         lambda before: jax.tree.map(lambda x: x + 0, before), out_shardings=Before(places.params, places.extras)
     )
-    lengths, count = jax.jit(length_metrics), config.prompts_per_iteration
+    lengths = jax.jit(length_metrics)
 
+    count = config.prompts_per_iteration
     rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
     prompts = encoded_rows(config, task, tokenizer, rows)
     order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
@@ -109,7 +112,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     first = checkpoints.latest or 0
     best = Best(workdir, first, best_metric)
     plan = read_plan(workdir, config)
-    # Without a checkpoint the metric files start anew; with one they are cut back to its iteration.
+    # Without a checkpoint, the metric files start anew; with one, they are cut off after its iteration.
     writer = hosts.first_only(MetricWriter, workdir, trackers=config.tracker_names, resume_step=first or -1)
     progress = hosts.first_only(Progress, config.iterations, start=first, label=config.method)
     profile = hosts.first_only(Profile, workdir, config.profile)
@@ -128,7 +131,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             sample_some = functools.partial(
                 sample_and_reward, config, setup, method, sampler, policy(base, state.params), rollout_key(state)
             )
-            # `rewarded` is what the update sees, and `sampled` all that was sampled for it.
+            # The update uses `rewarded`; `sampled` also holds the completions that the refill dropped.
             rewarded, sampled, used, refill_metrics = refilled(config.refill, count, asked, sample_some)
             position += used
 
@@ -147,7 +150,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                 state = finish(state)
 
             # --------------------------------------------------------------------------------- metrics
-            # First come the metrics that the host knows already, while the devices still compute the update.
+            # While the devices compute the update, the host logs what it knows already.
             with phase("log completions"):
                 metrics = reward_metrics(sampled) | refill_metrics
                 writer.completions(iteration, logged_completions(sampled, tokenizer, config.completions_logged))
@@ -192,18 +195,15 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
 
 
 def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainState], dict[str, float]], str]:
-    """Returns the evaluation during training, as a function of the state, and the metric that the best one is kept by.
+    """Returns a function that evaluates a state, and the name of the metric that decides which policy is the best.
 
     Raises:
       UserError: the task lacks the metric of `config.evaluation.best`.
     """
     task, watched = evaluated_task(config), config.evaluation
     rows = task_rows(config.task, task, watched.split, count=watched.count)
-    held_out, greedy, key = (
-        encoded_rows(config, task, setup.tokenizer, rows),
-        greedy_sampler(config),
-        stream_of_seed(config.seed, Stream.EVALUATION),
-    )
+    held_out = encoded_rows(config, task, setup.tokenizer, rows)
+    greedy, key = greedy_sampler(config), stream_of_seed(config.seed, Stream.EVALUATION)
     best = "eval/" + known_metric(task, watched.best, "config.evaluation.best")
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -240,7 +240,7 @@ def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:
     """Summarises an iteration's inner updates: the maximum of metrics whose names end in `_max`, the mean of others.
 
     The first update clips nothing, because it compares the policy with itself. `policy/clipped` is therefore the mean
-    over the later updates, and `clipped/update_N` is the clipped share of the later update N.
+    over the later updates, and `clipped/update_N` is the clipped share of update N, for N from 2 on.
     """
     of = lambda name: np.max if name.endswith("_max") else np.mean  # noqa: E731
     metrics = {name: float(of(name)([report[name] for report in reports])) for name in reports[0]}
@@ -251,10 +251,10 @@ def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def time_metrics(rewarded: Rewarded, seconds: dict[str, float], length: float) -> dict[str, float]:
-    """Returns the seconds of an iteration's parts, and tokens and rewards per second.
+    """Returns the seconds of an iteration's parts, and the tokens and rewards per second.
 
     Args:
-      length: mean number of tokens in a completion, EOS included.
+      length: mean number of tokens in a completion, including the EOS.
     """
     metrics = {f"time/{name}": value for name, value in seconds.items()}
     metrics["time/tokens_per_second"] = len(rewarded.rewards) * length / rewarded.seconds["rollout"]
@@ -268,14 +268,15 @@ def due(iteration: int, every: int) -> bool:
 
 
 def logged_completions(rewarded: Rewarded, tokenizer: hub.Tokenizer, limit: int) -> list[dict]:
-    """Returns the first `limit` completions with their rewards, and every completion on which a reward failed."""
+    """Returns records of the first `limit` completions, and of every completion for which a reward failed."""
     failed = np.any([np.isnan(value) for value in rewarded.components.values()], axis=0)
     return completion_records(rewarded, tokenizer, [i for i in range(len(failed)) if i < limit or failed[i]])
 
 
 def main(config: TrainConfig, workdir: Path | None) -> None:
-    """Makes the start of an embedded model if it is missing, and trains; a dry run makes one iteration in small."""
+    """Makes the start of an embedded model if it is missing, and trains; a dry run makes one small iteration."""
     if not config.dry_run:
+        # A bad setting of the method fails here, before the start is trained.
         checked_method(config)
         embedded_start(config)
         train(config, workdir)

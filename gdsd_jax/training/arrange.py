@@ -1,4 +1,4 @@
-"""Arranges the rows of a batch on the devices: replicated, or in micro-batches that each span all devices."""
+"""Arranges the rows of a batch on the devices: replicated, or in micro-batches that span all devices."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def micro_batches(tree: Any, rows: int, axis: int = 0) -> Any:
     """Cuts every array of a pytree into `B / rows` micro-batches of consecutive rows, along a new first axis.
 
     Args:
+      rows: rows per micro-batch.
       axis: the axis of the rows.
     """
 

@@ -11,12 +11,13 @@ from gdsd_jax.runtime.sharding import constrain
 from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.training.state import TrainState
 
-# An update changes the weight of the KL by no more than this share, times `kl_rate` (arXiv 1909.08593, section 2.2).
+# The largest relative error of the KL that counts; an update changes the weight by at most this share times `kl_rate`
+# (arXiv 1909.08593, section 2.2).
 LARGEST_ERROR = 0.2
 
 
 def part_of(key: jax.Array, batch: Batch, rows: int, inner_updates: int) -> Batch:
-    """Returns the rows of one update: whole groups, in an order that is drawn for every pass over the rollout.
+    """Returns the part of a rollout that one update uses: whole groups, in an order drawn for each pass over it.
 
     Args:
       key: the run's key.
@@ -27,8 +28,8 @@ def part_of(key: jax.Array, batch: Batch, rows: int, inner_updates: int) -> Batc
     size, total = batch.group_size, batch.tokens.shape[0]
     parts, groups = total // rows, rows // size
     passes = -(-inner_updates // parts)
-    number = batch.iteration * passes + batch.inner_update // parts
-    order = jax.random.permutation(stream_key(key, Stream.PARTS, number), total // size)
+    this_pass = batch.iteration * passes + batch.inner_update // parts
+    order = jax.random.permutation(stream_key(key, Stream.PARTS, this_pass), total // size)
     chosen = jax.lax.dynamic_slice_in_dim(order, batch.inner_update % parts * groups, groups)
     places = (chosen[:, None] * size + jnp.arange(size)).reshape(-1)
 
@@ -41,13 +42,16 @@ def part_of(key: jax.Array, batch: Batch, rows: int, inner_updates: int) -> Batc
 
 
 def adapted_scale(scale: jax.Array, kl: jax.Array, settings: ReferenceConfig) -> jax.Array:
-    """Returns the factor of the loss's KL after an update that measured `kl`: larger above the target, else smaller."""
+    """Returns the weight of the KL after an update that measured `kl`; it grows while `kl` is above the target."""
     error = jnp.clip(kl / settings.kl_target - 1, -LARGEST_ERROR, LARGEST_ERROR)
     return scale * (1 + settings.kl_rate * error)
 
 
-def finished(state: TrainState, settings: ReferenceConfig) -> TrainState:
-    """Returns the state after an iteration's last update; every so many iterations the reference moves."""
+def after_iteration(state: TrainState, settings: ReferenceConfig) -> TrainState:
+    """Returns the state after an iteration's last update: counts the iteration, and moves the reference when due.
+
+    The reference moves every `settings.every` iterations, to `decay * reference + (1 - decay) * policy`.
+    """
     state = state.replace(iteration=state.iteration + 1)
     if state.reference is None:
         return state

@@ -1,7 +1,7 @@
-"""Saves and restores a run's trained parameters, optimizer, counters, key and data position, through Orbax.
+"""Saves and restores a run's trained parameters, optimizer, counters, key and data position, with Orbax.
 
-The frozen base is not saved again; its source and its fingerprint are, and another base is refused. A run can be
-resumed with another mesh and number of processes than those that saved it. The processes of a job share the workdir.
+The frozen base is not saved. Its path and fingerprint are recorded, and another base is refused. A run can be resumed
+on another mesh and with another number of processes. The processes of a job share the workdir.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from gdsd_jax.training.state import TrainState, by_field, from_saved, saved_part
 
 BEST = "best"
 
-# Orbax measures how long it has waited by the wall clock. Setting the clock forward would end a save at once, and leave
-# threads behind that never end. The two modules of Orbax that wait therefore get a monotonic clock.
+# Orbax measures its waiting times by the wall clock. Setting the clock forward would end a save at once and leave
+# threads that never end. The two modules of Orbax that wait therefore get a monotonic clock.
 for _name in ("future", "signaling_client"):
     with contextlib.suppress(ImportError):
         _module = importlib.import_module(f"orbax.checkpoint._src.futures.{_name}")
@@ -40,13 +40,13 @@ for _name in ("future", "signaling_client"):
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     """Returns a manager that saves in the background.
 
-    A run has two managers, which may save at once; the prefix keeps a barrier of one from being met by the other.
+    The two managers of a run may save at the same time. The prefix keeps their barriers apart.
 
     Raises:
-      UserError: the directory's name is that of a file.
+      UserError: the directory is a file.
     """
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory} is no directory, checkpoints would go there: move it away")
+        raise UserError(f"{directory} is not a directory, but checkpoints are written there: move it away")
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,
@@ -57,10 +57,10 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 
 
 class _Saver:
-    """Saves arrays and a few plain values, with checksums that let a reader notice any change of either.
+    """Saves arrays and a few plain values, with checksums by which a reader notices any change of either.
 
-    A save that fails in the background is noticed at the next save or at the end, and is tried once more there, unless
-    the disk is full.
+    If a save fails in the background, the next save or the end of the run notices it, and tries it once more unless the
+    disk is full.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -87,7 +87,7 @@ class _Saver:
 
     def _start(self) -> None:
         iteration, arrays, values = self._last
-        # Orbax copies to the host in ways that a transfer guard would refuse as accidental.
+        # Orbax copies to the host in ways that a transfer guard refuses.
         with jax.transfer_guard_device_to_host("allow"):
             items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
             self.manager.save(iteration, args=ocp.args.Composite(data=ocp.args.JsonSave(values), **items))
@@ -104,15 +104,15 @@ class _Saver:
         if front.disk_is_full(error):
             self._last = None
             raise UserError(
-                f"no room for the checkpoint of a run ({front.first_line(error)}): make room, then give the same "
-                "command again: it goes on from the last checkpoint"
+                f"the disk has no room for a checkpoint ({front.first_line(error)}): make room, and start the same "
+                "command again, which continues from the last checkpoint"
             ) from error
         if self._last is None:
             raise error
         iteration, arrays, _ = self._last
         front.say(f"note: the checkpoint of iteration {iteration} was not written ({front.first_line(error)})")
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(arrays)):
-            front.say("note: it is written again")
+            front.say("note: writing it again")
             self._start()
             self.manager.wait_until_finished()
         self._last = None
@@ -132,7 +132,7 @@ class Checkpoints:
       note: a line for the user if the run continues with settings that change its rounding, else None.
 
     Args:
-      state: a state of the run, which gives the shapes and the placement of a restored one.
+      state: a state of the run, which defines the shapes and the placement of a restored state.
 
     Raises:
       UserError: another job trains in the workdir, the workdir belongs to another config or base, or the disk has no
@@ -146,7 +146,7 @@ class Checkpoints:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._template))
         saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
         self.note = None
-        # Room for the best parameters, and for their successors while these are written.
+        # The best parameters need room twice, because their successors are written before they are deleted.
         best = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
         self._lock = None
         if hosts.first():
@@ -175,7 +175,7 @@ class Checkpoints:
             self._saver.save(iteration, to_save(state), {"position": position})
 
     def restore(self) -> tuple[TrainState, int]:
-        """Returns the newest intact state and data position; damaged checkpoints go to `WORKDIR/damaged`.
+        """Returns the newest intact state and its data position; moves damaged checkpoints to `WORKDIR/damaged`.
 
         Raises:
           UserError: no checkpoint is intact.
@@ -211,7 +211,7 @@ class Checkpoints:
         try:
             self.close()
         except Exception:
-            # The error that ended the run tells more than the errors that follow from it.
+            # The error that ended the run says more than the errors that follow from it.
             if kind is None:
                 raise
 
@@ -227,8 +227,9 @@ class Best:
     """The trained parameters that did best in the evaluations of a run, saved alone in `workdir/best/ITERATION`.
 
     Args:
-      iteration: finished iterations of the run; parameters of later iterations are deleted, as the run repeats these.
-      metric: the metric that decides; the next evaluation replaces parameters that did best by another metric.
+      iteration: the number of finished iterations. Parameters of later iterations are deleted, because the run repeats
+        these iterations.
+      metric: the metric that decides. Parameters that were best by another metric are replaced at the next evaluation.
     """
 
     def __init__(self, workdir: Path, iteration: int, metric: str):
@@ -250,7 +251,7 @@ class Best:
                 manager.delete(latest)
 
     def offer(self, iteration: int, params: Any, value: float) -> None:
-        """Starts saving `params` in the background if `value`, their value of the metric, exceeds all before it."""
+        """Starts saving `params` in the background if `value`, their metric, exceeds all earlier values."""
         if value > self._value:
             self._value = value
             self._saver.save(iteration, {"state": {"params": params}}, {"metric": self._metric, "value": value})
@@ -272,8 +273,9 @@ def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) 
     No other arrays of the checkpoint are read.
 
     Args:
-      shapes, places: shapes and dtypes of the parameters, and their shardings.
-      best: reads the checkpoint that did best in the run's evaluations instead.
+      shapes: shapes and dtypes of the parameters.
+      places: their shardings.
+      best: reads the parameters that did best in the run's evaluations instead.
 
     Raises:
       UserError: there is no checkpoint, or none that is intact.

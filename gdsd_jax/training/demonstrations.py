@@ -29,12 +29,12 @@ class Encoded(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Rows of several demonstrations one behind the other, each ended by one EOS.
+    """Rows of several demonstrations one after another, each ended by one EOS.
 
     Attributes:
       tokens: `[B, T]` int32.
       texts: `[B, T]` int32, the number of each token's demonstration in its row, from 1; 0 on the pads at the end.
-      answers: `[B, T]` bool, True on the tokens of answers, EOS included.
+      answers: `[B, T]` bool, True on the tokens of answers, including the EOS.
     """
 
     tokens: Any
@@ -48,15 +48,15 @@ def rows_of(rows: Encoded | Packed, chosen: np.ndarray) -> Encoded | Packed:
 
 
 def encoded_demonstrations(config: TrainConfig, setup: Setup) -> tuple[Encoded | Packed, Encoded | Packed]:
-    """Returns the demonstrations to train on, and those that are held out, which may be none.
+    """Returns the demonstrations to train on, and those that are held out.
 
     Raises:
-      UserError: the file is not valid, an answer does not fit, or one of the two shares is empty.
+      UserError: the file is not valid, an answer does not fit, or the config's share leaves one of the two sets empty.
     """
     settings, task = config.sft, setup.task
     if settings.path is not None:
         if settings.careless:
-            raise UserError("config.sft.careless is for the rows of a task: set it to 0, or config.sft.path to None")
+            raise UserError("config.sft.careless needs the rows of a task: set it to 0, or config.sft.path to None")
         found, prefix = read_demonstrations(Path(settings.path)), ""
     else:
         rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=settings.seed)
@@ -70,13 +70,13 @@ def encoded_demonstrations(config: TrainConfig, setup: Setup) -> tuple[Encoded |
     tokens = np.concatenate([prompts, answers], axis=1)
     apart = np.array([held_out(one.messages, settings.held_out) for one in found])
     if apart.all() or (settings.held_out and not apart.any()):
-        what = "all" if apart.all() else "none"
-        raise UserError(f"config.sft.held_out {settings.held_out} holds out {what} of {len(found)} demonstrations")
+        count = "all" if apart.all() else "none"
+        raise UserError(f"config.sft.held_out {settings.held_out} holds out {count} of {len(found)} demonstrations")
     shares = Encoded(tokens[~apart], mask[~apart]), Encoded(tokens[apart], mask[apart])
     if settings.packed_length is None:
         return shares
     if setup.model.block_size is not None:
-        raise UserError("config.sft.packed_length packs rows, which block-causal attention cannot read: set it to None")
+        raise UserError("block-causal models cannot train on packed rows: set config.sft.packed_length to None")
     if settings.packed_length > setup.model.max_length:
         raise UserError(
             f"config.sft.packed_length {settings.packed_length} exceeds the model's {setup.model.max_length} tokens"
@@ -100,7 +100,8 @@ def pack(rows: Encoded, length: int, eos_token_id: int) -> Packed:
     if max(sizes, default=0) > length:
         raise UserError(f"a demonstration of {max(sizes)} tokens exceeds config.sft.packed_length {length}")
     packed: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # of each row that is not full, with its number, in order
+    # The room that is left in each row, and the row's number, in order of room.
+    room: list[tuple[int, int]] = []
     for index in sorted(range(len(texts)), key=lambda index: -sizes[index]):
         place = bisect.bisect_left(room, (sizes[index], -1))
         left, row = room.pop(place) if place < len(room) else (length, len(packed))
@@ -115,7 +116,7 @@ def pack(rows: Encoded, length: int, eos_token_id: int) -> Packed:
 
 
 def put_in_row(out: Packed, row: int, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Writes prompts with their answers into one row, one behind the other."""
+    """Writes prompts with their answers into one row, one text after another."""
     start = 0
     for number, (prompt, answer) in enumerate(texts, start=1):
         end = start + len(prompt) + len(answer)
@@ -126,30 +127,28 @@ def put_in_row(out: Packed, row: int, texts: Sequence[tuple[np.ndarray, np.ndarr
 
 
 def encode_answers(tokenizer: Tokenizer, texts: list[str], length: int, eos_token_id: int) -> np.ndarray:
-    """Returns reference completions as `[B, L]` int32 ids, each ended and padded by EOS.
+    """Returns reference completions as `[B, L]` int32 ids, each followed by EOS up to the length L.
 
     Raises:
-      UserError: a completion does not fit.
+      UserError: a completion and its EOS do not fit.
     """
     out = np.full((len(texts), length), eos_token_id, np.int32)
     for row, ids in zip(out, tokenizer.encode_text(texts), strict=True):
         if len(ids) >= length:
             raise UserError(
-                f"a reference completion of {len(ids)} tokens and its EOS exceed "
-                f"config.sampler.completion_length {length}"
+                f"a reference completion has {len(ids)} tokens and needs an EOS, which exceeds "
+                f"config.sampler.completion_length {length}: raise it"
             )
         row[: len(ids)] = ids
     return out
 
 
 def demonstrations(task: Task, rows: list[dict], config: SFTConfig) -> list[dict]:
-    """Returns the rows to imitate: with `config.careless` above 0, as a careless demonstrator writes them.
+    """Returns the rows to imitate; the share `config.careless` of each is wrong, in the way that the task defines.
 
     Raises:
-      UserError: the share is not in [0, 1], or the task does not define careless demonstrations.
+      UserError: the task does not define careless demonstrations.
     """
-    if not 0.0 <= config.careless <= 1.0:
-        raise UserError(f"config.sft.careless {config.careless} must lie in [0, 1]")
     if not config.careless:
         return rows
     if task.careless is None:

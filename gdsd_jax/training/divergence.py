@@ -1,4 +1,4 @@
-"""Keeps the batch on which training broke."""
+"""Saves the batch on which training diverged."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.training.rollout import Rewarded
+from gdsd_jax.runtime.transfer import fetch
+from gdsd_jax.training.rollout import Rewarded, completion_records
 
 
 def diverged(workdir: Path, iteration: int, rewarded: Rewarded, tokenizer: Tokenizer, latest: int | None) -> UserError:
-    """Saves the rollouts on which training broke and returns the error that says so.
+    """Saves the rollouts on which training diverged, and returns the error that says so.
 
-    Writes `workdir/diverged/ITERATION.npz` (tokens, masks, rewards, commit steps, confidences) and `ITERATION.json`
-    (texts, reward components).
+    It writes `workdir/diverged/ITERATION.npz` (the arrays of the batch: tokens, masks, rewards, commit steps, ...) and
+    `ITERATION.json` (texts, reward components).
 
     Args:
-      latest: the iteration of the last good checkpoint, or None if there is none.
+      latest: the iteration of the last checkpoint, or None if there is none.
     """
-    # Imported late, because only a run that diverges needs these.
-    from gdsd_jax.runtime.transfer import fetch
-    from gdsd_jax.training.rollout import completion_records
-
     directory = workdir / "diverged"
     fields = {field.name: getattr(rewarded.batch, field.name) for field in dataclasses.fields(rewarded.batch)}
-    arrays = fetch({name: value for name, value in fields.items() if value is not None})
+    # Static fields, such as the sampler's settings, are no arrays: a device could not return them, nor NumPy load them.
+    arrays = fetch({name: value for name, value in fields.items() if isinstance(value, (jax.Array, np.ndarray))})
     if hosts.first():
         directory.mkdir(parents=True, exist_ok=True)
         np.savez(directory / f"{iteration}.npz", **arrays)

@@ -1,15 +1,15 @@
-"""Shrinks a training run: every step of a config's run, with its method and sampler, on a tiny model made for it.
+"""Shrinks a training run to a dry run, which tries a config's method and sampler on a tiny model.
 
     python -m gdsd_jax.train --config configs/RECIPE.py --config.dry_run [--workdir DIR]
 
 A dry run makes one iteration of the real training code on random weights of the checkpoint's family, with a tokenizer
 of characters. It needs neither the checkpoint nor a network, and takes under a minute on a CPU. It shows that the
-settings fit together and the pieces run; it says nothing about memory, speed or the checkpoint itself.
+settings fit together and that all steps run; it says nothing about memory, speed or the checkpoint itself.
 
-These stay: the method and its settings, the sampler's strategy, schedule and block, the optimizer, the targets of the
-adapter, and the numerics. These shrink: the model, the completion (two blocks, or 64 tokens without blocks), the steps
-in proportion, prompts (the last 64 tokens), rows (two prompts of two completions), inner updates (two), and the
-adapter's rank. The rows come from a local file if the config names one, else they are the task's few worked examples.
+The method and its settings, the sampler's strategy, schedule and block length, the optimizer, the targets of the
+adapter, and the numerics stay. The model, the completion (two blocks, or 64 tokens without blocks), the steps in
+proportion, prompts (the last 64 tokens), rows (two prompts of two completions), inner updates (two) and the rank of the
+adapter shrink. The rows come from a local file if the config names one, else they are the task's few worked examples.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PROMPT, COMPLETION = 64, 64
 
 
 def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
-    """Returns the config in small, and makes its checkpoint in `directory`, which must be absent or empty.
+    """Returns the config of the dry run, and makes its checkpoint in `directory`, which must be absent or empty.
 
     Raises:
-      UserError: the checkpoint does not exist and its name does not tell its family.
+      UserError: the checkpoint does not exist, and its name does not tell its family.
     """
     sampler = config.sampler
     length = min(sampler.completion_length, COMPLETION)

@@ -1,9 +1,10 @@
-"""Chooses what a config leaves to memory: rows of a rollout's part and of a micro-batch, and what is computed again.
+"""Chooses the sizes that a config leaves open by the memory of a device.
 
-The bytes of one device are estimated from the shapes of what lives there, with constants that come near the TPU
-compiler's own figures (docs/pods_plan.json) and a margin above them; `gdsd_jax.plan` asks the compiler itself. Of what
-fits, the fastest is taken: first the backward pass that computes least again, then the largest micro-batch up to the
-size from which products, not the reading of weights, take the time.
+These are the rows of a part of a rollout and of a micro-batch, and the activations that the backward pass recomputes.
+The memory of one device is estimated from the shapes of its arrays, with constants that come near the TPU compiler's
+own figures (docs/pods_plan.json) and a margin above them; `gdsd_jax.plan` asks the compiler itself. The fastest choice
+that fits is taken: first the backward pass that recomputes least, then the largest micro-batch, up to the size from
+which products take the time and not the reading of weights.
 """
 
 from __future__ import annotations
@@ -29,19 +30,21 @@ from gdsd_jax.runtime.sharding import AXES, make_mesh
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.setup import dimensions, spread_rows, with_compute
 
-# Share of the memory that estimates may fill; the rest is for what they leave out and for fragmentation.
+# Share of the memory that estimates may fill; the rest is for fragmentation and for what they neglect.
 FILL = 0.85
-# Tokens per device from which a pass is bound by its products on every accelerator that we know the figures of.
+# Tokens per device from which a pass is bound by its products on all accelerators whose figures we know.
 ENOUGH_TOKENS = 8192
 # From the fastest to the one that needs the least memory.
 POLICIES = ("none", "dots", "full")
 
 
 class Place(NamedTuple):
-    """One device among others: its bytes of memory, the devices along each axis of the mesh, and the attention's kind.
+    """A device and its mesh.
 
-    kernel: whether attention is a fused kernel, which never holds a matrix of scores. apart: whether a rollout under a
-    cache copies the layers where they fit twice, see `denoiser.prepared`.
+    memory: bytes of the device's memory.
+    data, fsdp, tensor: devices along each axis of the mesh.
+    kernel: whether attention is a fused kernel, which never holds a matrix of scores.
+    apart: whether a rollout under a cache unstacks the layers if a copy of them fits, see `denoiser.prepared`.
     """
 
     memory: int
@@ -58,9 +61,10 @@ class Place(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The estimates for a run on one place; all are bytes of one device.
+    """Estimates the memory of a run, in bytes of one device.
 
-    model: the denoiser's sizes. views: forward passes that the method reads for each row of an update.
+    model: the denoiser's sizes.
+    views: forward passes of the method for each row of an update.
     """
 
     config: TrainConfig
@@ -78,16 +82,16 @@ class Sizes(NamedTuple):
 
     @property
     def _layer(self) -> int:
-        """Returns the parameters of the matrices of one layer."""
+        """Returns the number of parameters in the matrices of one layer."""
         return sum(i * o for i, o in target_shapes(self.model).values())
 
     @property
     def _stored(self) -> int:
-        """Returns the bytes of an entry of a layer's matrices."""
+        """Returns the bytes per entry of a layer's matrices."""
         return 1 if self.config.model.weights == "int8" else self._width
 
     def resident(self) -> float:
-        """Estimates what stays in memory: base, trained parameters, moments, two gradients, the old policy."""
+        """Estimates the arrays that stay in memory: base, trained parameters, moments, two gradients, old policy."""
         c, m, cut = self.config, self.model, self.place.fsdp * self.place.tensor
         tables = m.vocab_size * m.hidden_size * (1 if m.tied_head else 2)
         layers = m.num_layers * self._layer
@@ -102,13 +106,13 @@ class Sizes(NamedTuple):
         return (base + 4 * trained * (4 + copies)) / cut
 
     def gathered(self) -> float:
-        """Estimates the matrices that are whole, or wide, for their products: those of two layers, and the head."""
+        """Estimates the matrices that are gathered or widened for their products: of two layers, and of the head."""
         head = self.model.vocab_size * self.model.hidden_size if self.place.fsdp > 1 else 0
         layers = 2 * self._layer if self.place.fsdp > 1 or self.config.model.weights == "int8" else 0
         return (layers + head) * self._width / self.place.tensor
 
     def _working(self, *, gradient: bool) -> float:
-        """Estimates what one layer holds at one time for one row."""
+        """Estimates the activations that one layer holds at one time for one row."""
         m, tensor = self.model, self.place.tensor
         wide = m.num_heads * m.head_dim + m.num_kv_heads * m.head_dim + (2 if gradient else 1.5) * m.intermediate_size
         found = self._tokens * self._width * ((16 if gradient else 6) * m.hidden_size + 2 * wide / tensor)
@@ -117,7 +121,7 @@ class Sizes(NamedTuple):
         return found
 
     def sampler(self, rows: int) -> float:
-        """Estimates a rollout of `rows` rows, with all that lives beside it."""
+        """Estimates a rollout of `rows` rows, including the arrays that stay in memory."""
         m, s = self.model, self.config.sampler
         local = math.ceil(rows / self.place.rows) * (2 if s.cfg_scale > 0 else 1)
         read = s.block_length if s.forbid_mask and s.blocks > 1 else s.completion_length
@@ -130,7 +134,7 @@ class Sizes(NamedTuple):
         return self.resident() + self.gathered() + copied + local * row
 
     def update(self, rows: int, remat: str) -> float:
-        """Estimates an update in micro-batches of `rows` rows, with all that lives beside it."""
+        """Estimates an update in micro-batches of `rows` rows, including the arrays that stay in memory."""
         m, tensor = self.model, self.place.tensor
         local = math.ceil(rows / self.place.rows) * self.views
         kept = m.hidden_size
@@ -151,13 +155,13 @@ class Sizes(NamedTuple):
 
 
 def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Place) -> TrainConfig:
-    """Returns the config with sizes in the places of `rollout_rows=None`, `microbatch_rows=None`, `model.remat="auto"`.
+    """Returns the config with sizes in place of `rollout_rows=None`, `microbatch_rows=None` and `model.remat="auto"`.
 
-    Where all rows fit at once, `rollout_rows` stays None. What the config sets is never changed. Where nothing fits by
-    the estimate, the smallest sizes are taken, and the device has the last word.
+    If all rows fit at once, `rollout_rows` stays None. Sizes that the config sets are never changed. If nothing fits by
+    the estimate, the smallest sizes are taken; the device then decides.
 
     Raises:
-      UserError: no number of rows is whole groups, divides the rows of an iteration, and spreads over the mesh.
+      UserError: the rows of an iteration cannot be spread evenly over the mesh.
     """
     if None not in (config.rollout_rows, config.microbatch_rows) and config.model.remat != "auto":
         return config
@@ -181,7 +185,7 @@ def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Pl
     rows = [config.microbatch_rows]
     if config.microbatch_rows is None:
         rows = [n for n in divisors if (config.update_rows or total) % n == 0] or divisors[-1:]
-    # Larger ones only take memory. Whole groups let the signal-to-noise ratio be measured.
+    # Larger micro-batches only take memory. The signal-to-noise ratio can be measured with whole groups alone.
     most = math.ceil(ENOUGH_TOKENS / (sizes.views * sizes._tokens)) * place.rows
     rows = [n for n in rows if n <= max(most, group)] or rows[-1:]
     rows.sort(key=lambda n: (n % group == 0, n), reverse=True)
@@ -193,17 +197,18 @@ def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Pl
 
 
 def place_of(mesh: Mesh, model: DenoiserConfig, memory: int) -> Place:
-    """Returns what one device of a mesh is to the estimates."""
+    """Describes a device of a mesh, with `memory` bytes, for the estimates."""
     with jax.set_mesh(mesh):
         kind = attention.chosen(model)
     return Place(memory, *(mesh.shape[axis] for axis in AXES), kind != "plain", kind == "cudnn")
 
 
 def fitted_to_devices(config: TrainConfig, method: Method, plan: Mapping[str, Any]) -> TrainConfig:
-    """Returns the config with the open sizes of `fitted`, for the devices of this job.
+    """Returns `fitted` for the devices of this job.
 
     Args:
-      plan: the sizes of the plan in the workdir (`planned_sizes`), which go before the estimate; empty: there is none.
+      plan: the sizes of the plan in the workdir (`planned_sizes`), which take precedence over the estimates; empty
+        without a plan.
     """
     if config.microbatch_rows is None and "microbatch_rows" in plan:
         config = dataclasses.replace(config, microbatch_rows=plan["microbatch_rows"])
@@ -217,7 +222,7 @@ def fitted_to_devices(config: TrainConfig, method: Method, plan: Mapping[str, An
 
 
 def views_of(config: TrainConfig, method: Method) -> int:
-    """Returns how many views of each row an update reads."""
+    """Returns the number of forward passes that an update makes for each row."""
     batch = batch_shapes(config, method, jax.ShapeDtypeStruct)
     key = jax.eval_shape(lambda: jax.random.key(0))
     views = jax.eval_shape(lambda key, batch: method.views(method.masks(key, batch), batch), key, batch)
@@ -228,7 +233,7 @@ def batch_shapes(config: TrainConfig, method: Method, shape: Callable) -> Batch:
     """Returns the shapes of a rewarded rollout, as the method needs it, for prompts of the largest bucket.
 
     Args:
-      shape: makes one of them from its size and dtype.
+      shape: a function from a shape and a dtype to what stands in for an array, such as `jax.ShapeDtypeStruct`.
     """
     rows, prompt = config.prompts_per_iteration * config.group_size, max(config.prompt_buckets)
     completion = config.sampler.completion_length

@@ -1,4 +1,4 @@
-"""Tells checkpoints that are intact from damaged ones, and both from those that another version wrote."""
+"""Tells intact checkpoints from damaged ones, and both from checkpoints that another version wrote."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from gdsd_jax.runtime.transfer import checksum, fetch
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns plain values together with a checksum of them."""
+    """Returns plain values together with their checksum, the "seal"."""
     return values | {"seal": zlib.crc32(json.dumps(values, sort_keys=True).encode())}
 
 
 def require_intact(values: dict[str, Any], arrays: Any = None) -> None:
-    """Raises ValueError if sealed values, or the arrays whose checksums they hold, differ from what was saved."""
+    """Raises ValueError if sealed values, or arrays whose checksums they hold, have changed since they were saved."""
     values = dict(values)
     # Runs of earlier versions have no seal.
     if "seal" in values and values.pop("seal") != zlib.crc32(json.dumps(values, sort_keys=True).encode()):
         raise ValueError("its data differ from what was saved")
     if arrays is not None and "checksums" in values:
         found = [int(x) for x in fetch(checksum(arrays))]
-        # The parameters are the first arrays of a state, so their checksums are the first ones.
+        # The parameters are the first arrays of a state, so their checksums come first.
         if found != values["checksums"][: len(found)]:
             raise ValueError("its arrays differ from what was saved")
 
@@ -42,9 +42,9 @@ def structure(arrays: Any) -> dict[str, str]:
 
 
 def other_structure(manager: ocp.CheckpointManager, step: int, wanted: Any) -> str | None:
-    """Returns how the arrays of a checkpoint differ from `wanted`, a part of them, or None if they do not.
+    """Returns a description of how the arrays of a checkpoint differ in shape from `wanted`, or None.
 
-    None is also returned if that cannot be told because the checkpoint is damaged.
+    The result is None if they agree, or if the checkpoint is too damaged to tell. `wanted` may be some of its fields.
     """
     try:
         data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
@@ -64,10 +64,14 @@ def other_structure(manager: ocp.CheckpointManager, step: int, wanted: Any) -> s
 def newest_intact(
     manager: ocp.CheckpointManager, read: Callable[[int], Any], wanted: Any, directory: Path
 ) -> tuple[Any, int]:
-    """Reads the newest checkpoint that is intact, reports those that are not, and returns it with its iteration.
+    """Reads the newest intact checkpoint, and reports newer ones that are damaged.
 
     Args:
+      read: reads the checkpoint of an iteration; raises an error if it is damaged.
       wanted: arrays, or their shapes, with the paths that they have in a checkpoint.
+
+    Returns:
+      The result of `read`, and the iteration of the checkpoint.
 
     Raises:
       UserError: no checkpoint is intact, or the newest intact one has other arrays.
@@ -84,8 +88,8 @@ def newest_intact(
         other = other_structure(manager, step, wanted)
         if other is not None:
             raise UserError(
-                f"{directory / str(step)} was written by another version of gdsd_jax or of an optimizer, {other}: go "
-                "on with that version, or choose another --workdir"
+                f"{directory / str(step)} was written by another version of gdsd_jax or of an optimizer, {other}: "
+                "continue with that version, or choose another --workdir"
             )
         reason = problem or "another process cannot read it"
         front.say(f"note: the checkpoint {directory / str(step)} is damaged ({reason}): the one before it is used")

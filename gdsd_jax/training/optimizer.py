@@ -1,9 +1,10 @@
-"""The optimizer of a run, with clipped gradients: AdamW or any other by name, and its learning-rate schedule."""
+"""Builds the optimizer of a run: clipped gradients, AdamW or another optimizer by name, and its learning rate."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def make_optimizer(
       setting: the name of `config`, for error messages.
 
     Raises:
-      UserError: an unknown schedule or optimizer, or settings that the optimizer does not accept.
+      UserError: the schedule or the optimizer is unknown, or the optimizer does not accept its settings.
     """
     schedule = make_schedule(config, config.schedule_updates or updates)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), _inner(config, schedule, setting)), schedule
@@ -35,7 +36,7 @@ def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
     """Builds the learning rate as a function of the number of finished updates.
 
     Raises:
-      UserError: an unknown schedule.
+      UserError: the schedule is unknown.
     """
     after = max(updates - config.warmup_updates, 1)
     shapes = {
@@ -45,13 +46,14 @@ def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
     }
     if config.schedule not in shapes:
         raise UserError(f"optimizer schedule {config.schedule!r} is not one of {', '.join(shapes)}")
-    # The schedule's argument is the number of finished updates; a warm-up from zero would waste the first update.
+    # The first update has the argument 0; a warm-up that begins at the rate 0 would waste it.
     warmup, rate = config.warmup_updates, config.learning_rate
     ramp = optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup - 1, 1))
     return optax.join_schedules([ramp, shapes[config.schedule]], [config.warmup_updates])
 
 
 def _inner(config: OptimizerConfig, schedule: optax.Schedule, setting: str) -> optax.GradientTransformation:
+    """Builds the optimizer itself, without clipping; our AdamW takes the place of optax's."""
     settings = dict(config.settings)
     if config.name == ADAMW:
         settings = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay} | settings
@@ -61,7 +63,7 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule, setting: str) -> o
         known = inspect.signature(make).parameters
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{setting}.name {config.name!r} is not package.module:NAME of an optimizer: {error}") from None
-    # Arguments of optimizers that describe our parameters, which no config file could give.
+    # Some arguments describe the parameters by functions, which a config file cannot give.
     ours = {"mask": decayed, "weight_decay_mask": decayed, "muon_weight_dimension_numbers": matrices}
     settings = {name: value for name, value in ours.items() if name in known} | settings
     try:
@@ -71,9 +73,9 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule, setting: str) -> o
 
 
 def _adamw(learning_rate: optax.Schedule, weight_decay: float, **settings: Any) -> optax.GradientTransformation:
-    """Builds optax's AdamW with decay of the `decayed` parameters alone.
+    """Builds AdamW with weight decay of the `decayed` parameters alone.
 
-    The decay keeps no state, as optax's own without a mask, so that older checkpoints fit.
+    Unlike a mask of optax, this decay keeps no state, so that older checkpoints still fit.
     """
 
     def decay(updates: Any, params: Any) -> Any:
@@ -84,21 +86,21 @@ def _adamw(learning_rate: optax.Schedule, weight_decay: float, **settings: Any) 
     )
 
 
-def _by_path(decide: Any, params: Any) -> Any:
-    """Calls `decide(names along the path, array)` for every parameter."""
-    words = lambda path: [str(getattr(key, "key", getattr(key, "name", key))) for key in path]  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, x: decide(words(path), x), params)
+def _by_path(decide: Callable[[list[str], Any], Any], params: Any) -> Any:
+    """Maps `decide(names along the path, array)` over the parameters."""
+    names = lambda path: [str(getattr(key, "key", getattr(key, "name", key))) for key in path]  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, x: decide(names(path), x), params)
 
 
 def decayed(params: Any) -> Any:
-    """Returns for every parameter whether weight decay applies: to matrices and tables, not to norms and biases."""
+    """Returns for every parameter whether it decays: matrices and tables do, norms and biases do not."""
     return _by_path(lambda names, _: names[-1] != "bias" and "norm" not in names[-1], params)
 
 
 def matrices(params: Any) -> Any:
     """Returns for every parameter the axes that Muon orthogonalises, or None for tables and vectors, which Adam trains.
 
-    The first axis of a layer's matrix counts the layers, each of which has a matrix of its own (Muon: Jordan et al.
+    The first axis of a stacked matrix numbers the layers, each of which has a matrix of its own (Muon: Jordan et al.
     2024, https://kellerjordan.github.io/posts/muon).
     """
     from optax.contrib import MuonDimensionNumbers

@@ -1,4 +1,4 @@
-"""`run.json`, the record of a run: its config and the fingerprint of its base; a resumed run must match it."""
+"""Keeps `run.json`, the record of a run: its config and the fingerprint of its base, which a resumed run must match."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gdsd_jax.config import TrainConfig, default, freeze, to_dict
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import read_object, understood, write_text
 
-# Settings that may differ between the run that saved and the run that resumes: those that do not change what is
-# computed, those that change only the order of sums and so their rounding, and those of the run's length.
+# Settings that may differ between the run that saved and the run that resumes: those that do not affect the results,
+# those that affect only the order of sums and thus their rounding, and those of the run's length.
 FREE_TO_CHANGE = (
     "save_every", "keep", "completions_logged", "trackers", "tensorboard", "wandb", "profile", "evaluation", "hosts",
     "dry_run", "adapter_base", "sft.save_every",
@@ -32,7 +32,7 @@ def record_path(workdir: Path) -> Path:
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
-    """Reads the record of a training run.
+    """Reads the record of a training run; settings that an older record lacks get their defaults.
 
     Raises:
       UserError: there is no record, or it is damaged.
@@ -43,7 +43,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     advice = "restore it or give another --workdir"
     record = read_object(path, advice)
     if not (isinstance(record.get("config"), dict) and isinstance(record.get("base"), str)):
-        raise UserError(f"{path} is no record of a run: {advice}")
+        raise UserError(f"{path} is not the record of a run: {advice}")
     with understood(path, advice):
         record["config"] = _completed(record["config"], to_dict(freeze(TrainConfig, default())))
     return record
@@ -53,7 +53,7 @@ def keep_record(workdir: Path, config: TrainConfig) -> str | None:
     """Writes the record of a new run, or compares the record of an old run with the config that resumes it.
 
     Returns:
-      A line for the user if the run continues equal within rounding only, else None.
+      A line for the user if the run continues with other rounding than before, else None.
 
     Raises:
       UserError: the workdir belongs to a run with another config or base, or to another kind of run.
@@ -71,18 +71,20 @@ def keep_record(workdir: Path, config: TrainConfig) -> str | None:
 
 
 def _within_rounding(workdir: Path, config: TrainConfig) -> str | None:
-    different = _changed(read_record(workdir)["config"], to_dict(config))
+    """Returns a line that names the changed settings that affect the rounding, or None if there are none."""
+    different = _differences(read_record(workdir)["config"], to_dict(config))
     changed = [f"config.{name}" for name in different if _under(name, ROUNDING_ONLY)]
+    if not changed:
+        return None
     masks = ", and other dropout masks" if config.lora.dropout else ""
-    text = f"{', '.join(changed)} changed since the run began: it goes on within rounding{masks}, not bit by bit"
-    return text if changed else None
+    return f"{', '.join(changed)} changed since the run began: it goes on with other rounding{masks}, not bit by bit"
 
 
 def with_first_schedule(config: TrainConfig, workdir: Path) -> TrainConfig:
-    """Fixes the lengths of the learning rates' schedules, unless the config sets them, and returns the config.
+    """Returns the config with the lengths of the learning-rate schedules, unless the config sets them.
 
-    The length is that with which the run in `workdir` was first started, or the config's own for a new run. Without
-    this, a run that is extended would go back to an earlier and higher point of a decaying schedule.
+    The length is that of the run in `workdir` when it was first started, or that of the config for a new run. Otherwise
+    an extended run would go back to an earlier and higher point of a decaying schedule.
     """
     first = read_record(workdir)["config"] if record_path(workdir).exists() else to_dict(config)
     lengths = {}
@@ -99,15 +101,15 @@ def require_same_run(workdir: Path, config: TrainConfig, *, fixed: Iterable[str]
     """Compares a config with the record in `workdir`.
 
     Args:
-      fixed: settings that are otherwise free to change and must not differ here.
-      base: the fingerprint of the base, if the caller knows it already.
+      fixed: settings that must not differ, although they may in other comparisons.
+      base: the fingerprint of the base; None: it is computed.
 
     Raises:
       UserError: a setting or the base differs; the message names it.
     """
     record = read_record(workdir)
     free = set(FREE_TO_CHANGE + ROUNDING_ONLY + LENGTH) - set(fixed)
-    changed = [name for name in _changed(record["config"], to_dict(config)) if not _under(name, free)]
+    changed = [name for name in _differences(record["config"], to_dict(config)) if not _under(name, free)]
     if changed:
         raise UserError(f"{workdir} belongs to a run with another config.{changed[0]}: choose another --workdir")
     if record["base"] != (base or hub.fingerprint(config.checkpoint)):
@@ -115,21 +117,19 @@ def require_same_run(workdir: Path, config: TrainConfig, *, fixed: Iterable[str]
 
 
 def _under(name: str, settings: Iterable[str]) -> bool:
+    """Returns whether a dotted name is one of the settings, or part of one."""
     return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
 
 
-def _changed(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Returns the dotted names of settings that differ; one that an older record lacks counts as its default there."""
-    return _differences(_completed(saved, to_dict(freeze(TrainConfig, default()))), wanted)
-
-
 def _completed(saved: Any, defaults: Any) -> Any:
+    """Returns nested settings with the defaults of those that are missing."""
     if not (isinstance(saved, dict) and isinstance(defaults, dict)):
         return saved
     return defaults | {name: _completed(value, defaults.get(name)) for name, value in saved.items()}
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Returns the dotted names of nested settings that differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b))
         return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]

@@ -1,8 +1,8 @@
 """Replaces groups that teach nothing, between reward and update, by groups of further prompts.
 
-A group whose completions all earn the same has no advantages, and its rows only dilute an update (dynamic sampling:
-DAPO, arXiv 2503.14476). Further prompts are sampled in rounds of one shape until enough groups are worth an update, or
-the budget `config.refill.rounds` is used up. Which groups those are is a function, `config.refill.select`.
+If all completions of a group earn the same, their advantages are 0 and its rows only dilute an update (dynamic
+sampling: DAPO, arXiv 2503.14476). Further prompts are sampled in rounds until enough groups are worth an update, or
+`config.refill.rounds` rounds are done. The function `config.refill.select` decides which groups are worth an update.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gdsd_jax.training.rollout import Prompts, Rewarded
 
 
 class Candidates(NamedTuple):
-    """Groups among which a selection chooses: N groups of G completions of L tokens.
+    """The groups among which a selection chooses: N groups of G completions of L tokens.
 
     rewards: `[N, G]` float32, the weighted sums of the components.
     components: the task's reward components by name, `[N, G]` float32 each; NaN where one failed.
@@ -38,7 +38,7 @@ class Candidates(NamedTuple):
 
 
 def spread(candidates: Candidates) -> np.ndarray:
-    """Returns for each group 1 where its rewards differ, else 0."""
+    """Returns for each group 1 if its rewards differ, else 0."""
     return (candidates.rewards.std(axis=1) >= 1e-6).astype(np.float32)
 
 
@@ -46,7 +46,7 @@ SELECTIONS: dict[str, Callable[[Candidates], Sequence[float] | np.ndarray]] = {"
 
 
 def selection(name: str) -> Callable[[Candidates], np.ndarray]:
-    """Returns the selection of that name, or a user's `package.module:NAME`, which checks what it returns.
+    """Returns the selection of that name, or a user's `package.module:NAME`, with a check of its results.
 
     Raises:
       UserError: the name is unknown or cannot be imported.
@@ -76,10 +76,10 @@ def selection(name: str) -> Callable[[Candidates], np.ndarray]:
 class Refilled(NamedTuple):
     """The outcome of an iteration's rollouts.
 
-    kept: what the update sees, of the shape of one rollout.
-    sampled: everything that was sampled; its `batch` is that of `kept`.
-    prompts: number of prompts that were used up.
-    metrics: what was sampled and dropped; empty without further rounds.
+    kept: the completions for the update, of the shape of one rollout.
+    sampled: all completions that were sampled; its `batch` is that of `kept`.
+    prompts: number of prompts that were used.
+    metrics: how much was sampled and dropped; empty if refill is off.
     """
 
     kept: Rewarded
@@ -89,18 +89,18 @@ class Refilled(NamedTuple):
 
 
 def further_prompts(config: RefillConfig, count: int) -> int:
-    """Returns how many prompts an iteration may need beyond the first `count`."""
+    """Returns the number of prompts that an iteration may need beyond the first `count`."""
     return config.rounds * (config.prompts or count)
 
 
 def refilled(
     config: RefillConfig, count: int, asked: Prompts, roll_out: Callable[[Prompts, int], Rewarded]
 ) -> Refilled:
-    """Samples `count` groups, and further ones in place of those that the selection does not want.
+    """Samples `count` groups, and further ones in place of those that the selection rejects.
 
     Args:
-      asked: the iteration's prompts: `count` of the first round, and behind them all that further rounds may need.
-      roll_out: `(prompts, number of the first row) -> Rewarded`; the number keeps the draws of all rounds apart.
+      asked: the iteration's prompts: `count` for the first round, followed by all that further rounds may need.
+      roll_out: `(prompts, number of the first row) -> Rewarded`; the number makes the draws of the rounds differ.
     """
     kept = roll_out(asked.part(0, count), 0)
     if not config.rounds:
@@ -128,14 +128,14 @@ def refilled(
 
 
 def candidates(rewarded: Rewarded, rows: list[dict]) -> Candidates:
-    """Returns the groups of a rollout in the form that selections take."""
+    """Returns the groups of a rollout as selections take them."""
     by_group = lambda x: x.reshape(len(rows), -1, *x.shape[1:])  # noqa: E731
     components = {name: by_group(value) for name, value in rewarded.components.items()}
     return Candidates(by_group(rewarded.rewards), components, by_group(rewarded.completions), rows)
 
 
 def joined(first: Rewarded, second: Rewarded) -> Rewarded:
-    """Returns what the host knows of two rollouts as that of one; the batch is that of the first."""
+    """Joins the fields of two rollouts that are on the host; the batch is that of the first."""
     both = lambda a, b: np.concatenate([a, b])  # noqa: E731
     return Rewarded(
         first.batch,
@@ -147,7 +147,7 @@ def joined(first: Rewarded, second: Rewarded) -> Rewarded:
 
 
 def merged(first: Rewarded, second: Rewarded, groups: np.ndarray) -> Rewarded:
-    """Returns the chosen groups of two rollouts, whose groups are counted one rollout after the other."""
+    """Returns the chosen groups of two rollouts; the groups of the second are numbered after those of the first."""
     size = first.batch.group_size
     rows = (groups[:, None] * size + np.arange(size)).reshape(-1).astype(np.int32)
     both = joined(first, second)
@@ -161,7 +161,7 @@ def merged(first: Rewarded, second: Rewarded, groups: np.ndarray) -> Rewarded:
 
 @jax.jit
 def _taken(first: Any, second: Any, rows: jax.Array) -> Any:
-    """Takes rows of two batches, which are counted one after the other, and spreads them over the mesh."""
+    """Takes rows of two batches, numbered as in `merged`, and spreads them over the mesh."""
 
     def take(a: jax.Array, b: jax.Array) -> jax.Array:
         found = jnp.take(jnp.concatenate([a, b]), rows, axis=0)

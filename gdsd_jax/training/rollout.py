@@ -1,4 +1,4 @@
-"""Turns prompts into rewarded completions."""
+"""Samples completions of prompts and rewards them."""
 
 from __future__ import annotations
 
@@ -22,39 +22,44 @@ from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.tasks.task import Task, weighted_sum
 from gdsd_jax.telemetry.profile import phase
 
-# Marks the columns of a judgement that are metrics of the task, and no components of its reward.
+# Begins the names of those columns of a judgement that are metrics of the task instead of components of its reward.
 VERDICT = "verdict: "
 
 
 def completion_mask(completions: np.ndarray, ends: int | Sequence[int]) -> np.ndarray:
-    """Returns `[B, L]` float32: 1 up to and including the first id that ends a completion, everywhere without one."""
+    """Returns `[B, L]` float32: 1 up to and including the first id that ends a completion; without one, all ones."""
     is_end = np.isin(completions, ends)
     return ((np.cumsum(is_end, axis=1) - is_end) == 0).astype(np.float32)
 
 
 class Prompts(NamedTuple):
-    """Left-padded prompts `[B, P]`, their mask, and the rows of the task that they come from."""
+    """Left-padded prompts `[B, P]`, their mask (True on real tokens), and the rows of the task that they come from."""
 
     tokens: np.ndarray
     mask: np.ndarray
     rows: list[dict]
 
     def pick(self, chosen: Sequence[int], buckets: Sequence[int]) -> Prompts:
-        """Returns the chosen prompts, in the smallest bucket that holds them."""
+        """Returns the chosen prompts, padded to the smallest bucket that holds them."""
         tokens, mask = self.tokens[chosen], self.mask[chosen]
         longest = int(mask.sum(axis=1).max())
         length = min((bucket for bucket in buckets if longest <= bucket <= tokens.shape[1]), default=tokens.shape[1])
         return Prompts(tokens[:, -length:], mask[:, -length:], [self.rows[i] for i in chosen])
 
     def part(self, start: int, end: int) -> Prompts:
-        """Returns the prompts from `start` to before `end`, of the same length."""
+        """Returns the prompts from `start` up to, but excluding, `end`; their padding stays."""
         return Prompts(*(values[start:end] for values in self))
 
 
 def encode_prompts(
     task: Task, tokenizer: Tokenizer, rows: Sequence[dict], *, buckets: tuple[int, ...], overlong: str
 ) -> Prompts:
-    """Renders the prompts of task rows and pads them to a common length."""
+    """Renders the prompts of task rows and pads them to a common length.
+
+    Args:
+      buckets: the lengths to choose from.
+      overlong: the treatment of prompts that exceed the largest bucket, as `config.overlong_prompts`.
+    """
     texts = [tokenizer.render(task.messages(row), task.assistant_prefix) for row in rows]
     return Prompts(*tokenizer.prompts(texts, buckets=buckets, overlong=overlong), list(rows))
 
@@ -62,11 +67,11 @@ def encode_prompts(
 class Rewarded(NamedTuple):
     """Rewarded completions.
 
-    batch: the batch that the method sees, on the devices.
-    completions: `[B, L]` ids on the host, EOS behind the first id that ends a completion.
+    batch: the batch for the method, on the devices.
+    completions: `[B, L]` ids on the host; all ids after the first one that ends a completion are EOS.
     rewards: `[B]` float32.
-    components: the components of the task's reward by name, `[B]` float32 each.
-    seconds: duration of "rollout" and of "reward".
+    components: the components of the task's reward by name, `[B]` float32 each; NaN where one failed.
+    seconds: the durations of "rollout" and "reward".
     """
 
     batch: Batch
@@ -96,10 +101,14 @@ def roll_out(
     Every process decodes and rewards groups of its own, and receives the rewards of the others.
 
     Args:
-      part_rows: rows that are sampled together, in whole groups; None samples all. A part is rewarded while the devices
-        sample the next one. The number of parts changes no draw.
-      first_row: number of the first row; rollouts with the same key draw apart where the numbers of their rows differ.
-      verdicts: whether the batch holds what the task's metrics say of each text.
+      part_rows: rows that are sampled together, in whole groups; None: all. A part is rewarded while the devices sample
+        the next one. The number of parts does not affect the draws.
+      first_row: the number of the first row. Rollouts with the same key have different draws if their rows have
+        different numbers.
+      verdicts: whether the batch holds the values of the task's metrics for each text.
+
+    Raises:
+      UserError: a reward is infinite, or `token_score` of the task returns invalid rewards.
     """
     rows = [row for row in prompts.rows for _ in range(group_size)]
     size, seconds = part_rows or len(rows), {"rollout": 0.0, "reward": 0.0}
@@ -121,8 +130,10 @@ def roll_out(
     for first in range(0, len(rows), size):
         start = time.perf_counter()
         with phase("rollout"):
+            if first == 0:
+                parts.append(launch(0))
             # The devices receive the next part before the host waits for this one.
-            parts += [launch(at) for at in ((0, size) if first == 0 else (first + size,))]
+            parts.append(launch(first + size))
             completions = fetch(parts[-2][0].tokens)[:, prompts.tokens.shape[1] :]
         sampled = time.perf_counter()
         seen = completion_mask(completions, config.ends)
@@ -176,7 +187,8 @@ def sample_in_parts(
 ) -> Rollout:
     """Samples one completion of each prompt, `part_rows` at a time; returns the rollout on the host.
 
-    All parts have one shape: the last is filled up with copies of its first row. The size of the parts changes no draw.
+    All parts have the same shape: the last is filled up with copies of its first row. The size of the parts does not
+    affect the draws.
     """
     count, parts = len(prompts.tokens), []
     for start in range(0, count, part_rows):
@@ -194,10 +206,10 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def require_finite(components: Mapping[str, np.ndarray], task: Task) -> None:
-    """Raises UserError, which names the reward, if one is infinite; NaN marks a completion that could not be scored."""
+    """Raises UserError, which names the reward, if one is infinite; NaN is allowed where a reward function failed."""
     for name, values in components.items():
-        if np.isinf(values).any():
-            infinite = np.isinf(values)
+        infinite = np.isinf(values)
+        if infinite.any():
             raise UserError(
                 f"the reward {name} of the task {task.name} is {values[infinite][0]} for {infinite.sum()} of "
                 f"{len(values)} completions, and must be finite: change the task's score"
@@ -207,10 +219,13 @@ def require_finite(components: Mapping[str, np.ndarray], task: Task) -> None:
 def token_rewards(
     task: Task, tokenizer: Tokenizer, completions: np.ndarray, seen: np.ndarray, rows: list[dict], *, group_size: int
 ) -> np.ndarray:
-    """Returns the rewards that the task's `token_score` gives to the tokens, `[B, L]` float32, with 0 behind the EOS.
+    """Returns the rewards of the tokens by the task's `token_score`, `[B, L]` float32, with 0 after the EOS.
+
+    Args:
+      seen: `[B, L]`, 1 up to and including the EOS.
 
     Raises:
-      UserError: `token_score` gives another number of rewards than there are tokens, or one that is not finite.
+      UserError: `token_score` does not return one finite reward for each token.
     """
     length = completions.shape[1]
 
@@ -235,8 +250,8 @@ def token_rewards(
 def reward_metrics(rewarded: Rewarded) -> dict[str, float]:
     """Returns mean and spread of the reward, its components, the share of groups without spread, and the diversity.
 
-    Diversity is the share of distinct completions inside groups, from 0 (all equal) to 1. A component is NaN if its
-    reward function failed on that completion; NaN counts as 0 in the weighted sum.
+    Diversity measures how many completions of a group are distinct, from 0 (all are equal) to 1. A component is NaN if
+    its reward function failed for a completion; NaN counts as 0 in the weighted sum.
     """
     size = rewarded.batch.group_size
     groups = rewarded.rewards.reshape(-1, size)
@@ -255,7 +270,7 @@ def reward_metrics(rewarded: Rewarded) -> dict[str, float]:
 
 
 def completion_records(rewarded: Rewarded, tokenizer: Tokenizer, chosen: Sequence[int]) -> list[dict]:
-    """Returns text, reward and components of the chosen rows, with None for a component that failed."""
+    """Returns text, reward and components of the chosen rows; a component that failed is None."""
     texts = tokenizer.decode(rewarded.completions[list(chosen)])
     return [
         {"completion": text, "reward": float(rewarded.rewards[i])}
@@ -265,5 +280,5 @@ def completion_records(rewarded: Rewarded, tokenizer: Tokenizer, chosen: Sequenc
 
 
 def length_metrics(batch: Batch) -> dict[str, jax.Array]:
-    """Returns the mean completion length, EOS included, as a device scalar."""
+    """Returns the mean completion length in tokens, including the EOS, as a device scalar."""
     return {"completion/length": jnp.mean(jnp.sum(batch.completion_mask, axis=1))}

@@ -1,4 +1,4 @@
-"""Loads what a command works on: the model, the tokenizer and the task that a config names."""
+"""Loads the model, the tokenizer and the task of a config, and makes the state before the first update."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gdsd_jax.training.state import Beside, TrainState, start_state
 
 
 class Setup(NamedTuple):
-    """The model, its base parameters, the tokenizer and the task of a run, which every command needs."""
+    """The model, its base parameters, the tokenizer and the task of a run."""
 
     model: DenoiserConfig
     base: Any
@@ -36,7 +36,7 @@ class Setup(NamedTuple):
 def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig:
     """Returns the denoiser's config with the run's numerics.
 
-    Where remat is still "auto", no gradient is taken or none was fitted to the devices, and it becomes "full".
+    If `remat` is still "auto", it was not fitted to the devices, and becomes "full".
     """
     settings = dataclasses.asdict(compute)
     del settings["vocab_chunk"]
@@ -46,12 +46,15 @@ def with_compute(config: DenoiserConfig, compute: ModelConfig) -> DenoiserConfig
 
 
 def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) -> Setup:
-    """Loads the base checkpoint, its tokenizer and the task; every input error surfaces here, before work starts.
+    """Loads the base checkpoint, its tokenizer and the task.
 
     The mesh of the config becomes JAX's current mesh, and the base is placed on it.
 
     Args:
-      rows: numbers of rows, by the names of their settings, that must be spread evenly over the mesh.
+      rows: numbers of rows, by the names of their settings, that the mesh must divide.
+
+    Raises:
+      UserError: the task, the checkpoint or the mesh is not valid, or a number of rows cannot fit the memory.
     """
     task = resolve_task(config)
     tokenizer = hub.load_tokenizer(config.checkpoint, config.overrides)
@@ -69,10 +72,10 @@ def load_setup(config: TrainConfig, *, rows: Mapping[str, int] | None = None) ->
 
 
 def require_room(config: TrainConfig, model: DenoiserConfig, rows: Mapping[str, int]) -> None:
-    """Raises UserError for counts that no memory can hold, before any weight is loaded.
+    """Raises UserError for sizes that the memory cannot hold, before any weight is loaded.
 
-    It counts only what is in memory at one time with every method: the residual stream of the rows that are sampled,
-    one mask for each view, and the adapter with its gradient and moments.
+    It counts only arrays that every method needs: the residual stream of the rows that are sampled, one mask for each
+    view, and the adapter with its gradient and moments.
     """
     there, tokens = memory.of_devices(), max(config.prompt_buckets) + config.sampler.completion_length
     width = model.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
@@ -91,7 +94,7 @@ def require_room(config: TrainConfig, model: DenoiserConfig, rows: Mapping[str, 
 
 
 def with_tokens(config: DenoiserConfig, tokenizer: hub.Tokenizer) -> DenoiserConfig:
-    """Returns the denoiser's config with the tokenizer's ids, so that completions end where the rewarded text ends."""
+    """Returns the denoiser's config with the tokenizer's ids, so that completions and decoded texts end together."""
     return dataclasses.replace(
         config,
         eos_token_id=tokenizer.eos_token_id,
@@ -101,23 +104,27 @@ def with_tokens(config: DenoiserConfig, tokenizer: hub.Tokenizer) -> DenoiserCon
 
 
 def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:
-    """Returns the config's task; in a dry run its rows are a few worked examples, unless a local file is named."""
+    """Returns the config's task; in a dry run its rows are a few worked examples, unless the config names a file."""
     task = tasks.resolve(config.task.name, evaluation=evaluation, grader=config.task.grader, **config.task.settings)
     return dataclasses.replace(task, source=lambda *_: list(task.examples)) if config.dry_run else task
 
 
 def evaluated_task(config: TrainConfig) -> Task:
-    """Returns the task as evaluation uses it; `config.task.settings` override its evaluation prompt too."""
+    """Returns the task as evaluations use it; `config.task.settings` override its evaluation prompt too."""
     return resolve_task(config, evaluation=config.evaluation.evaluation_prompt)
 
 
 def task_rows(
     config: TaskConfig, task: Task, split: str, *, count: int | None = None, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Returns the rows of a split: those of its local file if there is one, else the task's own.
+    """Returns the rows of a split: those of its local file if the config names one, else the task's own.
 
-    Without a `validation_path`, a task that divides its training set (`Task.held_out`) takes the validation rows out of
-    the training file and trains on the others.
+    Without a `validation_path`, a task that divides its training set (`Task.held_out`) takes the validation rows from
+    the training file, and trains on the others.
+
+    Args:
+      count: the number of rows; None: all.
+      seed: selects the rows of tasks that generate them.
     """
     memory.require((count or 0) * 300, memory.of_host(), f"{count} rows of task {task.name}", "the count")
     path, divided = config.path(split), False
@@ -128,7 +135,11 @@ def task_rows(
 
 
 def known_metric(task: Task, metric: str | None, setting: str) -> str:
-    """Returns `metric`, or the task's last one for None; raises UserError, naming the setting, if it is unknown."""
+    """Returns `metric`, or the task's last metric for None.
+
+    Raises:
+      UserError: the metric is unknown; the message names `setting`.
+    """
     known = task.metrics_named
     if metric is not None and metric not in known:
         raise UserError(f"task {task.name} has no metric {metric!r}: {setting} is one of {', '.join(known)}")
@@ -136,7 +147,7 @@ def known_metric(task: Task, metric: str | None, setting: str) -> str:
 
 
 def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension]:
-    """Returns the sizes that a mesh must divide: those of the model, and numbers of rows by the names of settings."""
+    """Returns the sizes that a mesh must divide: those of the model, and numbers of rows, by the names of settings."""
     return [
         Dimension("embed", model.hidden_size, "the model's hidden size"),
         Dimension("heads", model.num_heads, "the model's heads"),
@@ -146,7 +157,11 @@ def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension
 
 
 def checked_method(config: TrainConfig) -> Method:
-    """Builds the run's method and checks it against the contract of methods, before anything is loaded."""
+    """Builds the run's method and checks it against the contract of methods; nothing is loaded for that.
+
+    Raises:
+      UserError: the method, its settings or the task are not valid, or the method breaks the contract.
+    """
     method, task = build(config.method, **config.method_settings), resolve_task(config)
     check(
         method, name=config.method, prompt_length=max(config.prompt_buckets),
@@ -174,7 +189,7 @@ def spread_rows(config: TrainConfig) -> dict[str, int]:
 
 
 def beside_policy(config: TrainConfig, method: Method, model: DenoiserConfig) -> Beside:
-    """Returns what the state of a run holds beside the policy and its optimizer."""
+    """Describes the parts of a run's state beside the policy and its optimizer."""
     extras = optimizer = None
     if method.extras is not None:
         extras = lambda: method.extras(stream_key(jax.random.key(config.seed), Stream.EXTRAS), model)  # noqa: E731
@@ -185,7 +200,7 @@ def beside_policy(config: TrainConfig, method: Method, model: DenoiserConfig) ->
 
 
 class Fresh(NamedTuple):
-    """The state before the first update, its placement, the policy's optimizer, its schedule, and what is beside."""
+    """The state before the first update, its placement, the policy's optimizer and schedule, and the other parts."""
 
     state: TrainState
     places: TrainState
@@ -195,9 +210,9 @@ class Fresh(NamedTuple):
 
 
 def fresh_state(config: TrainConfig, setup: Setup, method: Method) -> Fresh:
-    """Returns the state before the first update and what made it."""
+    """Makes the state before the first update, and the optimizer that trains it."""
     optimizer, schedule = make_optimizer(config.optimizer, config.iterations * config.inner_updates)
-    more = beside_policy(config, method, setup.model)
+    beside = beside_policy(config, method, setup.model)
 
     def trained(base: Any) -> Any:
         if not config.lora.rank:
@@ -205,8 +220,8 @@ def fresh_state(config: TrainConfig, setup: Setup, method: Method) -> Fresh:
         key = stream_key(jax.random.key(config.seed), Stream.ADAPTER)
         return init_lora(setup.model, key, **dataclasses.asdict(config.lora))
 
-    state, places = start_state(setup.model, optimizer, config.seed, trained, setup.base, more)
-    return Fresh(state, places, optimizer, schedule, more)
+    state, places = start_state(setup.model, optimizer, config.seed, trained, setup.base, beside)
+    return Fresh(state, places, optimizer, schedule, beside)
 
 
 def encoded_rows(config: TrainConfig, task: Task, tokenizer: hub.Tokenizer, rows: list[dict]) -> Prompts:

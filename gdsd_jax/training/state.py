@@ -1,4 +1,4 @@
-"""The state that training changes: trained parameters, the optimizer's state, and counters that select random keys."""
+"""The state that training changes: trained parameters, the optimizer's state, and counters, from which keys derive."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class TrainState:
       params: the trained part of the policy: an adapter, or float32 base parameters.
       opt_state: the optimizer's optax state.
       iteration, updates: int32 scalars, the numbers of finished iterations and of optimizer updates.
-      key: the run's PRNG key; never advanced, only folded with the counters.
-      extras: what the method trains beside the policy, a pytree of float32 arrays, or None.
+      key: the run's PRNG key; it never changes, and all keys of a run are folded from it and the counters.
+      extras: the parameters that the method trains beside the policy, a pytree of float32 arrays, or None.
       extras_opt_state: the state of their optimizer, or None.
-      reference: the trained part of a reference that moves, like `params`; None where the base is the reference.
-      kl_scale: float32 scalar, the factor of the loss's KL where that is adapted, or None.
+      reference: the trained part of a reference that moves, like `params`; None if the base is the reference.
+      kl_scale: float32 scalar, the factor of the loss's KL if it is adapted, or None.
     """
 
-    # The type is Any, because transformations of a pytree put other things than arrays in these places.
+    # The types are Any, because JAX's transformations also build the state from shapes, shardings and other leaves.
     params: Any
     opt_state: Any
     iteration: Any
@@ -41,16 +41,16 @@ class TrainState:
     kl_scale: Any = None
 
 
-# The fields that most runs do without.
+# The fields that are None in most runs.
 OPTIONAL = ("extras", "extras_opt_state", "reference", "kl_scale")
 
 
 class Beside(NamedTuple):
     """Describes the parts of a state beside the policy and its optimizer.
 
-    extras: makes what the method trains beside the policy, without arguments, or None.
-    optimizer: of the extras.
-    reference: whether the reference is a policy of its own.
+    extras: a function without arguments that makes the parameters which the method trains beside the policy, or None.
+    optimizer: the optimizer of the extras, or None.
+    reference: whether the run has a reference that moves.
     kl_scale: whether the weight of the loss's KL is adapted.
     """
 
@@ -64,7 +64,7 @@ NOTHING = Beside()
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int, beside: Beside = NOTHING) -> TrainState:
-    """Returns a fresh state; parameters are trained in float32, whatever dtype they come in."""
+    """Returns a fresh state; its parameters are float32, whatever the dtype of `params`."""
     wide = lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)  # noqa: E731
     params = wide(params)
     zero = jnp.zeros((), jnp.int32)
@@ -93,15 +93,15 @@ def parameter_shardings(model: DenoiserConfig, params: Any) -> Any:
 
 
 def state_shardings(model: DenoiserConfig, optimizer: optax.GradientTransformation, state: Any) -> TrainState:
-    """Returns the placement of a state (or of its shapes).
+    """Returns the placement of a state (or of its shapes) on the current mesh.
 
-    The optimizer's moments and a reference lie as their parameters do; anything else lies on every device.
+    The optimizer's moments and a reference are placed as their parameters are; everything else is replicated.
     """
     everywhere = replicated(jax.sharding.get_mesh())
     params = parameter_shardings(model, state.params)
 
     def beside(moment: Any, place: Any, param: Any) -> Any:
-        # An optimizer may leave a parameter to another optimizer, or keep less than a moment of it, as Adafactor does.
+        # An optimizer may leave a parameter to another optimizer, or keep factors of a moment, as Adafactor does.
         if isinstance(moment, optax.MaskedNode):
             return moment
         return place if moment.shape == param.shape else everywhere
@@ -127,7 +127,7 @@ def start_state(
     base: Any,
     beside: Beside = NOTHING,
 ) -> tuple[TrainState, TrainState]:
-    """Returns `init_state` of the parameters `start(base)`, each device making its own part, and its placement."""
+    """Returns `init_state` of the parameters `start(base)`, of which each device makes its part, and the placement."""
     make = lambda base: init_state(start(base), optimizer, seed, beside)  # noqa: E731
     places = state_shardings(model, optimizer, jax.eval_shape(make, base))
     return jax.jit(make, out_shardings=places)(base), places
@@ -148,9 +148,9 @@ class SavedState:
 
 
 def saved_parts(state: TrainState) -> dict[str, Any]:
-    """Returns what is saved of a state: "state", which every run has, and "beside", if the run has more.
+    """Returns the parts of a state that are saved: "state", which every run has, and "beside" for optional fields.
 
-    The second part is apart, because Orbax refuses the checkpoints of earlier versions, which lack its fields.
+    Optional fields are a part of their own, because Orbax would refuse checkpoints of earlier versions without them.
     """
     fields = vars(state)
     beside = {name: fields[name] for name in OPTIONAL if fields[name] is not None}
@@ -170,6 +170,6 @@ def by_field(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_saved(parts: dict[str, Any]) -> TrainState:
-    """Returns the state of which `to_save` made these parts."""
+    """Returns the state from which `to_save` made these parts."""
     state = TrainState(**by_field(parts))
     return state.replace(key=jax.random.wrap_key_data(state.key))

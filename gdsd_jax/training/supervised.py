@@ -1,8 +1,8 @@
-"""The loss of supervised training, its compiled update, and the loss on demonstrations that are held out.
+"""Computes the loss of supervised training: in a compiled update, and on held-out demonstrations.
 
 Each text draws `t = (1 - 1e-3) u + 1e-3` with `u ~ U(0, 1)`, and each of its completion tokens is masked with
-probability `t`. The loss is the cross-entropy of the masked tokens over `t`, divided by the number of completion tokens
-(LLaDA, arXiv 2502.09992, Eq. 5).
+probability `t`. The loss is the sum over masked tokens of their cross-entropy divided by `t`, over the number of
+completion tokens (LLaDA, arXiv 2502.09992, Eq. 5).
 
 B rows, T tokens, L completion tokens; in packed rows every token is read, so that L is T.
 """
@@ -34,7 +34,7 @@ MIN_RATIO = 1e-3
 
 
 def completion_tokens(batch: Encoded | Packed) -> Bool[Array, "B L"]:
-    """Returns which tokens are trained on: all of a completion, or the answers of packed rows."""
+    """Returns which tokens are trained on: all tokens of completions, or the answers of packed rows."""
     if isinstance(batch, Packed):
         return batch.answers
     rows, total = batch.tokens.shape
@@ -42,11 +42,11 @@ def completion_tokens(batch: Encoded | Packed) -> Bool[Array, "B L"]:
 
 
 def draw_views(key: jax.Array, batch: Encoded | Packed) -> Views:
-    """Masks completions at ratios spread evenly over the texts, and weights them for a loss per completion token."""
+    """Masks completions at ratios that are spread evenly over the texts, with the weights of a loss per token."""
     trained, prompt_length = completion_tokens(batch), 0
     rows, length = trained.shape
     ratio_key, mask_key = jax.random.split(key)
-    # One random offset and an even spread over the texts: each text's ratio is uniform, the batch is far less noisy.
+    # Ratios with one random offset are uniform for each text, and make a batch far less noisy than independent ones.
     if isinstance(batch, Packed):
         in_row = jnp.max(batch.texts, axis=1)
         number = (jnp.cumsum(in_row) - in_row)[:, None] + jnp.maximum(batch.texts - 1, 0)
@@ -88,7 +88,7 @@ def make_sft_update(
     chunk: int,
     shardings: TrainState,
     microbatch_rows: int,
-) -> Any:
+) -> Callable[[TrainState, Any, Encoded | Packed], tuple[TrainState, dict]]:
     """Compiles `update(state, base, batch) -> (state, metrics)`, which donates the state.
 
     Args:
@@ -127,11 +127,12 @@ def make_sft_update(
 def make_held_out_loss(
     config: TrainConfig, setup: Setup, apart: Encoded | Packed, rows: int, frozen: Any
 ) -> Callable[[Any], float]:
-    """Returns `trained parameters -> the loss on the held-out demonstrations`, on the same masks every time.
+    """Returns a function from trained parameters to the loss on held-out demonstrations, always on the same masks.
 
     Args:
-      rows: rows at one time.
-      frozen: the base beside an adapter, or None where the base itself is trained.
+      apart: the held-out demonstrations.
+      rows: the number of rows in a batch.
+      frozen: the base if an adapter is trained on it, or None if the base itself is trained.
     """
     count = len(apart.tokens)
     key = stream_of_seed(config.sft.seed, Stream.SFT_HELD_OUT)
@@ -149,7 +150,7 @@ def make_held_out_loss(
     def loss(params: Any) -> float:
         total = tokens = 0.0
         for first in range(0, count, rows):
-            # The last batch is filled up by rows that do not count.
+            # The last batch is filled up with copies of the last row, which do not count.
             chosen = np.arange(first, first + rows)
             real, number = (chosen < count).astype(np.float32), np.full(rows, first, np.int32)
             batch = put((rows_of(apart, np.minimum(chosen, count - 1)), real, number))

@@ -18,7 +18,7 @@ from gdsd_jax.config import ReferenceConfig, TrainConfig, default, freeze
 from gdsd_jax.methods import Batch, build
 from gdsd_jax.methods.method import check
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.training.between import adapted_scale, finished, part_of
+from gdsd_jax.training.between import adapted_scale, after_iteration, part_of
 from gdsd_jax.training.checkpoint import Checkpoints
 from gdsd_jax.training.state import Beside, TrainState, init_state
 from gdsd_jax.training.update import Before, make_inner_update
@@ -64,16 +64,18 @@ def test_a_reference_moves_every_so_many_iterations(every, decay, expected):
     state = init_state({"w": jnp.zeros(1)}, optax.sgd(1.0), 0, Beside(reference=True))
     found = []
     for iteration in range(1, 5):
-        state = finished(state.replace(params={"w": jnp.full(1, float(iteration))}), ReferenceConfig(every, decay))
+        state = after_iteration(
+            state.replace(params={"w": jnp.full(1, float(iteration))}), ReferenceConfig(every, decay)
+        )
         found.append(float(state.reference["w"][0]))
     np.testing.assert_array_equal(found, expected)
-    assert finished(state.replace(reference=None), ReferenceConfig()).reference is None
+    assert after_iteration(state.replace(reference=None), ReferenceConfig()).reference is None
 
 
 def test_a_reference_or_a_kl_that_a_method_lacks_is_refused():
     sizes = {"prompt_length": 3, "completion_length": 4, "group_size": 2}
     check(build("gdsd"), name="gdsd", reference=True, kl=True, **sizes)
-    with pytest.raises(UserError, match="method 'wd1' has no reference: set config.reference.every to 0"):
+    with pytest.raises(UserError, match="method 'wd1' uses no reference: set config.reference.every to 0"):
         check(build("wd1"), name="wd1", reference=True, **sizes)
     with pytest.raises(UserError, match="method 'dmpo' has no KL in its loss to adapt: set config.reference.kl_target"):
         check(build("dmpo"), name="dmpo", kl=True, **sizes)

@@ -36,7 +36,9 @@ def test_memory_settings_may_change_and_others_may_not(tmp_path, monkeypatch):
     )  # fmt: skip
     assert record.keep_record(tmp_path, run) is None
     names = ["component_norms_every", "microbatch_rows", "model.remat", "model.vocab_chunk"]
-    note = ", ".join(f"config.{name}" for name in names) + " changed since the run began: it goes on within rounding"
+    note = (
+        ", ".join(f"config.{name}" for name in names) + " changed since the run began: it goes on with other rounding"
+    )
     assert record.keep_record(tmp_path, slim).startswith(note)
     assert record.keep_record(tmp_path, dataclasses.replace(run, keep=5, iterations=50)) is None
     for other in (

@@ -160,7 +160,7 @@ def test_a_file_in_the_place_of_the_checkpoints(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "checkpoints").write_text("mine")
-    with pytest.raises(UserError, match="checkpoints is no directory"):
+    with pytest.raises(UserError, match="checkpoints is not a directory"):
         Checkpoints(workdir, config(), state(0.0))
     assert (workdir / "checkpoints").read_text() == "mine" and not (workdir / ".lock").exists()
 
@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_once_there_is_room(saved, 
     def full(*_, **__):
         raise ValueError("saving failed") from OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match="no room for the checkpoint.*goes on from the last checkpoint"), checkpoints:
+    with pytest.raises(UserError, match="no room for a checkpoint.*continues from the last checkpoint"), checkpoints:
         monkeypatch.setattr(checkpoints._saver.manager, "save", full)
         checkpoints.save(3, state(3.0), 30)
     assert read(workdir) == (2.0, 20)

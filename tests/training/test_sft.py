@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -44,8 +45,16 @@ def whole(config, tmp_path_factory):
 
 @pytest.mark.parametrize("asked", [True, False], ids=["SIGTERM", "killed"])
 def test_interrupted_and_resumed(config, whole, tmp_path, monkeypatch, asked):
-    """Bit for bit what an uninterrupted run gives; asked to stop, it saves first, killed, it goes back to a save."""
-    steps = []
+    """The result is that of an uninterrupted run, bit for bit.
+
+    A run that is asked to stop saves first, and further signals do not interrupt it. A run that is killed goes back to
+    its last save.
+    """
+    steps, handlers, before, close = [], [], signal.getsignal(signal.SIGTERM), sft.Checkpoints.close
+
+    def closed(checkpoints):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        close(checkpoints)
 
     def any_process(requested):
         steps.append(requested)
@@ -57,7 +66,9 @@ def test_interrupted_and_resumed(config, whole, tmp_path, monkeypatch, asked):
         asks = any_process if asked else lambda _: any_process(False) and False
         # Only the loop of this module is counted: others ask the processes too.
         patch.setattr(sft, "hosts", SimpleNamespace(**vars(hosts) | {"any_process": asks}))
+        patch.setattr(sft.Checkpoints, "close", closed)
         trained(config, tmp_path)
+    assert handlers and before not in handlers
     saved = sorted(int(path.name) for path in (tmp_path / "sft/checkpoints").glob("[0-9]*"))
     assert saved[-1] == (3 if asked else 4)
     assert trained(config, tmp_path) == whole
