@@ -107,7 +107,7 @@ def test_a_window_over_its_own_cache_is_a_part_of_the_whole(config, unroll):
     )
     for start, frozen in ((5, 5), (9, 12), (11, 11)):
         np.testing.assert_allclose(window(tokens, start, frozen), expected[:, start : start + 6], atol=1e-5)
-    # What is outside the window is not looked at; what is frozen in it asks, but is asked through the cache alone.
+    # Tokens outside the window are not read. Frozen tokens in it are queries, but the cache has their keys and values.
     first = 9 - config.next_token_logits
     outside = (jnp.arange(17) < first) | (jnp.arange(17) >= 15)
     other = jnp.where(outside, 3, tokens)
@@ -185,7 +185,7 @@ def test_a_cache_around_the_window_lacks_only_what_is_never_read(config, unroll,
     ],
 )
 def test_caches_are_exact_for_a_single_layer(kind, config, changes):
-    """Keys and values of a first layer are functions of their own token, and tokens outside the block stand still."""
+    """Keys and values of a first layer depend on their own token alone, and tokens outside the block do not change."""
     lora = random_adapter(config)
     exact = roll_out(settings(**changes | {"refresh_every": None}), config, lora)
     same(roll_out(settings(**changes, cache=kind), config, lora), exact)

@@ -168,7 +168,7 @@ CONFIDENT = [(("log_prob",), 1000), (("log_prob",), 16), (("log_prob", "entropy"
 
 @pytest.mark.parametrize(("reads", "chunk"), CONFIDENT)
 def test_gradient_of_confident_tokens_in_bfloat16(reads, chunk):
-    """At `p = 0.999` the token's row and the mean row differ by a thousandth, which two roundings would bury."""
+    """At `p = 0.999` the token's row and the mean row differ by a thousandth, less than the error of rounding both."""
     rng = np.random.default_rng(3)
     head = jnp.asarray(rng.standard_normal((48, 64)) / 4, jnp.bfloat16)
     targets = jnp.asarray(rng.integers(0, 48, (2, 20)))

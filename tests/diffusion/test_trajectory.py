@@ -260,7 +260,7 @@ def test_gradients_are_those_of_finite_differences_in_float64(name):
 
 
 def brute_force(logits, target, committed, eligible, config: SamplerConfig) -> float:
-    """The same by drawing every combination of candidates and running the sampler's own `select` on it."""
+    """Computes the same from every combination of candidates, with the sampler's own `select`."""
     places = np.flatnonzero(eligible)
     combinations = np.array(list(itertools.product(range(logits.shape[-1]), repeat=len(places))))
     tokens = np.tile(target, (len(combinations), 1))

@@ -109,7 +109,7 @@ def batch_of(inputs: dict) -> Batch:
 
 
 def seen(views: Views, batch: Batch) -> tuple[Views, Batch]:
-    """Views whose passes each stand alone, filled up to three: one program reads them all."""
+    """Returns views whose passes are read one by one, filled up to three, so that one program reads all cases."""
     missing = 3 - len(views.sources)
     if any(len(source) > 1 for source in views.sources):
         return views, batch

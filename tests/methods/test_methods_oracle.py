@@ -170,7 +170,7 @@ def spg(new, old, ref, masked, s):
 
 
 def token_ppo(new, old, ref, s, likelihood, advantage, weight):
-    """What the GRPO family shares; `weight(i, k)` of each token."""
+    """Computes the objective that the GRPO family shares, with the weight `weight(i, k)` of each token."""
     loss = 0.0
     for i in range(B):
         for k in range(L):
@@ -252,7 +252,7 @@ def tracerl(new, old, ref, masked, s):
 
 
 def first_step(i, view):
-    """The step that a view precedes, None where it masks nothing."""
+    """Returns the step that a view precedes, or None if it masks nothing."""
     return min((COMMITS[i, k] for k in range(L) if view[P + k]), default=None)
 
 

@@ -160,7 +160,7 @@ def test_only_some_methods_score_the_tail_behind_the_first_eos(name, tables, dra
 @FEW
 @given(tables=TABLES, drawn=MASKS, rng=SEEDS)
 def test_a_constant_on_all_logits_of_a_position_changes_no_method(name, tables, drawn, rng):
-    """Another one for each policy, row and position: even the difference of two policies does not see it."""
+    """The constants differ between policies, rows and positions; not even a difference of two policies changes."""
     masked, shift = masked_for(name, drawn), rng.uniform(-5, 5, size=(3, B, L, 1)).astype(np.float32)
     before, after = (compiled(name)(x, batch(), masked) for x in (tables, tables + shift))
     np.testing.assert_allclose(after[0], before[0], rtol=1e-4, atol=1e-4)
@@ -310,7 +310,7 @@ def test_kl_estimators(values):
 
 @pytest.mark.parametrize("d", [-300.0, -81.0, -79.0])
 def test_k3_far_below_zero_pulls_back(d):
-    """Of a sequence sum `d` reaches such values; a capped exponential would leave only the other term's slope, +1."""
+    """The sum `d` over a sequence reaches such values; a capped exponential would leave only the slope +1 of `d`."""
     value, slope = jax.value_and_grad(common.k3)(jnp.asarray(d), jnp.asarray(0.0))
     assert np.isfinite(value) and np.isfinite(slope)
     assert slope < -1e30
@@ -480,7 +480,7 @@ def test_methods_of_steps_leave_out_what_no_step_wrote(name):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_kl_of_the_teacher_is_one_to_the_reference(level):
-    """Of log-probabilities, not of centred logits, which a constant on all logits moves apart."""
+    """The KL compares log-probabilities; a constant on all logits would move centred logits apart."""
     method = build("gdsd_teacher", beta=0.1, views=1, level=level)
     assert "log_prob" in method.reads
     one = batch()

@@ -81,7 +81,7 @@ def test_value_head():
 
 
 def test_verdicts():
-    """A text that is wrong is not raised, however well it is paid."""
+    """The probability of a wrong text is not raised, however large its reward."""
     recipe = example("verdicts")["HONEST"]
     method = recipe.make(recipe.settings())
     check(method, name="honest", verdict_names=("cells", "puzzles"), **ARGUMENTS)

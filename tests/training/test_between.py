@@ -135,7 +135,7 @@ def critic(learning_rate: float = 0.02, **options):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_value_head_learns_beside_the_adapter():
-    """Its error falls, by its own rate; micro-batches change rounding alone; old values are the rollout's."""
+    """The head's error falls at its own rate; micro-batches affect rounding alone; old values are the rollout's."""
     rewards = UPDATE["batch"]()
     update, state = critic(microbatch_rows=8)
     before = jax.tree.map(jnp.copy, Before(state.params, state.extras))

@@ -51,7 +51,7 @@ def test_memory_settings_may_change_and_others_may_not(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("named", [None, 80])
 def test_an_extended_run_keeps_its_schedule(tmp_path, named):
-    """It would go back to half of the first rate, at the update after the one with the last and lowest."""
+    """A schedule of the new length would return to half of the first rate, right after the lowest one."""
     (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(config()), "base": ""}))
     longer = dataclasses.replace(config(), iterations=80)
     longer = dataclasses.replace(longer, optimizer=dataclasses.replace(longer.optimizer, schedule_updates=named))
@@ -106,7 +106,7 @@ def test_resumed_with_other_memory_settings(tmp_path, capsys):
 
 
 def test_prompts_take_the_bucket_that_they_need():
-    """Not that of the longest prompt of the whole data set."""
+    """The longest prompt of the whole data set does not decide."""
     lengths = np.array([3, 9, 4])
     mask = np.arange(12) >= 12 - lengths[:, None]
     prompts = Prompts(np.where(mask, np.arange(12), 0), mask, [{"n": 0}, {"n": 1}, {"n": 2}])

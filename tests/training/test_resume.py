@@ -135,7 +135,7 @@ def check_same(resumed: Path, whole: Path) -> None:
 
 
 def test_the_run_trains(runs):
-    """Otherwise equality would say little: rewards differ, the policy moves."""
+    """Rewards differ and the policy moves; otherwise the equality of runs would say little."""
     lines = written(runs.whole)
     assert [line["step"] for line in lines] == list(range(1, runs.iterations + 1))
     for key in ("loss", "reward/mean", "policy/entropy", "policy/kl"):

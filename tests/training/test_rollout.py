@@ -1,4 +1,4 @@
-"""What becomes of completions: where they end, and rewards that no update may see."""
+"""Rollouts: where completions end, rewards that no update may use, parts judged while others are sampled."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def test_an_evaluation_shows_what_each_grader_says():
 
 
 def test_a_part_is_rewarded_while_the_next_one_is_sampled(monkeypatch):
-    """The devices have it before the rewards begin, and the batch is that of a rollout in one part."""
+    """The devices receive the next part before rewards begin, and the batch is that of a rollout in one part."""
     events = []
 
     def sample(config, base, lora, tokens, mask, key, sampler, numbers):

@@ -110,7 +110,7 @@ def test_micro_batches_and_adapter(config, whole, tmp_path):
 
 
 def test_chats_from_a_file_with_a_held_out_share(config, tmp_path):
-    """What is held out is not trained on, its loss is on the same masks at every look, and falls."""
+    """Held-out demonstrations are not trained on; their loss is always computed on the same masks, and falls."""
     file = tmp_path / "chats.jsonl"
     rows = [{"prompt": f"{n} and {n}?", "completion": f"{n}{n}"} for n in range(30)]
     rows += [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}]

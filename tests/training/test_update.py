@@ -101,7 +101,7 @@ def method(name, beta=0.1):
 
 @functools.cache
 def inner_update(name, microbatch_rows, by_component=False, beta=0.1):
-    """Gradient descent: unlike Adam's, its step shows the gradient as it is."""
+    """Compiles an update by gradient descent, whose step shows the gradient as it is, unlike Adam's."""
     schedule = optax.constant_schedule(RATE)
     update = make_inner_update(
         CONFIG, method(name, beta), optax.sgd(schedule), schedule, microbatch_rows=microbatch_rows, vocab_chunk=16
@@ -120,7 +120,7 @@ def inner_update(name, microbatch_rows, by_component=False, beta=0.1):
 
 
 def fresh(params):
-    """A state to be donated."""
+    """Makes a state that an update may donate."""
     return init_state(jax.tree.map(jnp.copy, params), optax.sgd(optax.constant_schedule(RATE)), 7)
 
 
@@ -151,7 +151,7 @@ def check_split(name, microbatch_rows):
 
 
 def check_first_update(name):
-    """Right after a rollout old is new: leaving it out gives what scoring it gives."""
+    """Right after a rollout the old policy is the new one: an update without old scores gives the same result."""
     params, metrics, *_ = updated(name, 2, "none")
     scored_params, scored_metrics, *_ = updated(name, 2, "same")
     if method(name).old == "ratio" and "policy/log_ratio" in metrics:
@@ -229,7 +229,7 @@ def test_metrics_of_an_update():
 
 @pytest.mark.slow
 def test_a_policy_that_has_not_moved_is_not_clipped_by_its_dropout():
-    """Old and new drop the same, so that their ratio is 1 however much that is; the reference drops nothing."""
+    """Old and new policy have the same dropout masks, so that their ratio is 1; the reference has no dropout."""
     lora, schedule = adapter().replace(dropout=0.5), optax.constant_schedule(RATE)
     update = make_inner_update(CONFIG, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16)
     _, metrics = update(fresh(lora), base(), lora, batch())
@@ -239,7 +239,7 @@ def test_a_policy_that_has_not_moved_is_not_clipped_by_its_dropout():
 
 
 def test_entropy_is_that_of_masked_tokens():
-    """UniGRPO masks a part of the completion: the tokens that its view shows are no predictions."""
+    """UniGRPO masks a part of the completion; the tokens that its view shows are not predicted."""
     masked = jnp.zeros((2, 3, 5), bool).at[0, :, 2].set(True).at[1, 0, 4].set(True)
     views = Views(masked, jnp.ones((1, 3, 4)), ((0, 1),))
     np.testing.assert_array_equal(views.predicted()[0], [[0, 1, 0, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
@@ -249,7 +249,7 @@ def test_entropy_is_that_of_masked_tokens():
 
 
 def test_metrics_of_inner_updates():
-    """The first clips nothing and says nothing: seven updates clipped all through are no share of 7/8."""
+    """The first update clips nothing and does not count: if the other seven clip all, the share is 1, not 7/8."""
     reports = [{"policy/clipped": 0.0, "loss": 1.0, "policy/kl_max": 0.0}]
     reports += [{"policy/clipped": 1.0, "loss": 2.0, "policy/kl_max": 0.1 * n} for n in range(7)]
     found = update_metrics(reports)
