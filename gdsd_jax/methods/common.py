@@ -133,7 +133,7 @@ def whole_completion(prompt_rate: float) -> Callable:
 # --------------------------------------------------------------------------------------------------------------- views
 
 
-def own_views(masked: Bool[Array, "M B T"], weights: Float[Array, "M B L"]) -> Views:
+def own_views(masked: Bool[Array, "M B T"], batch: Batch, weights: Float[Array, "M B L"]) -> Views:
     """Makes each mask a view of its own, in which every token is read with its weight."""
     return Views(masked, weights, tuple((m,) for m in range(masked.shape[0])))
 
@@ -141,7 +141,7 @@ def own_views(masked: Bool[Array, "M B T"], weights: Float[Array, "M B L"]) -> V
 def averaged_views(masked: Bool[Array, "M B T"], batch: Batch) -> Views:
     """Makes each mask a view in which every completion token is read, and averages over the views."""
     weights = jnp.ones((masked.shape[0], *batch.completion_mask.shape), jnp.float32)
-    return own_views(masked, weights / masked.shape[0])
+    return own_views(masked, batch, weights / masked.shape[0])
 
 
 def coupled_views(masked: Bool[Array, "M B T"], batch: Batch, *, weighted: bool) -> Views:

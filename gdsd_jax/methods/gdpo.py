@@ -90,7 +90,7 @@ def make(settings: Settings) -> Method:
         t, v = times(batch)
         common.require(len(masked) == len(t), f"rule {settings.rule!r} with draws {settings.draws} has {len(t)} views")
         within = masked[:, :, batch.prompt_length :] * batch.completion_mask
-        return common.own_views(masked, within * (v / t)[..., None])
+        return common.own_views(masked, batch, within * (v / t)[..., None])
 
     def score(reads: dict, views: Views) -> Scores:
         total = jnp.sum(common.weighted_sum(reads["log_prob"], views), axis=1)

@@ -87,7 +87,7 @@ def make(settings: Settings) -> Method:
         count = jnp.sum(within, axis=2, keepdims=True)
         weights = within * jnp.sum(batch.completion_mask, axis=1)[:, None] / jnp.maximum(count, 1)
         positive = (common.advantages(batch, common.centred) > 0)[None]
-        return SignedViews(masked, weights, common.own_views(masked, weights).sources, positive)
+        return SignedViews(masked, weights, common.own_views(masked, batch, weights).sources, positive)
 
     def score(reads: dict, views: SignedViews) -> Scores:
         w, l, b = views.weights, reads["log_prob"], settings.eubo_beta  # noqa: E741

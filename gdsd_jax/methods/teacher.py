@@ -40,7 +40,6 @@ class Teacher(Centred):
 
 
 def make(settings: Teacher) -> Method:
-    """Makes `gdsd_teacher`."""
     guided = centred_read(settings)
 
     def views(masked: jax.Array, batch: Batch) -> Views:

@@ -42,6 +42,6 @@ def make(settings: Settings) -> Method:
 
     def views(masked: jax.Array, batch: Batch) -> Views:
         completion = masked[:, :, batch.prompt_length :].astype(jnp.float32)
-        return common.own_views(masked, completion / jnp.maximum(jnp.sum(completion, axis=0), 1))
+        return common.own_views(masked, batch, completion / jnp.maximum(jnp.sum(completion, axis=0), 1))
 
     return token_ppo(settings, masks, views, common.standardised, masked_only=True)
