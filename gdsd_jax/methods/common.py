@@ -7,6 +7,7 @@ B rows, G completions per group, M views, R reads per token, L completion tokens
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,8 @@ def by_component(batch: Batch, own: Callable[[Array, int], Array]) -> Float[Arra
     If `own` normalises, a component with a large spread does not dominate the others (GDPO, arXiv 2601.05242).
     """
     parts = [own(batch.components[:, index], batch.group_size) for index in range(batch.components.shape[1])]
-    return sum(weight * part for (_, weight), part in zip(batch.component_weights, parts, strict=True))
+    weighted = [weight * part for (_, weight), part in zip(batch.component_weights, parts, strict=True)]
+    return functools.reduce(jnp.add, weighted)
 
 
 def leave_one_out(rewards: Float[Array, " B"], group_size: int, *, scale: bool = False) -> Float[Array, " B"]:
