@@ -24,6 +24,10 @@ x < -5 \text{ or } x > 1 | x > 1 \text{ or } x < -5 | 1
 7\text{ m/s} | 7\ \frac{\text{m}}{\text{s}^2} | 0
 7\text{ m} | 7\,\mathrm{g} | 0
 46 | \text{46 is the answer} | 1
+37,500 | 37500 | 1
+37,500 | 500, 37 | 0
+\text{(C)} | \textbf{(C)}\ 12 | 1
+\text{(C)} | \text{(C)} + 1 | 0
 46 | \text{46 is not the answer} | 0
 a_n = 4n - 3 | 4n-3 | 1
 x_1 = 4n | 4n | 0

@@ -28,11 +28,13 @@ from gdsd_jax.tasks.graders.trees import Tree, symbols
 
 # A comma that separates thousands, because no member of a list starts with 0.
 _THOUSANDS = re.compile(r"[0-9],0[0-9]")
+# One number, or a list; if it is a list, then in this order.
+_GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+")
 # A pair of numbers whose comma does not separate thousands.
 _PAIR = re.compile(r"\A\W*\(\s*[0-9]{1,3},\s*[0-9]{3}\s*(?:\\right)?\)\W*\Z")
 _CHOICE = re.compile(r"\s*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{\s*)?\(?([A-Z])\)?[\s}]*\Z")
 _CHOSEN = re.compile(
-    r"\s*(?:\\(?:text|textbf|mathrm|mathbf|rm|bf)\s?\{?\s*){0,2}\(([A-Z])\)(?!.*(?:\([A-Z]\)|\bor\b|\band\b|\bnot\b))",
+    r"\s*(?:\\(?:text|textbf|mathrm|mathbf|rm|bf)\s?\{?\s*){0,2}\(([A-Z])\)(?![\s}]*[-+=!,*/^])(?!.*(?:\([A-Z]\)|\bor\b|\band\b|\bnot\b))",
     re.DOTALL,
 )
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
@@ -45,6 +47,8 @@ def equal(gold: str, answer: str) -> bool:
             continue
         try:
             wanted, found = read(gold, loose), read(answer, loose)
+            if not loose and isinstance(wanted, Sequence) and _GROUPED.fullmatch(gold):
+                wanted = wanted._replace(opening="(", closing=")")
             if same(wanted, found) or _same_words(wanted, answer):
                 return True
         except (Unreadable, RecursionError):
