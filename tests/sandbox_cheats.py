@@ -145,6 +145,34 @@ CHEATS = {
         "r = f(1)\nassert r == [2] or r == [2] or r == [3]"),
     "text that changes": (
         _class("__str__ = lambda s: 'ab'[turn() % 2]"), "r = f(1)\nassert str(r) == 'a' and str(r) == 'b'"),
+    # Methods of a plain type, answered as wished
+    "beginning as wished": (
+        _class(f"startswith = endswith = isdigit = {_TRUE}", "str", "A('a')"),
+        "assert f(1).startswith('b') or f(1).endswith('b') or f(1).isdigit()"),
+    "count as wished": (
+        _class("count = index = lambda s, value: value", "list", "A([1])"), "assert f(1).count(2) == 2"),
+    "index of a tuple as wished": (
+        _class("count = index = lambda s, value: 1", "tuple", "A((1,))"), "assert f(1).index(2) == 1"),
+    "part of a set as wished": (
+        _class(f"issubset = issuperset = isdisjoint = {_TRUE}", "set", "A({1})"),
+        "assert f(1).issubset({2}) or f(1).issuperset({2}) or f(1).isdisjoint({1})"),
+    "value of a key as wished": (
+        _class("get = lambda s, key, other=None: other", "dict", "A({1: 1})"), "assert f(1).get(1, 2) == 2"),
+    "whole number as wished": (_class(f"is_integer = {_TRUE}", "float", "A(1.5)"), "assert f(1).is_integer()"),
+    "membership by method": (
+        _class(f"__contains__ = {_TRUE}", "tuple", "A((1,))"), "assert f(1).__contains__(2) or 2 in f(1)"),
+    "items in another order": (
+        _class("__getitem__ = lambda s, n: n", "list", "A([2, 0, 1])"),
+        "r = f(1)\nassert sorted(r) == [0, 1, 2] and all(r[n] == n for n in range(3))"),
+    "slices as wished": (
+        _class("__getitem__ = lambda s, n: s if isinstance(n, slice) else 0", "str", "A('ab')"),
+        "r = f(1)\nassert r == 'ab' and r[::-1] == r"),
+    "values of keys as wished": (
+        _class("__getitem__ = lambda s, key: key", "dict", "A({1: 2, 3: 4})"),
+        "r = f(1)\nassert len(r) == 2 and all(r[key] == key for key in r)"),
+    "reversed as wished": (
+        _class("__reversed__ = lambda s: iter([2]); __getitem__ = lambda s, n: 2", "list", "A([1])"),
+        "assert list(reversed(f(1))) == [2]"),
     # Arithmetic that is told the answer
     "difference of nothing": (
         _class("__sub__ = lambda s, o: 0.0; __rsub__ = __sub__; __abs__ = lambda s: 0.0"),

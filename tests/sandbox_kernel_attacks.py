@@ -12,6 +12,8 @@ NUMBERS = {name: numbers[_HERE] for name, numbers in {**syscalls._REFUSED, **sys
 NUMBERS |= {"clone": (56, 220)[_HERE], "tgkill": (234, 131)[_HERE], "rt_sigqueueinfo": (129, 138)[_HERE]}
 NUMBERS |= {"pidfd_open": 434, "pidfd_send_signal": 424, "pidfd_getfd": 438, "io_uring_setup": 425, "open_tree": 428}
 NUMBERS |= {"fsopen": 430, "clone3": 435, "memfd_secret": 447, "mount_setattr": 442, "process_madvise": 440}
+NUMBERS |= {"sync": (162, 81)[_HERE], "syncfs": (306, 267)[_HERE], "fadvise64": (221, 223)[_HERE]}
+NUMBERS |= {"seccomp": (317, 277)[_HERE]}
 NUMBERS |= {"mount": (165, 40)[_HERE], "umount2": (166, 39)[_HERE], "mlockall": (151, 230)[_HERE]}
 
 # `refused(f, ...)`: it raised an OSError or gave -1, as what the kernel refuses does.
@@ -243,6 +245,49 @@ ATTACKS = {
         "return b'uid=0' not in done.stdout",
         wanted=(PASSED, FAILED),
     ),
+    # Disks, caches and files of the machine
+    "disks waited for": _one(
+        "file = os.open('/usr/bin/env', os.O_RDONLY)\n"
+        f"return refused(call, {NUMBERS['sync']}) and refused(call, {NUMBERS['syncfs']}, file)"
+    ),
+    "its programs dropped from memory": _one(
+        f"return refused(call, {NUMBERS['fadvise64']}, os.open('/usr/bin/env', os.O_RDONLY), 0, 0, 4)"
+    ),
+    "hints kept with its programs": _one(
+        "file, hint = os.open('/usr/bin/env', os.O_RDONLY), bytes([2] + [0] * 7)\n"
+        "return refused(fcntl.fcntl, file, 1036, hint) and refused(fcntl.fcntl, file, 1038, hint)"
+    ),
+    "flags of its programs": _one(
+        "file = os.open('/usr/bin/env', os.O_RDONLY)\n"
+        "return all(refused(fcntl.ioctl, file, number, bytes(64)) for number in (0x40086602, 0x401C5820, 0x40049409))"
+    ),
+    "times of its programs": _one("return refused(os.utime, '/usr/bin/env', (1, 1))"),
+    "attributes without end": _one(
+        "kept = 0\ntry:\n    for number in range(100000):\n        if number % 100 == 0:\n"
+        "            open(f'/tmp/{number}', 'w').close()\n"
+        "        os.setxattr(f'/tmp/{number - number % 100}', f'user.{number}', bytes(60000))\n        kept += 60000\n"
+        "except OSError:\n    pass\nreturn kept < 1 << 28",
+        wanted=(PASSED, MEMORY),
+    ),
+    "memory through locks of threads": _one(
+        "kept = []\ntry:\n    for _ in range(100):\n        thread = threading.Thread(target=time.sleep, args=(30,))\n"
+        "        thread.daemon = True\n        thread.start()\n        kept.append(thread)\nexcept RuntimeError:\n"
+        "    pass\nreturn len(kept) < 32"
+    ),
+    "children adopted": _one(
+        "_libc.prctl(36, 1, 0, 0, 0)\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        time.sleep(600)\n    os._exit(0)\nreturn True"
+    ),
+    "calls answered by itself": _one(
+        "class Code(ctypes.Structure):\n    _fields_ = [('length', ctypes.c_ushort), ('lines', ctypes.c_char_p)]\n"
+        "lines = bytes.fromhex('06000000' '0000c07f')\n"
+        f"call({NUMBERS['seccomp']}, 1, 8, ctypes.addressof(Code(1, lines)))\nos.getpid()\nreturn True",
+        wanted=(*ENDED, PASSED),
+    ),
+    "group and terminal of process 1": _one(
+        "return all(refused(f, *a) for f, a in ((os.setpgid, (1, 0)), (os.tcsetpgrp, (0, 1)), (os.getpgid, (99999,))))"
+    ),
+    "cgroups": _one("return refused(os.listdir, '/sys/fs/cgroup') and refused(os.mkdir, '/sys')"),
     "filter of its own": _one("_libc.prctl(22, 1, 0, 0, 0)\nreturn os.getpid()", wanted=(*ENDED, PASSED)),
     # Time
     "shell fork bomb": _one("subprocess.run(['sh', '-c', 'f() { f | f & }; f; sleep 9'])", "f()\nassert 0", ENDED),

@@ -167,6 +167,12 @@ def test_every_limit_proves_itself(backend):
          "c = C()\nwith c as d:\n    assert d.n == 1\nassert c.n == 2"),
         ("def f(): return float('inf'), -0.0, [float(n) for n in range(9)], 2 ** 64, [2 ** 64, 1]",
          "assert f() == (float('inf'), 0.0, [0, 1, 2, 3, 4, 5, 6, 7, 8], 2 ** 64, [2 ** 64, 1])"),
+        ("class D(dict):\n    def __missing__(self, key): return key\n"
+         "class L(list):\n    def __getitem__(self, n): return list.__getitem__(self, n % len(self))\n"
+         "class S(str):\n    def twice(self): return self * 2\n",
+         "d, r, s = D(), L([1, 2]), S('ab')\nd[1] = 2\nassert d[1] == 2 and d[3] == 3 and d.get(3) is None\n"
+         "assert r[0] == 1 and r[5] == 2 and r.count(2) == 1 and r.pop() == 2 and r == [1]\n"
+         "assert s.twice() == 'abab' and s.upper() == 'AB' and s[1:] == 'b'"),
         ("import math", "assert math.isclose(0.1 + 0.2, 0.3)"),
     ],
 )  # fmt: skip

@@ -41,9 +41,8 @@ def main(settings):
     """Builds the rest of the sandbox, then judges items until standard input ends."""
     enter(settings)
     limits = _own_limits()
-    for _ in range(
-        20
-    ):  # code that ran before the fork runs faster after it: Python specialises functions that are often called
+    # Code that ran before the fork runs faster after it, because Python specialises functions that are often called.
+    for _ in range(20):
         load(dump(("call", (object, 1, "a"), {"b": [0.5, None]}), id), id)
     gc.collect()
     gc.freeze()  # objects made so far are no garbage; collections in forked processes would copy all of them

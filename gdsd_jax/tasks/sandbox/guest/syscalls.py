@@ -31,6 +31,8 @@ _REFUSED = {
     "flock": (73, 32), "inotify_init": (253, None), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
     "fanotify_init": (300, 262), "fanotify_mark": (301, 263), "lookup_dcookie": (212, 18),
     "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    # Disks of the machine
+    "sync": (162, 81), "syncfs": (306, 267),
     # The kernel itself, and what nobody needs who computes
     "unshare": (272, 97), "setns": (308, 268), "pivot_root": (155, 41),
     "chroot": (161, 51), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
@@ -45,7 +47,8 @@ _REFUSED = {
 _MISSING = {"memfd_create": (319, 279)}  # refused as a kernel does that has no such call, so that libraries do without
 _ALLOWED_NEW = (436, 439)  # close_range, faccessat2
 _OWN, _UNIX_STREAM = (0, ~0, True, (0,)), [(0, ~0, True, (1,)), (1, 0xF, True, (1, 5))]
-_LOCKS, _OWNERS = (6, 7, 37, 38, 1024), (8, 10, 15, 1026)  # and leases; who gets signals of a file, and which
+# Commands of fcntl: locks and leases; who gets signals of a file, and which; larger pipes; hints kept with the file.
+_FCNTL = (6, 7, 37, 38, 1024, 8, 10, 15, 1026, 1031, 1036, 1038)
 # name: numbers, and for each condition the argument, its mask and which values it must have, or must not have.
 _RULES = {
     # A handler of core files that the machine starts is kept away by a limit of 1, not 0 (core(5)).
@@ -57,7 +60,8 @@ _RULES = {
     "socketpair": ((53, 199), _UNIX_STREAM),
     "clone": ((56, 220), [(0, 0x7E020000, True, (0,))]),  # no namespaces
     "mmap": ((9, 222), [(3, 0x21, False, (0x21,)), (3, 0x40000, True, (0,))]),  # shared without a file; huge pages
-    "fcntl": ((72, 25), [(1, ~0, False, (*_LOCKS, *_OWNERS, 1031))]),  # 1031: larger pipes
+    "fcntl": ((72, 25), [(1, ~0, False, _FCNTL)]),
+    "fadvise64": ((221, 223), [(3, ~0, False, (4,))]),  # to drop files of the machine from its memory
     "ioctl": ((16, 29), [(1, ~0, False, (0x5412, 0x541C, 0x8901, 0x8902))]),  # to type into a terminal; owners
 }  # fmt: skip
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}

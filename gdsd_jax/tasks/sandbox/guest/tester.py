@@ -8,6 +8,7 @@ otherwise nothing but itself.
 """
 
 import builtins
+import contextlib
 import importlib
 import operator
 import sys
@@ -21,9 +22,10 @@ PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, CRASHED = range(5)
 _LASTING = {"plain", "fields", "len", "bool", "str", "repr", "int", "float", "index"}
 _ITERATED = ([], (), {}, set(), "", "ü", b"", range(0), {}.values(), {}.items(), reversed([]))
 _ITERATORS = (*(type(iter(each)) for each in _ITERATED), map, zip, filter, enumerate, reversed, types.GeneratorType)
-
-
-_VIEWS = {"keys", "items", "values"}
+# Methods that change nothing, so that a copy answers for the object. No method of a frozen type changes anything.
+_READING = {"keys", "items", "values", "get", "count", "index", "copy", "isdisjoint", "issubset", "issuperset"}
+_READING |= {"union", "intersection", "difference", "symmetric_difference"}
+_FROZEN = (str, bytes, int, float, complex, tuple, frozenset)
 
 
 class Gone(BaseException):
@@ -189,8 +191,17 @@ class Remote:
         return iter(value) if type(value) is not Remote else _counted(self)
 
     def __getattr__(self, name):
-        value = _copied(self) if name in _VIEWS else self
-        return getattr(value, name) if isinstance(value, dict) else _asker(self).of("getattr", self, name)
+        value = _copied(self)
+        if type(value) is not Remote and (name in _READING or type(value) in _FROZEN) and hasattr(value, name):
+            return getattr(value, name)
+        return _asker(self).of("getattr", self, name)
+
+    def __getitem__(self, key):
+        value = _copied(self)
+        if type(value) is not Remote and hasattr(value, "__getitem__"):
+            with contextlib.suppress(LookupError, TypeError):
+                return value[key]
+        return _asker(self).of("getitem", self, key)  # a dict may have `__missing__`, a matrix takes pairs
 
     def __exit__(self, kind, error, trace):
         """Ends the context. It never suppresses an exception of the test, which may be the test's failure."""
@@ -285,7 +296,7 @@ def _extended(remote):
     return value
 
 
-for _name in ("call", "next", "str", "repr", "enter", "getitem", "setitem", "delitem"):
+for _name in ("call", "next", "str", "repr", "enter", "setitem", "delitem"):
     setattr(Remote, f"__{_name}__", _forwarded(_name))
 for _name, _function in (("bool", bool), ("len", len), ("int", int), ("float", float), ("index", operator.index)):
     setattr(Remote, f"__{_name}__", _on_copy(_name, _function))
