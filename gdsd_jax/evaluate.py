@@ -40,7 +40,7 @@ def numbers(text: str | None, flag: str) -> tuple[int, ...]:
     Raises:
       UserError: a part of the text is not a positive whole number.
     """
-    parts = text.split(",") if text else []
+    parts = [] if text is None else text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise UserError(f"{flag} {text!r} is not a list of positive numbers like 128,256")
     return tuple(map(int, parts))
@@ -62,12 +62,12 @@ def main(
 ) -> None:
     directory = output_directory(workdir, None if output is None else Path(output))
     console = rich.console.Console()
-    named = [part.partition("=") for part in tasks.split(",")] if tasks else []
+    named = [] if tasks is None else [part.partition("=") for part in tasks.split(",")]
     flags |= {"tasks": [(name, file or None) for name, _, file in named], "lengths": numbers(lengths, "--lengths")}
     if compare is not None:
         console.print(reports.compare_evaluations(directory, Path(compare)), highlight=False, markup=False)
     elif compare_decoding:
-        if samples > 1 or temperature > 0 or pass_at:
+        if samples > 1 or temperature > 0 or pass_at is not None:
             raise UserError("--compare-decoding is greedy: leave --samples, --temperature and --pass_at out")
         console.print(run_decodings(config, workdir, directory, **flags), highlight=False, markup=False)
     else:

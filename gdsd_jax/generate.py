@@ -28,8 +28,9 @@ from gdsd_jax.diffusion import Rollout, SamplerConfig
 from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, Policy, load_policy
-from gdsd_jax.runtime import hosts
+from gdsd_jax.runtime import hosts, ranges
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.ranges import Seed
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.tasks import Task
 from gdsd_jax.training.rollout import Prompts, encode_prompts, sample_in_parts
@@ -88,8 +89,8 @@ def run(
         chosen, shown = [], [prompt]
         text = tokenizer.render(prompt_messages(task, prompt), task.assistant_prefix)
         asked = Prompts(*tokenizer.prompts([text], **fit), [])
-    sampler = dataclasses.replace(config.sampler, temperature=temperature)
-    key = stream_of_seed(config.seed if seed is None else seed, Stream.GENERATION)
+    sampler = dataclasses.replace(config.sampler, temperature=ranges.convert(float, temperature, "--temperature"))
+    key = stream_of_seed(config.seed if seed is None else ranges.convert(Seed, seed, "--seed"), Stream.GENERATION)
     size = min(config.evaluation.batch_rows, len(asked.tokens))
     rollout = sample_in_parts(policy.model, policy.base, policy.lora, asked, key, sampler, part_rows=size)
     texts = tokenizer.decode(rollout.tokens[:, asked.tokens.shape[1] :])

@@ -114,7 +114,7 @@ def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig,
     neighbours(file)
     try:
         rest = values(known)[1:]
-    except Exception as error:  # a config file is a program, which may raise anything
+    except (Exception, SystemExit) as error:  # a config file is a program, which may raise anything
         raise UserError(_place(error, file) or f"{file}: {_first_line(error)}") from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --NAME=VALUE")

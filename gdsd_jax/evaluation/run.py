@@ -19,7 +19,7 @@ from gdsd_jax.evaluation import decoding, reports
 from gdsd_jax.evaluation.completions import Completed, Part, complete, judge_by_all
 from gdsd_jax.evaluation.policy import Policy, load_policy
 from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
-from gdsd_jax.runtime import hosts, memory
+from gdsd_jax.runtime import hosts, memory, ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, replacing, require_regular, understood
 from gdsd_jax.runtime.ranges import LARGEST_INT
@@ -151,7 +151,8 @@ def output_directory(workdir: Path | None, output: Path | None) -> Path:
 
 
 def require_samples(samples: int, temperature: float, pass_at: Sequence[int]) -> None:
-    """Raises UserError if the flags of sampling contradict each other."""
+    """Raises UserError if the flags of sampling are out of range or contradict each other."""
+    ranges.convert(float, temperature, "--temperature")
     if samples < 1:
         raise UserError(f"--samples {samples} must be at least 1")
     if samples > 1 and not temperature > 0:

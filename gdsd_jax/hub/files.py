@@ -143,8 +143,8 @@ def checked_directory(directory: str | os.PathLike) -> epath.Path:
     """Returns the directory as a path, local or in a bucket, after checking that it is there.
 
     Raises:
-      UserError: the path does not exist or is no directory, names no kind of bucket, or buckets cannot be read on this
-        machine.
+      UserError: the path does not exist or is no directory, names no kind of bucket, or the bucket cannot be read from
+        this machine.
     """
     try:
         path = epath.Path(directory)
@@ -154,6 +154,9 @@ def checked_directory(directory: str | os.PathLike) -> epath.Path:
         found = path.is_dir()
     except ImportError as error:
         raise UserError(f"{path} cannot be read ({error}): pip install gcsfs, or copy it to a disk") from None
+    except Exception as error:  # each kind of bucket has its own errors
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path} cannot be read ({reason}): change the path, or copy it to a disk") from None
     if not found:
         raise UserError(f"{path} is not a directory: give the path of a checkpoint in Hugging Face's layout")
     return path

@@ -1,11 +1,12 @@
 """Renders chat templates, as a separate program that `gdsd_jax.hub.templates` starts.
 
 Templates come with checkpoints, and may loop forever or grow without bound. Each line of standard input is a request in
-JSON: the first is the template, and each later one holds the variables of one rendering. Each request is answered by
-one line, `{"text": ...}` or `{"error": ...}`. A request that computes for longer than the seconds on the command line
-ends the process by SIGPROF: processor time counts, because a busy machine must not make a template look endless.
+JSON: a template, the variables of one rendering, and seconds. Each request is answered by one line, `{"text": ...}` or
+`{"error": ...}`. A request that computes for longer than its seconds ends the process by SIGPROF: processor time
+counts, because a busy machine must not make a template look endless.
 """
 
+import functools
 import json
 import resource
 import signal
@@ -19,7 +20,6 @@ def main() -> None:
     """Answers requests until standard input ends."""
     sys.path[:] = json.loads(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    seconds = float(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import jinja2
     import jinja2.ext
@@ -51,18 +51,14 @@ def main() -> None:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
-    template = None
+    compiled = functools.lru_cache(maxsize=8)(environment.from_string)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
         request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
-            if template is None:
-                template = environment.from_string(request)
-                answer = {"text": ""}
-            else:
-                answer = {"text": template.render(**request)}
-                if len(answer["text"]) > LONGEST:
-                    answer = {"error": f"it makes {len(answer['text'])} characters of one prompt"}
+            answer = {"text": compiled(request["template"]).render(**request["variables"])}
+            if len(answer["text"]) > LONGEST:
+                answer = {"error": f"it makes {len(answer['text'])} characters of one prompt"}
         except jinja2.TemplateError as error:
             answer = {"error": str(error)[:300]}
         except Exception as error:  # a template can raise anything

@@ -154,7 +154,7 @@ class Tokenizer:
         """Returns the token ids of rendered texts.
 
         Special tokens in a text are encoded as such, except those that carry a guard because a user wrote them. No
-        special tokens are added.
+        special tokens are added. Half of a surrogate pair, which no tokenizer takes, becomes a question mark.
 
         Args:
           add_bos: put the BOS in front of each text that does not begin with it.
@@ -164,6 +164,7 @@ class Tokenizer:
         """
         if not len(texts):
             return []
+        texts = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts]
         plain = [text.replace(_GUARD, "") for text in texts]
         ids = self._tokenizer(plain, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         ids = [self._in_parts(text) if _GUARD in text else one for text, one in zip(texts, ids, strict=True)]

@@ -62,7 +62,7 @@ METHODS: dict[str, Recipe] = {
 }
 
 
-def build(name: str, **settings: Any) -> Method:
+def build(name: str, /, **settings: Any) -> Method:
     """Builds the method that a name of `METHODS`, or `package.module:NAME` of a `Recipe`, denotes.
 
     Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 from typing import Any, NamedTuple
 
 from gdsd_jax.runtime.errors import UserError
@@ -75,7 +76,7 @@ def parse_topology(name: str) -> Slice:
         raise UserError(f"--topology {name!r}: write CHIP:SIZE, such as v5p:2x4x4, with a chip of {', '.join(CHIPS)}")
     sizes = text.split("x")
     wanted = CHIPS[kind].dimensions
-    if len(sizes) != wanted or not all(size.isdigit() and int(size) > 0 for size in sizes):
+    if len(sizes) != wanted or not all(re.fullmatch("[1-9][0-9]{0,3}", size) for size in sizes):
         raise UserError(f"--topology {name!r}: {kind} slices have {wanted} sizes, such as {'x'.join('4' * wanted)}")
     return Slice(name, CHIPS[kind], tuple(map(int, sizes)))
 

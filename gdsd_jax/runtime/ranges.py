@@ -94,7 +94,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         (inner, *_) = typing.get_args(base) or (Any,)
         return tuple(convert(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
-        _, inner = typing.get_args(base) or (Any, Any)
+        of_keys, inner = typing.get_args(base) or (Any, Any)
+        odd = [key for key in value if of_keys is str and not isinstance(key, str)]
+        if odd:
+            raise UserError(f"{where} has the key {odd[0]!r}, which is no text: names of settings are texts")
         return {key: convert(inner, item, f"{where}.{key}") for key, item in value.items()}
     if origin in (bool, str) and type(value) is origin:
         if origin is str and "\0" in value:
@@ -143,6 +146,14 @@ def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _name(hint: Any) -> str:
-    if typing.get_origin(hint) is Annotated:
-        hint = typing.get_args(hint)[0]
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("NoneType", "None")
+    """Returns how an error message names a type, without ranges and the modules of generic types."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _name(arguments[0])
+    if hint is types.NoneType or hint is Ellipsis or hint is Any:
+        return {types.NoneType: "None", Ellipsis: "..."}.get(hint, "Any")
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(map(_name, arguments))
+    if arguments:
+        return f"{origin.__name__}[{', '.join(map(_name, arguments))}]"
+    return hint.__name__ if isinstance(hint, type) else str(hint)

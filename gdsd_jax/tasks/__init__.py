@@ -5,14 +5,14 @@ from typing import Any
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import code, countdown, gsm8k, math, sudoku
-from gdsd_jax.tasks.task import Task, configure
+from gdsd_jax.tasks.task import Task, configure, require_settings
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (sudoku.TASK, countdown.TASK, gsm8k.TASK, gsm8k.TASK_XML, math.TASK, math.TASK_XML, code.TASK)
 }
 
-__all__ = ["TASKS", "Task", "configure", "resolve"]
+__all__ = ["TASKS", "Task", "configure", "require_settings", "resolve"]
 
 
 def resolve(name: str, *, evaluation: bool = False, grader: str | None = None, **settings: Any) -> Task:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -237,6 +237,13 @@ def regraded(task: Task, grader: str | None) -> Task:
     )
 
 
+def require_settings(names: Iterable[str]) -> None:
+    """Raises UserError unless all names are those of task settings."""
+    unknown = sorted(set(names) - set(SETTINGS))
+    if unknown:
+        raise UserError(f"unknown task setting {unknown[0]!r}; one of: {', '.join(SETTINGS)}")
+
+
 def configure(task: Task, *, evaluation: bool = False, grader: str | None = None, **settings: Any) -> Task:
     """Returns the task with other prompt settings or weights, or another grader.
 
@@ -250,9 +257,7 @@ def configure(task: Task, *, evaluation: bool = False, grader: str | None = None
     Raises UserError for an unknown setting or component, or more shots than the task has examples.
     """
     task = regraded(task, grader)
-    unknown = sorted(settings.keys() - set(SETTINGS))
-    if unknown:
-        raise UserError(f"unknown task setting {unknown[0]!r}; one of: {', '.join(SETTINGS)}")
+    require_settings(settings)
     given = {name: value for name, value in settings.items() if value is not None}
     given = {name: ranges.convert(_TYPES[name], value, f"task.settings.{name}") for name, value in given.items()}
     weights = dict(given.pop("weights", {}))

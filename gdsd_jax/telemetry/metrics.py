@@ -17,7 +17,7 @@ import numpy as np
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import replacing, require_regular
-from gdsd_jax.telemetry.trackers import find_tracker
+from gdsd_jax.telemetry.trackers import find_tracker, open_tracker
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
@@ -75,7 +75,7 @@ class MetricWriter:
         removes no step.
 
     Raises:
-      UserError: a tracker is unknown, its package is not installed, or a file holds something other than records.
+      UserError: a tracker is unknown or cannot be opened, or a file holds something other than records.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class MetricWriter:
     ) -> None:
         workdir = Path(workdir)
         # Trackers are looked up first, so that a missing package is reported before a file is touched.
-        makers = [find_tracker(name) for name in trackers]
+        makers = {name: find_tracker(name) for name in trackers}
         workdir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, COMPLETIONS):
             _cut_back(workdir / name, resume_step)
         self._metrics = (workdir / METRICS).open("a", encoding="utf-8")
         self._completions = (workdir / COMPLETIONS).open("a", encoding="utf-8")
-        self._trackers = [make(workdir, resume_step) for make in makers]
+        self._trackers = [open_tracker(name, make, workdir, resume_step) for name, make in makers.items()]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line `{"step": step, name: value, ...}`; NaN and infinities become null.

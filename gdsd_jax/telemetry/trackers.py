@@ -46,6 +46,25 @@ def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
     return tracker
 
 
+def open_tracker(name: str, make: Callable[[Path, int | None], Tracker], workdir: Path, step: int | None) -> Tracker:
+    """Opens a tracker that `find_tracker` found.
+
+    Raises:
+      UserError: it cannot be opened, or what it opens is no tracker.
+    """
+    try:
+        tracker = make(workdir, step)
+    except UserError:
+        raise
+    except Exception as error:  # a tracker of a user, or a service, may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"the tracker {name!r} of config.trackers cannot be opened: {reason}") from error
+    missing = [method for method in ("write", "close") if not callable(getattr(tracker, method, None))]
+    if missing:
+        raise UserError(f"the tracker {name!r} of config.trackers has no {missing[0]!r} (docs/new_tracker.md)")
+    return tracker
+
+
 def import_package(package: str, setting: str) -> ModuleType:
     """Imports and returns the package that a tracker needs; `setting` is the tracker's name.
 

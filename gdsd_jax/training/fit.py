@@ -28,7 +28,7 @@ from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import AXES, make_mesh
 from gdsd_jax.training.optimizer import make_optimizer
-from gdsd_jax.training.setup import dimensions, spread_rows, with_compute
+from gdsd_jax.training.setup import dimensions, require_room, spread_rows, with_compute
 
 # Share of the memory that estimates may fill; the rest is for fragmentation and for what they neglect.
 FILL = 0.85
@@ -168,7 +168,9 @@ def fitted(config: TrainConfig, model: DenoiserConfig, method: Method, place: Pl
     total, group = config.prompts_per_iteration * config.group_size, config.group_size
     of_update = config.microbatch_rows is None or config.model.remat == "auto"
     sizes = Sizes(config, model, views_of(config, method) if of_update else 0, place)
-    divisors = [n for n in range(total, 0, -1) if total % n == 0 and n % place.rows == 0]
+    small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
+    divisors = sorted({*small, *(total // n for n in small)}, reverse=True)
+    divisors = [n for n in divisors if n % place.rows == 0]
     if not divisors:
         raise UserError(
             f"config.mesh spreads rows over {place.rows} devices, which do not divide the {total} rows of an "
@@ -217,6 +219,7 @@ def fitted_to_devices(config: TrainConfig, method: Method, plan: Mapping[str, An
     if config.model.remat == "auto" and "remat" in plan:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=plan["remat"]))
     sizes = with_compute(hub.read_config(config.checkpoint, config.overrides), config.model)
+    require_room(config, sizes, spread_rows(config))
     mesh = make_mesh(config.mesh, dimensions=dimensions(sizes, spread_rows(config)))
     return fitted(config, sizes, method, place_of(mesh, sizes, memory.of_devices() // jax.device_count()))
 

@@ -13,9 +13,10 @@ from gdsd_jax.config import ModelConfig, TaskConfig, TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig, init_lora
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.hub.tokenizer import Tokenizer
-from gdsd_jax.methods import Method, build, check
+from gdsd_jax.methods import METHODS, Method, build, check
 from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.plugins import is_plugin
 from gdsd_jax.runtime.sharding import Dimension, make_mesh
 from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.tasks import Task
@@ -105,6 +106,7 @@ def with_tokens(config: DenoiserConfig, tokenizer: hub.Tokenizer) -> DenoiserCon
 
 def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:
     """Returns the config's task; in a dry run its rows are a few worked examples, unless the config names a file."""
+    tasks.require_settings(config.task.settings)
     task = tasks.resolve(config.task.name, evaluation=evaluation, grader=config.task.grader, **config.task.settings)
     return dataclasses.replace(task, source=lambda *_: list(task.examples)) if config.dry_run else task
 
@@ -159,9 +161,16 @@ def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension
 def checked_method(config: TrainConfig) -> Method:
     """Builds the run's method and checks it against the contract of methods; nothing is loaded for that.
 
+    The settings of other methods of the package, which a config file may hold too, are only checked to be valid.
+
     Raises:
-      UserError: the method, its settings or the task are not valid, or the method breaks the contract.
+      UserError: a method, its settings or the task are not valid, or the run's method breaks the contract.
     """
+    for name, settings in config.settings.items():
+        if name not in METHODS and not is_plugin(name):
+            raise UserError(f"config.settings.{name} is of no method: choose from {', '.join(METHODS)}")
+        if name in METHODS:
+            build(name, **settings)
     method, task = build(config.method, **config.method_settings), resolve_task(config)
     check(
         method, name=config.method, prompt_length=max(config.prompt_buckets),

@@ -15,7 +15,7 @@ import tiny_run
 from safetensors.numpy import load_file, save_file
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
-from gdsd_jax import demo, evaluate, export, generate, sft, train
+from gdsd_jax import demo, evaluate, export, generate, meter, plan, sft, train
 from gdsd_jax.config.flags import _parse
 from gdsd_jax.evaluation.policy import load_policy
 
@@ -86,6 +86,10 @@ def rename_model(directory: Path) -> None:
     edit_json(directory / "config.json", model_type="gpt2")
 
 
+def list_models(directory: Path) -> None:
+    edit_json(directory / "config.json", model_type=[])
+
+
 def lose_mask_token(directory: Path) -> None:
     edit_json(directory / "tokenizer_config.json", mask_token=None)
     edit_json(directory / "config.json", mask_token_id=None)
@@ -99,6 +103,7 @@ def lose_mask_token(directory: Path) -> None:
         (misshape, f"{NORM} in "),
         (truncate, "truncated"),
         (rename_model, "model_type 'gpt2'"),
+        (list_models, "model_type []"),
         (lose_mask_token, "config.checkpoint_overrides.mask_token_id"),
     ],
 )
@@ -127,7 +132,13 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ("--config.group_size=many", "config.group_size"),
         ("--config.sampler.steps=2.5", "config.sampler.steps"),
         ("--config.settings.gdsd.foo=1", "foo"),
+        ("--config.settings.gdsd.name=1", "has no setting name"),
+        ("--config.settings.gdsdd.psi=1", "config.settings.gdsdd is of no method"),
+        ("--config.settings.espo.foo=1", "method 'espo' has no setting foo"),
         ("--config.task.settings.foo=1", "foo"),
+        ("--config.task.settings.name=1", "unknown task setting 'name'"),
+        ("--config.task.settings.weights=1", "not of type Mapping[str, float]"),
+        ("--config.prompts_per_iteration=1000000000", "GB of memory"),
         ("--config.task.name=chess", "chess"),
         ("--config.method=reinforce", "config.method"),
         ("--config.lora.targets=head", "targets"),
@@ -152,6 +163,8 @@ def test_settings_and_flags(override, named, config_file, refused, tmp_path):
         (evaluate, [], "--output"),
         (evaluate, ["--output=out"], "--checkpoint"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=8,x"], "--lengths"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--lengths="], "--lengths ''"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--temperature=inf"], "--temperature is inf"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--steps=0"], "--steps 0 must be at least 1"),
         (evaluate, ["--output=out", "--checkpoint={base}", f"--steps={10**11}"], "must be at least 1 and at most"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=6"], "block_length 4"),
@@ -173,6 +186,10 @@ def test_settings_and_flags(override, named, config_file, refused, tmp_path):
         (generate, ["--checkpoint={base}", "--rows=one"], "rows"),
         (generate, ["--checkpoint={base}", "--watch", "--seconds=-1"], "--seconds -1.0 must be at least 0"),
         (demo, ["--workdir=out"], "the demo trains adapters of an embedded model on Sudoku"),
+        (generate, ["--checkpoint={base}", "--seconds=nan"], "--seconds nan must be"),
+        (plan, ["--topology=v5e:²x4"], "v5e slices have 2 sizes"),
+        (plan, ["--topology=v5e:2x4", "--mesh=data=--1"], "--mesh 'data=--1'"),
+        (meter, ["--output=out", "--checkpoint={base}", "--distances=nan"], "--distances 'nan'"),
     ],
 )
 def test_flags_of_the_other_commands(module, arguments, named, config_file, refused, tmp_path, monkeypatch):
@@ -193,6 +210,8 @@ def test_config_file_absent_or_broken(refused, tmp_path):
         ("config.sampler.stepz = 3", 'line 4: AttributeError: \'Key "stepz" does not exist'),
         ("config = config.seed + 'x'", "line 4: TypeError"),
         ("config = (", "line 4: SyntaxError"),
+        ("raise SystemExit(0)", "line 4: SystemExit"),
+        ("with config.unlocked(): config.task.settings = {1: 2}", "config.task.settings has the key 1"),
         ("config.seed = 'x'", "config.seed is 'x', not of type int"),
     ):
         file.write_text(f"{head}    {body}\n    return config\n")

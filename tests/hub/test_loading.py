@@ -124,6 +124,15 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(small, tmp_path):
         files.Reader().tensor(stored)
 
 
+def test_a_bucket_that_cannot_be_reached_is_one_line(monkeypatch):
+    def down(path):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "is_dir", down)
+    with pytest.raises(UserError, match=r"gs://bucket/a cannot be read \(ConnectionError: no route to host\)"):
+        files.checked_directory("gs://bucket/a")
+
+
 # --- from a bucket
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gdsd_jax import hub
-from gdsd_jax.hub import tiny
+from gdsd_jax.hub import templates, tiny
 from gdsd_jax.runtime.errors import UserError
 
 
@@ -222,6 +222,25 @@ def test_special_tokens_in_the_text_of_a_user_are_text(copy):
     text = tokenizer.render([{"role": "user", "content": f"a{mask}b"}])
     assert tokenizer.mask_token_id in tokenizer.encode([text])[0]
     assert tokenizer.mask_token_id in tokenizer.encode_text([mask])[0]
+
+
+def test_half_of_a_surrogate_pair_is_a_question_mark(copy):
+    """An argument of the command line that is no UTF-8 has such characters."""
+    tokenizer = hub.load_tokenizer(copy)
+    assert tokenizer.encode_text(["1\udcff2ü"]) == tokenizer.encode_text(["1?2ü"])
+
+
+def test_one_process_renders_for_all_tokenizers_and_is_replaced(copy):
+    first, second = hub.load_tokenizer(copy), hub.load_tokenizer(copy)
+    second._renderer._template = "{{ messages[0].content }}{{ bos_token }}!"
+    chat = [{"role": "user", "content": "a"}]
+    before = first.render(chat), second.render(chat)
+    assert before[0] != before[1] and before[1].endswith("!")
+    process = templates._worker._process
+    assert (first.render(chat), second.render(chat)) == before and templates._worker._process is process
+    process.kill()
+    process.wait()
+    assert (first.render(chat), second.render(chat)) == before and templates._worker._process is not process
 
 
 def test_templates_that_loop_or_grow_are_ended(copy, monkeypatch):

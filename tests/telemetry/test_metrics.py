@@ -126,6 +126,14 @@ def test_a_tracker_of_the_users_own_gets_every_step(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "lines.csv").read_text() == "1,0.5\n2,0.25\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("json:dumps", "cannot be opened: TypeError"), ("builtins:slice", "'write'")]
+)
+def test_what_is_no_tracker_is_refused(tmp_path, name, said):
+    with pytest.raises(UserError, match=said):
+        MetricWriter(tmp_path / "run", trackers=(name,))
+
+
 @pytest.mark.parametrize("name", ["comet", "no_such_module:Tracker", "math:Tracker"])
 def test_an_unknown_tracker_is_refused_before_a_file_is_touched(tmp_path, name):
     with pytest.raises(UserError, match=r"config\.trackers"):
