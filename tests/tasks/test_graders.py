@@ -18,6 +18,7 @@ NUMBERS = [
     ("45", "<answer>45 or more</answer>", 0),
     ("45", "<answer>45 more than 4</answer>", 0),
     ("45", "<answer>45 plus 4</answer>", 0),
+    ("45", "<answer>45x2</answer>", 0),
     ("45", "<answer>45 pears then 4 plums</answer>", 0),
     ("45", "<answer>45 pears 4 plums</answer>", 0),
     ("45", "<answer>from 45 to 50</answer>", 0),
@@ -319,7 +320,7 @@ FRAMES = [
     "```\n{}\n```", "```py\n{}\n```", "```python3 \n{}\n```", "~~~python\n{}\n~~~", "````python\n{}\n````", "{}",
     "Sure, like this:\n\n{}\n\nIt adds.", "[BEGIN]\n{}\n[DONE]", "```python\n{}\n```\n```\n```", "```python\n{}",
     "```python\n{}\n```\nUsage:\n```python\nprint(add(4, 4))\n```", "<answer>\n```python\n{}\n```\n</answer>",
-    "```bash\nls\n```\n```\n{}\n```", "```text\n0\n```\n\n{}\n",
+    "```bash\nls\n```\n```\n{}\n```", "{}\n```\nIt adds.\n```\n5\n```", "```text\n0\n```\n\n{}\n",
     "```python\ndef add(a, b): return 0\n```\nBetter:\n```python\n{}\n```",
     "Sure! ```python\n{}\n```", "```python\n{}```", "Here: ```py\n{}```\nDone.", "{}\n[DONE]\n\nMore.",
     "[PYTHON]\n{}\n[/PYTHON]",
@@ -341,9 +342,10 @@ def test_programs(frame, change):
 @pytest.mark.parametrize("more", ["", "\nUse:\n```python\nprint(add(1, 2))\n```"])
 def test_earlier_blocks_give_what_a_program_lacks(more):
     helpers = [
+        "zero = 0",
         "from math import (\n    floor,\n)",
         "def low(a):\n    return floor(a)",
-        "def plus(a, b):\n    return low(a) + b",
+        "def plus(a, b):\n    return low(a) + b + zero",
     ]
     blocks = [*helpers, "def add(a, b):\n    return plus(a, b)"]
     namespace = {}
@@ -374,6 +376,7 @@ PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(d):\n   
     [
         "    return math.pi * half(d) ** 2\n",
         "```python\n    return math.pi * half(d) ** 2\n```",
+        "    return math.pi * half(d) ** 2\n```\nThat is all.\n```\n3\n```",
         "return math.pi * half(d) ** 2",
         "    return math.pi * half(d) ** 2\n\n\narea(3)\n\n\ndef other():\n    pass\n",
         "\n    return math.pi * half(d) ** 2\n\nThis is the area of the disc.\n",

@@ -57,6 +57,7 @@ _CONTINUED = re.compile(
     |(?:%|percent)\s*of\s+\$?[0-9]|(?:more|less|fewer|greater|higher|lower)\s+than\s+\$?[0-9]
     |(?:is|was)\s+(?:wrong|incorrect|not)\b|to\s+\$?[0-9]
     |(?:[a-z]{{1,20}}\s+)?(?:plus|minus|times|multiplied\s+by|divided\s+by|choose|to\s+the|then)\s+\$?[0-9]
+    |x\s?[0-9]
     |{_LARGE}\s*,?\s*(?:and\s+)?\$?[0-9]+\s*{_SMALL}\b|(?!{_JOINTS}\b)[a-z]{{1,20}}\s+\$?[0-9])"""
 )
 _OTHER = re.compile(
@@ -64,7 +65,7 @@ _OTHER = re.compile(
 )
 _VERB = re.compile(r"(?i)\b(?:is|are|equals?|was)\b|=|:")
 _REMARK = re.compile(r"\s+\((?!\s?(?:(?:or|not|and|maybe|perhaps)\b|\$?[0-9.,]+\s?\)))(?=[^()]{0,200}\)[\s.]{0,4}$)")
-_RAISED = re.compile(r"(?<=[A-Za-z)])\s?\^\s?[0-9]+|(?<=[A-Za-z])[23](?![0-9])")
+_RAISED = re.compile(r"(?<=[A-Za-z)])\s?\^\s?[0-9]+|(?<=[A-WYZa-wyz])[23](?![0-9])")
 
 
 def equal(gold: str, completion: str) -> bool:

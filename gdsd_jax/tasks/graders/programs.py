@@ -3,7 +3,8 @@ r"""Finds the program of a completion: the fenced block that defines the request
 Fences are runs of ``` or ~~~ at the start of a line, indented or not, with any name of Python or none. Behind text on
 the same line, a fence with a name opens a block and one without may end it. A fence inside a docstring does not end a
 block: the block ends at the first fence that leaves a program that parses. Earlier blocks that define or import what it
-lacks come in front of it. Everything runs in a worker, because parsing alone may take seconds or gigabytes.
+lacks come in front of it. A text that begins with code may have its opening fence in the prompt. Everything runs in a
+worker, because parsing alone may take seconds or gigabytes.
 """
 
 import ast
@@ -109,6 +110,9 @@ def complete(code: str, names: tuple[str, ...], prompt: str) -> str:
 def _blocks(text: str) -> list[Block]:
     fences = [fence for fence, _ in zip(_FENCE.finditer(text), range(MAX_FENCES), strict=False)]
     found, index, budget = [], 0, MAX_PARSES
+    if fences and not fences[0]["name"] and not fences[0]["before"] and _begins_with_code(text[: fences[0].start()]):
+        # The opening fence was in the prompt.
+        found, index = [Block(0, fences[0].start())], 1
     while index < len(fences):
         opening = fences[index]
         if opening["before"] and not (opening["name"] and _is_python(opening)):
@@ -140,13 +144,17 @@ def _blocks(text: str) -> list[Block]:
     return found
 
 
+def _begins_with_code(text: str) -> bool:
+    return bool(_CODE_LINE.match(text) or _BODY.match(text))
+
+
 def _code_end(closing: re.Match) -> int:
     """Returns the end of the code before a closing fence, which may follow code on its own line."""
     return closing.start("fence") if closing["before"] else closing.start()
 
 
 def _helpers(text: str, blocks: list[Block], chosen: Block) -> list[Block]:
-    """Returns the earlier blocks that define or import names that the chosen one lacks, from the last to the first."""
+    """Returns the earlier blocks that give names which the chosen one lacks, from the last to the first."""
     found: list[Block] = []
     needed = _lacking(text, chosen)
     for block in reversed([block for block in blocks if block.end <= chosen.start][-MAX_HELPERS:]):
@@ -162,7 +170,7 @@ def _code(text: str, block: Block) -> str:
 
 
 def _given(text: str, block: Block) -> set[str]:
-    """Returns the names that a block defines or imports at its top level; none if it does not parse."""
+    """Returns the names that a block defines, imports or sets at its top level; none if it does not parse."""
     try:
         body = ast.parse(_code(text, block)).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -170,7 +178,12 @@ def _given(text: str, block: Block) -> set[str]:
     imports = [alias for node in body if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     found = {alias.asname or alias.name.partition(".")[0] for alias in imports}
+    found |= {target.id for node in body if isinstance(node, ast.Assign) for target in node.targets if _is_name(target)}
     return found | {node.name for node in body if isinstance(node, definitions)}
+
+
+def _is_name(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name)
 
 
 def _lacking(text: str, block: Block) -> set[str]:
@@ -179,7 +192,7 @@ def _lacking(text: str, block: Block) -> set[str]:
         nodes = list(ast.walk(ast.parse(_code(text, block))))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set()
-    names = [node for node in nodes if isinstance(node, ast.Name)]
+    names = list(filter(_is_name, nodes))
     set_here = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
     set_here |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     set_here |= {node.asname or node.name.partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
