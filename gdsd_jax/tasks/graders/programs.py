@@ -212,6 +212,8 @@ def _choose(text: str, blocks: list[Block], names: set[str]) -> Block:
             if wanted(own):
                 return block
     filled = [block for block in blocks if text[block.start : block.end].strip()]
+    if filled and filled[0].start == 0:  # its opening fence is in the prompt
+        return filled[0]
     return filled[-1] if filled else blocks[-1]
 
 
