@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 from gdsd_jax.runtime.errors import UserError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
+_ENVIRONMENT = ("PATH", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH")  # no keys or tokens
 _SECONDS = 10.0  # of processor time for one rendering; an ordinary template takes milliseconds
 _PATIENCE = 300.0  # seconds to wait for an answer, on however busy a machine
 
@@ -34,7 +36,7 @@ class _Worker:
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", str(_WORKER), json.dumps(sys.path)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                    encoding="utf-8",
+                    encoding="utf-8", env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 )  # fmt: skip
                 weakref.finalize(self, self._process.kill)
             try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -112,6 +114,25 @@ def is_free(path: Path) -> bool:
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
+def _open_own(path: Path) -> io.FileIO:
+    """Opens a file for reading and writing, which is made if absent.
+
+    Raises:
+      UserError: the path is a link, which may lead to a file of somebody else, or is no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise UserError(f"{path} is no regular file: remove it") from None
+    file = os.fdopen(descriptor, "rb+", buffering=0)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise UserError(f"{path} is no regular file: remove it")
+    return file
+
+
 class Lock:
     """Reserves a directory, which is made if absent, for this process, until the lock is closed or the process dies.
 
@@ -126,7 +147,7 @@ class Lock:
         directory.mkdir(parents=True, exist_ok=True)
         while True:
             # When nothing refers to this file object any more, Python closes it, and the directory is free again.
-            self._file = self._path.open("ab+", buffering=0)
+            self._file = _open_own(self._path)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -174,7 +174,9 @@ def write_report(error: BaseException) -> Path:
         if directory is None or not directory.is_dir():
             continue
         try:
-            (directory / name).write_text(text, encoding="utf-8", errors="replace")
+            # A file that is there already, perhaps a link that somebody else has made, is not written to.
+            with (directory / name).open("x", encoding="utf-8", errors="replace") as file:
+                file.write(text)
             return (directory / name).absolute()
         except OSError:
             continue

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,6 +238,7 @@ def test_one_process_renders_for_all_tokenizers_and_is_replaced(copy):
     before = first.render(chat), second.render(chat)
     assert before[0] != before[1] and before[1].endswith("!")
     process = templates._worker._process
+    assert b"HOME=" not in Path(f"/proc/{process.pid}/environ").read_bytes()
     assert (first.render(chat), second.render(chat)) == before and templates._worker._process is process
     process.kill()
     process.wait()

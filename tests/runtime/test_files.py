@@ -56,3 +56,14 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
             read_object(path)
     with pytest.raises(UserError, match="does not exist"):
         read_object(Path("nowhere.json"))
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
+def test_a_lock_writes_to_no_file_of_others(tmp_path, kind):
+    other, path = tmp_path / "other", tmp_path / "run" / ".lock"
+    other.write_text("precious")
+    path.parent.mkdir()
+    {"link": lambda: path.symlink_to(other), "pipe": lambda: os.mkfifo(path), "directory": path.mkdir}[kind]()
+    with pytest.raises(UserError, match=r"\.lock is no regular file: remove it"):
+        Lock(path.parent)
+    assert other.read_text() == "precious"

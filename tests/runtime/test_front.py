@@ -73,6 +73,23 @@ def test_a_report_goes_elsewhere_where_the_directory_cannot_be_written(capfd, tm
     assert code == 1 and str(tmp_path) in lines[0]
 
 
+def test_a_report_is_not_written_through_a_link(capfd, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.write_text("precious")
+    monkeypatch.setattr(front.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    write = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *more, **named: (link(path, other), write(path, *more, **named))[1])
+    code, lines = ended(KeyError("x"), capfd)
+    monkeypatch.undo()
+    assert other.read_text() == "precious" and (code, len(lines)) == (front.BUG, 1)
+
+
+def link(path: Path, target: Path) -> None:
+    """Makes a link before the file is opened, as an attacker would who knows its name."""
+    path.symlink_to(target)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_report_goes_to_the_workdir_if_there_is_one(there, capfd, tmp_path, monkeypatch):
     run = tmp_path / "run"
