@@ -28,7 +28,7 @@ from gdsd_jax.methods import Batch, build
 
 LENGTH, KINDS = 4, 4
 TOY = DenoiserConfig(
-    family="llada", vocab_size=KINDS + 2, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2,
+    family="toy", vocab_size=KINDS + 2, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2,
     intermediate_size=64, max_length=16, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False, tied_head=False,
     next_token_logits=False, mask_token_id=KINDS + 1, eos_token_id=KINDS, pad_token_id=KINDS, dtype="float32",
     remat="none", layer_unroll=2,
