@@ -44,6 +44,8 @@ from gdsd_jax.telemetry import plots
 from gdsd_jax.training.record import record_path, require_same_run
 from gdsd_jax.training.setup import known_metric, resolve_task
 
+MOST_SEEDS = 10_000
+
 
 def compare(
     config: TrainConfig,
@@ -123,8 +125,8 @@ def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, ho
         raise UserError("no method is named: give --methods NAME,NAME,...")
     if len(set(methods)) < len(methods):
         raise UserError(f"--methods {','.join(methods)} names a method twice")
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds} must be at least 1")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds {seeds} must be at least 1 and at most {MOST_SEEDS}")
     if not 0 <= host_index < host_count:
         raise UserError(f"--host_index {host_index} must be at least 0 and below --host_count {host_count}")
     for name in methods:

@@ -172,6 +172,7 @@ def test_other_errors_of_a_run_end_the_bench(config, tmp_path, monkeypatch):
         ({"methods": ()}, "--methods"),
         ({"methods": ("gdsd", "gdsd")}, "twice"),
         ({"seeds": 0}, "--seeds 0"),
+        ({"seeds": 10**11}, "must be at least 1 and at most 10000"),
         ({"metric": "nope"}, "no metric 'nope'.*cells, puzzles"),
         ({"host_index": 2, "host_count": 2}, "--host_index 2"),
     ],

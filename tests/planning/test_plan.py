@@ -438,6 +438,7 @@ def test_bad_flags_name_the_remedy(tmp_path, capsys):
     cases = [
         ((), "--topology"),
         (("--topology", "v7:2x2"), "v5p"),
+        (("--topology", "v5e:²x1"), "slices have 2 sizes"),
         (("--topology", "v5e:2x4", "--programs", "reward"), "sampler,score,update"),
         *((("--topology", "v5e:2x4", "--mesh", f"fsdp={size}"), "--mesh") for size in ("x", "--1", "²")),
     ]
