@@ -35,7 +35,7 @@ from gdsd_jax.runtime.errors import UserError
 
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...]:
-    """Returns the positive whole numbers in a text such as `"128,256"`; none for None or an empty text.
+    """Returns the positive whole numbers in a text such as `"128,256"`; none if the text is None.
 
     Raises:
       UserError: a part of the text is not a positive whole number.
