@@ -13,6 +13,8 @@ from gdsd_jax.tasks.graders.tokens import translate
 
 # Longer answers are unusable. The bound also limits the digits of every integer in the computation.
 MAX_EXPRESSION = 1000
+# Longer answers, with the words around an expression, are not read.
+MAX_ANSWER = 4 * MAX_EXPRESSION
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
@@ -174,9 +176,9 @@ def right(completion: str, numbers: list[int], target: int) -> bool:
     text = extract.scope(completion)
     held = extract.boxes(text)
     if held is not None:
-        found = expressions(held)
+        found = expressions(held) if len(held) <= MAX_ANSWER else []
     elif text is not completion or len(text) <= MAX_EXPRESSION and "\n" not in text.strip():
-        found = expressions(text) if len(text) <= 4 * MAX_EXPRESSION else []
+        found = expressions(text) if len(text) <= MAX_ANSWER else []
     else:
         lines = (expressions(line) for line in reversed(text.splitlines()[-20:]) if len(line) <= MAX_EXPRESSION)
         found = next(filter(None, lines), [])
@@ -188,4 +190,4 @@ def right(completion: str, numbers: list[int], target: int) -> bool:
 def _after_steps(text: str) -> list[str]:
     """Returns the expressions behind the last "Expression:" or "The answer is"; none if the text has no such place."""
     last = next(reversed(list(_STATED.finditer(text))), None)
-    return expressions(text[last.end() :]) if last is not None and len(text) <= 4 * MAX_EXPRESSION else []
+    return expressions(text[last.end() :]) if last is not None and len(text) <= MAX_ANSWER else []
