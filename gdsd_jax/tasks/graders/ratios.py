@@ -52,4 +52,4 @@ def _is_time(ratio: Ratio) -> bool:
     if len(ratio.texts) != 2:
         return False
     hour, minute = ratio.texts
-    return bool(ratio.half) or (hour.isdigit() and minute.isdigit() and len(minute) == 2 and int(minute) < 60)
+    return bool(ratio.half) or (hour.isdecimal() and minute.isdecimal() and len(minute) == 2 and int(minute) < 60)
