@@ -2,7 +2,8 @@
 
     python -m gdsd_jax.train --config configs/dream_7b_pod.py:v5p-64_countdown --workdir /mnt/gdsd/runs/dream_countdown
 
-After the colon: one of RUNS, SLICE_TASK. docs/pods_plan.md says which runs fit their slice. None has been run.
+Hardware: a slice of TPUs, named after the colon together with the task, one of RUNS. docs/pods_plan.md says which runs
+fit their slice. None has been run.
 Published (arXiv 2605.29398, best over settings, read from plots): Countdown 84.8, Sudoku 91.7 % of the empty cells.
 """
 

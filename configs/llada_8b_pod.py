@@ -2,7 +2,8 @@
 
     python -m gdsd_jax.train --config configs/llada_8b_pod.py:v5p-64_countdown --workdir /mnt/gdsd/runs/llada_countdown
 
-After the colon: one of RUNS, SLICE_TASK. docs/pods_plan.md says which runs fit their slice. None has been run.
+Hardware: a slice of TPUs, named after the colon together with the task, one of RUNS. docs/pods_plan.md says which runs
+fit their slice. None has been run.
 Published (arXiv 2605.29398, best over settings, read from plots): Countdown 84.0, Sudoku 89.8 % of the empty cells.
 """
 
