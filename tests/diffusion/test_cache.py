@@ -89,8 +89,9 @@ def test_refreshed_at_every_step_follows_the_recorded_trace(golden, name, kind):
         np.testing.assert_array_equal(sampler.replay(rollout, config, step), tokens, err_msg=f"after step {step}")
 
 
-@pytest.mark.parametrize("unroll", [pytest.param(1, marks=SLOW), 3], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("config", [TINY, pytest.param(SHIFTED, marks=SLOW)], ids=["aligned", "shifted"])
+@SLOW
+@pytest.mark.parametrize("unroll", [1, 3], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("config", [TINY, SHIFTED], ids=["aligned", "shifted"])
 def test_a_window_over_its_own_cache_is_a_part_of_the_whole(config, unroll):
     config = dataclasses.replace(config, num_layers=3, layer_unroll=unroll)
     base, lora = random_base(config), random_adapter(config)
@@ -175,7 +176,9 @@ def test_a_cache_around_the_window_lacks_only_what_is_never_read(config, unroll,
     ("kind", "config", "changes"),
     [
         # Five blocks under four windows: the first one reaches back over a block that is done.
-        ("prefix", TINY, {"completion_length": 10, "block_length": 2, "steps": 5, "temperature": 1.0}),
+        pytest.param(
+            "prefix", TINY, {"completion_length": 10, "block_length": 2, "steps": 5, "temperature": 1.0}, marks=SLOW
+        ),
         pytest.param("dual", SHIFTED, {"strategy": "maskgit_plus", "alg_temp": 0.3}, marks=SLOW),
         ("dual", TINY, {"cfg_scale": 0.7, "threshold": 0.5, "refresh_every": 2, "stop_at_eos": True}),
         pytest.param("prefix", TINY, {"cfg_scale": 0.7, "steps": 7}, marks=SLOW),

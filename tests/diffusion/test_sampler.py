@@ -108,7 +108,8 @@ def test_recorded_trace_at_every_step(checkpoints, name):
     assert (rollout.tokens == config.mask_token_id).sum() == case["masks_left_in_final"]
 
 
-@pytest.mark.parametrize("family", ["llada", pytest.param("dream", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llada", "dream"])
 def test_confidence_and_padding(checkpoints, family):
     """Confidences are those of the state before the commit; more left padding changes nothing."""
     config, base = checkpoints[family]
@@ -161,7 +162,12 @@ def test_origin_commits_each_token_by_itself(base):
     np.testing.assert_allclose(share, 0.25, atol=0.02)
 
 
-@pytest.mark.parametrize("cut", [{}, {"top_p": 0.7}, {"top_k": 4}, {"top_p": 0.8, "top_k": 3}], ids=str)
+CUTS = {"top_p": 0.7}, {"top_k": 4}
+
+
+@pytest.mark.parametrize(
+    "cut", [{}, *(pytest.param(cut, marks=pytest.mark.slow) for cut in CUTS), {"top_p": 0.8, "top_k": 3}], ids=str
+)
 def test_draws_follow_the_cut_distribution(cut):
     count, vocab = 1_000_000, 300
     logits = 3 * jax.random.normal(jax.random.key(3), (vocab,))
@@ -382,7 +388,7 @@ def test_postponed_candidates_come_last():
     np.testing.assert_array_equal(chosen, [[False, True, True, False], [True, True, False, False]])
 
 
-@pytest.mark.parametrize("strategy", ["low_confidence", "entropy"])
+@pytest.mark.parametrize("strategy", ["low_confidence", pytest.param("entropy", marks=pytest.mark.slow)])
 def test_threshold(base, strategy):
     run = {
         threshold: sample(

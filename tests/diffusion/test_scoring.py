@@ -300,7 +300,14 @@ def planned(gradient: bool, vocab: int, chunk: int, entropy: str = "entropy") ->
     return program.lower(hidden, base, targets).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("gradient", "entropy"), [(False, "entropy"), (True, "entropy"), (True, "entropy_value")])
+@pytest.mark.parametrize(
+    ("gradient", "entropy"),
+    [
+        pytest.param(False, "entropy", marks=pytest.mark.slow),
+        (True, "entropy"),
+        pytest.param(True, "entropy_value", marks=pytest.mark.slow),
+    ],
+)
 def test_memory_grows_with_the_chunk_not_with_the_vocabulary(gradient, entropy):
     logits = TOKENS * VOCAB * 4
     small, large = (planned(gradient, VOCAB, chunk, entropy) for chunk in (SMALL_CHUNK, LARGE_CHUNK))

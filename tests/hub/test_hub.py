@@ -338,7 +338,7 @@ def test_shards_and_cast(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("targets", [("q", "v"), TARGETS])
+@pytest.mark.parametrize("targets", [pytest.param(("q", "v"), marks=pytest.mark.slow), TARGETS])
 def test_merged_export_computes_what_the_adapter_computes(family, targets, tmp_path):
     source = GOLDEN / FAMILIES[family]
     config, base = hub.load_checkpoint(source)

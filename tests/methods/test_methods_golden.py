@@ -136,12 +136,21 @@ def reader(family: str, reads: tuple) -> tuple:
 
 # Families differ in what they score, methods in what they do with it: few cases show both in the fast tier.
 TWICE = ("gdsd_unsaturated", "tlc_bar_top8_mixed_kl", "espo_mixed_kl")
+# Variants of a method of which the fast tier has other cases.
+VARIANTS = (
+    "tlc_bar_top32_unsaturated", "tlc_bar_top32_mixed_kl", "tlc_bar_top8_unsaturated", "tlc_bar_unsaturated_kl",
+    "spg_all_mix", "spg_mix_beta2_w03_t3",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        pytest.param(family, name, marks=[] if family == "llada" or name in TWICE else [pytest.mark.slow])
+        pytest.param(
+            family,
+            name,
+            marks=[] if name in TWICE or (family == "llada" and name not in VARIANTS) else [pytest.mark.slow],
+        )
         for family, name in CASES
     ],
 )

@@ -469,7 +469,7 @@ def masks_for(name):
     return PROMPT_TOO if name in WHOLE else MASKED[:1] if name in ONE_VIEW else MASKED
 
 
-@pytest.mark.parametrize("on_policy", [False, True], ids=["moved", "first"])
+@pytest.mark.parametrize("on_policy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["moved", "first"])
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_value_and_gradient(name, settings, on_policy):
     method, masked = build(name, **settings), masks_for(name)

@@ -30,6 +30,15 @@ SETTINGS = {"tracerl": {"shrink": 2}, "spg": {"block_length": 2}, "stable_drl": 
 SETTINGS["gdpo"] = {"rule": "gauss-2"}
 WITHIN_COMPLETION = ("diffu_grpo", "wd1", "coupled_grpo", "spg", "stable_drl", "gdpo")
 EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def only(*fast: str):
+    """Parametrizes over all methods, of which the fast tier has those that are named."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in METHODS]
+    )
+
+
 FEW = settings(max_examples=5)
 SEEDS = st.integers(0, 2**16).map(np.random.default_rng)
 # All that a method sees of the new, the old and the reference policy is these three tables of logits.
@@ -82,7 +91,7 @@ def masked_for(name: str, drawn: np.ndarray) -> jax.Array:
     return jnp.asarray(np.concatenate([fixed[:, :, :P], completion], axis=2))
 
 
-@EVERY
+@only("gdsd", "gdsd_tlc", "spg", "tracerl", "exact_pg")
 @FEW
 @given(tables=TABLES, drawn=MASKS, order=st.permutations(range(G)), groups=st.permutations(range(B // G)))
 def test_permuting_groups_and_their_rows_permutes_the_contributions(name, tables, drawn, order, groups):
@@ -235,10 +244,7 @@ def drawn_rows(name: str, rng: np.random.Generator) -> tuple:
     return prompts, prompt_mask, completions, masked
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in ("gdsd", "spg", "tracerl") else [pytest.mark.slow]) for name in METHODS],
-)
+@only("gdsd", "spg", "tracerl")
 @FEW
 @given(rng=SEEDS)
 def test_an_adapter_whose_second_factor_is_zero_is_no_adapter(name, rng):

@@ -272,6 +272,7 @@ def test_two_updates_of_one_rollout_draw_other_masks_and_leave_the_first_state_d
     assert float(first["policy/kl"]) != float(second["policy/kl"])
 
 
+@pytest.mark.slow
 def test_full_fine_tuning():
     """Without an adapter the base itself is the policy; the frozen one stays the reference."""
     params = jax.tree.map(lambda x: x * 1.01, base())
@@ -329,7 +330,9 @@ def test_schedule_without_warm_up_starts_at_the_full_rate(warmup):
 OTHERS = {"optax:lion": {"b1": 0.9}, "optax.contrib:muon": {}, "optax:adafactor": {}}
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "optax:lion" else [pytest.mark.slow]) for name in OTHERS]
+)
 def test_any_optimizer_of_optax(name):
     """Lion and Muon move a tree of every kind of parameter, and the state finds its place on a mesh."""
     config = OptimizerConfig(learning_rate=0.1, warmup_updates=0, name=name, settings=OTHERS[name])
@@ -385,7 +388,7 @@ def test_unknown_schedule():
         make_optimizer(OptimizerConfig(schedule="step"), 10)
 
 
-@pytest.mark.parametrize(("scale", "clipped"), [(10.0, 1.0), (0.1, 0.1)])
+@pytest.mark.parametrize(("scale", "clipped"), [(10.0, 1.0), pytest.param(0.1, 0.1, marks=pytest.mark.slow)])
 def test_clipping_and_decay(scale, clipped):
     config = OptimizerConfig(learning_rate=0.1, clip_norm=1.0, weight_decay=0.5, b1=0.9, warmup_updates=0)
     optimizer, _ = make_optimizer(config, 10)
