@@ -3,7 +3,8 @@
 Read `method` (the contract) first, then `gdsd` (an example); `common` has the pieces that several equations share.
 """
 
-from gdsd_jax.methods.method import Batch, Method, Scores, check
+from gdsd_jax.methods.contract import check
+from gdsd_jax.methods.method import Batch, Method, Scores
 from gdsd_jax.methods.on_views import loss_on_views
 from gdsd_jax.methods.registry import METHODS, Recipe, build
 

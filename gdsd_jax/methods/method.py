@@ -1,8 +1,8 @@
-"""The contract of a method: the batch that it receives, the functions that it consists of, and a check of both.
+"""The contract of a method: the batch that it receives, and the functions that it consists of.
 
 A method turns a rollout into a loss in five pure steps. Only `prepare` couples rows: group means, denominators and
 softmaxes are computed there, from the whole batch and without gradient. `objective` is a sum over rows, so that cutting
-it into micro-batches changes only the rounding.
+it into micro-batches changes only the rounding. `gdsd_jax.methods.contract` checks a method against this contract.
 
 B rows, G completions per group, M views, L completion tokens, T = P + L tokens.
 """
@@ -14,12 +14,9 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
-from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.scoring import Views
-from gdsd_jax.runtime.errors import UserError
 
 
 @flax.struct.dataclass
@@ -153,159 +150,3 @@ class Method(NamedTuple):
         """Calls `prepare` with the scores that it takes; no gradient flows through the result."""
         scores = (old, ref, current) if self.current else (old, ref)
         return jax.lax.stop_gradient(self.prepare(batch, *jax.lax.stop_gradient(scores)))
-
-
-READS = ("log_prob", "centred", "entropy", ("centred_top_k", "k"), "hidden", "step_log_prob", "proposal_log_prob")
-OLD = ("unused", "ratio", "always", "own_masks")
-
-# `check` traces shapes before the real denoiser is known, for which any config will do.
-STAND_IN = DenoiserConfig(
-    family="", vocab_size=32, hidden_size=24, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16,
-    max_length=64, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False, tied_head=False, next_token_logits=False,
-    mask_token_id=3, eos_token_id=1, pad_token_id=0,
-)  # fmt: skip
-
-
-def check(
-    method: Method,
-    *,
-    name: str,
-    prompt_length: int,
-    completion_length: int,
-    group_size: int,
-    sampler: SamplerConfig | None = None,
-    component_weights: tuple[tuple[str, float], ...] = (("reward", 1.0),),
-    token_rewards: bool = False,
-    verdict_names: tuple[str, ...] = ("right",),
-    reference: bool = False,
-    kl: bool = False,
-) -> None:
-    """Traces masks, views, score, prepare and objective on a batch of two groups, without computing anything.
-
-    Args:
-      method: the result of `build`.
-      name: the method's name, for error messages.
-      prompt_length, completion_length, group_size: P, L and G of the run.
-      sampler: settings of the rollouts; None means one token per step, without blocks.
-      component_weights: name and weight of each reward component of the run's task.
-      token_rewards: whether the run's task rewards tokens.
-      verdict_names: the names of the verdicts that the run's task gives.
-      reference: whether the run has a reference that moves.
-      kl: whether the run adapts the weight of the KL.
-
-    Raises:
-      UserError: a function does not accept its arguments, or does not return the shapes of the contract.
-    """
-    rows, total = 2 * group_size, prompt_length + completion_length
-    completion = (rows, completion_length)
-
-    def run(function: str, expected: str, *arguments: Any) -> Any:
-        try:
-            return jax.eval_shape(functions[function], *arguments)
-        except UserError:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise UserError(f"method {name!r}: {function}{expected} failed with {reason}") from error
-
-    def expect(condition: bool, function: str, expected: str, found: Any) -> None:
-        if not condition:
-            raise UserError(f"method {name!r}: {function} must return {expected}, it returned {_shapes(found)}")
-
-    def rows_first(function: str, found: Any, what: str) -> None:
-        whole = all(leaf.ndim >= 1 and leaf.shape[0] == rows for leaf in jax.tree.leaves(found))
-        expect(whole, function, f"{what} whose arrays all have the {rows} rows first", found)
-
-    if not isinstance(method, Method):
-        kind = type(method).__name__
-        raise UserError(f"method {name!r}: make(settings) must return a gdsd_jax.methods.Method, not {kind}")
-    for read in method.reads:
-        known = read in READS or (isinstance(read, tuple) and len(read) == 2 and read[0] == "centred_top_k")
-        if not known:
-            raise UserError(f"method {name!r}: unknown read {read!r}, reads are {READS}")
-    if method.old not in OLD:
-        raise UserError(f"method {name!r}: old is {method.old!r}, not one of {', '.join(OLD)}")
-
-    functions = method._asdict()
-
-    def score(values: list, views: Views, *extras: Any) -> Scores:
-        return method.score(dict(zip(method.reads, values, strict=True)), views, *extras)
-
-    functions["score"] = score
-    batch = Batch(
-        tokens=_array((rows, total), jnp.int32),
-        prompt_mask=_array((rows, prompt_length), bool),
-        completion_mask=_array(completion),
-        rewards=_array((rows,)),
-        commit_step=_array(completion, jnp.int32),
-        confidence=_array(completion),
-        log_prob=_array(completion) if method.records else None,
-        entropy=_array(completion) if method.records else None,
-        components=_array((rows, len(component_weights))),
-        token_rewards=_array(completion) if token_rewards else None,
-        verdicts=_array((rows, len(verdict_names))) if method.verdicts else None,
-        verdict_names=verdict_names if method.verdicts else (),
-        iteration=_array((), jnp.int32),
-        inner_update=_array((), jnp.int32),
-        component_weights=component_weights,
-        group_size=group_size,
-        sampler=sampler or one_by_one(completion_length),
-    )
-    masked = run("masks", "(key, batch)", jax.eval_shape(lambda: jax.random.key(0)), batch)
-    good = hasattr(masked, "shape") and masked.shape[1:] == (rows, total) and masked.dtype == bool
-    expect(good, "masks", f"bool [M, {rows}, {total}]", masked)
-
-    views = run("views", "(masked, batch)", masked, batch)
-    expect(isinstance(views, Views), "views", "a gdsd_jax.diffusion.scoring.Views", views)
-    good = views.masked.shape[1:] == (rows, total) and views.weights.shape[1:] == completion
-    expect(good, "views", f"masked [K, {rows}, {total}] and weights [R, {rows}, {completion_length}]", views)
-    good = len(views.sources) == views.weights.shape[0] and max(map(max, views.sources)) < views.masked.shape[0]
-    expect(good, "views", f"one source for each read, made of passes below {views.masked.shape[0]}", views.sources)
-
-    # The reads are a list, because JAX sorts the keys of dictionaries, and strings cannot be compared with tuples.
-    width = {"hidden": (STAND_IN.hidden_size,)}
-    reads = [_array((*views.weights.shape, *width.get(read, ()))) for read in method.reads]
-    key, extras = jax.eval_shape(lambda: jax.random.key(0)), []
-    if method.extras is not None:
-        functions["extras"] = lambda key: method.extras(key, STAND_IN)
-        extras = [run("extras", "(key, denoiser config)", key)]
-    score_of = "(reads, views, extras)" if extras else "(reads, views)"
-    scores = run("score", score_of, reads, views, *extras)
-    expect(hasattr(scores, "guided"), "score", "a gdsd_jax.methods.Scores", scores)
-    rows_first("score", scores, "Scores")
-
-    # At a first inner update the trainer gives no old scores, unless the method always needs them.
-    absent = [] if method.old in ("always", "own_masks") else [None]
-    prepare_of = "(batch, old, ref, current)" if method.current else "(batch, old, ref)"
-    for old in absent + ([] if method.old == "unused" else [scores]):
-        known = (old, scores if method.needs_reference else None, *[scores] * method.current)
-        constants = run("prepare", prepare_of, batch, *known)
-        rows_first("prepare", constants, "constants")
-        returned = run("objective", "(new, constants)", scores, constants)
-        pair = isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(x, dict) for x in returned)
-        expect(pair and bool(returned[0]), "objective", "({component of the loss: value}, {metric: value})", returned)
-        for what, value in [*returned[0].items(), *returned[1].items()]:
-            good = getattr(value, "shape", None) == (rows,)
-            expect(good, "objective", f"one value per row, [{rows}], as {what!r}", value)
-    if reference and not method.needs_reference:
-        raise UserError(f"method {name!r} uses no reference: set config.reference.every to 0, or its beta above 0")
-    if kl and not ("kl" in returned[0] and "kl" in returned[1]):
-        raise UserError(
-            f"method {name!r} has no KL in its loss to adapt: set config.reference.kl_target to None, "
-            "or its beta above 0"
-        )
-
-
-def one_by_one(completion_length: int) -> SamplerConfig:
-    """Returns the simplest sampler: each step commits the most confident token, at temperature 1, without blocks."""
-    return SamplerConfig(completion_length, completion_length, completion_length, "low_confidence", temperature=1.0)
-
-
-def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _shapes(found: Any) -> str:
-    """Describes a pytree in one line, with shapes and dtypes in place of arrays."""
-    words = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x), found)
-    return " ".join(str(words).replace("'", "").split())[:300]

@@ -16,7 +16,7 @@ import tiny_run
 from gdsd_jax import train as walk
 from gdsd_jax.config import ReferenceConfig, TrainConfig, default, freeze
 from gdsd_jax.methods import Batch, build
-from gdsd_jax.methods.method import check
+from gdsd_jax.methods.contract import check
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.training.between import adapted_scale, after_iteration, part_of
 from gdsd_jax.training.checkpoint import Checkpoints
