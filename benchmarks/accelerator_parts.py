@@ -30,7 +30,7 @@ from gdsd_jax.planning import flops
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.state import init_state
-from gdsd_jax.training.update import make_inner_update
+from gdsd_jax.training.update import UpdateSpec, make_inner_update
 
 
 class Sizes(NamedTuple):
@@ -196,7 +196,7 @@ def update(sizes: Sizes, shapes: Shapes) -> dict[str, Any]:
     rows, length = sizes.update_rows, sizes.prompt + sizes.completion
     method = build("gdsd", psi=1.0, beta=1e-3, views=1)
     optimizer, schedule = make_optimizer(OptimizerConfig(), updates=10)
-    run = make_inner_update(shapes.model, method, optimizer, schedule, microbatch_rows=rows, vocab_chunk=DEFAULT_CHUNK)
+    run = make_inner_update(UpdateSpec(shapes.model, method, optimizer, schedule, rows, DEFAULT_CHUNK))
     batch = Batch(
         tokens=jax.random.randint(jax.random.key(4), (rows, length), 0, shapes.model.vocab_size, jnp.int32),
         prompt_mask=jnp.tile(shapes.mask, (-(-rows // sizes.rows), 1))[:rows],

@@ -53,9 +53,10 @@ from gdsd_jax.tasks.task import weighted_sum
 from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
 from gdsd_jax.train import due, make_evaluation, update_metrics
 from gdsd_jax.training.between import after_iteration
+from gdsd_jax.training.divergence import is_finite
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.record import keep_record, with_first_schedule
-from gdsd_jax.training.rollout import Prompts, completion_mask
+from gdsd_jax.training.rollout import Prompts, RolloutSpec, completion_mask, judge, make_batch, spread_metrics
 from gdsd_jax.training.setup import (
     Setup,
     checked_method,
@@ -108,10 +109,7 @@ def make_programs(config: TrainConfig, setup: Setup, method: Method, sampler: Sa
     """
     unit = dataclasses.replace(config.optimizer, learning_rate=1.0)
     optimizer, schedule = make_optimizer(unit, config.iterations * config.inner_updates)
-    spec = UpdateSpec(
-        setup.model, method, scaled_by_state(optimizer), schedule, config.microbatch_rows, config.model.vocab_chunk,
-        config.inner_updates, config.update_rows,
-    )  # fmt: skip
+    spec = UpdateSpec.of_run(config, setup.model, method, scaled_by_state(optimizer), schedule)
     rows = config.prompts_per_iteration * config.group_size
 
     def start(seed: jax.Array, rate: jax.Array) -> TrainState:
@@ -155,8 +153,12 @@ class Bench:
         self.config, self.deadline = config, deadline
         self.method = checked_method(config)
         self.setup = load_setup(config)
-        self.sampler = dataclasses.replace(config.sampler, record=config.sampler.record or self.method.records)
-        self.programs = make_programs(config, self.setup, self.method, self.sampler)
+        sampler = dataclasses.replace(config.sampler, record=config.sampler.record or self.method.records)
+        self.rollouts = RolloutSpec(
+            self.setup.model, sampler, self.setup.task, self.setup.tokenizer, config.group_size,
+            verdicts=self.method.verdicts,
+        )  # fmt: skip
+        self.programs = make_programs(config, self.setup, self.method, sampler)
         self.prompts: dict[int, Prompts] = {}
         self.evaluations: dict[int, Any] = {}
 
@@ -192,12 +194,10 @@ class Bench:
             for index, run in enumerate(runs):
                 if index in failed:
                     continue
-                groups = rewards[index].reshape(-1, config.group_size)
                 metrics = update_metrics([{k: v[index, n] for k, v in found.items()} for n in each])
                 metrics["lr"] *= float(rates[index])
-                failing = not np.isfinite([metrics[name] for name in ("loss", "grad/norm", "update/norm")]).all()
-                metrics |= {"reward/mean": float(groups.mean()), "reward/std": float(groups.std(1, ddof=1).mean())}
-                metrics |= {"reward/zero_spread": float((groups.std(1) < 1e-6).mean()), "time/iteration": seconds}
+                failing = not is_finite(metrics)
+                metrics |= spread_metrics(rewards[index], config.group_size) | {"time/iteration": seconds}
                 if last or due(iteration, config.evaluation.every):
                     held_out = self.evaluations[run.config.seed](jax.tree.map(lambda x, i=index: x[i], state))
                     metrics |= {f"eval/{name}": value for name, value in held_out.items()}
@@ -214,22 +214,16 @@ class Bench:
 
     def rewarded(self, rollout: Any, mask: np.ndarray, rows: list[list[dict]]) -> tuple[Batch, np.ndarray]:
         """Returns the batch of every run, stacked, and the rewards `[runs, rows]`."""
-        setup, task = self.setup, self.setup.task
+        spec = self.rollouts
         completions = np.asarray(rollout.tokens)[:, :, mask.shape[2] :]
         runs, count, length = completions.shape
-        seen = completion_mask(completions.reshape(-1, length), setup.model.ends).reshape(completions.shape)
-        texts = setup.tokenizer.decode(np.where(seen, completions, setup.model.eos_token_id).reshape(-1, length))
-        components = task.rewards(texts, [row for own in rows for row in own])
-        rewards = weighted_sum(components, task.weights).reshape(runs, count)
-        columns = np.nan_to_num(np.stack([components[name] for name in task.weights], axis=1))
-        batch = Batch(
-            tokens=rollout.tokens, prompt_mask=mask, completion_mask=seen, rewards=rewards,
-            components=columns.reshape(runs, count, -1), component_weights=tuple(task.weights.items()),
-            commit_step=rollout.commit_step, confidence=rollout.confidence, log_prob=rollout.log_prob,
-            entropy=rollout.entropy, group_size=self.config.group_size, eos_token_id=setup.model.eos_token_id,
-            sampler=self.sampler,
-        )  # fmt: skip
-        return batch, rewards
+        together = completions.reshape(-1, length)
+        seen = completion_mask(together, spec.config.ends)
+        together = np.where(seen, together, spec.config.eos_token_id)
+        judged = judge(spec, together, seen, [row for own in rows for row in own])
+        rewards = weighted_sum(judged.components, spec.task.weights).reshape(runs, count)
+        judged = jax.tree.map(lambda x: x.reshape(runs, count, *x.shape[1:]), judged)
+        return make_batch(spec, rollout, mask, seen.reshape(completions.shape), rewards, judged), rewards
 
     def finish(self, run: Run, state: TrainState) -> None:
         """Saves the last state of a run, and evaluates it on test rows: once greedily, once with several samples."""

@@ -60,15 +60,13 @@ def prepare_ours(job: measure.Job) -> measure.Contest:
     from gdsd_jax.methods import Batch, build
     from gdsd_jax.training.optimizer import make_optimizer
     from gdsd_jax.training.state import init_state
-    from gdsd_jax.training.update import make_inner_update
+    from gdsd_jax.training.update import UpdateSpec, make_inner_update
 
     shape = WORKLOADS[job.workload]
     config = ours.denoiser(shape)
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=RATE, clip_norm=CLIP), updates=1)
     method = build("gdsd", psi=1.0, beta=0.0, views=1, eps_low=1.0, eps_high=1e9)
-    update = make_inner_update(
-        config, method, optimizer, schedule, microbatch_rows=shape.rows, vocab_chunk=DEFAULT_CHUNK
-    )
+    update = make_inner_update(UpdateSpec(config, method, optimizer, schedule, shape.rows, DEFAULT_CHUNK))
     lora = init_lora(config, jax.random.key(0), rank=RANK, alpha=2.0 * RANK, targets=TARGETS)
     tokens, advantages = jax.device_put(batch(shape))
     seen = Batch(

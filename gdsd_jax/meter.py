@@ -46,7 +46,7 @@ from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
 from gdsd_jax.evaluation.probe import SUBJECTS, measure
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
-from gdsd_jax.training.rollout import Prompts, roll_out
+from gdsd_jax.training.rollout import RolloutSpec, roll_out
 from gdsd_jax.training.setup import encoded_rows, task_rows
 
 
@@ -73,10 +73,8 @@ def main(
     rows = task_rows(config.task, policy.task, "train", count=config.task.train_rows, seed=config.seed)[:prompts]
     asked = encoded_rows(config, policy.task, policy.tokenizer, rows)
     key = stream_of_seed(config.seed, Stream.ROLLOUT)
-    rewarded = roll_out(
-        policy.model, policy.base, policy.lora, Prompts(*asked), key, config.sampler, policy.task, policy.tokenizer,
-        group_size=config.group_size,
-    )  # fmt: skip
+    spec = RolloutSpec(policy.model, config.sampler, policy.task, policy.tokenizer, config.group_size)
+    rewarded = roll_out(spec, policy.base, policy.lora, key, asked)
     params = policy.lora
     if params is None:
         params = policy.base

@@ -25,10 +25,8 @@ import numpy as np
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.config.flags import launch
-from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.evaluation.completions import evaluate_policy
-from gdsd_jax.methods import Method
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.files import refuse_existing
 from gdsd_jax.runtime.signals import StopSignal
@@ -43,14 +41,14 @@ from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.telemetry.warnings import precursors
 from gdsd_jax.training.between import after_iteration
 from gdsd_jax.training.checkpoint import Best, Checkpoints
-from gdsd_jax.training.divergence import diverged
+from gdsd_jax.training.divergence import diverged, is_finite
 from gdsd_jax.training.dry_run import shrink
 from gdsd_jax.training.fit import fitted_to_devices
 from gdsd_jax.training.record import with_first_schedule
 from gdsd_jax.training.refill import further_prompts, refilled, selection
 from gdsd_jax.training.rollout import (
-    Prompts,
     Rewarded,
+    RolloutSpec,
     completion_records,
     length_metrics,
     reward_metrics,
@@ -68,7 +66,7 @@ from gdsd_jax.training.setup import (
     task_rows,
 )
 from gdsd_jax.training.state import TrainState, policy
-from gdsd_jax.training.update import Before, make_inner_update
+from gdsd_jax.training.update import Before, UpdateSpec, make_inner_update
 
 
 def train(config: TrainConfig, workdir: Path) -> TrainState:
@@ -85,12 +83,11 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     sampler = dataclasses.replace(config.sampler, record=config.sampler.record or method.records)
     check_fits(model, max(config.prompt_buckets), sampler)
     state, places, optimizer, schedule, beside = fresh_state(config, setup, method)
-    update = make_inner_update(
-        model, method, optimizer, schedule,
-        microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
-        inner_updates=config.inner_updates, update_rows=config.update_rows, extras_optimizer=beside.optimizer,
-        reference=config.reference, shardings=places,
-    )  # fmt: skip
+    updates = UpdateSpec.of_run(config, model, method, optimizer, schedule, beside.optimizer)
+    update = make_inner_update(updates, places)
+    rollouts = RolloutSpec(
+        model, sampler, task, tokenizer, config.group_size, config.rollout_rows, verdicts=method.verdicts
+    )
     rollout_key = jax.jit(lambda state: stream_key(state.key, Stream.ROLLOUT, state.iteration))
     finish = jax.jit(lambda state: after_iteration(state, config.reference), out_shardings=places)
     # Updates donate the state, so the old policy must be a copy; adding 0 makes one, while an identity would not.
@@ -128,9 +125,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             # ---------------------------------------------------------------- prompts, rollout, reward
             chosen = [order[position + i] for i in range(count + further_prompts(config.refill, count))]
             asked = prompts.pick(chosen, config.prompt_buckets)
-            sample_some = functools.partial(
-                sample_and_reward, config, setup, method, sampler, policy(base, state.params), rollout_key(state)
-            )
+            sample_some = functools.partial(roll_out, rollouts, *policy(base, state.params), rollout_key(state))
             # The update uses `rewarded`; `sampled` also holds the completions that the refill dropped.
             rewarded, sampled, used, refill_metrics = refilled(config.refill, count, asked, sample_some)
             position += used
@@ -175,7 +170,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                 if kind not in warned:
                     warned.add(kind)
                     progress.note(f"iteration {iteration}: {line}")
-            if not np.isfinite([metrics[name] for name in ("loss", "grad/norm", "update/norm")]).all():
+            if not is_finite(metrics):
                 raise diverged(workdir, iteration, rewarded, tokenizer, checkpoints.latest)
 
             # ------------------------------------------------------------------------------ checkpoint
@@ -216,24 +211,6 @@ def make_evaluation(config: TrainConfig, setup: Setup) -> tuple[Callable[[TrainS
 
 
 # ----------------------------------------------------------------------------------------------- in each iteration
-
-
-def sample_and_reward(
-    config: TrainConfig,
-    setup: Setup,
-    method: Method,
-    sampler: SamplerConfig,
-    weights: tuple[Any, Any],
-    key: jax.Array,
-    prompts: Prompts,
-    first_row: int,
-) -> Rewarded:
-    """Samples and rewards completions of `prompts` with the policy `weights`, a base and its adapter."""
-    return roll_out(
-        setup.model, *weights, prompts, key, sampler, setup.task, setup.tokenizer,
-        group_size=config.group_size, part_rows=config.rollout_rows, first_row=first_row,
-        verdicts=method.verdicts,
-    )  # fmt: skip
 
 
 def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:

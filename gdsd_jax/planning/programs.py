@@ -28,7 +28,7 @@ from gdsd_jax.training.fit import batch_shapes, fitted, place_of
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.setup import beside_policy, with_compute
 from gdsd_jax.training.state import NOTHING, Beside, TrainState, init_state, policy
-from gdsd_jax.training.update import make_inner_update
+from gdsd_jax.training.update import UpdateSpec, make_inner_update
 
 STORED = jnp.bfloat16  # dtype of the published checkpoints
 
@@ -75,12 +75,8 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     placed = lambda shape, dtype: place(mesh, jax.ShapeDtypeStruct(shape, dtype), ("rows", "tokens")[: len(shape)])  # noqa: E731
     batch, key = batch_shapes(config, method, placed), place(mesh, jax.eval_shape(lambda: jax.random.key(0)), ())
     weights, lora = policy(base, state.params)
-    update = make_inner_update(
-        model, method, optimizer, schedule,
-        microbatch_rows=config.microbatch_rows, vocab_chunk=config.model.vocab_chunk,
-        inner_updates=config.inner_updates, update_rows=config.update_rows, extras_optimizer=more.optimizer,
-        reference=config.reference, shardings=jax.tree.map(lambda x: x.sharding, state),
-    )  # fmt: skip
+    spec = UpdateSpec.of_run(config, model, method, optimizer, schedule, more.optimizer)
+    update = make_inner_update(spec, jax.tree.map(lambda x: x.sharding, state))
 
     @jax.jit
     def score(base: Any, lora: LoRA | None, extras: Any, batch: Batch, key: jax.Array) -> Scores:

@@ -1,9 +1,10 @@
-"""Saves the batch on which training diverged."""
+"""Recognises an update that is not finite, and saves the batch on which training diverged."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -14,6 +15,11 @@ from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.transfer import fetch
 from gdsd_jax.training.rollout import Rewarded, completion_records
+
+
+def is_finite(metrics: Mapping[str, float]) -> bool:
+    """Returns whether an update is finite, by the metrics of its iteration."""
+    return bool(np.isfinite([metrics[name] for name in ("loss", "grad/norm", "update/norm")]).all())
 
 
 def diverged(workdir: Path, iteration: int, rewarded: Rewarded, tokenizer: Tokenizer, latest: int | None) -> UserError:

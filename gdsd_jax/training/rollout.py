@@ -81,98 +81,140 @@ class Rewarded(NamedTuple):
     seconds: dict[str, float]
 
 
-def roll_out(
-    config: DenoiserConfig,
-    base: Any,
-    lora: LoRA | None,
-    prompts: Prompts,
-    key: jax.Array,
-    sampler: SamplerConfig,
-    task: Task,
-    tokenizer: Tokenizer,
-    *,
-    group_size: int,
-    part_rows: int | None = None,
-    first_row: int = 0,
-    verdicts: bool = False,
-) -> Rewarded:
-    """Samples `group_size` completions of each prompt and rewards them; the rows of a group are consecutive.
+class RolloutSpec(NamedTuple):
+    """The settings by which a run samples and rewards completions.
 
-    Every process decodes and rewards groups of its own, and receives the rewards of the others.
+    config: the denoiser.
+    group_size: completions of each prompt; the rows of a group are consecutive.
+    part_rows: rows that are sampled together, in whole groups; None: all. A part is rewarded while the devices sample
+      the next one. The number of parts does not affect the draws.
+    verdicts: whether the batch holds the values of the task's metrics for each text.
+    """
+
+    config: DenoiserConfig
+    sampler: SamplerConfig
+    task: Task
+    tokenizer: Tokenizer
+    group_size: int
+    part_rows: int | None = None
+    verdicts: bool = False
+
+
+class Judged(NamedTuple):
+    """The judgements of B completions.
+
+    components: as in `Rewarded`.
+    verdicts: the values of the task's metrics by name, `[B]` float32 each; empty if the batch does not hold them.
+    token_rewards: `[B, L]` float32, the rewards of the task's `token_score`, or None if the task has none.
+    """
+
+    components: dict[str, np.ndarray]
+    verdicts: dict[str, np.ndarray]
+    token_rewards: np.ndarray | None
+
+
+def roll_out(
+    spec: RolloutSpec, base: Any, lora: LoRA | None, key: jax.Array, prompts: Prompts, first_row: int = 0
+) -> Rewarded:
+    """Samples a group of completions of each prompt, and rewards them.
 
     Args:
-      part_rows: rows that are sampled together, in whole groups; None: all. A part is rewarded while the devices sample
-        the next one. The number of parts does not affect the draws.
       first_row: the number of the first row. Rollouts with the same key have different draws if their rows have
         different numbers.
-      verdicts: whether the batch holds the values of the task's metrics for each text.
 
     Raises:
       UserError: a reward is infinite, or `token_score` of the task returns invalid rewards.
     """
-    rows = [row for row in prompts.rows for _ in range(group_size)]
-    size, seconds = part_rows or len(rows), {"rollout": 0.0, "reward": 0.0}
-    by_row = [np.repeat(array, group_size, axis=0) for array in (prompts.tokens, prompts.mask)]
+    rows = [row for row in prompts.rows for _ in range(spec.group_size)]
+    size = spec.part_rows or len(rows)
+    starts = range(0, len(rows), size)
+    by_row = [np.repeat(array, spec.group_size, axis=0) for array in (prompts.tokens, prompts.mask)]
     by_row.append(np.arange(first_row, first_row + len(rows), dtype=np.int32))
 
-    def launch(first: int) -> tuple[Rollout, jax.Array] | None:
-        if first >= len(rows):
-            return None
+    def launch(first: int) -> tuple[Rollout, jax.Array]:
         tokens, mask, numbers = put(tuple(array[first : first + size] for array in by_row))
-        return sample(config, base, lora, tokens, mask, key, sampler, numbers), mask
+        return sample(spec.config, base, lora, tokens, mask, key, spec.sampler, numbers), mask
 
-    def judge(completions: np.ndarray, rows: list[dict]) -> dict[str, np.ndarray]:
-        texts = tokenizer.decode(completions)
-        metrics = task.metrics(texts, rows) if verdicts else {}
-        return task.rewards(texts, rows) | {VERDICT + name: value for name, value in metrics.items()}
-
-    parts, found, judged, by_token = [], [], [], []
-    for first in range(0, len(rows), size):
+    parts, found, judged, seconds = [], [], [], {"rollout": 0.0, "reward": 0.0}
+    for index, first in enumerate(starts):
         start = time.perf_counter()
         with phase("rollout"):
-            if first == 0:
-                parts.append(launch(0))
             # The devices receive the next part before the host waits for this one.
-            parts.append(launch(first + size))
-            completions = fetch(parts[-2][0].tokens)[:, prompts.tokens.shape[1] :]
+            while len(parts) < min(index + 2, len(starts)):
+                parts.append(launch(starts[len(parts)]))
+            completions = fetch(parts[index][0].tokens)[:, prompts.tokens.shape[1] :]
         sampled = time.perf_counter()
-        seen = completion_mask(completions, config.ends)
-        found.append((np.where(seen, completions, config.eos_token_id), seen))
         with phase("reward"):
-            of_part = rows[first : first + size]
-            judged.append(hosts.share_out(judge, found[-1][0], of_part, group_size=group_size))
-            if task.token_score is not None:
-                by_token.append(token_rewards(task, tokenizer, *found[-1], of_part, group_size=group_size))
+            seen = completion_mask(completions, spec.config.ends)
+            found.append((np.where(seen, completions, spec.config.eos_token_id), seen))
+            judged.append(judge(spec, *found[-1], rows[first : first + size]))
         seconds["rollout"] += sampled - start
         seconds["reward"] += time.perf_counter() - sampled
     completions, seen = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    columns = {name: np.concatenate([part[name] for part in judged]) for name in judged[0]}
-    components = {name: value for name, value in columns.items() if not name.startswith(VERDICT)}
-    named = {name.removeprefix(VERDICT): value for name, value in columns.items() if name.startswith(VERDICT)}
-    of_tokens = np.concatenate(by_token) if by_token else None
-    require_finite(components, task)
-    rewards = weighted_sum(components, task.weights)
-    rollout, mask = parts[0] if len(found) == 1 else _joined(parts[:-1])
-    batch = Batch(
+    judgements = concatenated(judged)
+    require_finite(judgements.components, spec.task)
+    rewards = weighted_sum(judgements.components, spec.task.weights)
+    rollout, mask = parts[0] if len(parts) == 1 else _joined(parts)
+    batch = make_batch(spec, rollout, mask, seen, rewards, judgements)
+    return Rewarded(batch, completions, rewards, judgements.components, seconds)
+
+
+def judge(spec: RolloutSpec, completions: np.ndarray, seen: np.ndarray, rows: list[dict]) -> Judged:
+    """Judges completions `[B, L]`; each process judges groups of its own, and receives the judgements of the others.
+
+    Args:
+      seen: `[B, L]`, 1 up to and including the EOS.
+    """
+    task = spec.task
+
+    def columns(completions: np.ndarray, rows: list[dict]) -> dict[str, np.ndarray]:
+        texts = spec.tokenizer.decode(completions)
+        metrics = task.metrics(texts, rows) if spec.verdicts else {}
+        return task.rewards(texts, rows) | {VERDICT + name: value for name, value in metrics.items()}
+
+    found = hosts.share_out(columns, completions, rows, group_size=spec.group_size)
+    components = {name: value for name, value in found.items() if not name.startswith(VERDICT)}
+    verdicts = {name.removeprefix(VERDICT): value for name, value in found.items() if name.startswith(VERDICT)}
+    by_token = None
+    if task.token_score is not None:
+        by_token = token_rewards(task, spec.tokenizer, completions, seen, rows, group_size=spec.group_size)
+    return Judged(components, verdicts, by_token)
+
+
+def concatenated(parts: Sequence[Judged]) -> Judged:
+    """Concatenates the judgements of the parts of a rollout."""
+    by_name = lambda columns: {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}  # noqa: E731
+    components, verdicts, by_token = zip(*parts, strict=True)
+    return Judged(by_name(components), by_name(verdicts), None if by_token[0] is None else np.concatenate(by_token))
+
+
+def make_batch(
+    spec: RolloutSpec, rollout: Rollout, prompt_mask: Any, seen: np.ndarray, rewards: np.ndarray, judged: Judged
+) -> Batch:
+    """Makes the batch for the method from a rollout, and sends to the devices what is still on the host.
+
+    Every array has the rows first; it may have another axis before them.
+    """
+    stacked = lambda columns: put(np.nan_to_num(np.stack(columns, axis=-1)))  # noqa: E731
+    return Batch(
         tokens=rollout.tokens,
-        prompt_mask=mask,
+        prompt_mask=prompt_mask,
         completion_mask=put(seen),
         rewards=put(rewards),
-        components=put(np.nan_to_num(np.stack([components[name] for name in task.weights], axis=1))),
-        token_rewards=None if of_tokens is None else put(of_tokens),
-        verdicts=put(np.nan_to_num(np.stack(list(named.values()), axis=1))) if named else None,
-        verdict_names=tuple(named),
-        component_weights=tuple(task.weights.items()),
+        components=stacked([judged.components[name] for name in spec.task.weights]),
+        token_rewards=None if judged.token_rewards is None else put(judged.token_rewards),
+        verdicts=stacked(list(judged.verdicts.values())) if judged.verdicts else None,
+        verdict_names=tuple(judged.verdicts),
+        component_weights=tuple(spec.task.weights.items()),
         commit_step=rollout.commit_step,
         confidence=rollout.confidence,
         log_prob=rollout.log_prob,
         entropy=rollout.entropy,
-        group_size=group_size,
-        eos_token_id=config.eos_token_id,
-        sampler=sampler,
-        unwritten=step_limit(config, sampler),
+        group_size=spec.group_size,
+        eos_token_id=spec.config.eos_token_id,
+        sampler=spec.sampler,
+        unwritten=step_limit(spec.config, spec.sampler),
     )
-    return Rewarded(batch, completions, rewards, components, seconds)
 
 
 def sample_in_parts(
@@ -254,19 +296,25 @@ def reward_metrics(rewarded: Rewarded) -> dict[str, float]:
     its reward function failed for a completion; NaN counts as 0 in the weighted sum.
     """
     size = rewarded.batch.group_size
-    groups = rewarded.rewards.reshape(-1, size)
-    by_group = rewarded.completions.reshape(len(groups), size, -1)
+    by_group = rewarded.completions.reshape(-1, size, rewarded.completions.shape[1])
     distinct = [len(np.unique(group, axis=0)) for group in by_group]
-    metrics = {
-        "reward/mean": float(rewarded.rewards.mean()),
-        "reward/std": float(groups.std(axis=1, ddof=1).mean()),
-        "reward/zero_spread": float((groups.std(axis=1) < 1e-6).mean()),
+    metrics = spread_metrics(rewarded.rewards, size) | {
         "reward/nan": float(sum(np.isnan(value).sum() for value in rewarded.components.values())),
         "completion/diversity": float((np.mean(distinct) - 1) / (size - 1)),
     }
     for name, value in rewarded.components.items():
         metrics[f"reward/{name}"] = float(np.nan_to_num(value).mean())
     return metrics
+
+
+def spread_metrics(rewards: np.ndarray, group_size: int) -> dict[str, float]:
+    """Returns the mean of `rewards` [B], their mean standard deviation in a group, and the share of flat groups."""
+    groups = rewards.reshape(-1, group_size)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(groups.std(axis=1, ddof=1).mean()),
+        "reward/zero_spread": float((groups.std(axis=1) < 1e-6).mean()),
+    }
 
 
 def completion_records(rewarded: Rewarded, tokenizer: Tokenizer, chosen: Sequence[int]) -> list[dict]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdsd_jax.config import ReferenceConfig
+from gdsd_jax.config import ReferenceConfig, TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.diffusion.scoring import Views, read_views
 from gdsd_jax.methods import Batch, Method, Scores
@@ -52,6 +52,22 @@ class UpdateSpec(NamedTuple):
     extras_optimizer: optax.GradientTransformation | None = None
     reference: ReferenceConfig = FROZEN
 
+    @classmethod
+    def of_run(
+        cls,
+        run: TrainConfig,
+        model: DenoiserConfig,
+        method: Method,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+        extras_optimizer: optax.GradientTransformation | None = None,
+    ) -> UpdateSpec:
+        """Returns the static parts of the updates of a run."""
+        return cls(
+            model, method, optimizer, schedule, run.microbatch_rows, run.model.vocab_chunk, run.inner_updates,
+            run.update_rows, extras_optimizer, run.reference,
+        )  # fmt: skip
+
 
 class Before(NamedTuple):
     """The trained part of the policy that made the rollout, and the method's extras at that time."""
@@ -61,30 +77,15 @@ class Before(NamedTuple):
 
 
 def make_inner_update(
-    config: DenoiserConfig,
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    *,
-    microbatch_rows: int,
-    vocab_chunk: int,
-    inner_updates: int = 1,
-    update_rows: int | None = None,
-    extras_optimizer: optax.GradientTransformation | None = None,
-    reference: ReferenceConfig = FROZEN,
-    shardings: TrainState | None = None,
+    spec: UpdateSpec, shardings: TrainState | None = None
 ) -> Callable[[TrainState, Any, Any, Batch], tuple[TrainState, dict]]:
     """Compiles `update(state, base, old_params, batch, by_component=False) -> (state, metrics)`; see `inner_update`.
 
-    The state is donated, and `by_component` is static. The arguments are the fields of `UpdateSpec`, and
+    The state is donated, and `by_component` is static.
 
     Args:
       shardings: the placement of the state, as `state_shardings` gives it; None leaves it to the compiler.
     """
-    spec = UpdateSpec(
-        config, method, optimizer, schedule, microbatch_rows, vocab_chunk, inner_updates, update_rows,
-        extras_optimizer, reference,
-    )  # fmt: skip
 
     def update(
         state: TrainState, base: Any, old_params: Any, batch: Batch, by_component: bool = False

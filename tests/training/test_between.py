@@ -21,7 +21,7 @@ from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.training.between import adapted_scale, after_iteration, part_of
 from gdsd_jax.training.checkpoint import Checkpoints
 from gdsd_jax.training.state import Beside, TrainState, init_state
-from gdsd_jax.training.update import Before, make_inner_update
+from gdsd_jax.training.update import Before, UpdateSpec, make_inner_update
 
 ROOT = Path(__file__).parents[2]
 GROUP, LENGTH = 2, 3
@@ -121,7 +121,7 @@ def test_what_is_beside_the_policy_is_saved_and_older_checkpoints_load(tmp_path,
 def critic(learning_rate: float = 0.02, **options):
     recipe = runpy.run_path(str(ROOT / "examples/value_head.py"))["CRITIC"]
     method, schedule = recipe.make(recipe.settings()), optax.constant_schedule(0.05)
-    update = make_inner_update(
+    spec = UpdateSpec(
         UPDATE["CONFIG"], method, optax.sgd(schedule), schedule, vocab_chunk=16,
         extras_optimizer=optax.sgd(learning_rate), **options,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def critic(learning_rate: float = 0.02, **options):
         jax.tree.map(jnp.copy, UPDATE["adapter"]()), optax.sgd(schedule), 7,
         Beside(lambda: method.extras(None, UPDATE["CONFIG"]), optax.sgd(learning_rate)),
     )  # fmt: skip
-    return update, state
+    return make_inner_update(spec), state
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Rollouts: where completions end, rewards that no update may use, parts judged while others are sampled."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS
 from gdsd_jax.tasks.task import regraded
 from gdsd_jax.training import rollout
-from gdsd_jax.training.rollout import Prompts, completion_mask, require_finite
+from gdsd_jax.training.rollout import Prompts, RolloutSpec, completion_mask, require_finite, roll_out
 
 
 def test_a_completion_ends_with_the_first_of_several_ids():
@@ -71,20 +70,18 @@ def test_a_part_is_rewarded_while_the_next_one_is_sampled(monkeypatch):
 
     def run(part_rows):
         events.clear()
-        return rollout.roll_out(
-            LLADA_8B, None, None, prompts, jax.random.key(0), sampler, task, Tokenizer(), group_size=2,
-            part_rows=part_rows,
-        )  # fmt: skip
+        spec = RolloutSpec(LLADA_8B, sampler, task, Tokenizer(), group_size=2, part_rows=part_rows)
+        return roll_out(spec, None, None, jax.random.key(0), prompts)
 
     def measure(text, row):
         return {"even": 1 - int(text) % 2, "small": int(text) < 3}
 
     judged = dataclasses.replace(task, measure=measure, metrics_named=("even", "small"))
-    asked = functools.partial(rollout.roll_out, LLADA_8B, None, None, prompts, jax.random.key(0), sampler, judged)
-    found = asked(Tokenizer(), group_size=2, part_rows=2, verdicts=True)
+    spec = RolloutSpec(LLADA_8B, sampler, judged, Tokenizer(), group_size=2)
+    found = roll_out(spec._replace(part_rows=2, verdicts=True), None, None, jax.random.key(0), prompts)
     assert found.batch.verdict_names == ("even", "small") and set(found.components) == {"cells_correct"}
     np.testing.assert_array_equal(found.batch.verdicts, [[1, 1], [0, 1], [1, 1], [0, 0], [1, 0], [0, 0]])
-    later = asked(Tokenizer(), group_size=2, first_row=100)
+    later = roll_out(spec, None, None, jax.random.key(0), prompts, first_row=100)
     assert later.batch.verdicts is None and later.rewards[0] == 100
 
     whole = run(None)

@@ -21,7 +21,7 @@ from gdsd_jax.telemetry.warnings import precursors
 from gdsd_jax.train import update_metrics
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.state import init_state, policy, state_shardings
-from gdsd_jax.training.update import make_inner_update, signal_to_noise, summaries
+from gdsd_jax.training.update import UpdateSpec, make_inner_update, signal_to_noise, summaries
 
 CONFIG = DenoiserConfig(
     family="llada",
@@ -104,7 +104,7 @@ def inner_update(name, microbatch_rows, by_component=False, beta=0.1):
     """Compiles an update by gradient descent, whose step shows the gradient as it is, unlike Adam's."""
     schedule = optax.constant_schedule(RATE)
     update = make_inner_update(
-        CONFIG, method(name, beta), optax.sgd(schedule), schedule, microbatch_rows=microbatch_rows, vocab_chunk=16
+        UpdateSpec(CONFIG, method(name, beta), optax.sgd(schedule), schedule, microbatch_rows, vocab_chunk=16)
     )
 
     @functools.cache
@@ -231,7 +231,8 @@ def test_metrics_of_an_update():
 def test_a_policy_that_has_not_moved_is_not_clipped_by_its_dropout():
     """Old and new policy have the same dropout masks, so that their ratio is 1; the reference has no dropout."""
     lora, schedule = adapter().replace(dropout=0.5), optax.constant_schedule(RATE)
-    update = make_inner_update(CONFIG, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16)
+    spec = UpdateSpec(CONFIG, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16)
+    update = make_inner_update(spec)
     _, metrics = update(fresh(lora), base(), lora, batch())
     assert metrics["policy/log_ratio_max"] == 0 and metrics["policy/clipped"] == 0
     _, still = inner_update("gdsd", 4)(fresh(adapter()), base(), adapter(), batch())
@@ -408,10 +409,8 @@ def test_an_update_in_bfloat16_points_where_that_in_float32_does(trained):
 
     def change(dtype):
         config, schedule = dataclasses.replace(CONFIG, dtype=dtype, remat="full"), optax.constant_schedule(RATE)
-        update = make_inner_update(
-            config, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16
-        )
-        state, _ = update(fresh(trained()), base(), None, batch())
+        spec = UpdateSpec(config, method("gdsd"), optax.sgd(schedule), schedule, microbatch_rows=4, vocab_chunk=16)
+        state, _ = make_inner_update(spec)(fresh(trained()), base(), None, batch())
         return jax.tree.map(jnp.subtract, state.params, trained())
 
     exact, rough = (jax.flatten_util.ravel_pytree(change(dtype))[0] for dtype in ("float32", "bfloat16"))
