@@ -62,7 +62,7 @@ def launch(
         if {"--help", "-help", "-h"} & set(argv):
             print(_usage(main, options or {}))
             return
-        config, workdir, values = _parse(argv, options or {})
+        config, workdir, values = parse(argv, options or {})
         front.workdir = workdir
         if config.dry_run and not dry_run:
             raise UserError("config.dry_run is for gdsd_jax.train")
@@ -91,7 +91,7 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def _parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, Path | None, dict[str, Any]]:
+def parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, Path | None, dict[str, Any]]:
     """Returns the frozen config, the workdir and the options' values.
 
     ml_collections cannot add a key (`--config.settings.gdsd.psi=3`), nor set a value to None

@@ -11,7 +11,7 @@ import pytest
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
 from gdsd_jax import hub, sft
-from gdsd_jax.config.flags import _parse
+from gdsd_jax.config.flags import parse
 from gdsd_jax.denoiser import denoise
 from gdsd_jax.hub import tiny
 from gdsd_jax.runtime.errors import UserError
@@ -39,7 +39,7 @@ def test_a_causal_model_becomes_a_denoiser_that_learns(tmp_path):
     source = autoregressive(tmp_path / "qwen3")
     with pytest.raises(UserError, match="unknown model_type 'qwen3'"):
         hub.read_config(source)
-    config, _, _ = _parse(
+    config, _, _ = parse(
         [
             "test", f"--config={CONFIG}:a2d-qwen3", f"--config.checkpoint={source}", "--config.tiny.family=",
             "--config.sft.steps=60", "--config.sft.until=0.0", "--config.evaluation.count=8",

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
 from gdsd_jax import demo, evaluate, export, generate, meter, plan, sft, train
-from gdsd_jax.config.flags import _parse
+from gdsd_jax.config.flags import parse
 from gdsd_jax.evaluation.policy import load_policy
 
 
@@ -306,7 +306,7 @@ def test_loss_that_is_not_finite_stops_with_its_batch_saved(config_file, refused
     assert len(texts) == 4 and {"completion", "reward", "even"} == set(texts[0])
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(metrics[0]["loss"]) and metrics[1]["loss"] is None
-    config, _, _ = _parse(["test", f"--config={config_file}"], {})
+    config, _, _ = parse(["test", f"--config={config_file}"], {})
     policy = load_policy(config, workdir)
     assert policy.iteration == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(policy.lora))

@@ -16,7 +16,7 @@ from tiny_run import ROWS, build, command
 
 from gdsd_jax import evaluate, export, generate, hub, train
 from gdsd_jax.config import TrainConfig, greedy_sampler
-from gdsd_jax.config.flags import _parse
+from gdsd_jax.config.flags import parse
 from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.evaluation.policy import Policy, load_policy
 from gdsd_jax.hub.files import read_header
@@ -45,7 +45,7 @@ def exported(config_file, workdir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def policy(config_file, workdir) -> tuple[TrainConfig, Policy]:
-    config, _, _ = _parse(["test", f"--config={config_file}"], {})
+    config, _, _ = parse(["test", f"--config={config_file}"], {})
     return config, load_policy(config, workdir)
 
 
@@ -119,12 +119,12 @@ def test_a_profiled_iteration_leaves_its_timeline(workdir):
 
 def test_what_may_be_none_is_cleared():
     tiny = f"--config={Path(__file__).parents[2]}/configs/tiny_sudoku.py"
-    config, _, _ = _parse(["test", tiny], {})
+    config, _, _ = parse(["test", tiny], {})
     assert config.sampler.threshold == 0.9
-    config, _, _ = _parse(["test", tiny, "--config.sampler.threshold=None"], {})
+    config, _, _ = parse(["test", tiny, "--config.sampler.threshold=None"], {})
     assert config.sampler.threshold is None
     with pytest.raises(UserError, match="config.seed"):
-        _parse(["test", tiny, "--config.seed=None"], {})
+        parse(["test", tiny, "--config.seed=None"], {})
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_overrides_reach_optional_and_free_settings(config_file):
         "--config.prompt_buckets=(18, 20)",
         "--workdir=somewhere",
     ]
-    config, workdir, _ = _parse(["test", *arguments], {})
+    config, workdir, _ = parse(["test", *arguments], {})
     assert (config.evaluation.steps, config.task.eval_path, config.sampler.threshold) == (3, "a/b.csv", 0.5)
     assert config.settings == {"gdsd": {"psi": float("inf")}, "my_package.module:METHOD": {"beta": 2}}
     assert config.task.settings["template"] == "now {puzzle}"

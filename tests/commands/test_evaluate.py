@@ -17,7 +17,7 @@ import tiny_run
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 
 from gdsd_jax import evaluate, train
-from gdsd_jax.config.flags import _parse
+from gdsd_jax.config.flags import parse
 from gdsd_jax.evaluation import reports, statistics
 from gdsd_jax.evaluation.policy import load_policy
 from gdsd_jax.evaluation.run import UNFINISHED
@@ -184,7 +184,7 @@ def test_best_checkpoint_is_kept_evaluated_and_compared(config_file, tmp_path, m
     tiny_run.command(evaluate, *run, "--best", "--output", tmp_path / "best")
     tiny_run.command(evaluate, *run, "--output", tmp_path / "newest")
     assert [summary_of(tmp_path / name)["iteration"] for name in ("best", "newest")] == [2, 3]
-    config, _, _ = _parse(["test", *map(str, ["--config", config_file])], {})
+    config, _, _ = parse(["test", *map(str, ["--config", config_file])], {})
     policies = [load_policy(config, tmp_path / "run", best=best) for best in (True, False)]
     kept, newest = (jax.tree.leaves(policy.lora) for policy in policies)
     assert any((a != b).any() for a, b in zip(kept, newest, strict=True))

@@ -11,7 +11,7 @@ from surroundings import surroundings  # noqa: F401  (a fixture that acts by its
 
 from gdsd_jax import hub, train
 from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
-from gdsd_jax.config.flags import _parse
+from gdsd_jax.config.flags import parse
 from gdsd_jax.families import FAMILIES
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS
@@ -47,7 +47,7 @@ RECIPES = {
 
 
 def read(name: str, *overrides: str) -> TrainConfig:
-    config, _, _ = _parse(["test", f"--config={CONFIGS / name}.py", *overrides], {})
+    config, _, _ = parse(["test", f"--config={CONFIGS / name}.py", *overrides], {})
     return config
 
 
@@ -98,7 +98,7 @@ def test_recipes_of_one_accelerator_sample_as_the_authors_do(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ONE_DEVICE)
 def test_dry_run_of_one_accelerator(model, tmp_path, capsys):
-    config, _, _ = _parse(["test", f"--config={CONFIGS}/one_gpu_gsm8k.py:{model}_lora", "--config.dry_run"], {})
+    config, _, _ = parse(["test", f"--config={CONFIGS}/one_gpu_gsm8k.py:{model}_lora", "--config.dry_run"], {})
     train.main(config, tmp_path / "run")
     assert "one iteration went through" in capsys.readouterr().out
 
@@ -146,7 +146,7 @@ def test_a_config_imports_its_neighbours_from_anywhere(tmp_path, monkeypatch):
     text = "import their_piece\nfrom gdsd_jax.config import default\n\n\ndef get_config(method='gdsd'):\n"
     text += "    config = default()\n    config.seed, config.method = their_piece.SEED, method\n    return config\n"
     (tmp_path / "own.py").write_text(text)
-    config, _, _ = _parse(["test", f"--config={tmp_path}/own.py:wd1"], {})
+    config, _, _ = parse(["test", f"--config={tmp_path}/own.py:wd1"], {})
     assert (config.seed, config.method) == (11, "wd1")
     read = read_config(f"{tmp_path}/own.py:wd1")
     assert freeze(TrainConfig, read) == config
