@@ -175,7 +175,11 @@ def fitted_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[
 
 
 def _leading(mesh: Mesh | AbstractMesh, names: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Returns as many of the mesh axes `names`, from the first on, as together divide `size`."""
+    """Returns as many of the mesh axes `names`, from the first on, as together divide `size`.
+
+    Axes that the mesh lacks are left out, so a mesh of the user's own need not have all of `AXES`.
+    """
+    names = tuple(name for name in names if name in mesh.shape)
     fits = lambda count: size % math.prod(mesh.shape[name] for name in names[:count]) == 0  # noqa: E731
     return names[: max(filter(fits, range(len(names) + 1)))]
 
