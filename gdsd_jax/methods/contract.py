@@ -173,7 +173,7 @@ def traced_scores(trace: Trace, method: Method, views: Views) -> Scores:
 def traced_losses(trace: Trace, method: Method, batch: Batch, scores: Scores) -> tuple[dict, dict]:
     """Returns the shapes of the components of the loss, and of the metrics."""
     # At a first inner update the trainer gives no old scores, unless the method always needs them.
-    olds = [] if method.old in ("always", "own_masks") else [None]
+    olds: list[Scores | None] = [] if method.old in ("always", "own_masks") else [None]
     olds += [] if method.old == "unused" else [scores]
     ref, current = scores if method.needs_reference else None, [scores] if method.current else []
     takes = "(batch, old, ref, current)" if method.current else "(batch, old, ref)"
