@@ -39,6 +39,7 @@ from gdsd_jax.evaluation.comparison import (
 )
 from gdsd_jax.methods import build, check
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.signals import exit_code
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.telemetry import plots
 from gdsd_jax.training.record import record_path, require_same_run
@@ -60,6 +61,8 @@ def compare(
     host_count: int = 1,
 ) -> dict[str, Any]:
     """Runs (or resumes) this host's share of the comparison, and returns the content of `table.json`.
+
+    On SIGTERM or SIGINT during a run it ends the process after the run has saved and the table is written.
 
     Args:
       methods: names that `config.method` accepts; the others are compared with the first.
@@ -89,8 +92,9 @@ def compare(
         for seed in range(config.seed, config.seed + seeds)
         for method in methods
     ]
-    require_same(plan, hub.fingerprint(config.checkpoint))
-    start = evaluated_start(config, workdir / ("before" if host_index == 0 else f"before{host_index}"))
+    base = hub.fingerprint(config.checkpoint)
+    require_same(plan, base)
+    start = evaluated_start(config, base, workdir / ("before" if host_index == 0 else f"before{host_index}"))
 
     def report() -> dict[str, Any]:
         return write_report(config, workdir, plan, methods, metric, start, writer=f"{host_index}.")
@@ -107,8 +111,9 @@ def compare(
                     raise
                 print(f"diverged: {error}", flush=True)
             if state_of(run, directory) == "open":
+                report()
                 print("stopped: the same command resumes here", flush=True)
-                return report()
+                raise SystemExit(exit_code())
         else:
             print(f"{title} (done before)", flush=True)
             if state_of(run, directory) == "finished" and not (directory / plots.CURVES).exists():
@@ -166,9 +171,13 @@ def require_same(plan: list[tuple[TrainConfig, Path]], base: str) -> None:
             require_same_run(directory, run, fixed=("iterations",), base=base)
 
 
-def evaluated_start(config: TrainConfig, output: Path) -> dict[str, Any]:
-    """Returns the metrics of the start on the test split; evaluates it unless `output` holds its evaluation."""
-    found = read_result(config, output, checkpoint=config.checkpoint)
+def evaluated_start(config: TrainConfig, base: str, output: Path) -> dict[str, Any]:
+    """Returns the metrics of the start on the test split; evaluates it unless `output` holds its evaluation.
+
+    Args:
+      base: fingerprint of the start.
+    """
+    found = read_result(config, output, base=base, iteration=None)
     if found is None:
         evaluate.run(config, checkpoint=config.checkpoint, lengths=_length(config), output=output)
         found = read_result(config, output)

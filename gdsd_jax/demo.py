@@ -10,7 +10,6 @@ was interrupted.
 from __future__ import annotations
 
 import dataclasses
-import json
 import resource
 import shutil
 import time
@@ -23,7 +22,8 @@ from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import launch
 from gdsd_jax.evaluation import reports
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import read_objects, write_text
+from gdsd_jax.runtime.files import read_objects, write_json, write_text
+from gdsd_jax.runtime.signals import exit_code
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.tasks import TASKS
 
@@ -56,7 +56,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
         state = train.train(config, workdir)
         if int(state.iteration) < config.iterations:
             console.print("stopped: the same command resumes here")
-            raise SystemExit(130)
+            raise SystemExit(exit_code())
         shutil.rmtree(exports, ignore_errors=True)
         export.run(config, workdir, exports)
     console.rule("3  evaluation and reload")
@@ -76,7 +76,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
         "seconds": time.perf_counter() - start,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
-    write_text(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(workdir / "summary.json", summary)
     console.print(f"{summary['seconds']:.0f} s, {summary['peak_rss_gb']:.2f} GB; everything is in {workdir}")
     return summary
 

@@ -32,6 +32,7 @@ from gdsd_jax.evaluation import reports
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS
 from gdsd_jax.evaluation.run import output_directory, run, run_decodings
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import require_writable
 
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...]:
@@ -61,6 +62,7 @@ def main(
     **flags: Any,
 ) -> None:
     directory = output_directory(workdir, None if output is None else Path(output))
+    require_writable(directory, "--output")
     console = rich.console.Console()
     named = [] if tasks is None else [part.partition("=") for part in tasks.split(",")]
     flags |= {"tasks": [(name, file or None) for name, _, file in named], "lengths": numbers(lengths, "--lengths")}

@@ -26,7 +26,7 @@ from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import Lock, refuse_existing
+from gdsd_jax.runtime.files import Lock, refuse_existing, require_writable
 from gdsd_jax.telemetry.metrics import METRICS, read_metrics
 from gdsd_jax.training.record import read_record
 
@@ -66,6 +66,7 @@ def run(
     if not (output / UNFINISHED).exists():
         for path in paths.values():
             refuse_existing(path, "--output")
+    require_writable(output, "--output")
     # Adapters are merged into the stored weights, also if the run used them in 8 bits.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)

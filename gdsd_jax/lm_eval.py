@@ -21,7 +21,6 @@ then runs the answers, as lm-eval's filters left them, against the tests in the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,7 @@ from gdsd_jax.evaluation.policy import require_base
 from gdsd_jax.evaluation.samples import judge
 from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import PackageError, UserError
-from gdsd_jax.runtime.files import write_text
+from gdsd_jax.runtime.files import require_writable, write_json
 from gdsd_jax.runtime.ranges import Count, Seed, convert
 from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.runtime.transfer import fetch, put
@@ -296,9 +295,12 @@ def judge_files(arguments: list[str]) -> None:
     parser.add_argument("--task", default="code")
     given = parser.parse_args(arguments)
     task = resolve(given.task)
-    for path in given.files:
+    results = [path.with_name(f"{path.name}.judged.json") for path in given.files]
+    for written in results:
+        require_writable(written, "the place of the samples", file=True)
+    for path, written in zip(given.files, results, strict=True):
         found = judge(path, task)
-        write_text(path.with_name(f"{path.name}.judged.json"), json.dumps(found, indent=1) + "\n")
+        write_json(written, found)
         values = (f"{name} {value['mean']:.3f} ± {value['error']:.3f}" for name, value in found["metrics"].items())
         print(f"{path.name}: {found['documents']} documents, {', '.join(values)}")
 

@@ -44,7 +44,10 @@ from gdsd_jax.evaluation import meter_report
 from gdsd_jax.evaluation.enumerated import compare_to_optimum
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
 from gdsd_jax.evaluation.probe import SUBJECTS, measure
+from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import require_writable
+from gdsd_jax.runtime.ranges import Count, Few, convert
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.training.rollout import RolloutSpec, roll_out
 from gdsd_jax.training.setup import encoded_rows, task_rows
@@ -67,14 +70,13 @@ def main(
     directory = Path(output) if output is not None else workdir / "meter"
     chosen, lengths = checked(methods, prompts, draws, distances)
     check_defined(config.sampler)
+    require_writable(directory, "--output")
     console = rich.console.Console()
     report = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
     policy = load_policy(config, workdir, **flags)
     rows = task_rows(config.task, policy.task, "train", count=config.task.train_rows, seed=config.seed)[:prompts]
     asked = encoded_rows(config, policy.task, policy.tokenizer, rows)
     key = stream_of_seed(config.seed, Stream.ROLLOUT)
-    spec = RolloutSpec(policy.model, config.sampler, policy.task, policy.tokenizer, config.group_size)
-    rewarded = roll_out(spec, policy.base, policy.lora, key, asked)
     params = policy.lora
     if params is None:
         params = policy.base
@@ -82,6 +84,10 @@ def main(
             # As in the first update of a run, only the second factor of a fresh adapter has a gradient.
             settings = {"rank": config.lora.rank, "alpha": config.lora.alpha, "targets": config.lora.targets}
             params = init_lora(policy.model, jax.random.key(config.seed), **settings)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    memory.require(4 * size * draws, memory.of_devices(), f"{draws} gradients of {size} parameters", "--draws")
+    spec = RolloutSpec(policy.model, config.sampler, policy.task, policy.tokenizer, config.group_size)
+    rewarded = roll_out(spec, policy.base, policy.lora, key, asked)
     table = measure(
         policy.model, policy.base, params, rewarded.batch, key, chosen,
         draws=draws, distances=lengths, chunk=config.model.vocab_chunk, report=report,
@@ -100,8 +106,8 @@ def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tu
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is not one of {', '.join(NAMES)}")
-    if prompts < 1 or draws < 1:
-        raise UserError(f"--prompts {prompts} and --draws {draws} must be at least 1")
+    convert(Count, prompts, "--prompts")
+    convert(Few, draws, "--draws")
     try:
         lengths = tuple(float(part) for part in distances.split(","))
     except ValueError:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from gdsd_jax.planning.programs import make_plan
 from gdsd_jax.planning.report import PROGRAMS, USUAL, gib, measure, report_of, table
 from gdsd_jax.planning.search import search as search_sizes
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import write_text
+from gdsd_jax.runtime.files import require_writable, write_json
 from gdsd_jax.runtime.sharding import AXES, MeshConfig, make_mesh
 
 COMPILATIONS = 8  # the most that one search may make
@@ -111,6 +110,8 @@ def main(
     if not set(wanted) <= set(PROGRAMS):
         raise UserError(f"--programs {programs!r}: choose from {','.join(PROGRAMS)}")
     where = chips.parse_topology(topology)
+    if json:
+        require_writable(Path(json), "--json", file=True)
     # The topology names the chips, so this machine's own devices are not used.
     jax.config.update("jax_platforms", "cpu")
     if mesh:
@@ -121,7 +122,7 @@ def main(
     print(table(report))
     if json:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(json), dumps(report, indent=1) + "\n")
+        write_json(Path(json), report)
     if not report["fits"]:
         raise SystemExit(1)
 

@@ -37,7 +37,7 @@ from gdsd_jax.hub import tiny
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, check_disk, refuse_existing
-from gdsd_jax.runtime.signals import StopSignal
+from gdsd_jax.runtime.signals import StopSignal, exit_code
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.telemetry.metrics import MetricWriter
@@ -114,7 +114,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
             if hosts.any_process(stop.requested):
                 checkpoints.save(step, state, step)
                 progress.note(f"stopped after step {step}: start again with the same --workdir to go on")
-                raise SystemExit(0)
+                raise SystemExit(exit_code())
             if step > first and step % config.sft.save_every == 0:
                 checkpoints.save(step, state, step)
             chosen = np.asarray([order[step * batch_rows + i] for i in range(batch_rows)])

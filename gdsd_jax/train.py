@@ -29,7 +29,7 @@ from gdsd_jax.diffusion.sampler import check_fits
 from gdsd_jax.evaluation.completions import evaluate_policy
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.files import refuse_existing
-from gdsd_jax.runtime.signals import StopSignal
+from gdsd_jax.runtime.signals import StopSignal, exit_code
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch
 from gdsd_jax.sft import embedded_start
@@ -256,7 +256,9 @@ def main(config: TrainConfig, workdir: Path | None) -> None:
         # A bad setting of the method fails here, before the start is trained.
         checked_method(config)
         embedded_start(config)
-        train(config, workdir)
+        state = train(config, workdir)
+        if int(state.iteration) < config.iterations:
+            raise SystemExit(exit_code())
         return
     with tempfile.TemporaryDirectory() as temporary:
         directory = workdir or Path(temporary) / "run"

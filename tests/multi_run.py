@@ -105,6 +105,7 @@ def record(path: str, flags: list[str]) -> None:
             arrays = {f"adapter{i}": array for i, array in enumerate(adapters)}
             arrays["share_of_state"] = share((state.params, state.opt_state))
             np.savez(path, **{name: np.stack(tokens) for name, tokens in sampled.items() if tokens}, **arrays)
+        return state
 
     train.roll_out, completions.sample, train.train = recording_roll_out, recording_sample, recording_walk
     try:

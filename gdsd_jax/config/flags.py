@@ -23,6 +23,7 @@ from gdsd_jax.config import TrainConfig, freeze, to_dict
 from gdsd_jax.config.read import neighbours, require_config
 from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import require_writable
 
 
 class Option(NamedTuple):
@@ -68,6 +69,8 @@ def launch(
             raise UserError("config.dry_run is for gdsd_jax.train")
         if needs_workdir and workdir is None and not config.dry_run:
             raise UserError("give --workdir DIRECTORY, for the files of the run")
+        if needs_workdir and workdir is not None:
+            require_writable(workdir, "--workdir")
         enable_compilation_cache()
         hosts.initialize(config.hosts)
         hosts.agree(_shared(config))

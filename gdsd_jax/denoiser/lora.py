@@ -50,7 +50,8 @@ def init_lora(
     """Draws a fresh adapter, which does not change the outputs of the base.
 
     Raises:
-      UserError: the rank is below 1, the dropout is outside [0, 1), or a target is unknown or repeated.
+      UserError: the rank is below 1 or above what every target can have, the dropout is outside [0, 1), or a target is
+        unknown or repeated.
     """
     if rank < 1:
         raise UserError(f"adapter rank {rank} must be at least 1: change config.lora.rank")
@@ -62,6 +63,12 @@ def init_lora(
             f"adapter targets {tuple(targets)} must be distinct names out of {TARGETS}: change config.lora.targets"
         )
     shapes = target_shapes(config)
+    most = max(min(shapes[target]) for target in targets)
+    if rank > most:
+        raise UserError(
+            f"adapter rank {rank} is above {most}, the largest rank of a matrix that gets an adapter: lower "
+            "config.lora.rank, or set it to 0 to train all parameters"
+        )
     weights = {}
     for target, subkey in zip(targets, jax.random.split(key, len(targets)), strict=True):
         fan_in, fan_out = shapes[target]

@@ -5,7 +5,6 @@ A comparison (`gdsd_jax.compare`) has one run for each method and seed.
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from gdsd_jax.config import TrainConfig, greedy_sampler
 from gdsd_jax.evaluation import reports
 from gdsd_jax.evaluation.comparison_figure import draw
 from gdsd_jax.evaluation.statistics import interval
-from gdsd_jax.runtime.files import read_object, replacing, understood
+from gdsd_jax.runtime.files import read_object, replacing, understood, write_json, write_text
 from gdsd_jax.telemetry.metrics import read_metrics
 
 TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
@@ -57,7 +56,7 @@ def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[s
     summary = read_object(path, "remove it")
     with understood(path, "remove it"):
         result = summary["results"][0]
-        fits = result["steps"] == greedy_sampler(config).steps and all(summary[k] == v for k, v in expected.items())
+        fits = result["steps"] == greedy_sampler(config).steps and all(summary.get(k) == v for k, v in expected.items())
         if not all(np.isfinite([value["mean"], value["error"]]).all() for value in result["metrics"].values()):
             raise ValueError("a metric is not a number")
         return result["metrics"] if fits else None
@@ -189,10 +188,8 @@ def write_report(
     }
 
     workdir.mkdir(parents=True, exist_ok=True)
-    with replacing(workdir / TABLE_JSON, writer=writer) as draft:
-        draft.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    with replacing(workdir / TABLE_MD, writer=writer) as draft:
-        draft.write_text(markdown(table), encoding="utf-8")
+    write_json(workdir / TABLE_JSON, table, writer=writer)
+    write_text(workdir / TABLE_MD, markdown(table), writer=writer)
     if table["runs_in"]:
         with replacing(workdir / CURVES, writer=writer) as draft:
             draw(draft, table, curves, config.evaluation.split)

@@ -11,7 +11,6 @@ are those of `config.sampler`: if a single block spans the completion, a cache h
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from gdsd_jax.evaluation.policy import Policy
 from gdsd_jax.evaluation.reports import markdown
 from gdsd_jax.evaluation.statistics import mean_and_error
 from gdsd_jax.runtime import hosts
-from gdsd_jax.runtime.files import write_text
+from gdsd_jax.runtime.files import write_json, write_text
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.training.rollout import Prompts
@@ -128,6 +127,6 @@ def run(policy: Policy, parts: Sequence[Part], output: Path, *, batch_rows: int,
         rows += found
         tables.append(table(found))
         if hosts.first():
-            write_text(output / "decoding.json", json.dumps(rows, indent=1) + "\n")
+            write_json(output / "decoding.json", rows)
             write_text(output / "decoding.md", "\n".join(tables))
     return "\n".join(tables)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gdsd_jax.evaluation import reports
-from gdsd_jax.runtime.files import replacing, write_text
+from gdsd_jax.runtime.files import plain, replacing, write_json, write_text
 
 JSON, TABLE, FIGURE = "meter.json", "meter.md", "meter.png"
 
@@ -17,14 +16,19 @@ JSON, TABLE, FIGURE = "meter.json", "meter.md", "meter.png"
 def write(directory: Path, table: dict[str, Any]) -> None:
     """Writes the table as JSON and Markdown, and the figure, each atomically."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / JSON, json.dumps(table, indent=1) + "\n")
+    table = plain(table)
+    write_json(directory / JSON, table)
     write_text(directory / TABLE, markdown(table))
     with replacing(directory / FIGURE) as draft:
         draw(draft, table)
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Formats the tables in Markdown, after a paragraph about the rollouts that were measured."""
+    """Formats the tables in Markdown, after a paragraph about the rollouts that were measured.
+
+    The table is that of `gdsd_jax.evaluation.probe.measure`, or the content of `meter.json`.
+    """
+    table = plain(table)
     distances = [str(d) for d in table["distances"]]
     about = (
         f"{table['rows']} rollouts of {table['source']}, mean reward {table['reward']:.3f}, mean exact log-probability "
@@ -32,7 +36,7 @@ def markdown(table: dict[str, Any]) -> str:
         f"{table['draws']} draws of masks.\n\n"
         + "\n".join(
             f"Moved to a smooth log-ratio of {d}: the exact one of {100 * table['jumped'][d]:.0f} % of the rollouts "
-            f"has jumped, and its median size is {table['log_ratio'][d]:.3g}."
+            f"has jumped, and its median size is {_number(table['log_ratio'][d], 1, '.3g')}."
             for d in distances
         )
     )
@@ -41,12 +45,11 @@ def markdown(table: dict[str, Any]) -> str:
     lines = [
         [
             label,
-            *(f"{row[name]:+.2f}" if name == "bias" else f"{row[name]:.2f}" for name in ("bias", "spread", "noise")),
-            f"{row['rank_correlation']:.2f}",
+            _number(row["bias"], 1, "+.2f"),
+            *(_number(row[name], 1, ".2f") for name in ("spread", "noise", "rank_correlation")),
             *(_number(row["log_ratio"][d]["error"], 100, ".0f") for d in distances),
             *(_number(row["log_ratio"][d]["correlation"], 1, ".2f") for d in distances),
-            f"{row['cosine']:.3f}",
-            f"{row['cosine_of_mean']:.3f}",
+            *(_number(row[name], 1, ".3f") for name in ("cosine", "cosine_of_mean")),
         ]
         for label, row in table["methods"].items()
     ]
@@ -85,8 +88,9 @@ def draw(path: Path, table: dict[str, Any]) -> None:
     above, *below = figure.subfigures(2 if runs else 1, 1, squeeze=False)[:, 0]
     left, middle, right = above.subplots(1, 3, sharey=True)
     labels, rows = list(table["methods"]), list(table["methods"].values())
+    column = lambda name: [np.nan if row[name] is None else row[name] for row in rows]  # noqa: E731
     heights = range(len(labels))
-    left.errorbar([row["bias"] for row in rows], heights, xerr=[row["spread"] for row in rows], fmt="o")
+    left.errorbar(column("bias"), heights, xerr=column("spread"), fmt="o")
     left.set(title="Estimate less exact log-probability (nats)", yticks=heights, yticklabels=labels)
     left.invert_yaxis()
     left.axvline(0, color="0.5", linewidth=1)
@@ -96,8 +100,8 @@ def draw(path: Path, table: dict[str, Any]) -> None:
         middle.plot(errors, heights, "o", label=f"at {distance}")
     middle.set(title="Error of the log-ratio (%)", xscale="log")
     middle.legend(fontsize=8)
-    right.plot([row["cosine"] for row in rows], heights, "o", label="one draw of masks")
-    right.plot([row["cosine_of_mean"] for row in rows], heights, "s", label="mean of the draws", fillstyle="none")
+    right.plot(column("cosine"), heights, "o", label="one draw of masks")
+    right.plot(column("cosine_of_mean"), heights, "s", label="mean of the draws", fillstyle="none")
     right.set(title="Cosine with the exact gradient", xlim=(-0.1, 1.05))
     right.legend(fontsize=8)
     for part in below:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,15 @@ import rich.table
 
 from gdsd_jax.evaluation.statistics import paired
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import read_object, read_objects, replacing, understood, write_text
+from gdsd_jax.runtime.files import (
+    read_object,
+    read_objects,
+    replacing,
+    understood,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 from gdsd_jax.telemetry.plots import COLOURS
 
 SUMMARY, TABLE, FIGURE, COMPLETIONS = (f"evaluation.{kind}" for kind in ("json", "md", "png", "jsonl"))
@@ -28,11 +35,11 @@ def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None
     """
     title, header, body = describe(summary), *_grid(summary)
     legend = "Mean ± standard error of the mean over rows; in parentheses the denoising steps."
-    write_text(directory / COMPLETIONS, "".join(json.dumps(record) + "\n" for record in records))
+    write_json_lines(directory / COMPLETIONS, records)
     write_text(directory / TABLE, f"{title}\n\n{markdown(header, body, left=2)}\n\n{legend}\n")
     with replacing(directory / FIGURE) as draft:
         draw(draft, summary)
-    write_text(directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_json(directory / SUMMARY, summary)
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -151,7 +158,7 @@ def compare_evaluations(directory: Path, other: Path) -> str:
         "better, worse: items on which this does better or worse. p: McNemar's exact test, of metrics that are 0 or 1."
     )
     text = f"{titles}\n\n{markdown(header, body, left=3)}\n\n{legend}\n"
-    write_text(directory / f"{COMPARISON}.json", json.dumps({"other": str(other), "results": found}, indent=1) + "\n")
+    write_json(directory / f"{COMPARISON}.json", {"other": str(other), "results": found})
     write_text(directory / f"{COMPARISON}.md", text)
     return text
 

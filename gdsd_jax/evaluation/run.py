@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gdsd_jax import hub
 from gdsd_jax.config import TaskConfig, TrainConfig, greedy_sampler
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.sampler import check_fits
@@ -85,6 +86,7 @@ def run(
         records += kept
     summary = {
         "checkpoint": str(policy.source),
+        "base": hub.fingerprint(policy.source),
         "adapter": adapter,
         "workdir": str(workdir) if policy.iteration is not None else None,
         "iteration": policy.iteration,

@@ -7,14 +7,18 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gdsd_jax.runtime.errors import UserError
 
@@ -41,10 +45,33 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, writer: str = "") -> None:
     """Writes a text file in UTF-8, whole or not at all; half of a surrogate pair becomes a question mark."""
-    with replacing(path) as draft:
+    with replacing(path, writer=writer) as draft:
         draft.write_text(text, encoding="utf-8", errors="replace")
+
+
+def plain(value: Any) -> Any:
+    """Converts a value to one that JSON can hold: NumPy values become Python's, and NaN and infinities become None."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def write_json(path: Path, content: Any, *, writer: str = "") -> None:
+    """Writes a value as JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
+    write_text(path, json.dumps(plain(content), indent=1, allow_nan=False) + "\n", writer=writer)
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes one line of JSON for each row, as `write_json` does."""
+    write_text(path, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
 
 
 @contextlib.contextmanager
@@ -188,6 +215,26 @@ def check_disk(directory: Path, needed: int, purpose: str) -> None:
             f"{directory} has {free / 1e9:.2f} GB free and needs {needed / 1e9:.2f} GB for {purpose}: "
             "free some or change --workdir"
         )
+
+
+def require_writable(path: Path, flag: str, *, file: bool = False) -> None:
+    """Raises UserError unless files can be written to the directory `path`, or with `file` to the file `path`.
+
+    It makes a directory where the first new one would be and removes it at once, because rights alone do not tell
+    whether a file system takes files.
+
+    Args:
+      flag: the flag that names the path, for the message.
+    """
+    place = path.absolute().parent if file else path.absolute()
+    try:
+        if file and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        while not place.exists():
+            place = place.parent
+        os.rmdir(tempfile.mkdtemp(prefix=".gdsd_", dir=place))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({place}: {error.strerror}): change {flag}") from None
 
 
 def refuse_existing(directory: Path, flag: str = "--workdir") -> None:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import signal
 
+_received = signal.SIGTERM  # the last signal that asked this process to end; until then, what another process may get
+
+
+def exit_code() -> int:
+    """Returns the exit code of a command that has saved and left before its end, as a shell gives it: 128 + signal."""
+    return 128 + _received
+
 
 class StopSignal:
     """Turns SIGTERM and SIGINT, while it is open, into a request to save and leave after the running iteration."""
@@ -18,4 +25,5 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
-        self.requested = True
+        global _received
+        self.requested, _received = True, number

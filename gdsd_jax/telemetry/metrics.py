@@ -7,32 +7,16 @@ have the form `group/name`. Metrics under `time/` depend on the machine; a repea
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import replacing, require_regular
+from gdsd_jax.runtime.files import plain, replacing, require_regular
 from gdsd_jax.telemetry.trackers import find_tracker, open_tracker
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
-
-
-def _plain(value: Any) -> Any:
-    """Converts a value to one that JSON can hold: NumPy values become Python's, and NaN and infinities become None."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict]]:
@@ -97,7 +81,7 @@ class MetricWriter:
         Values are scalars on the host. A float is written as the shortest text that reads back as the same double, so
         that equal files mean equal bits.
         """
-        values = {name: _plain(float(value)) for name, value in metrics.items()}
+        values = {name: plain(float(value)) for name, value in metrics.items()}
         self._append(self._metrics, [{"step": int(step), **values}])
         finite = {name: value for name, value in values.items() if value is not None}
         for tracker in self._trackers:
@@ -105,7 +89,7 @@ class MetricWriter:
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends one line `{"step": step, ...}` per row, which holds the completion's text, rewards and the like."""
-        self._append(self._completions, [{"step": int(step), **_plain(row)} for row in rows])
+        self._append(self._completions, [{"step": int(step), **plain(row)} for row in rows])
 
     def close(self) -> None:
         """Closes the files and the trackers."""

@@ -142,6 +142,7 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ("--config.task.name=chess", "chess"),
         ("--config.method=reinforce", "config.method"),
         ("--config.lora.targets=head", "targets"),
+        ("--config.lora.rank=1000", "adapter rank 1000 is above"),
         ("--config.checkpoint=nowhere", "nowhere"),
         ("--config.checkpoint=http://a/b", "http://a/b is on no disk"),
         ("--config.task.train_path=nowhere.csv", "nowhere.csv"),
@@ -189,14 +190,21 @@ def test_settings_and_flags(override, named, config_file, refused, tmp_path):
         (generate, ["--checkpoint={base}", "--seconds=nan"], "--seconds nan must be"),
         (plan, ["--topology=v5e:²x4"], "v5e slices have 2 sizes"),
         (plan, ["--topology=v5e:2x4", "--mesh=data=--1"], "--mesh 'data=--1'"),
+        (plan, ["--topology=v5e:2x4", "--json={base}"], "{base} cannot be written"),
         (meter, ["--output=out", "--checkpoint={base}", "--distances=nan"], "--distances 'nan'"),
+        (meter, ["--output=out", "--checkpoint={base}", "--draws=100000000"], "--draws is 100000000"),
+        *(
+            (module, ["--output={base}/config.json/a", "--checkpoint={base}"], "config.json: Not a directory")
+            for module in (evaluate, export, meter)
+        ),
     ],
 )
 def test_flags_of_the_other_commands(module, arguments, named, config_file, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = config_file.parent / "base"
     before = sorted(path.stat().st_mtime_ns for path in base.iterdir())
-    assert named in refused(module, "--config", config_file, *(text.format(base=base) for text in arguments))
+    line = refused(module, "--config", config_file, *(text.format(base=base) for text in arguments))
+    assert named.format(base=base) in line
     assert not any(tmp_path.iterdir())
     assert before == sorted(path.stat().st_mtime_ns for path in base.iterdir())
 

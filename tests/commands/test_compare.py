@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import runpy
+import signal
 import statistics
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from tiny_run import build, command
 
 from benchmarks.side_by_side import Arm, Protocol
 from gdsd_jax import compare, evaluate, train
-from gdsd_jax.config import TrainConfig, freeze, read_config
+from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.evaluation import comparison
 from gdsd_jax.methods import METHODS as METHODS_OF_LIBRARY
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import write_json
 from gdsd_jax.telemetry.metrics import read_metrics
 
 METHODS, SEEDS = ("gdsd", "wd1"), (42, 43)
@@ -129,7 +131,10 @@ def test_an_open_run_is_taken_up_and_a_share_is_left_to_its_host(bench, config, 
     started = []
     monkeypatch.setattr(train, "train", lambda run, directory: started.append(directory))
     monkeypatch.setattr(compare, "evaluated_start", lambda *_: {"cells": {"mean": 0.5, "error": 0.1}})
-    table = compare.compare(config, tmp_path, METHODS, 2, metric="cells", host_index=1, host_count=2)
+    with pytest.raises(SystemExit) as stop:
+        compare.compare(config, tmp_path, METHODS, 2, metric="cells", host_index=1, host_count=2)
+    assert stop.value.code == 128 + signal.SIGTERM
+    table = table_of(tmp_path)
     assert started == [tmp_path / "wd1" / "seed42"]
     assert (table["runs"], table["runs_in"]) == (4, 0)
     assert "0 of 4 runs are in" in (tmp_path / "table.md").read_text()
@@ -153,6 +158,22 @@ def test_a_diverged_run_is_collapsed_and_the_bench_goes_on(config, tmp_path, mon
     for row in table["methods"]:
         assert (row["collapsed"], row["final"]["mean"], row["best"]["mean"]) == (2, 0.0, None)
     assert "2/2" in (tmp_path / "table.md").read_text()
+
+
+def test_the_start_is_evaluated_anew_only_if_its_content_changed(config, tmp_path, monkeypatch):
+    evaluated = []
+
+    def run(config, *, checkpoint, lengths, output):
+        evaluated.append(checkpoint)
+        entry = {"steps": greedy_sampler(config).steps, "metrics": {"cells": {"mean": 0.5, "error": 0.1}}}
+        summary = {"checkpoint": checkpoint, "base": "content", "iteration": None, "results": [entry]}
+        write_json(output / "evaluation.json", summary)
+
+    monkeypatch.setattr(evaluate, "run", run)
+    moved = dataclasses.replace(config, checkpoint="moved")
+    for run_config, base in ((config, "content"), (config, "content"), (moved, "content"), (moved, "other")):
+        assert compare.evaluated_start(run_config, base, tmp_path)["cells"]["mean"] == 0.5
+    assert evaluated == [config.checkpoint, "moved"]
 
 
 def test_other_errors_of_a_run_end_the_bench(config, tmp_path, monkeypatch):

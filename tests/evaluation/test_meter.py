@@ -122,6 +122,20 @@ def test_the_report_is_written_whole(tmp_path):
     assert (tmp_path / meter_report.FIGURE).stat().st_size > 10_000
 
 
+def test_figures_that_are_not_numbers_are_null_and_read_back(tmp_path):
+    nan = float("nan")
+    row = dict.fromkeys(("bias", "spread", "noise", "rank_correlation", "cosine", "cosine_of_mean"), nan)
+    row["log_ratio"] = {"0.1": {"error": nan, "correlation": nan}}
+    table = {"rows": 8, "impossible": 0.0, "log_prob": -3.0, "distances": [0.1], "draws": 2, "source": "X"}
+    table |= {"reward": 0.5, "methods": {"gdsd": row}, "jumped": {"0.1": 0.5}, "log_ratio": {"0.1": nan}}
+    meter_report.write(tmp_path, table)
+    written = (tmp_path / meter_report.JSON).read_text()
+    assert "NaN" not in written and json.loads(written)["methods"]["gdsd"]["bias"] is None
+    text = meter_report.markdown(json.loads(written))
+    assert text == meter_report.markdown(table) and "nan" not in text
+    assert text == (tmp_path / meter_report.TABLE).read_text()
+
+
 def test_bad_flags_are_refused_before_a_model_is_loaded():
     flags = {"methods": None, "prompts": 1, "draws": 1, "distances": "0.1"}
     for change, message in (

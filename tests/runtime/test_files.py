@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import Lock, read_object, read_objects
+from gdsd_jax.runtime.files import Lock, read_object, read_objects, require_writable, write_json
 
 HOLD = """
 import sys, time
@@ -31,6 +32,26 @@ def test_a_directory_is_held_by_one_process_and_free_when_that_is_killed(tmp_pat
     with Lock(tmp_path / "run"), pytest.raises(UserError, match=f"process {os.getpid()}"):
         Lock(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_path_that_takes_no_files_is_refused_and_nothing_is_left(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/below", "file/far/below"):
+        with pytest.raises(UserError, match=f"{path} cannot be written .*change --output"):
+            require_writable(tmp_path / path, "--output")
+    for path in (tmp_path, tmp_path / "file" / "below", Path("/proc/1/there")):
+        with pytest.raises(UserError, match="cannot be written .*change --json"):
+            require_writable(path, "--json", file=True)
+    for path in (tmp_path, tmp_path / "new" / "newer"):
+        require_writable(path, "--output")
+    for path in (tmp_path / "file", tmp_path / "new" / "newer"):
+        require_writable(path, "--json", file=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [np.float32("inf"), np.int64(3)], "c": np.arange(2)})
+    assert read_object(tmp_path / "a.json") == {"a": None, "b": [None, 3], "c": [0, 1]}
 
 
 DEEP, LONG = '{"a": ' * 100_000, '{"a": ' + "9" * 5000 + "}"
