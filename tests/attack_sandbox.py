@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import sandbox_attacks
 import sandbox_cheats
 import sandbox_kernel_attacks
+import sandbox_leftovers
 
 from gdsd_jax.tasks import sandbox
 from gdsd_jax.tasks.sandbox import Limits, Program, Verdict, judge
@@ -28,10 +29,10 @@ from gdsd_jax.tasks.sandbox import Limits, Program, Verdict, judge
 # Time that a busy machine has enough of; and time for what is meant to use all that it gets.
 LIMITS = Limits(seconds=20.0, megabytes=256, total_megabytes=384)
 SHORT = dataclasses.replace(LIMITS, seconds=1.0)
-ATTACKS = sandbox_attacks.CONTAINED | sandbox_kernel_attacks.ATTACKS
+ATTACKS = sandbox_attacks.CONTAINED | sandbox_kernel_attacks.ATTACKS | sandbox_leftovers.ATTACKS
 CHEATS = {
     name: (each, sandbox_cheats.CHEATED) if isinstance(each, str) else each
-    for name, each in sandbox_cheats.CHEATS.items()
+    for name, each in (sandbox_cheats.CHEATS | sandbox_leftovers.CHEATS).items()
 }
 HONEST = Program(
     "import os\ndef f(x):\n    with open('/tmp/x', 'wb') as file:\n        file.write(bytes(1 << 20))\n"

@@ -2,18 +2,19 @@
 
     python tests/fuzz_files.py --count 5000 [--targets config,header] [--seed 0]
 
-Files of a checkpoint, an adapter, a run and an evaluation are damaged as JSON (values of other types, absent and huge
-ones, NaN) or as bytes (cut, flipped, emptied, grown); settings get values of any type. The script prints a line per
+Files of a checkpoint, an adapter, a run and an evaluation, data files and saved states are damaged as JSON (values of
+other types, absent and huge ones, NaN) or as bytes (cut, flipped, emptied, grown); settings and the flags of commands
+get values of any type. The script prints a line per
 target with its counts and the longest case. It exits with code 1 if a case raised anything but UserError, let NaN
 through, or took longer than 10 s.
 """
 
 import argparse
 import collections
-import copy
+import dataclasses
 import functools
+import importlib.util
 import json
-import math
 import random
 import resource
 import shutil
@@ -28,72 +29,30 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import fuzz_checkpoints
+import fuzz_data
+import fuzz_flags
 import jax
 import numpy as np
+from damage import ODD, changed, damaged
+from safetensors.numpy import load_file, save_file
 
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, default, freeze, to_dict
 from gdsd_jax.denoiser import init_lora
 from gdsd_jax.evaluation import reports
+from gdsd_jax.evaluation.comparison import read_result
 from gdsd_jax.evaluation.run import resumed
 from gdsd_jax.hub import tiny
 from gdsd_jax.methods import METHODS, build
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS, resolve
 from gdsd_jax.telemetry.metrics import read_metrics
-from gdsd_jax.telemetry.planned import read_plan
+from gdsd_jax.telemetry.planned import planned_sizes, read_plan
+from gdsd_jax.training.fit import fitted_to_devices
 from gdsd_jax.training.record import read_record, with_first_schedule
 
 SECONDS, BYTES = 10.0, 3 << 30
-ODD = (
-    None, True, False, 0, 1, -1, 2, 10**9, 2**31, 2**63, 10**400, 0.5, -0.5, 1e300, math.nan, math.inf, -math.inf, "",
-    "text", "a\0b", "\ud800", "None", "<|mask|>", "{x}", "{{ x }}", "../..", "/etc/passwd", "gs://a/b", [], [1], ["a"],
-    [[]], {}, {"a": 1}, {"a": {}}, [None], "x" * 5000, ":", ":x", "json:x", "nan",
-)  # fmt: skip
-
-
-def changed(draw: random.Random, content: Any) -> Any:
-    """Returns a JSON value with one to three damaged places."""
-    content = copy.deepcopy(content)
-    for _ in range(draw.randint(1, 3)):
-        place, path = content, []
-        while isinstance(place, (dict, list)) and len(place) and (not path or draw.random() < 0.6):
-            key = draw.choice(list(place)) if isinstance(place, dict) else draw.randrange(len(place))
-            path.append((place, key))
-            place = place[key]
-        if not path:
-            return draw.choice(ODD)
-        parent, key = path[-1]
-        if draw.random() < 0.25:
-            del parent[key]
-        else:
-            parent[key] = draw.choice(ODD)
-    return content
-
-
-def damaged(draw: random.Random, raw: bytes) -> bytes:
-    """Returns the bytes of a file with some damage."""
-    if draw.random() < 0.5:
-        try:
-            if raw.count(b"\n") > 1:
-                lines = raw.splitlines()
-                number = draw.randrange(len(lines))
-                lines[number] = json.dumps(changed(draw, json.loads(lines[number]))).encode()
-                return b"\n".join(lines) + b"\n"
-            return json.dumps(changed(draw, json.loads(raw))).encode("utf-8", "surrogatepass")
-        except ValueError:
-            pass
-    kind = draw.randrange(5)
-    if kind == 0:
-        return raw[: draw.randrange(len(raw) + 1)]
-    if kind == 1:
-        return draw.choice((b"", b"\xff\xfe", b"null", b"[]", b"{}", b"3", b'"a"', b"[" * 10_000, b"\n\n"))
-    if kind == 2:
-        return raw + draw.randbytes(draw.randint(1, 50))
-    data = bytearray(raw or b"x")
-    for _ in range(draw.randint(1, 4)):
-        data[draw.randrange(min(len(data), 4000))] = draw.randrange(256)
-    return bytes(data)
 
 
 def damaged_header(draw: random.Random, raw: bytes) -> bytes:
@@ -120,10 +79,12 @@ class World:
     """Makes a directory with a file of every kind, once; `run` damages one file at a time and restores it."""
 
     def __init__(self, directory: Path):
+        self.directory = directory
         self.base, self.adapter, self.run = directory / "base", directory / "adapter", directory / "run"
         tiny.build(self.base, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, max_length=64)
         (self.base / "generation_config.json").write_text('{"eos_token_id": 2, "pad_token_id": 0}')
         self.model = hub.read_config(self.base)
+        self._sharded(directory / "sharded")
         lora = init_lora(self.model, jax.random.key(0), rank=2, alpha=4.0, targets=("q", "down"))
         hub.export_adapter(self.adapter, self.model, lora, source=self.base)
         self.run.mkdir()
@@ -150,6 +111,17 @@ class World:
         puzzle = {"puzzle": "1000040000300001", "solution": "1243341221344321"}
         self.rows.write_text((json.dumps(puzzle) + "\n") * 3)
 
+    def _sharded(self, directory: Path) -> None:
+        """Copies the base, with its tensors in two files and an index."""
+        shutil.copytree(self.base, directory)
+        tensors = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+        for file in set(places.values()):
+            save_file({name: tensors[name] for name in tensors if places[name] == file}, directory / file)
+        index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": places}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
     def write(self, name: str, text: str) -> None:
         (self.run / name).write_text(text)
 
@@ -174,8 +146,19 @@ def record(world: World) -> None:
     with_first_schedule(world.config, world.run)
 
 
+def plan(world: World) -> None:
+    read_plan(world.run, world.config)
+    open_sizes = dataclasses.replace(world.config, microbatch_rows=None)
+    fitted_to_devices(open_sizes, build("gdsd"), planned_sizes(world.run))
+
+
 TARGETS: dict[str, tuple[str, Callable[[World], Any], Callable]] = {
     "config": ("base/config.json", load, damaged),
+    "index": (
+        "sharded/model.safetensors.index.json",
+        lambda world: finite(hub.load_checkpoint(world.directory / "sharded")[1]),
+        damaged,
+    ),
     "header": ("base/model.safetensors", load, damaged_header),
     "tokenizer": ("base/tokenizer.json", tokenizer, damaged),
     "tokenizer_config": ("base/tokenizer_config.json", tokenizer, damaged),
@@ -185,7 +168,12 @@ TARGETS: dict[str, tuple[str, Callable[[World], Any], Callable]] = {
     "adapter_weights": ("adapter/adapter_model.safetensors", adapter, damaged_header),
     "run": ("run/run.json", record, damaged),
     "metrics": ("run/metrics.jsonl", lambda world: read_metrics(world.run), damaged),
-    "plan": ("run/plan.json", lambda world: read_plan(world.run, world.config), damaged),
+    "plan": ("run/plan.json", plan, damaged),
+    "result": (
+        f"run/{reports.SUMMARY}",
+        lambda world: read_result(world.config, world.run, base="0" * 16, iteration=None),
+        damaged,
+    ),
     "part": (
         "run/evaluation.part.jsonl",
         lambda world: resumed(world.run / "evaluation.part.jsonl", world.identity),
@@ -203,7 +191,6 @@ TARGETS: dict[str, tuple[str, Callable[[World], Any], Callable]] = {
     ),
     "rows": ("rows.jsonl", lambda world: TASKS["sudoku"].read(world.rows), damaged),
 }
-SETTINGS = ("settings", "methods", "tasks")
 
 
 def setting(world: World, draw: random.Random) -> None:
@@ -234,12 +221,25 @@ def task(world: World, draw: random.Random) -> None:
     made.messages(row), made.answer(row), finite(dict(made.weights))
 
 
+# Cases without a single file that is damaged: each function makes one and reads it.
+CASES: dict[str, Callable[[World, random.Random], None]] = {
+    "settings": setting,
+    "methods": method,
+    "tasks": task,
+    "data": fuzz_data.case,
+    "flags": fuzz_flags.case,
+    "checkpoints": fuzz_checkpoints.case,
+}
+if importlib.util.find_spec("lm_eval"):
+    CASES["lm_eval"] = fuzz_flags.lm_eval
+
+
 def run(world: World, root: Path, target: str, count: int, seed: int) -> dict[str, Any]:
     """Runs `count` cases of one target, and returns the counts of their outcomes and the failures."""
     draw = random.Random(f"{target} {seed}")
     outcomes: collections.Counter = collections.Counter()
     slowest, failures = 0.0, []
-    odd = {"settings": setting, "methods": method, "tasks": task}.get(target)
+    odd = CASES.get(target)
     if odd is None:
         file, read, damage = TARGETS[target]
         path = root / file
@@ -274,7 +274,7 @@ def run(world: World, root: Path, target: str, count: int, seed: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="cases of each target")
-    parser.add_argument("--targets", default=",".join([*TARGETS, *SETTINGS]))
+    parser.add_argument("--targets", default=",".join([*TARGETS, *CASES]))
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     failed = False

@@ -11,6 +11,7 @@ import numpy as np
 
 from gdsd_jax.evaluation.statistics import mean_and_error
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import read_objects, understood
 from gdsd_jax.tasks import Task
 
 
@@ -24,12 +25,15 @@ def judge(path: Path, task: Task) -> dict[str, Any]:
     Raises:
       UserError: `path` is not such a file, or the task cannot read a document.
     """
-    try:
-        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    advice = "name a samples file of lm-eval, which --log_samples writes"
+    samples = read_objects(path, advice)
+    if not samples:
+        raise UserError(f"{path} is empty: {advice}")
+    with understood(path, advice):
         documents = [sample["doc"] for sample in samples]
         answers = [_texts(sample["filtered_resps"]) for sample in samples]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a samples file of lm-eval ({error!r}): write one with --log_samples") from None
+        if not all(answers):
+            raise ValueError("a document has no answer")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "documents.jsonl"
         file.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
@@ -45,4 +49,6 @@ def judge(path: Path, task: Task) -> dict[str, Any]:
 
 def _texts(answers: Any) -> list[str]:
     """Returns the texts in nested lists of any depth, which is how filters return answers."""
+    if not isinstance(answers, (str, list)):
+        raise TypeError(f"an answer is {answers!r:.60}")
     return [answers] if isinstance(answers, str) else [text for part in answers for text in _texts(part)]

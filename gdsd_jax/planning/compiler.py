@@ -6,11 +6,13 @@ kept beside that cache instead, under a hash of the program and of the versions 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +50,9 @@ def compile_program(lowered: jax.stages.Lowered, topology: str) -> Compiled:
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     path = Path(cache) / "plan" / f"{digest[:32]}.json.gz" if cache else None
     if path and path.exists():
-        return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
+        # A damaged file is written anew.
+        with contextlib.suppress(OSError, ValueError, TypeError, EOFError, zlib.error):
+            return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
     found = _compile(lowered)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import sandbox, workers
-from gdsd_jax.tasks.data import Row, column, held_out, read_records
+from gdsd_jax.tasks.data import Row, column, held_out, read_records, text_of
 from gdsd_jax.tasks.graders import programs
 from gdsd_jax.tasks.sandbox import Program, Verdict
 from gdsd_jax.tasks.task import PUBLIC, Grader, Task
@@ -172,11 +172,11 @@ def to_row(place: str, record: Row) -> Row:
     if "test_list" in record:
         question, tests = column(place, record, "text", "prompt"), column(place, record, "test_list")
         setup, solution = _setup(record), record.get("code") or ""
-        named = defined(solution)
+        named = defined(solution) if isinstance(solution, str) else set()
     elif "entry_point" in record:
-        prompt, entry = column(place, record, "prompt"), column(place, record, "entry_point")
+        prompt, entry = text_of(place, record, "prompt"), text_of(place, record, "entry_point")
         question = f"Complete this function and give the whole program.\n{prompt}"
-        tests, setup = [f"{column(place, record, 'test')}\ncheck({entry})"], ""
+        tests, setup = [f"{text_of(place, record, 'test')}\ncheck({entry})"], ""
         solution = f"{prompt}{record['canonical_solution']}" if record.get("canonical_solution") else ""
         named = {entry}
     else:

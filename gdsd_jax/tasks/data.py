@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import require_regular
 
 Row = dict[str, Any]
 
 HELD_OUT = 20
+MOST_BYTES = 2 << 30  # the longest text that is read, decompressed
 
 
 def read_records(path: Path) -> list[tuple[str, Row]]:
@@ -29,6 +32,8 @@ def read_records(path: Path) -> list[tuple[str, Row]]:
     Raises UserError if the file cannot be read, has an entry that is no row, or has no row.
     """
     kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if not path.is_dir():
+        require_regular(path, most=1 << 40)
     if path.is_dir():
         records = _saved(path)
     elif kind in ("jsonl", "json"):
@@ -51,6 +56,18 @@ def column(place: str, record: Row, *names: str) -> Any:
         if record.get(name) is not None:
             return record[name]
     raise UserError(f"{place}: a row needs {' or '.join(names)}, it has {', '.join(map(str, record)) or 'nothing'}")
+
+
+def text_of(place: str, record: Row, *names: str) -> str:
+    """Returns the first of these columns that the record has as text, which it is or, as a finite number, becomes.
+
+    Raises UserError, naming the place, if the record has none of them, or a value of another type.
+    """
+    value = column(place, record, *names)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not finite:
+        raise UserError(f"{place}: {' or '.join(names)} must be a text, it is {value!r:.60}")
+    return str(value)
 
 
 def from_hub(name: str, configuration: str | None, split: str, row: Callable[[str, Row], Row]) -> list[Row]:
@@ -121,7 +138,10 @@ def read_text(path: Path) -> str:
     Raises UserError if the file cannot be read.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UserError(f"{path} holds more than the {MOST_BYTES} bytes that are read: divide it, or use Parquet")
         return data.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None

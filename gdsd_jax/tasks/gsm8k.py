@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import data
-from gdsd_jax.tasks.data import Row, column
+from gdsd_jax.tasks.data import Row, text_of
 from gdsd_jax.tasks.format import last_answer, last_boxed
 from gdsd_jax.tasks.graders import numbers
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
@@ -129,13 +129,13 @@ def _canonical(number: str) -> str:
 
 
 def _row(place: str, record: Row) -> Row:
-    solution, hashes, answer = str(column(place, record, "answer")).rpartition("####")
+    solution, hashes, answer = text_of(place, record, "answer").rpartition("####")
     answer = answer.strip().replace(",", "")
     if not answer:
         raise UserError(f"{place}: there is no answer{' behind ####' if hashes else ''}")
     # Marks such as <<48/2=24>> are notes to a calculator.
     solution = re.sub(r"<<[^<>]*>>", "", solution).strip()
-    return {"question": str(column(place, record, "question")).strip(), "answer": answer, "solution": solution}
+    return {"question": text_of(place, record, "question").strip(), "answer": answer, "solution": solution}
 
 
 def read(path: Path) -> list[Row]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import data
-from gdsd_jax.tasks.data import Row, column
+from gdsd_jax.tasks.data import Row, text_of
 from gdsd_jax.tasks.format import first_answer, last_answer, last_boxed
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
 from gdsd_jax.tasks.task import PUBLIC, Grader, Task
@@ -182,14 +182,13 @@ def normalise(latex: str) -> str:
 
 
 def _row(place: str, record: Row) -> Row:
-    solution = str(record.get("solution") or "").strip()
+    solution = text_of(place, record, "solution").strip() if record.get("solution") else ""
     answer = record.get("answer")
-    if answer is None:
-        answer = last_boxed(str(column(place, record, "solution")))
-    if answer is None or not str(answer).strip():
+    answer = last_boxed(text_of(place, record, "solution")) if answer is None else text_of(place, record, "answer")
+    if answer is None or not answer.strip():
         raise UserError(f"{place}: there is no answer, neither as answer nor as the last \\boxed{{}} of solution")
-    question = str(column(place, record, "problem", "question")).strip()
-    return {"question": question, "answer": str(answer).strip(), "solution": solution}
+    question = text_of(place, record, "problem", "question").strip()
+    return {"question": question, "answer": answer.strip(), "solution": solution}
 
 
 def read(path: Path) -> list[Row]:

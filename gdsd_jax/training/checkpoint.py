@@ -40,7 +40,8 @@ for _name in ("future", "signaling_client"):
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     """Returns a manager that saves in the background.
 
-    The two managers of a run may save at the same time. The prefix keeps their barriers apart.
+    The two managers of a run may save at the same time. The prefix keeps their barriers apart. A manager that is not
+    lightweight reads the metadata of every checkpoint at its start, and fails if those of one are damaged.
 
     Raises:
       UserError: the directory is a file.
@@ -51,6 +52,7 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
         max_to_keep=keep,
         create=True,
         enable_async_checkpointing=True,
+        lightweight_initialize=True,
         multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
     )
     return ocp.CheckpointManager(directory.absolute(), options=options)
@@ -283,7 +285,8 @@ def load_params(workdir: Path, shapes: Any, places: Any, *, best: bool = False) 
     directory = (workdir / (BEST if best else "checkpoints")).absolute()
     if not directory.is_dir():
         raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
+    with ocp.CheckpointManager(directory, options=options) as manager:
         if not manager.all_steps():
             raise UserError(f"{workdir} has no checkpoint yet: train first, or give another --workdir")
         target = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)

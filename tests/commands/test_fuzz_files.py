@@ -15,7 +15,7 @@ def world(root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [*fuzz_files.TARGETS, *fuzz_files.SETTINGS])
+@pytest.mark.parametrize("target", [*fuzz_files.TARGETS, *fuzz_files.CASES])
 def test_damaged_files_and_odd_settings(target, world, root):
     found = fuzz_files.run(world, root, target, 60, seed=1)
     assert not found["failures"] and found["refused"] > 10

@@ -265,4 +265,4 @@ def test_judge_reads_what_the_filters_made_of_the_answers(tmp_path, monkeypatch,
     file.write_text("{}\n")
     with pytest.raises(SystemExit):
         front.run(main)
-    assert "not a samples file of lm-eval" in capsys.readouterr().err
+    assert "name a samples file of lm-eval" in capsys.readouterr().err

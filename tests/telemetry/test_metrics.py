@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.telemetry import metrics, plots, progress
+from gdsd_jax.runtime.files import plain
+from gdsd_jax.telemetry import plots, progress
 from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress, duration
@@ -33,7 +34,7 @@ def test_lines_are_on_disk_at_once_and_hold_plain_numbers(tmp_path):
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float_reads_back_as_the_same_bits(value):
-    again = json.loads(json.dumps(metrics._plain(np.float64(value))))
+    again = json.loads(json.dumps(plain(np.float64(value))))
     assert np.float64(again).tobytes() == np.float64(value).tobytes()
 
 

@@ -25,7 +25,8 @@ _ITERATORS = (*(type(iter(each)) for each in _ITERATED), map, zip, filter, enume
 # Methods that change nothing, so that a copy answers for the object. No method of a frozen type changes anything.
 _READING = {"keys", "items", "values", "get", "count", "index", "copy", "isdisjoint", "issubset", "issuperset"}
 _READING |= {"union", "intersection", "difference", "symmetric_difference"}
-_FROZEN = (str, bytes, int, float, complex, tuple, frozenset)
+_SCALARS = (str, bytes, int, float, complex)
+_FROZEN = (*_SCALARS, tuple, frozenset)
 
 
 class Gone(BaseException):
@@ -225,7 +226,7 @@ def _copied(value):
         return object.__getattribute__(value, "_value")
     except AttributeError:
         copy = _asker(value).of("plain", value)
-    if type(copy) in (Remote, str, bytes, int, float, complex):
+    if type(copy) in (Remote, *_SCALARS):
         copy = copy if type(copy) is not Remote else value
         object.__setattr__(value, "_value", copy)
     return copy
@@ -261,12 +262,16 @@ def _forwarded(operation):
     return lambda self, /, *arguments, **named: _asker(self).of(operation, self, *arguments, **named)
 
 
-def _on_copy(name, function):
-    """Returns a method that works on the plain value, or asks the program if the object extends none."""
+def _on_copy(name, function, kinds=None):
+    """Returns a method that works on the plain value, or asks the program if the object extends none.
 
-    def method(self, *arguments):
+    With `kinds`, it asks about values of other types too.
+    """
+
+    def method(self):
         value = _copied(self)
-        return function(value, *arguments) if type(value) is not Remote else _asker(self).of(name, self, *arguments)
+        plain = type(value) is not Remote if kinds is None else type(value) in kinds
+        return function(value) if plain else _asker(self).of(name, self)
 
     return method
 
@@ -296,8 +301,11 @@ def _extended(remote):
     return value
 
 
-for _name in ("call", "next", "str", "repr", "enter", "setitem", "delitem"):
+for _name in ("call", "next", "enter", "setitem", "delitem"):
     setattr(Remote, f"__{_name}__", _forwarded(_name))
+# Containers of the standard library have texts of their own, as named tuples have.
+for _name, _function in (("str", str), ("repr", repr)):
+    setattr(Remote, f"__{_name}__", _on_copy(_name, _function, _SCALARS))
 for _name, _function in (("bool", bool), ("len", len), ("int", int), ("float", float), ("index", operator.index)):
     setattr(Remote, f"__{_name}__", _on_copy(_name, _function))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "matmul"):
