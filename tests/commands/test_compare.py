@@ -126,7 +126,7 @@ def test_a_finished_bench_runs_nothing_and_says_the_same(bench, config_file, mon
 
 
 @pytest.mark.slow
-def test_an_open_run_is_taken_up_and_a_share_is_left_to_its_host(bench, config, tmp_path, monkeypatch):
+def test_an_open_run_is_taken_up_and_a_share_is_left_to_its_host(config, tmp_path, monkeypatch):
     """Host 1 of 2 has wd1 alone; a stop within the first run ends its share, with a true partial table."""
     started = []
     monkeypatch.setattr(train, "train", lambda run, directory: started.append(directory))
