@@ -2,7 +2,8 @@
 
     python -m gdsd_jax.plan --config configs/sizes_pod.py:0.6b-v5e-1_gsm8k --topology v5e:1x1
 
-After the colon: one of RUNS, SIZE-SLICE_gsm8k. docs/pods_plan.md says which runs fit their slice. None has been run.
+After the colon: one of RUNS, SIZE-SLICE_gsm8k. docs/pods_plan.md says which runs fit their slice. On one chip of 16 GB
+models of 7 and 8 billion parameters have their frozen matrices in 8 bits. None has been run.
 """
 
 import common
@@ -12,9 +13,14 @@ MODELS |= {"7b": "dream", "8b": "llada"}
 _TYPES = {"v5e-1": ("v5e:1x1", 8)} | {name: common.SLICES[name] for name in ("v5e-8", "v5p-32")}
 SLICES, TASKS = {f"{size}-{kind}": place for size in MODELS for kind, place in _TYPES.items()}, ("gsm8k",)
 RUNS = common.runs_of(SLICES, TASKS)
+IN_8_BITS = ("7b-v5e-1", "8b-v5e-1")
 
 
 def get_config(run="0.6b-v5e-1_gsm8k"):
-    size = common.chosen(run, RUNS)[0].split("-")[0]
+    place = common.chosen(run, RUNS)[0]
+    size = place.split("-")[0]
     runs = [f"{model}_lora" for model in MODELS.values()]
-    return common.one_device(f"{MODELS[size]}_lora", "gsm8k", rows=SLICES[run.split("_")[0]][1], runs=runs)
+    config = common.one_device(f"{MODELS[size]}_lora", "gsm8k", rows=SLICES[place][1], runs=runs)
+    if place in IN_8_BITS:
+        config.model.weights = "int8"
+    return config

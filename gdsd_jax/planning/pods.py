@@ -53,11 +53,12 @@ and libtpu {libtpu}; [pods_plan.json](pods_plan.json) has all figures. Nothing h
 TPU compiler says, FLOPs are counted in its programs, and no run can be faster than the seconds, which follow from the
 chips' published rates ([planning](planning.md)).
 
-GiB are the peak memory of a chip, with the arrays that are there beside the program. Ratios are the counted FLOPs over
-those that follow from the equations. An iteration is a rollout and its inner updates, and chip-hours are those of 1000
-iterations. Completions have 256 tokens, prompts 400, and there are 256 denoising steps, or the largest number where it
-depends on what is written. There are 8 inner updates and G = 16, in `sizes_pod` 4 and 8. Each row was compiled from the
-programs of the commit that it names; a later commit may have changed them.
+GiB are the peak memory of a chip, with the arrays that are there beside the program; a rollout that does not fit at
+once is sampled in parts. "int8" are frozen matrices in 8 bits. Ratios are the counted FLOPs over those that follow from
+the equations. An iteration is a rollout and its inner updates, and chip-hours are those of 1000 iterations. Completions
+have 256 tokens, prompts 400, and there are 256 denoising steps, or the largest number where it depends on what is
+written. There are 8 inner updates and G = 16, in `sizes_pod` 4 and 8. Each row was compiled from the programs of the
+commit that it names; a later commit may have changed them.
 
 """
 
@@ -87,13 +88,15 @@ def line(report: dict[str, Any]) -> str:
     parts = [report[name] for name in USUAL]
     known = all(part["flops"] is not None for part in parts)
     rollout, update = parts[0]["seconds_roofline"], parts[2]["seconds_roofline"]
+    pieces = report.get("rollout_parts", 1)
     if known:
-        rollout *= report.get("rollout_parts", 1)
+        rollout *= pieces
     iteration = rollout + report["inner_updates"] * update if known else None
     trained = f"LoRA {report['lora_rank']}" if report["lora_rank"] else "all"
+    trained += ", int8" if report.get("weights") == "int8" else ""
     cells = [
         f"{report['model']}, {trained}", report["topology"], report["chips"],
-        f"{report['rows']}, {report['microbatch_rows']}",
+        f"{report['rows']}{f' in {pieces} parts' if pieces > 1 else ''}, {report['microbatch_rows']}",
         *(gib(part["peak_bytes"]) for part in parts), gib(parts[0]["hbm_bytes"]),
         *("" if part["flops"] is None else f"{part['flops_ratio']:.3f}" for part in parts),
         *("" if value is None else f"{value:.1f}" for value in (rollout, update)),

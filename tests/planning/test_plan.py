@@ -419,6 +419,8 @@ def test_table_of_the_pod_configs(monkeypatch, tmp_path, compiler):
     assert text.count("\n| base, LoRA 4 | v5e:1x1 | 1 | 8, 4 |") == 1
     assert "| yes | `abc123` |" in text
     assert all((f"`{row.name}`" in text) == (row != rows[0]) for row in rows)
+    small = pods.line(found | {"commit": "abc123", "weights": "int8", "rollout_parts": 2})
+    assert small.startswith("| base, LoRA 4, int8 | v5e:1x1 | 1 | 8 in 2 parts, 4 |")
 
 
 def test_search_doubles_what_fits(compiler, tmp_path, capsys):
