@@ -48,7 +48,8 @@ def family_of_type(model_type: Any) -> Family:
     found = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
     if found is None:
         known = ", ".join(sorted(family.model_type for family in FAMILIES.values()))
-        raise UserError(f"unknown model_type {model_type!r} in config.json: this denoiser reads {known}")
+        experts = " (a mixture of experts, which is not computed)" if "moe" in str(model_type).lower() else ""
+        raise UserError(f"unknown model_type {model_type!r} in config.json{experts}: this denoiser reads {known}")
     return found
 
 
@@ -60,6 +61,11 @@ def read_config(hf: Mapping[str, Any]) -> DenoiserConfig:
     """
     model_type = hf.get("model_type")
     family = family_of_type(model_type)
+    if hf.get("quantization_config"):
+        raise UserError(
+            "config.json has a quantization_config, so its weights are rounded in a form that is not read here: take "
+            "the checkpoint in floats; config.model.weights=int8 rounds it while it is read"
+        )
     try:
         return family.read(hf)
     except KeyError as error:

@@ -44,7 +44,8 @@ def read(hf: Mapping[str, Any], family: str, quirks: Mapping[str, Any]) -> Denoi
     refuse(
         hf,
         {
-            "hidden_act": ("silu",),
+            "hidden_act": ("silu", "swish"),
+            "num_experts": (None, 0),
             "use_sliding_window": (False, None),
             "mlp_bias": (False,),
             # Qwen2 ignores this key and always has biases; in the other models the key would add them.

@@ -13,19 +13,29 @@ from gdsd_jax.denoiser import DenoiserConfig
 from gdsd_jax.hub.files import checked_directory, read_json
 from gdsd_jax.runtime.files import understood
 
+_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
+
 
 def declared(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns `config.json` as a mapping, with `overrides` applied and missing token ids from the tokenizer's files.
+    """Returns `config.json` as a mapping, with `overrides` applied and missing token ids from the other files.
+
+    These are the tokenizer's files and then `generation_config.json`. An id of -1 or null is missing. A pad that no
+    file declares is the EOS, as pads are never attended to.
 
     Raises:
       UserError: the directory is absent, has no usable `config.json`, or has an unknown `model_type`.
     """
     directory = checked_directory(directory)
-    hf = read_json(directory / "config.json") | {k: v for k, v in (overrides or {}).items() if v is not None}
-    for key, value in _special_ids(directory, families.family_of_type(hf.get("model_type"))).items():
-        if hf.get(key) is None:
-            hf[key] = value
-    return {key: value for key, value in hf.items() if not (key.endswith("_token_id") and value is None)}
+    hf = read_json(directory / "config.json")
+    hf = {key: value for key, value in hf.items() if not (key.endswith("_token_id") and value in (None, -1))}
+    hf |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    settings = directory / "generation_config.json"
+    generation = read_json(settings) if settings.is_file() else {}
+    for found in (_special_ids(directory, families.family_of_type(hf.get("model_type"))), generation):
+        hf |= {key: found[key] for key in _IDS if key not in hf and found.get(key) not in (None, -1)}
+    if "eos_token_id" in hf:
+        hf.setdefault("pad_token_id", hf["eos_token_id"])
+    return hf
 
 
 def read_config(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> DenoiserConfig:
@@ -39,29 +49,31 @@ def read_config(directory: str | os.PathLike, overrides: Mapping[str, Any] | Non
       UserError: as for `declared`, or a required token id is declared in no file.
     """
     hf = declared(directory, overrides)
-    if isinstance(hf.get("eos_token_id"), list) and hf["eos_token_id"]:
-        # Each id of the list ends a turn. The first is the EOS; `Tokenizer.end_token_ids` has the others.
-        hf["eos_token_id"] = hf["eos_token_id"][0]
+    for key in ("eos_token_id", "pad_token_id"):
+        if isinstance(hf.get(key), list) and hf[key]:
+            # Each id of the list ends a turn. The first is the EOS; `Tokenizer.end_token_ids` has the others.
+            hf[key] = hf[key][0]
     return families.read_config(hf)
 
 
 def _special_ids(directory: epath.Path, family: families.Family) -> dict[str, int]:
     """Returns the ids of special tokens in the tokenizer's files, by the key of `config.json` that would hold them.
 
-    The texts of these tokens come from the family or, where it names none, from the mask, EOS and pad token in
-    `tokenizer_config.json`.
+    The texts of these tokens come from the family or, where it names none that the tokenizer has, from the mask, EOS
+    and pad token in `tokenizer_config.json` and `special_tokens_map.json`.
     """
     by_text: dict[str, int] = {}
-    named = dict(family.tokens)
-    for file in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
+    texts = {key: [family.tokens[key]] if key in family.tokens else [] for key in _IDS}
+    for file in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (directory / file).is_file():
             with understood(directory / file, "download it again"):
-                _collect(file, read_json(directory / file), by_text, named)
-    return {key: by_text[text] for key, text in named.items() if type(by_text.get(text)) is int}
+                _collect(file, read_json(directory / file), by_text, texts)
+    found = {key: next((by_text[text] for text in named if text in by_text), None) for key, named in texts.items()}
+    return {key: value for key, value in found.items() if type(value) is int}
 
 
-def _collect(file: str, content: Mapping[str, Any], by_text: dict[str, int], named: dict[str, str]) -> None:
-    """Adds the contents of one of the tokenizer's files: ids to `by_text`, texts of special tokens to `named`."""
+def _collect(file: str, content: Mapping[str, Any], by_text: dict[str, int], texts: dict[str, list[str]]) -> None:
+    """Adds the contents of one of the tokenizer's files: ids to `by_text`, texts of special tokens to `texts`."""
     if file == "tokenizer.json":
         by_text |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
     elif file == "added_tokens.json":
@@ -69,8 +81,8 @@ def _collect(file: str, content: Mapping[str, Any], by_text: dict[str, int], nam
     else:
         added = content.get("added_tokens_decoder") or {}
         by_text |= {entry["content"]: int(index) for index, entry in added.items()}
-        for key in ("mask_token", "eos_token", "pad_token"):
-            entry = content.get(key)
+        for key, named in texts.items():
+            entry = content.get(key.removesuffix("_id"))
             text = entry.get("content") if isinstance(entry, Mapping) else entry
             if isinstance(text, str):
-                named.setdefault(f"{key}_id", text)
+                named.append(text)

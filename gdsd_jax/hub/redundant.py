@@ -18,11 +18,16 @@ def without_redundant(tensors: dict[str, Stored], config: DenoiserConfig, reader
     """Returns the tensors without a head that repeats a tied embedding and without buffers of the rotary embedding.
 
     Raises:
-      UserError: one of the tensors left out differs from what it should repeat.
+      UserError: one of the tensors left out differs from what it should repeat, or the head is neither stored nor tied.
     """
     rows = {row.path: row.name for row in family_of(config).rows}
     kept = dict(tensors)
     head, embedding = (tensors.get(rows.get((path,))) for path in ("head", "embedding"))
+    if not config.tied_head and head is None and embedding is not None:
+        raise UserError(
+            f"{embedding.file.parent} has no head {rows[('head',)]}, and config.json does not tie it to the embedding: "
+            "if the embedding is the head, set tie_word_embeddings (or weight_tying) to true there"
+        )
     if config.tied_head and head is not None and embedding is not None:
         if not _equal(head, embedding, reader):
             raise UserError(

@@ -284,6 +284,12 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
                     local_files_only=True,
                 )
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
+        if isinstance(declared, str) and not hasattr(transformers, declared):
+            raise UserError(
+                f"{file} names the tokenizer class {declared}, which is code of the checkpoint and is never run: set "
+                "tokenizer_class there to the class of transformers that reads the same files (PreTrainedTokenizerFast "
+                "reads tokenizer.json)"
+            ) from None
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None
     with understood(directory, "mend its tokenizer_config.json and config.json, or download them again"):

@@ -62,6 +62,9 @@ def test_base_of_the_positions(rope):
         ({"attention_bias": True}, "attention_bias"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"mask_token_id": None}, r"mask_token_id.*config\.checkpoint_overrides\.mask_token_id"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config.*config\.model\.weights=int8"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"model_type": "llada2_moe"}, "llada2_moe.*mixture of experts"),
     ],
 )
 def test_what_is_not_computed_is_refused(changes, message):
@@ -96,6 +99,12 @@ def test_a_stored_head_that_repeats_the_tied_embedding_is_left_out(tmp_path):
     assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), base, found))
     with pytest.raises(UserError, match="head lm_head.weight that differs"):
         hub.load_checkpoint(changed(A2D, tmp_path / "other", tensors=differ), overrides=IDS)
+
+
+def test_a_head_that_is_neither_stored_nor_tied_names_the_key(tmp_path):
+    directory = changed(A2D, tmp_path / "untied", config={"tie_word_embeddings": False})
+    with pytest.raises(UserError, match="no head lm_head.weight.*set tie_word_embeddings"):
+        hub.load_checkpoint(directory, overrides=IDS)
 
 
 def test_buffers_that_follow_from_the_configuration_are_left_out(tmp_path):
@@ -134,6 +143,21 @@ def test_ids_are_found_where_they_are_declared(tmp_path):
     assert (found.mask_token_id, found.eos_token_id, found.pad_token_id) == (309, 305, 303)
     assert hub.read_config(directory, {"mask_token_id": 7, "block_size": 4}).mask_token_id == 7
     assert hub.read_config(directory, {"block_size": 4}).block_size == 4
+
+
+def test_ids_that_only_the_other_files_declare(tmp_path):
+    """The tokenizer's names of its tokens, where it lacks the family's; then generation_config.json; -1 is no id."""
+    directory = changed(A2D, tmp_path / "bare", config={"eos_token_id": None, "pad_token_id": -1})
+    added = {"7": {"content": "[M]", "special": True}, "8": {"content": "[E]", "special": True}}
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({"added_tokens_decoder": added, "mask_token": "[M]", "eos_token": {"content": "[E]"}}))
+    found = hub.read_config(directory)
+    assert (found.mask_token_id, found.eos_token_id, found.pad_token_id) == (7, 8, 8)
+    file.unlink()
+    generation = {"mask_token_id": 9, "eos_token_id": [10, 11]}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    found = hub.read_config(directory)
+    assert (found.mask_token_id, found.eos_token_id, found.pad_token_id) == (9, 10, 10)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,20 @@ def test_no_mask_token(copy):
             hub.load_tokenizer(copy)
 
 
+def test_a_pad_that_no_file_declares_is_the_eos(copy):
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        change_json(copy / file, pad_token=None, pad_token_id=None)
+    tokenizer, config = hub.load_tokenizer(copy), hub.read_config(copy)
+    assert tokenizer.pad_token_id == config.pad_token_id == tokenizer.eos_token_id
+
+
+def test_tokenizer_class_that_is_code_of_the_checkpoint(copy):
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    change_json(copy / "tokenizer_config.json", **own)
+    with pytest.raises(UserError, match="class OwnTokenizer, which is code.*PreTrainedTokenizerFast"):
+        hub.load_tokenizer(copy)
+
+
 def test_mask_tokens_that_disagree(copy):
     change_json(copy / "config.json", mask_token_id=5)
     with pytest.raises(UserError, match="mask_token_id is 5 in config.json but 4 in the tokenizer"):
