@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,15 @@ class Compiled(NamedTuple):
 
 def compile_program(lowered: jax.stages.Lowered, topology: str) -> Compiled:
     """Compiles a program, or returns the stored result of an earlier compilation."""
+    return stored(lowered, topology, lambda: compiled(lowered))
+
+
+def stored(lowered: jax.stages.Lowered, topology: str, make: Callable[[], Compiled]) -> Compiled:
+    """Returns the stored result for a program and a slice, or makes and stores it.
+
+    Args:
+      topology: the slice, and how the program is compiled for it.
+    """
     cache = jax.config.jax_compilation_cache_dir
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
     parts = [*versions, topology, lowered.as_text()]
@@ -53,7 +63,7 @@ def compile_program(lowered: jax.stages.Lowered, topology: str) -> Compiled:
         # A damaged file is written anew.
         with contextlib.suppress(OSError, ValueError, TypeError, EOFError, zlib.error):
             return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
-    found = _compile(lowered)
+    found = make()
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as draft:
@@ -61,19 +71,20 @@ def compile_program(lowered: jax.stages.Lowered, topology: str) -> Compiled:
     return found
 
 
-def _compile(lowered: jax.stages.Lowered) -> Compiled:
+def compiled(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles a program; if the compiler refuses it for its memory, returns what it says the program would need."""
     try:
-        compiled = lowered.compile()
+        executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
             raise
         return Compiled(fits=False, peak_bytes=needed)
-    memory = compiled.memory_analysis()
+    memory = executable.memory_analysis()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     aliased, temporary = memory.alias_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + outputs - aliased + temporary + memory.generated_code_size_in_bytes
-    return Compiled(True, peak, arguments, outputs, aliased, temporary, compiled.as_text())
+    return Compiled(True, peak, arguments, outputs, aliased, temporary, executable.as_text())
 
 
 def needed_bytes(message: str) -> int | None:

@@ -58,7 +58,8 @@ once is sampled in parts. "int8" are frozen matrices in 8 bits. Ratios are the c
 the equations. An iteration is a rollout and its inner updates, and chip-hours are those of 1000 iterations. Completions
 have 256 tokens, prompts 400, and there are 256 denoising steps, or the largest number where it depends on what is
 written. There are 8 inner updates and G = 16, in `sizes_pod` 4 and 8. Each row was compiled from the programs of the
-commit that it names; a later commit may have changed them.
+commit that it names; a later commit may have changed them. Rows of `sizes_pod` were compiled with `--quick`, without
+machine code ([planning](planning.md) says what that leaves out of the memory).
 
 """
 
@@ -123,7 +124,7 @@ def main(store: Path, page: Path, chosen: list[str]) -> None:
     for row in rows():
         if row.name not in reports and (not chosen or row.name in chosen):
             print(f"planning {row.name}", flush=True)
-            report = report_of(row_config(row), chips.parse_topology(row.topology), list(USUAL))
+            report = report_of(row_config(row), chips.parse_topology(row.topology), list(USUAL), quick=True)
             reports[row.name] = report | {"commit": at}
             store.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
         draw(reports, page, versions)

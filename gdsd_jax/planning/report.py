@@ -12,6 +12,7 @@ from gdsd_jax.planning.chips import GIB, Slice
 from gdsd_jax.planning.compiler import compile_program
 from gdsd_jax.planning.cost import program_cost
 from gdsd_jax.planning.programs import Program, make_plan, with_sizes
+from gdsd_jax.planning.quick import compile_quickly
 from gdsd_jax.runtime.sharding import make_mesh
 from gdsd_jax.training.setup import dimensions, spread_rows
 
@@ -19,13 +20,19 @@ PROGRAMS = ("sampler", "score", "update", "exact")
 USUAL = PROGRAMS[:3]  # those of every run; exact log-probabilities are computed where somebody asks for them
 
 
-def measure(config: TrainConfig, program: Program, topology: Slice, *, top: int = 0) -> dict[str, Any]:
+def measure(
+    config: TrainConfig, program: Program, topology: Slice, *, top: int = 0, quick: str | None = None
+) -> dict[str, Any]:
     """Compiles one program of a run and reports what it needs on one chip, in plain JSON values.
 
     Args:
       top: how many of the largest movers of HBM bytes and of network bytes to list.
+      quick: the program's name, if it is to be compiled without machine code (`gdsd_jax.planning.quick`).
     """
-    compiled = compile_program(program.lower(), topology.name)
+    if quick is None:
+        compiled = compile_program(program.lower(), topology.name)
+    else:
+        compiled = compile_quickly(config, topology, quick, program.lower())
     chip = topology.chip
     report: dict[str, Any] = {
         "what": program.what,
@@ -63,8 +70,14 @@ def measure(config: TrainConfig, program: Program, topology: Slice, *, top: int 
     }
 
 
-def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top: int = 0) -> dict[str, Any]:
-    """Returns the report of a run on a slice, in plain JSON values; `top` is as for `measure`.
+def report_of(
+    config: TrainConfig, topology: Slice, programs: list[str], *, top: int = 0, quick: bool = False
+) -> dict[str, Any]:
+    """Returns the report of a run on a slice, in plain JSON values.
+
+    Args:
+      top: as for `measure`.
+      quick: whether the programs are compiled without machine code.
 
     Raises:
       UserError: libtpu is missing, or model, mesh and rows do not fit together.
@@ -74,10 +87,14 @@ def report_of(config: TrainConfig, topology: Slice, programs: list[str], *, top:
     config = with_sizes(config, mesh, topology.chip.hbm_bytes)
     plan = make_plan(config, mesh)
     rollout = config.prompts_per_iteration * config.group_size
-    reports = {name: measure(config, plan.programs[name], topology, top=top) for name in programs}
+    reports = {
+        name: measure(config, plan.programs[name], topology, top=top, quick=name if quick else None)
+        for name in programs
+    }
     return {
         "model": Path(config.checkpoint).name,
         "method": config.method,
+        "quick": quick,
         "lora_rank": config.lora.rank,
         "weights": config.model.weights,
         "remat": config.model.remat,

@@ -19,7 +19,7 @@ from gdsd_jax.denoiser import hidden_states, logical_axes
 from gdsd_jax.families import read_config
 from gdsd_jax.hub.names import hf_config
 from gdsd_jax.hub.published import LLADA_8B, PUBLISHED
-from gdsd_jax.planning import chips, cost, pods, programs, report
+from gdsd_jax.planning import chips, cost, pods, programs, quick, report
 from gdsd_jax.planning.compiler import Compiled, compile_program, needed_bytes
 from gdsd_jax.runtime import sharding
 from gdsd_jax.runtime.errors import UserError
@@ -423,6 +423,21 @@ def test_table_of_the_pod_configs(monkeypatch, tmp_path, compiler):
     assert small.startswith("| base, LoRA 4, int8 | v5e:1x1 | 1 | 8 in 2 parts, 4 |")
 
 
+def test_what_the_compiler_writes_down_of_its_buffers():
+    """Donated arguments are outputs too; memory with a colour is on the core itself."""
+    buffers = """BufferAssignment:
+allocation 0: size 512, thread-local:
+allocation 1: size 4096, parameter 0, shape |f32[1024]| at ShapeIndex {}:
+allocation 2: size 8192, parameter 1, shape |f32[2048]| at ShapeIndex {}, maybe-live-out:
+allocation 3: size 64, output shape is |(f32[2048], f32[16])|, maybe-live-out:
+allocation 4: size 100000, preallocated-temp:
+ value: <7 fusion @0> (size=4096,offset=0): f32[1024]{0:T(1024)}
+allocation 5: size 777, color 1, preallocated-temp:
+"""
+    found = quick.read_dump(buffers, MODULE)
+    assert found == Compiled(True, 4096 + 8192 + 64 + 100512, 4096 + 8192, 8192 + 64, 8192, 100512, MODULE)
+
+
 def test_search_doubles_what_fits(compiler, tmp_path, capsys):
     """Temporaries grow with the micro-batch: 4 rows take 1 GiB, and 8 rows are all there are."""
     compiler["limit"] = 4.5 * chips.GIB
@@ -485,6 +500,21 @@ def test_a_real_program_for_chips_that_are_not_here(tmp_path):
     assert found["flops_ratio"] == pytest.approx(1, abs=0.05)
     assert found["kernels"] == {"splash_mha_fwd_segmented_no_residuals": 32}
     assert found["collectives"]
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+def test_a_quick_plan_counts_what_a_whole_compilation_counts(tmp_path):
+    """Only the memory differs: the machine code is not in it, and gaps between temporary arrays count once."""
+    config, where = tiny(tmp_path / "base"), chips.parse_topology("v5e:2x4")
+    config = dataclasses.replace(config, group_size=8, microbatch_rows=8)
+    whole, fast = (report.report_of(config, where, ["score", "update"], quick=kind) for kind in (False, True))
+    for name in ("score", "update"):
+        one, other = whole[name], fast[name]
+        same = ("flops", "bytes_accessed", "collectives", "kernels", "argument_bytes", "output_bytes", "seconds")
+        assert {key: one[key] for key in same} == {key: other[key] for key in same}
+        assert 0 < other["temporary_bytes"] <= one["temporary_bytes"]
+        assert other["peak_bytes"] < one["peak_bytes"]
 
 
 @pytest.mark.slow
