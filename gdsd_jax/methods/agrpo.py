@@ -49,7 +49,7 @@ class Settings:
 
 def step_probabilities(batch: Batch, importance: bool) -> tuple[jax.Array, jax.Array]:
     """Computes the probability `p` of drawing each step, `[B, steps]`, and `T`, `[B]`."""
-    commits, count = steps.of_batch(batch, "agrpo"), batch.step_limit
+    commits, count = steps.of_batch(batch, "agrpo", "entropy"), batch.step_limit
     counted = commits < count
     if batch.eos_token_id is not None:
         counted &= batch.tokens[:, batch.prompt_length :] != batch.eos_token_id
@@ -84,6 +84,7 @@ def make(settings: Settings) -> Method:
         return Scores(log_prob, log_prob, {"weight": jnp.swapaxes(views.weights, 0, 1)})
 
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
+        steps.of_batch(batch, "agrpo", "log_prob")
         rows = batch.tokens.shape[0]
         return {
             "advantage": common.advantages(batch, common.centred),

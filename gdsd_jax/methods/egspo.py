@@ -57,7 +57,7 @@ class Settings:
 
 def make(settings: Settings) -> Method:
     def masks(key: jax.Array, batch: Batch) -> jax.Array:
-        steps.of_batch(batch, "egspo")
+        steps.of_batch(batch, "egspo", "entropy")
         total, tokens = steps.by_step(batch.entropy, batch, batch.step_limit)
         mean = jnp.where(tokens > 0, total / jnp.maximum(tokens, 1), -1.0)
         chosen = jnp.argsort(-mean, axis=1, stable=True)[:, : settings.slots]
@@ -66,6 +66,7 @@ def make(settings: Settings) -> Method:
         return steps.masks_before(batch, chosen.T)
 
     def views(masked: jax.Array, batch: Batch) -> StepViews:
+        steps.of_batch(batch, "egspo")
         return steps.views_before(masked, batch, at_once=settings.at_once)
 
     def summed(values: jax.Array, committed: jax.Array) -> jax.Array:
@@ -89,6 +90,7 @@ def make(settings: Settings) -> Method:
         return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(returns.shape)
 
     def prepare(batch: Batch, old: Scores | None, ref: Scores | None) -> dict:
+        steps.of_batch(batch, "egspo", "confidence")
         rows, sampler = batch.tokens.shape[0], batch.sampler
         per_step = 1.0 if settings.mean else batch.completion_length / (sampler.blocks * sampler.steps_per_block)
         return {

@@ -67,6 +67,7 @@ def make(settings: Settings) -> Method:
         return steps.masks_before(batch, chosen.T)
 
     def views(masked: jax.Array | None, batch: Batch) -> StepViews:
+        steps.of_batch(batch, "exact_pg")
         if masked is None:
             masked = masks(jax.random.key(0), batch)
         return steps.views_before(masked, batch, at_once=settings.at_once)

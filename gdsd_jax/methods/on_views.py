@@ -13,6 +13,7 @@ from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, read_views
 from gdsd_jax.methods.method import Batch, Scores
 from gdsd_jax.methods.registry import build
+from gdsd_jax.runtime.errors import UserError
 
 
 def loss_on_views(
@@ -64,9 +65,17 @@ def loss_on_views(
 
     Returns:
       The loss, a float32 scalar, and `Scores.guided` of the current policy, rows first.
+
+    Raises:
+      UserError: an argument that the method needs is missing or has another shape, or a setting is not valid.
     """
     method = build(name, **settings)
     rows, length = jnp.shape(completions)
+    total = jnp.shape(prompts)[1] + length
+    if masked is not None and jnp.shape(masked)[1:] != (rows, total):
+        raise UserError(f"masked has shape {jnp.shape(masked)}: give loss_on_views [M, {rows}, {total}] for this batch")
+    if advantages is None and rewards is None:
+        raise UserError("neither advantages nor rewards are given: give loss_on_views one of them")
     array = lambda x, dtype=jnp.float32: None if x is None else jnp.asarray(x, dtype)  # noqa: E731
     batch = Batch(
         tokens=jnp.concatenate([jnp.asarray(prompts), jnp.asarray(completions)], axis=1),
@@ -88,6 +97,13 @@ def loss_on_views(
         config, base, lora, batch.tokens, views, method.reads, prompt_mask=batch.prompt_mask, chunk=chunk
     )
     new = method.scores(reads, views, extras)
+    compared = {"old": (old, new.guided)} if method.old != "unused" else {}
+    compared |= {"ref": (ref, new.normalised)} if method.needs_reference else {}
+    for argument, (given, own) in compared.items():
+        if given is not None and jnp.shape(given) != own.shape:
+            raise UserError(
+                f"{argument} has shape {jnp.shape(given)}: give method {name!r} scores of shape {own.shape}"
+            )
     old_scores = None if old is None else Scores(array(old), array(old))
     if old is None and method.old in ("always", "own_masks"):
         old_scores = new

@@ -11,21 +11,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.trajectory import StepViews, step_views
-from gdsd_jax.methods import common
 from gdsd_jax.methods.method import Batch
+from gdsd_jax.runtime.errors import UserError
 
 # The step of a view that masks nothing.
 NONE = -1
 
 
-def of_batch(batch: Batch, method: str) -> Int[Array, "B L"]:
+def of_batch(batch: Batch, method: str, *fields: str) -> Int[Array, "B L"]:
     """Returns the commit steps of a batch.
 
     Raises:
-      UserError: the batch lacks them, or the settings of its sampler.
+      UserError: the batch lacks them, the settings of its sampler, or one of the further `fields`.
     """
-    common.require(batch.commit_step is not None, f"{method} needs commit_step, which the batch does not hold")
-    common.require(batch.sampler is not None, f"{method} needs sampler, the settings of the rollout")
+    for name in ("commit_step", "sampler", *fields):
+        if getattr(batch, name) is None:
+            argument = {"log_prob": "rollout_log_prob", "entropy": "rollout_entropy"}.get(name, name)
+            raise UserError(f"{method} needs the rollout's {name}, which is absent: give loss_on_views {argument}")
     return batch.commit_step
 
 

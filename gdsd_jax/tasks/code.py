@@ -82,6 +82,7 @@ def program_from(completion: str, row: Row) -> Program:
 
 def program(text: str, row: Row) -> Program:
     """Returns a program text with the tests of a row."""
+    row = completed(row)
     tests = tuple(f"{row['setup']}\n{test}" for test in row["tests"])
     return Program(text, tests, tuple(row["shadowed"]))
 
@@ -92,6 +93,7 @@ def found_program(completion: str, row: Row) -> tuple[float, Program]:
     The format reward is 1 for a fenced program that parses, 0.5 for a fenced one that does not (or not within the
     limits), and 0 if no program is fenced.
     """
+    row = completed(row)
     names, prompt = tuple(row.get("named", ())) or called(row["tests"]), row.get("prompt", "")
     (outcome,) = workers.shared(LOCATING).map(programs.locate, [(completion, names, prompt)])
     place = outcome.values or {"start": 0.0, "end": 0.0, "fenced": float(_FENCE in completion), "parses": 0.0}
@@ -190,6 +192,14 @@ def to_row(place: str, record: Row) -> Row:
     if "test_list" not in record and "entry_point" in record:
         fields |= {"test": "", "prompt": prompt, "named": [entry]}
     return {**fields, "program": solution, "shadowed": shadowed}
+
+
+def completed(row: Row) -> Row:
+    """Returns a row of the task; a record of one of the three forms, which a caller from Python may give, becomes one.
+
+    A record needs no question here, since only prompts show it.
+    """
+    return row if "tests" in row else to_row("a row", {"question": "", **row})
 
 
 def _setup(record: Row) -> str:

@@ -408,6 +408,31 @@ def test_a_method_that_breaks_the_contract_is_refused_with_what_was_expected(mes
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
+        ("gdsd", {"rewards": None}, "neither advantages nor rewards"),
+        ("gdsd", {"masked": np.zeros((M, B, L), bool)}, f"masked has shape ({M}, {B}, {L}): give loss_on_views [M,"),
+        ("gdsd", {"old": np.zeros(B)}, f"old has shape ({B},): give method 'gdsd' scores of shape ({B}, {M})"),
+        ("gdsd", {"ref": np.zeros((M, B))}, f"ref has shape ({M}, {B})"),
+        ("exact_pg", {}, "exact_pg needs the rollout's commit_step, which is absent: give loss_on_views commit_step"),
+        ("egspo", {}, "egspo needs the rollout's commit_step"),
+        (
+            "agrpo",
+            {"commit_step": np.zeros((B, L), int), "sampler": SamplerConfig(L, L, L, "low_confidence")},
+            "give loss_on_views rollout_entropy",
+        ),
+    ],
+)
+def test_what_a_loss_lacks_is_named(name, given, message):
+    config, rows = tiny(), batch()
+    base = init_base(config, jax.random.key(0))
+    arguments = {"prompts": np.ones((B, P), int), "completions": np.ones((B, L), int), "rewards": rows.rewards}
+    arguments["masked"] = masks_for("gdsd")
+    with pytest.raises(UserError, match=re.escape(message)):
+        jax.eval_shape(lambda base: loss_on_views(name, config, base, None, **arguments | given), base)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
         ("gdds", {}, "unknown method 'gdds': config.method is one of gdsd, gdsd_tlc"),
         ("example_method:NOTHING", {}, "cannot be imported"),
         ("example_method:make", {}, "not a gdsd_jax.methods.Recipe"),

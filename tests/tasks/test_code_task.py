@@ -75,6 +75,11 @@ def test_rewards_and_metric(rows):
     assert task.reward([RIGHT], [rows[1]]) == 2
     np.testing.assert_array_equal(task.metrics(completions, [rows[0]] * 6)["passed"], [1, 0, 0, 1, 0, 0])
     np.testing.assert_array_equal(task.metrics([RIGHT, wrong], [rows[2]] * 2)["passed"], [1, 0])
+    # From Python, a row may also be given as a file has it.
+    for grader in ("robust", "public"):
+        given = resolve("code", grader=grader)
+        np.testing.assert_array_equal(given.reward([RIGHT, half], [{"test_cases": OWN["test_cases"]}] * 2), [2, 1.5])
+        np.testing.assert_array_equal(given.metrics([RIGHT, half], [HUMAN_EVAL, MBPP])["passed"], [1, 0])
 
 
 def test_the_unsafe_task_is_named_in_full(rows):
