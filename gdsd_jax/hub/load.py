@@ -83,6 +83,17 @@ def _match(tensors: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where
             raise UserError(f"tensor {name} in {stored.file} is stored as {stored.dtype}: use float weights")
 
 
+def float_dtype(dtype: Any) -> np.dtype | None:
+    """Returns the NumPy dtype that `dtype` names, or None for None; raises UserError if it is no float type."""
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = jnp.dtype(bool)
+    if found is not None and not jnp.issubdtype(found, jnp.floating):
+        raise UserError(f"dtype {dtype!r} is no float type: give one such as 'bfloat16' or 'float32'")
+    return found
+
+
 def load_checkpoint(
     directory: str | os.PathLike,
     *,
@@ -111,22 +122,22 @@ def load_checkpoint(
       The configuration and the base: a nested dictionary of arrays, kernels `[N, in, out]`.
 
     Raises:
-      UserError: an absent, truncated or corrupt file; an index that disagrees with its shards; an unknown model; a
-        missing, unknown, repeated, misshapen or non-float tensor.
+      UserError: a dtype that is no float type; an absent, truncated or corrupt file; an index that disagrees with its
+        shards; an unknown model; a missing, unknown, repeated, misshapen or non-float tensor.
     """
-    directory, reader = checked_directory(directory), reader or Reader()
+    directory, reader, dtype = checked_directory(directory), reader or Reader(), float_dtype(dtype)
     config = read_config(directory, overrides)
     tensors = without_redundant(checkpoint_tensors(directory, reader), config, reader)
     if config.num_layers > len(tensors):
         raise UserError(
-            f"{directory}: config.json speaks of {config.num_layers} layers, its files hold {len(tensors)} tensors: it "
-            "does not fit them"
+            f"{directory}: config.json declares {config.num_layers} layers, but its files hold {len(tensors)} tensors: "
+            "it does not fit them"
         )
     slots, axes = names.slots(config), None if mesh is None else logical_axes(config)
     _match(tensors, {name: slot.shape for name, slot in slots.items()}, directory, "it does not fit its config.json")
     base: dict = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        loader = Loader(None if dtype is None else jnp.dtype(dtype), reader, pool)
+        loader = Loader(dtype, reader, pool)
         for path, stored_names in names.parameters(config).items():
             layers, slot = [tensors[name] for name in stored_names], slots[stored_names[0]]
             if mesh is None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -29,7 +28,7 @@ from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.hub import names, outgoing
 from gdsd_jax.hub.cards import adapter_card, model_card
 from gdsd_jax.hub.files import checked_directory, read_json, require_own_files
-from gdsd_jax.hub.load import BASE_FINGERPRINT, fingerprint
+from gdsd_jax.hub.load import BASE_FINGERPRINT, fingerprint, float_dtype
 from gdsd_jax.runtime.errors import UserError
 
 _SIDE_FILES = (
@@ -181,7 +180,7 @@ def export_checkpoint(
     Raises:
       UserError: the directory is not empty, the disk is too small, or parameters or source do not fit `config`.
     """
-    dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
+    dtype = float_dtype(dtype)
     tensors = outgoing.checkpoint_tensors(config, base, lora, dtype)
     total = sum(tensor.size for tensor in tensors.values())
     side: list[epath.Path] = []

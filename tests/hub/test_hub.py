@@ -118,6 +118,14 @@ def test_load_keeps_every_number_and_dtype(checkpoint):
         np.testing.assert_array_equal(np.asarray(layer), tensor.T if slot.transposed else tensor)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float23", jnp.int32])
+def test_a_dtype_that_is_no_float_type_is_refused(dtype, tmp_path):
+    with pytest.raises(UserError, match="is no float type: give one such as 'bfloat16'"):
+        hub.load_checkpoint(GOLDEN / "llada_tiny", dtype=dtype)
+    with pytest.raises(UserError, match="is no float type"):
+        hub.export_checkpoint(tmp_path / "out", None, {}, dtype=dtype)
+
+
 def test_sharded_equals_single():
     (config, base), (other_config, other) = (
         hub.load_checkpoint(GOLDEN / name) for name in ("llada_tiny", "llada_tiny_sharded")
