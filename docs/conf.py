@@ -42,8 +42,8 @@ SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|N
 def rst(app, what, name, obj, options, lines):
     """Turns a docstring's plain text into the reStructuredText that Sphinx reads.
 
-    Code stands between single backticks and formulas are indented, as in Markdown; fields may be listed as `name: text`
-    without a heading.
+    Code is written between single backticks and formulas are indented, as in Markdown; fields may be listed as
+    `name: text` without a heading.
     """
     fields = set()
     if inspect.isclass(obj):
@@ -53,7 +53,7 @@ def rst(app, what, name, obj, options, lines):
     for line in lines:
         text, indent = line.strip(), len(line) - len(line.lstrip())
         section = section or bool(SECTION.match(text))
-        # What stands before a colon is otherwise taken for the type of what is returned.
+        # The text before a colon is otherwise taken for the type of what is returned.
         if returned and re.match(r"[^`:]* [^`:]*: ", text):
             line = line.replace(": ", ", ", 1)
         returned = text in ("Returns:", "Yields:")

@@ -109,12 +109,12 @@ class DenoiserConfig:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """All ids that end a completion; the EOS comes first."""
+        """Returns all ids that end a completion; the EOS comes first."""
         return (self.eos_token_id, *self.end_token_ids)
 
     @property
     def padding_tokens(self) -> tuple[int, ...]:
-        """The ids that no tokenizer knows; they only fill up the embedding."""
+        """Returns the ids that no tokenizer knows; they only fill up the embedding."""
         return () if self.known_tokens is None else tuple(range(self.known_tokens, self.vocab_size))
 
     @property

@@ -124,7 +124,7 @@ def sample_blocks(
         return tables(positions) if positions.ndim == 1 else jax.tree.map(for_passes, jax.vmap(tables)(positions))
 
     def run_block(cache: Any, tokens: Array, start: Array, arranged: tuple[Array, Array]) -> Any:
-        """Runs the block that begins at the column `start`, behind the cached columns; see `block_states`."""
+        """Runs the block that begins at the column `start`, after the cached columns; see `block_states`."""
         valid, positions = arranged
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=-1)  # noqa: E731
         rope = rotation(cut(positions))

@@ -216,7 +216,7 @@ def measure(
     Methods are then compared on the rows whose log-ratio has not jumped.
 
     Args:
-      params: the parameters that the gradients are of.
+      params: the parameters in which gradients are taken.
       key: draws the masks.
       subjects: keys of `SUBJECTS`.
       draws: number of draws of masks.

@@ -26,6 +26,6 @@ __all__ = [
     "read_config",
 ]
 
-# transformers is imported where a tokenizer is read or made, and reads this then. Without it, transformers reports that
-# PyTorch is missing.
+# transformers is imported where a tokenizer is read or made, and reads this variable then. Without it, transformers
+# would report that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

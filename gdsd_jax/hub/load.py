@@ -64,7 +64,7 @@ _PLAIN_LORA = {
 # Initialisations of PEFT that change the base weights, so that the adapter does not fit the original base.
 _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _REMEDIES = {
-    "alora_invocation_tokens": "it acts behind these tokens alone: train a plain adapter",
+    "alora_invocation_tokens": "it acts after these tokens alone: train a plain adapter",
     "use_rslora": "scale lora_alpha by sqrt(r) and switch it off",
 }
 

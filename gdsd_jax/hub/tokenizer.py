@@ -116,7 +116,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the checkpoint's chat template, or None."""
+        """Returns the text of the checkpoint's chat template, or None."""
         return self._tokenizer.chat_template
 
     def render(self, messages: Sequence[Mapping[str, str]], assistant_prefix: str = "") -> str:

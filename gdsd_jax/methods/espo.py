@@ -5,7 +5,7 @@
 
 over B rows. `S` is the ELBO-weighted score of a coupled pair of views, averaged over the M pairs before the ratio is
 taken; `clip` is to `[1 - eps_low, 1 + eps_high]`. Advantages are leave-one-out. All L positions count, including the
-tail behind the first EOS.
+tail after the first EOS.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Slice(NamedTuple):
 
     @property
     def network_bandwidth(self) -> float:
-        """The bytes/s that the chip with the fewest neighbours can send, which bounds a collective over all chips.
+        """Returns the bytes/s that the chip with the fewest neighbours can send, a bound on collectives over all chips.
 
         On v5e and v6e a dimension of 16 chips closes to a ring; on v5p all dimensions do if the slice is made of whole
         cubes of 4 x 4 x 4. Otherwise the chips at the ends of a dimension have one link along it, and along a dimension
@@ -82,7 +82,7 @@ def parse_topology(name: str) -> Slice:
 
 
 def devices(topology: Slice) -> list[Any]:
-    """Returns the devices of the slice. One can compile for them, but not run programs on them.
+    """Returns the devices of the slice. Programs can be compiled for them, but not run on them.
 
     Raises:
       UserError: libtpu, which compiles for TPUs, is not installed or does not know the slice.

@@ -115,7 +115,7 @@ def scored_columns(config: DenoiserConfig, settings: SamplerConfig, prompt_lengt
 
 
 def sampler_loops(config: DenoiserConfig, settings: SamplerConfig, prompt_length: int) -> tuple[int, ...]:
-    """Returns the most often that the sampler's loops run, from the outermost inwards; their product is the steps."""
+    """Returns the most passes of each of the sampler's loops, the outermost first; their product is the steps."""
     if config.block_size is None:
         return (settings.blocks * settings.steps_per_block,)
     grid = _grid(config, settings, prompt_length)

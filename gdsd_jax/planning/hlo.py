@@ -26,7 +26,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """The bytes of the array without the padding of tiles."""
+        """Returns the bytes of the array without the padding of tiles."""
         return math.prod(self.dims) * DTYPE_BITS.get(self.dtype, 8) / 8
 
 

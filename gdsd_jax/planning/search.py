@@ -1,8 +1,9 @@
 """Searches for a mesh on a slice, what to recompute, and the micro-batch and rollout that fit, as the compiler decides.
 
-Meshes are tried in the order of the bytes that a chip sends, by estimate, and on each first the backward pass that
-keeps the outputs of products. A rollout that does not fit is cut into parts, one that fits grows. Sizes are doubled as
-long as temporaries in proportion to them would still fit, and halved again if the compiler refuses the result.
+Meshes are tried in ascending order of the bytes that a chip sends, by estimate. On each mesh, the backward pass that
+keeps the outputs of products is tried first. A rollout that does not fit is cut into parts, and one that fits grows.
+Sizes are doubled as long as temporaries in proportion to them would still fit, and halved again if the compiler
+refuses the result.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def _of_row(place: str, row: Row) -> list[Demonstration]:
         turns = _turns(place, row["messages"])
         answers = [index for index, turn in enumerate(turns) if index and turn["role"] == "assistant"]
         if not answers:
-            raise UserError(f"{place}: messages hold no assistant's turn behind another turn, so nothing to learn from")
+            raise UserError(f"{place}: messages hold no assistant's turn after another turn, so nothing to learn from")
         return [Demonstration(turns[:index], turns[index]["content"]) for index in answers]
     prompt = column(place, row, "messages", "prompt")
     completion = column(place, row, "completion")

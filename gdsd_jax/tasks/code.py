@@ -132,7 +132,7 @@ def public_measure(completion: str, row: Row, backend: str | None = None) -> dic
 
 
 class _Refused(Exception):
-    """No sandbox has run the program."""
+    """Signals that no sandbox has run the program."""
 
 
 def _passed(judged: Program, backend: str | None) -> float:

@@ -20,7 +20,7 @@ from gdsd_jax.tasks.graders import numbers
 from gdsd_jax.tasks.prompting import ANSWER_FORMAT
 from gdsd_jax.tasks.task import PUBLIC, Grader, Task
 
-# The character behind the number belongs to the pattern: "The answer is 42." reads 42, "The answer is 42" reads 4.
+# The character after the number belongs to the pattern: "The answer is 42." reads 42, "The answer is 42" reads 4.
 _STATED = re.compile(r"The answer is (-?[0-9.,]+).")
 _HASHED = re.compile(r"#### (-?[0-9.,]+)")
 _INTEGER = re.compile(r"-?[0-9]+")
@@ -132,7 +132,7 @@ def _row(place: str, record: Row) -> Row:
     solution, hashes, answer = text_of(place, record, "answer").rpartition("####")
     answer = answer.strip().replace(",", "")
     if not answer:
-        raise UserError(f"{place}: there is no answer{' behind ####' if hashes else ''}")
+        raise UserError(f"{place}: there is no answer{' after ####' if hashes else ''}")
     # Marks such as <<48/2=24>> are notes to a calculator.
     solution = re.sub(r"<<[^<>]*>>", "", solution).strip()
     return {"question": text_of(place, record, "question").strip(), "answer": answer, "solution": solution}

@@ -19,7 +19,7 @@ from gdsd_jax.tasks.data import Row, draw
 from gdsd_jax.tasks.workers import Limits
 
 SPLITS = ("train", "validation", "test")
-# The grader that every task has, and the one of the public trainers.
+# The names of the grader that every task has, and of the public trainers' grader.
 ROBUST, PUBLIC = "robust", "public"
 SETTINGS = ("template", "system", "assistant_prefix", "answer_template", "examples", "shots", "weights")
 

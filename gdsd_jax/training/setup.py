@@ -168,7 +168,7 @@ def checked_method(config: TrainConfig) -> Method:
     """
     for name, settings in config.settings.items():
         if name not in METHODS and not is_plugin(name):
-            raise UserError(f"config.settings.{name} is of no method: choose from {', '.join(METHODS)}")
+            raise UserError(f"config.settings.{name} names no method: choose from {', '.join(METHODS)}")
         if name in METHODS:
             build(name, **settings)
     method, task = build(config.method, **config.method_settings), resolve_task(config)

@@ -133,7 +133,7 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ("--config.sampler.steps=2.5", "config.sampler.steps"),
         ("--config.settings.gdsd.foo=1", "foo"),
         ("--config.settings.gdsd.name=1", "has no setting name"),
-        ("--config.settings.gdsdd.psi=1", "config.settings.gdsdd is of no method"),
+        ("--config.settings.gdsdd.psi=1", "config.settings.gdsdd names no method"),
         ("--config.settings.espo.foo=1", "method 'espo' has no setting foo"),
         ("--config.task.settings.foo=1", "foo"),
         ("--config.task.settings.name=1", "unknown task setting 'name'"),

@@ -142,7 +142,7 @@ def test_the_users_command_arrives_word_for_word():
 
 
 def test_the_device_check_counts(tmp_path):
-    """With two CPU devices in the place of a pod: `initialize` is told what a pod would tell it."""
+    """With two CPU devices in place of a pod: `initialize` is told what a pod would tell it."""
     *_, check, chips = dry_run("setup_worker", "32")[-1]
     assert Path(check).resolve() == LAUNCH / "check_devices.py" and chips == "32"
     (tmp_path / "sitecustomize.py").write_text("import jax\njax.distributed.initialize = lambda: None\n")

@@ -96,7 +96,7 @@ def test_decoding_stops_at_the_first_eos_and_drops_special_and_unknown_ids(token
 
 
 def test_every_id_that_ends_a_turn_ends_a_completion(copy):
-    """The EOS, further ones of either file's list, and what the chat template writes behind an answer."""
+    """The EOS, further ones of either file's list, and what the chat template writes after an answer."""
     tokenizer = hub.load_tokenizer(copy)
     (turn,) = tokenizer.encode(["<|eot|>"])[0]
     assert tokenizer.end_token_ids == (turn,)

@@ -39,8 +39,8 @@ def test_prompts_with_completions_and_chats(tmp_path):
     [
         ({"prompt": "2+2?"}, "line 1: a row needs completion, it has prompt"),
         ({"question": "2+2?"}, "line 1: a row needs messages or prompt, it has question"),
-        ({"messages": [USER]}, "hold no assistant's turn behind another turn"),
-        ({"messages": [ANSWER]}, "hold no assistant's turn behind another turn"),
+        ({"messages": [USER]}, "hold no assistant's turn after another turn"),
+        ({"messages": [ANSWER]}, "hold no assistant's turn after another turn"),
         ({"messages": [USER, {"role": "robot", "content": "4"}]}, "a turn is a mapping of role"),
         ({"messages": [USER, {"role": "assistant", "content": 4}]}, "a turn is a mapping of role"),
         ({"messages": "2+2?"}, "are lists of turns, with at least one turn"),

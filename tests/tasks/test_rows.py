@@ -83,7 +83,7 @@ def test_math_columns(tmp_path):
     for row in ({"problem": "x", "solution": "no box"}, {"problem": "x", "answer": " ", "solution": "y"}):
         with pytest.raises(UserError, match="line 1: there is no answer"):
             TASKS["math"].rows(path=write(tmp_path / "bad.jsonl", [row]))
-    with pytest.raises(UserError, match="no answer behind ####"):
+    with pytest.raises(UserError, match="no answer after ####"):
         TASKS["gsm8k"].rows(path=write(tmp_path / "bad.jsonl", [{"question": "x", "answer": "y ####"}]))
 
 

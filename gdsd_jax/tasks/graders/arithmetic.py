@@ -107,7 +107,7 @@ _ARITHMETIC = "-+*/()=0123456789."
 # Signs that a run is part of something else: adjacent letters, powers, factorials, bars, LaTeX commands or a "not".
 _BEFORE = re.compile(r"(?:[^\W_]|[\^!%_|]\s?|\\[A-Za-z]+\s?|(?i:\b(?:not|never)|n't)\s{1,3})\Z")
 _AFTER = re.compile(r"[^\W_]|[\^!%_|\\]")
-# Words behind a run, after a space, that only say something of it.
+# Words that may follow a run after a space, because they only describe it.
 _SAID = re.compile(r"(?<=[ \t])(?i:is|which|because|works|gives|makes|using)\b(?!\s+(?:not|wrong|incorrect)\b)")
 _JOINT = re.compile(r"(?<=[0-9)])([ \t]{0,3})(?=\()|(?<=\))([ \t]{0,3})(?=[0-9])")
 
@@ -188,6 +188,6 @@ def right(completion: str, numbers: list[int], target: int) -> bool:
 
 
 def _after_steps(text: str) -> list[str]:
-    """Returns the expressions behind the last "Expression:" or "The answer is"; none if the text has no such place."""
+    """Returns the expressions after the last "Expression:" or "The answer is"; none if the text has no such place."""
     last = next(reversed(list(_STATED.finditer(text))), None)
     return expressions(text[last.end() :]) if last is not None and len(text) <= MAX_ANSWER else []

@@ -57,7 +57,7 @@ def equal(gold: str, answer: str) -> bool:
 
 
 def _same_choice(gold: str, answer: str) -> bool:
-    """Returns whether the answer names the gold's choice, with its text behind it, and no other choice: (C) 5."""
+    """Returns whether the answer names the gold's choice, with its text after it, and no other choice: (C) 5."""
     wanted, found = _CHOICE.match(gold), _CHOSEN.match(answer)
     return bool(wanted and found and wanted[1] == found[1])
 

@@ -17,11 +17,11 @@ Value = Any  # Fraction, mpmath.mpf or mpmath.mpc
 
 
 class Undefined(ArithmeticError):
-    """The expression has no value at this point."""
+    """Signals that an expression has no value at this point."""
 
 
 class TooLarge(ArithmeticError):
-    """The value has too many digits to compute."""
+    """Signals that a value has too many digits to compute."""
 
 
 def real(value: Value) -> Value:

@@ -1,7 +1,7 @@
 r"""Finds the one number that answers a word problem, however it is written: `$9{,}500`, 18 dollars every 2 weeks, 18½.
 
-The answer is found as for mathematics (`extract`), or behind the last `####`. It is read as mathematics first. A
-sentence is not mathematics: its number is the first one, or the first one behind its last "is" or "=".
+The answer is found as for mathematics (`extract`), or after the last `####`. It is read as mathematics first. A
+sentence is not mathematics: its number is the first one, or the first one after its last "is" or "=".
 """
 
 import re
@@ -36,7 +36,7 @@ _SCALE = re.compile(r"\s?(?:(?P<h>hundred)|(?P<k>[kK]|thousand)|(?P<m>million)|(
 _POWERS = {"h": 100, "k": 1000, "m": 1000**2, "b": 1000**3}
 _HALF = re.compile(r"\s+and (?:a|one) half\b")
 _SIGNED = re.compile(r"(?i)(?<![\w)])(?:minus|negative)\s+(?=\$?[0-9])")
-# A number behind one of these is not the answer, but a bound of it, a part of it, or what it is not.
+# A number after one of these is not the answer: it is a bound, a part of the answer, or denied.
 _BOUND = re.compile(
     r"(?i)(?:\b(?:not|never|than|between|half of|twice|double|triple)|n't|[<>_]|[a-z]\(|\\(?:le|ge|ne|lt|gt)q?"
     r"|\\(?:l?not|neg))\s*(?:about\s|a\s)?\Z"
@@ -49,7 +49,7 @@ _JOINTS = (
     "(?:a|about|across|after|among|an|and|as|at|because|before|between|by|each|every|for|from|if|in|of|on|or|out|over|per"
     "|since|so|to|until|when|with|within)"
 )
-# Behind a number: what makes it another one, or the answer a list of several.
+# What makes the number before it another one, or the answer a list.
 _CONTINUED = re.compile(
     rf"""(?ix)\s*(?:\?
     |(?:\\[A-Za-z]+|[^\w(]){{0,8}}[0-9]|\(\s*\$?[0-9][0-9.,]*\s*\)
@@ -171,7 +171,7 @@ def first_number(text: str) -> str | None:
 
 
 def _is_continued(text: str, end: int) -> bool:
-    """Returns whether the text behind a number makes it another one, or names a second answer: 15 or 16."""
+    """Returns whether the text after a number makes it another one, or names a second answer: 15 or 16."""
     if _CONTINUED.match(text, end):
         return True
     found = _OTHER.match(text, end)

@@ -77,7 +77,7 @@ def locate(completion: str, names: tuple[str, ...], prompt: str) -> dict[str, fl
 
 
 def joined(completion: str, place: Mapping[str, float]) -> str:
-    """Returns the code at a position that `locate` has returned, behind the earlier blocks that it needs."""
+    """Returns the code at a position that `locate` has returned, after the earlier blocks that it needs."""
     text = normal(completion)
     pieces = [text[int(place["start"]) : int(place["end"])]] if place["start"] >= 0 else []
     number = 0
@@ -102,7 +102,7 @@ def complete(code: str, names: tuple[str, ...], prompt: str) -> str:
         future = "".join(_FUTURE.findall(program))
         preamble = prompt[: head.start()] if head else ""
         return f"{future}{preamble}\n{_FUTURE.sub('', program)}"
-    # A body with more behind it, such as a call at the start of a line, has no common indentation.
+    # A body with more after it, such as a call at the start of a line, has no common indentation.
     body = program if program[:1] in (" ", "\t") else textwrap.indent(program, "    ")
     return f"{prompt.rstrip()}\n{body}\n"
 

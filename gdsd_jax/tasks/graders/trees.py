@@ -2,7 +2,7 @@
 
 A tree is a tuple: ("number", Fraction, decimals), ("symbol", name), ("constant", name), (operator, tree, tree) for
 + - * / ^, ("function", name, trees...), ("unknown", name, trees...) for f(x), ("degree", tree). `decimals` counts the
-digits behind the point and is None for a whole number.
+digits after the point and is None for a whole number.
 """
 
 from fractions import Fraction

@@ -39,7 +39,7 @@ def number(text: str) -> str | None:
 
 
 def _leading(words: list[str]) -> tuple[Fraction | None, list[str]]:
-    """Returns the number with which the words begin, and the words behind it."""
+    """Returns the number with which the words begin, and the words after it."""
     total = part = Fraction(0)
     room = 100  # The next word of the same hundred must be smaller: 100, 10 after a tens word, 1 after any other.
     index, taken = 0, 0
