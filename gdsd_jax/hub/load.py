@@ -42,6 +42,7 @@ from gdsd_jax.hub.redundant import without_redundant
 from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import understood
+from gdsd_jax.runtime.sharding import automatic
 
 # Key in the header of an exported adapter: the fingerprint of the base that it was trained on.
 BASE_FINGERPRINT = "base_fingerprint"
@@ -112,7 +113,7 @@ def load_checkpoint(
       directory: a checkpoint in Hugging Face's layout, on a disk or in a bucket (`gs://`).
       dtype: dtype of the parameters; None keeps the stored ones.
       mesh: every parameter is sharded over it by the rules of `gdsd_jax.runtime.sharding`, and each process reads only
-        what its own devices hold. None puts the parameters on the default device.
+        what its own devices hold. Its axes become Auto axes. None puts the parameters on the default device.
       reader: counts the bytes that are read; None makes a new one.
       overrides: as for `read_config`.
       weights: "int8" rounds the kernels on the devices, parameter by parameter, see `gdsd_jax.denoiser.quantise`; the
@@ -136,6 +137,7 @@ def load_checkpoint(
     slots, axes = names.slots(config), None if mesh is None else logical_axes(config)
     _match(tensors, {name: slot.shape for name, slot in slots.items()}, directory, "it does not fit its config.json")
     base: dict = {}
+    mesh = None if mesh is None else automatic(mesh)
     with ThreadPoolExecutor(THREADS) as pool:
         loader = Loader(dtype, reader, pool)
         for path, stored_names in names.parameters(config).items():

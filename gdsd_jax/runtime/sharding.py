@@ -107,7 +107,15 @@ def make_mesh(
     except NotImplementedError:
         # The sizes are no products of the slice's own, such as 16 x 4 on 8 x 8 chips: a row of chips must be split.
         arranged = arrange(allow_split_physical_axes=True)
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return automatic(Mesh(arranged, AXES))
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """Returns the mesh with axes along which the compiler chooses how results lie.
+
+    `jax.make_mesh` gives axes of another type, under which every operation on sharded arrays states its result's place.
+    """
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _resolve(config: MeshConfig, count: int, dimensions: tuple[Dimension, ...]) -> tuple[int, int, int]:

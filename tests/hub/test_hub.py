@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 from gdsd_jax import hub
@@ -116,6 +117,13 @@ def test_load_keeps_every_number_and_dtype(checkpoint):
         layer = held if slot.layer is None else held[slot.layer]
         assert held.dtype == tensor.dtype
         np.testing.assert_array_equal(np.asarray(layer), tensor.T if slot.transposed else tensor)
+
+
+def test_parameters_on_a_mesh_of_jax_have_axes_that_need_no_further_statements():
+    """Under the Explicit axes of `jax.make_mesh`, the first lookup in the embedding would be refused."""
+    _, base = hub.load_checkpoint(GOLDEN / "llada_tiny", mesh=jax.make_mesh((1,), ("fsdp",)))
+    for leaf in jax.tree.leaves(base):
+        assert leaf.sharding.mesh.axis_names == ("fsdp",) and leaf.sharding.mesh.axis_types == (AxisType.Auto,)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float23", jnp.int32])

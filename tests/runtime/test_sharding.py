@@ -48,6 +48,11 @@ def test_every_large_matrix_is_cut_along_fsdp():
             assert ("fsdp" in sharding.spec(names)) == matrix, path
 
 
+def test_a_mesh_of_ones_own_may_lack_axes():
+    own = AbstractMesh((2, 4), ("tensor", "other"), axis_types=(AxisType.Auto,) * 2)
+    assert sharding.fitted_spec(own, ("layers", "embed", "heads"), (2, 8, 4)) == P(None, None, ("tensor",))
+
+
 def test_two_logical_axes_on_one_mesh_axis_raise():
     assert sharding.spec(("layers", "embed", "heads")) == P(None, "fsdp", "tensor")
     with pytest.raises(ValueError, match="'fsdp' more than once"):
