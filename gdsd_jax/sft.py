@@ -66,27 +66,15 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     merged = workdir / "merged"
     if remove_leftovers(workdir):
         return merged
-    refuse_existing(merged)
-    if (workdir / "run.json").exists():
-        raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
-    # The export needs the weights as they are stored, not in 8 bits.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
-    config = adapted(config, workdir / "adapted")
-    piece = config.sft.microbatch_rows or config.sft.batch_rows
-    if config.sft.batch_rows % piece:
-        raise UserError(
-            f"config.sft.microbatch_rows {piece} does not divide config.sft.batch_rows {config.sft.batch_rows}"
-        )
-    if config.sft.adapter and not config.lora.rank:
-        raise UserError("config.sft.adapter trains an adapter, but config.lora.rank is 0: change one of them")
+    config = prepared(config, workdir)
+    batch_rows = config.sft.batch_rows
+    piece = config.sft.microbatch_rows or batch_rows
     setup = load_setup(config, rows={"config.sft.batch_rows": piece})
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.base))
     if hosts.first():
         check_disk(workdir, stored, "the trained checkpoint")
     shown, apart = encoded_demonstrations(config, setup)
     order = grain.MapDataset.range(len(shown.tokens)).seed(config.sft.seed).shuffle().repeat()
-
-    batch_rows = config.sft.batch_rows
     optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
 
     def trained_part(base: Any) -> Any:
@@ -95,7 +83,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
 
     state, places = start_state(setup.model, optimizer, config.sft.seed, trained_part, setup.base)
     update = make_sft_update(setup.model, optimizer, config.model.vocab_chunk, places, piece)
-    frozen = frozen_base(config, setup)
+    frozen = setup.base if config.sft.adapter else None
     accuracy = make_accuracy(config, setup) if config.sft.until else None
     held_out_loss = make_held_out_loss(config, setup, apart, piece, frozen) if len(apart.tokens) else None
 
@@ -149,6 +137,27 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     return merged
 
 
+def prepared(config: TrainConfig, workdir: Path) -> TrainConfig:
+    """Returns the config with which supervised training runs in `workdir`.
+
+    Its checkpoint is a masked denoiser, which is made first if the given one is autoregressive.
+
+    Raises:
+      UserError: the directory holds another run, or settings contradict each other.
+    """
+    refuse_existing(workdir / "merged")
+    if (workdir / "run.json").exists():
+        raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
+    rows, piece = config.sft.batch_rows, config.sft.microbatch_rows
+    if piece and rows % piece:
+        raise UserError(f"config.sft.microbatch_rows {piece} does not divide config.sft.batch_rows {rows}")
+    if config.sft.adapter and not config.lora.rank:
+        raise UserError("config.sft.adapter trains an adapter, but config.lora.rank is 0: change one of them")
+    # The export needs the weights as they are stored, not in 8 bits.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
+    return adapted(config, workdir / "adapted")
+
+
 def remove_leftovers(workdir: Path) -> bool:
     """Removes the checkpoints of a training that has exported its result; returns whether there were any.
 
@@ -177,11 +186,6 @@ def make_accuracy(config: TrainConfig, setup: Setup) -> Callable[[Any], float]:
         return found[task.metrics_named[-1]]
 
     return accuracy
-
-
-def frozen_base(config: TrainConfig, setup: Setup) -> Any:
-    """Returns the base if an adapter is trained on it, or None if the base itself is trained."""
-    return setup.base if config.sft.adapter else None
 
 
 def own_settings(config: TrainConfig) -> TrainConfig:

@@ -476,8 +476,8 @@ RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if re.match("l
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_freeze_and_build(path):
     module = config_module(path)
-    for word in ("python -m gdsd_jax.train", path.name, "Hardware", "Published"):
-        assert word in module.__doc__, word
+    for word in ("python -m gdsd_jax.train", path.name, "hardware", "published"):
+        assert word in module.__doc__.lower(), word
     for run in getattr(module, "RUNS", [None]):
         config = freeze(TrainConfig, module.get_config() if run is None else module.get_config(run))
         build(config.method, **config.method_settings)
