@@ -32,17 +32,16 @@ from gdsd_jax.diffusion.schedule import schedule_log_prob
 from gdsd_jax.diffusion.scoring import DEFAULT_CHUNK, Views, chunk_logits, over_chunks
 from gdsd_jax.runtime.errors import UserError
 
-STEP_READS = ("step_log_prob", "proposal_log_prob", "log_prob", "entropy", "entropy_value")
-
 
 @flax.struct.dataclass
 class StepViews(Views):
     """Holds the states of a rollout before some of its steps; each state is a view.
 
-    The reads are those of `STEP_READS`. "step_log_prob", summed over positions, is the log-probability of the step.
-    "proposal_log_prob" is the log-probability with which a committed token is drawn, with temperature and cuts. The
-    other reads are of the distribution without temperature and cuts. All are 0 at positions that the step does not
-    commit, except that "step_log_prob" also has terms for positions that the step leaves masked.
+    Its reads are "step_log_prob", "proposal_log_prob", "log_prob", "entropy" and "entropy_value". "step_log_prob",
+    summed over positions, is the log-probability of the step. "proposal_log_prob" is the log-probability with which a
+    committed token is drawn, with temperature and cuts. The other reads are of the distribution without temperature
+    and cuts. All are 0 at positions that the step does not commit, except that "step_log_prob" also has terms for
+    positions that the step leaves masked.
 
     Attributes:
       step: `[K, B]` int32, the steps. All reads of a step that commits nothing are 0.
@@ -290,7 +289,7 @@ def step_reads(
     reads: tuple,
     dtype: Any = jnp.float32,
 ) -> dict:
-    """Computes the `reads`, names of `STEP_READS`, each `[..., S]`, from a walk (see `gdsd_jax.diffusion.order`)."""
+    """Computes the `reads` of `StepViews`, each `[..., S]`, from a walk (see `gdsd_jax.diffusion.order`)."""
     out = {}
     if "step_log_prob" in reads:
         arguments = (walk, target, committed, eligible, settings, vocab_size, dtype)
