@@ -49,8 +49,7 @@ def make(settings: Settings) -> Method:
 
     def prepare(batch, old, ref):
         rewards = batch.token_rewards
-        if rewards is None:
-            common.require(False, "this method needs a task with token_score")
+        common.require(rewards is not None, "this method needs a task with token_score")
         groups = rewards.reshape(-1, batch.group_size, rewards.shape[1])
         advantage = (groups - groups.mean(axis=1, keepdims=True)).reshape(rewards.shape)
         return {"advantage": advantage * batch.completion_mask, "size": common.per_row(rewards.size, len(rewards))}

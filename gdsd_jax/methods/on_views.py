@@ -48,7 +48,7 @@ def loss_on_views(
     Args:
       prompts, completions: `[B, P]` and `[B, L]` ids.
       masked: `[M, B, P+L]` bool, the masks of the views; the method itself adds complements, and `coupled_grpo` its
-        fully masked view. None suffices for `tracerl` with `commit_step`, from which it then derives its masks.
+        fully masked view. None suffices for methods that derive their masks, such as `tracerl` from `commit_step`.
       advantages: `[B]`; None: the method computes its own from `rewards` in groups of `group_size`.
       old, ref: scores of the old and the reference policy in the method's own shape: `[B, M]` for `gdsd` and
         `gdsd_tlc`, `[B]` for `espo`, `spg` and `dmpo`, `[B, L]` for token-level methods. old=None: the stop-gradient of
@@ -92,7 +92,12 @@ def loss_on_views(
         sampler=sampler,
         eos_token_id=eos_token_id,
     )
-    views = method.views(array(masked, bool), batch)
+    try:
+        views = method.views(array(masked, bool), batch)
+    except (AttributeError, TypeError) as error:
+        if masked is not None:
+            raise
+        raise UserError(f"method {name!r} does not derive its masks: give loss_on_views masked") from error
     reads = read_views(
         config, base, lora, batch.tokens, views, method.reads, prompt_mask=batch.prompt_mask, chunk=chunk
     )

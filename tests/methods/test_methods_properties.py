@@ -410,6 +410,7 @@ def test_a_method_that_breaks_the_contract_is_refused_with_what_was_expected(mes
     [
         ("gdsd", {"rewards": None}, "neither advantages nor rewards"),
         ("gdsd", {"masked": np.zeros((M, B, L), bool)}, f"masked has shape ({M}, {B}, {L}): give loss_on_views [M,"),
+        ("gdsd", {"masked": None}, "give loss_on_views masked"),
         ("gdsd", {"old": np.zeros(B)}, f"old has shape ({B},): give method 'gdsd' scores of shape ({B}, {M})"),
         ("gdsd", {"ref": np.zeros((M, B))}, f"ref has shape ({M}, {B})"),
         ("exact_pg", {}, "exact_pg needs the rollout's commit_step, which is absent: give loss_on_views commit_step"),
