@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from gdsd_jax.hub import names
+from gdsd_jax.hub import names, tiles
 from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket
 from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.runtime.errors import UserError
@@ -30,8 +31,6 @@ from gdsd_jax.runtime.sharding import named_sharding
 # Several blocks are read at once, because buckets answer slowly and disks are faster with several requests. A block of
 # a local file stays in the processor's cache until it is where it belongs.
 THREADS, BLOCK_BYTES, LOCAL_BLOCK_BYTES = min(8, os.cpu_count() or 1), 16 << 20, 2 << 20
-_ALIGNMENT = 64  # bytes, what XLA asks of memory that is not its own
-_BAND = 64  # rows that are transposed at a time: their cache lines are written whole
 _scratch = threading.local()
 
 
@@ -54,9 +53,9 @@ def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
     For a file in a bucket the blocks cover whole rows, because one request per row would cost more than reading columns
     that are not needed.
     """
-    width = stored.matrix[1]
+    width, itemsize = stored.matrix[1], FLOATS[stored.dtype].itemsize
     size = BLOCK_BYTES if in_bucket(stored.file) else LOCAL_BLOCK_BYTES
-    limit = max(1, size // (width * FLOATS[stored.dtype].itemsize))
+    limit = max(tiles.COLUMN_BYTES // itemsize, size // (width * itemsize))
     edges = sorted({edge for box in boxes for edge in box.rows})
     for first, last in zip(edges, edges[1:], strict=False):
         spans = sorted(box.columns for box in boxes if box.rows[0] <= first and last <= box.rows[1])
@@ -92,7 +91,7 @@ def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader,
         require_finite(data, stored.name, stored.file)
         for spans, part in targets:
             if part is not straight:
-                _copy(data[_within(spans, block)], part)
+                tiles.copy(data[_within(spans, block)], part)
 
     for _ in pool.map(read, _blocks(pieces, stored)):
         pass
@@ -107,19 +106,14 @@ def _buffer(shape: Iterable[int], dtype: np.dtype) -> np.ndarray:
     return _scratch.memory[:size].view(dtype).reshape(rows, columns)
 
 
-def _copy(data: np.ndarray, part: np.ndarray) -> None:
-    """Copies a block to its place, band by band where the place is the transpose of an array in memory."""
-    step = len(data) if part.flags.c_contiguous or part.strides[0] >= part.strides[-1] else _BAND
-    for row in range(0, len(data), step):
-        part[row : row + step] = data[row : row + step]
+def _fresh(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an array of zeros at the start of a page, which a CPU device can use where it is, without a copy.
 
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialised array that a CPU device can use where it is, without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
-    return memory[begin : begin + size].view(dtype).reshape(shape)
+    Its pages are fetched at once, which takes two thirds of the time of one page after the other.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=flags)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 def _within(spans: Iterable[tuple[int, int]], box: Box) -> tuple[slice, slice]:
@@ -195,7 +189,7 @@ class Loader(NamedTuple):
             device: tuple(piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
             for device, index in place.addressable_devices_indices_map(shape).items()
         }
-        parts = {span: _aligned(tuple(end - begin for begin, end in span), dtype) for span in spans.values()}
+        parts = {span: _fresh(tuple(end - begin for begin, end in span), dtype) for span in spans.values()}
         for number, stored in enumerate(layers):
             pieces = {}
             for span, part in parts.items():

@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.denoiser.lora import target_shapes
-from gdsd_jax.hub import names
+from gdsd_jax.hub import names, tiles
 from gdsd_jax.hub.files import FLOATS
 from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.runtime.errors import UserError
 
-_BAND, _TILE = 128, 128  # rows and columns that are transposed at a time
+_PIECE_BYTES = 2 << 20  # about what is transposed, checked and written at a time
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 
 
@@ -93,15 +93,15 @@ def bands(array: np.ndarray) -> Iterator[np.ndarray]:
     A view of a transposed matrix is turned tile by tile in a buffer that stays in the processor's cache.
     """
     if array.flags.c_contiguous:
-        flat, step = array.reshape(-1), _BAND * _TILE * 64
+        flat, step = array.reshape(-1), _PIECE_BYTES // array.itemsize
         yield from (flat[at : at + step] for at in range(0, flat.size, step))
         return
     rows, columns = array.shape
-    buffer = np.empty((min(rows, _BAND), columns), array.dtype)
-    for row in range(0, rows, _BAND):
-        piece = buffer[: min(_BAND, rows - row)]
-        for column in range(0, columns, _TILE):
-            piece[:, column : column + _TILE] = array[row : row + _BAND, column : column + _TILE]
+    step = max(tiles.ROW_BYTES // array.itemsize, _PIECE_BYTES // max(1, columns * array.itemsize))
+    buffer = np.empty((min(rows, step), columns), array.dtype)
+    for row in range(0, rows, step):
+        piece = buffer[: min(step, rows - row)]
+        tiles.copy(array[row : row + step], piece)
         yield piece
 
 
