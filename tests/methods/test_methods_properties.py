@@ -424,7 +424,7 @@ def test_a_method_that_breaks_the_contract_is_refused_with_what_was_expected(mes
 )
 def test_what_a_loss_lacks_is_named(name, given, message):
     config, rows = tiny(), batch()
-    base = init_base(config, jax.random.key(0))
+    base = jax.eval_shape(lambda: init_base(config, jax.random.key(0)))
     arguments = {"prompts": np.ones((B, P), int), "completions": np.ones((B, L), int), "rewards": rows.rewards}
     arguments["masked"] = masks_for("gdsd")
     with pytest.raises(UserError, match=re.escape(message)):
