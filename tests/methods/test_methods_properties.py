@@ -410,15 +410,16 @@ def test_a_method_that_breaks_the_contract_is_refused_with_what_was_expected(mes
     [
         ("gdsd", {"rewards": None}, "neither advantages nor rewards"),
         ("gdsd", {"masked": np.zeros((M, B, L), bool)}, f"masked has shape ({M}, {B}, {L}): give loss_on_views [M,"),
-        ("gdsd", {"masked": None}, "give loss_on_views masked"),
+        pytest.param("gdsd", {"masked": None}, "give loss_on_views masked", marks=pytest.mark.slow),
         ("gdsd", {"old": np.zeros(B)}, f"old has shape ({B},): give method 'gdsd' scores of shape ({B}, {M})"),
-        ("gdsd", {"ref": np.zeros((M, B))}, f"ref has shape ({M}, {B})"),
+        pytest.param("gdsd", {"ref": np.zeros((M, B))}, f"ref has shape ({M}, {B})", marks=pytest.mark.slow),
         ("exact_pg", {}, "exact_pg needs the rollout's commit_step, which is absent: give loss_on_views commit_step"),
-        ("egspo", {}, "egspo needs the rollout's commit_step"),
-        (
+        pytest.param("egspo", {}, "egspo needs the rollout's commit_step", marks=pytest.mark.slow),
+        pytest.param(
             "agrpo",
             {"commit_step": np.zeros((B, L), int), "sampler": SamplerConfig(L, L, L, "low_confidence")},
             "give loss_on_views rollout_entropy",
+            marks=pytest.mark.slow,
         ),
     ],
 )
