@@ -43,6 +43,7 @@ from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.telemetry.metrics import MetricWriter
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress
+from gdsd_jax.telemetry.trackers import require_trackers
 from gdsd_jax.training.checkpoint import Checkpoints
 from gdsd_jax.training.demonstrations import encoded_demonstrations, rows_of
 from gdsd_jax.training.optimizer import make_optimizer
@@ -148,6 +149,7 @@ def prepared(config: TrainConfig, workdir: Path) -> TrainConfig:
     refuse_existing(workdir / "merged")
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
+    require_trackers(config.tracker_names)
     rows, piece = config.sft.batch_rows, config.sft.microbatch_rows
     if piece and rows % piece:
         raise UserError(f"config.sft.microbatch_rows {piece} does not divide config.sft.batch_rows {rows}")

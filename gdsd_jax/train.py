@@ -38,6 +38,7 @@ from gdsd_jax.telemetry.planned import beside_plan, planned_sizes, read_plan
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.profile import Profile, phase
 from gdsd_jax.telemetry.progress import Progress
+from gdsd_jax.telemetry.trackers import require_trackers
 from gdsd_jax.telemetry.warnings import precursors
 from gdsd_jax.training.between import after_iteration
 from gdsd_jax.training.checkpoint import Best, Checkpoints
@@ -75,8 +76,9 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     # ------------------------------------------------------------------------------------------ set-up
     config = with_first_schedule(config, workdir)
     method = checked_method(config)
-    # An unknown name fails here, before anything is loaded.
+    # Unknown names fail here, before anything is loaded.
     selection(config.refill.select)
+    require_trackers(config.tracker_names)
     config = fitted_to_devices(config, method, planned_sizes(workdir))
     setup = load_setup(config, rows=spread_rows(config))
     model, base, tokenizer, task = setup

@@ -71,6 +71,8 @@ def launch(
             raise UserError("give --workdir DIRECTORY, for the files of the run")
         if needs_workdir and workdir is not None:
             require_writable(workdir, "--workdir")
+            if (workdir / "config.json").is_file():
+                raise UserError(f"{workdir} is a checkpoint, which a run would write into: choose another --workdir")
         enable_compilation_cache()
         hosts.initialize(config.hosts)
         hosts.agree(_shared(config))
@@ -135,9 +137,11 @@ def parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, 
 
 
 def _require_path(name: str, value: str | None) -> None:
-    """Raises UserError if a path to write to is blank, holds a zero byte or is a URL; None is allowed."""
+    """Raises UserError if a path to write to is blank, a flag or a URL, or holds a zero byte; None is allowed."""
     if value is None:
         return
+    if value.startswith("-"):
+        raise UserError(f"--{name} has no value of its own, {value} follows it: write --{name}=PATH")
     if not value.strip() or "\0" in value:
         raise UserError(f"--{name} {value!r} is not a path: name a file or directory, or leave the flag out")
     if re.match("[a-zA-Z0-9+.-]+:/", value):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import gc
 import logging
 import os
 import platform
@@ -49,6 +50,10 @@ _DEVICE_ERRORS = {
 
 def run(main: Callable[[], Any]) -> None:
     """Runs a command; an exception ends the process as the table above says."""
+    if not gc.isenabled():
+        # It was off during the imports, whose objects stay, so that it need not look at them again.
+        gc.freeze()
+        gc.enable()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character shows a replacement.
         if hasattr(stream, "reconfigure"):

@@ -1,5 +1,6 @@
 """The installed commands: `gdsd-NAME` does what `python -m gdsd_jax.NAME` does."""
 
+import gc
 import os
 import runpy
 import sys
@@ -16,4 +17,5 @@ def main() -> None:
     """
     name = Path(sys.argv[0]).stem.removeprefix("gdsd-").replace("-", "_")
     sys.path.insert(0, os.getcwd())
+    gc.disable()  # until `gdsd_jax.runtime.front` runs the command
     runpy.run_module(f"gdsd_jax.{ELSEWHERE.get(name, name)}", run_name="__main__", alter_sys=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -44,6 +44,12 @@ def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
     tracker = TRACKERS[name]
     import_package(tracker.package, name)
     return tracker
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raises UserError if a tracker of these names is unknown or cannot be imported."""
+    for name in names:
+        find_tracker(name)
 
 
 def open_tracker(name: str, make: Callable[[Path, int | None], Tracker], workdir: Path, step: int | None) -> Tracker:

@@ -142,6 +142,7 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ("--config.task.name=chess", "chess"),
         ("--config.method=reinforce", "config.method"),
         ("--config.lora.targets=head", "targets"),
+        ("--config.trackers=('nothing',)", "config.trackers has 'nothing'"),
         ("--config.lora.rank=1000", "adapter rank 1000 is above"),
         ("--config.checkpoint=nowhere", "nowhere"),
         ("--config.checkpoint=http://a/b", "http://a/b is on no disk"),
@@ -225,6 +226,15 @@ def test_config_file_absent_or_broken(refused, tmp_path):
         file.write_text(f"{head}    {body}\n    return config\n")
         assert named in refused(train, f"--config={file}", "--workdir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_workdir_that_is_a_flag_or_a_checkpoint(config_file, base, refused):
+    assert "--workdir has no value of its own, --config.seed=1 follows it" in refused(
+        train, "--config", config_file, "--workdir", "--config.seed=1"
+    )
+    before = tree(base)
+    assert "is a checkpoint" in refused(train, "--config", config_file, "--workdir", base)
+    assert tree(base) == before
 
 
 def test_no_disk_space(config_file, refused, tmp_path, monkeypatch):

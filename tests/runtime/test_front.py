@@ -1,6 +1,7 @@
 """The front door: every way in which a command can end, and that a traceback is none of them."""
 
 import errno
+import gc
 import io
 import os
 import signal
@@ -106,6 +107,16 @@ def test_a_terminal_of_another_encoding(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     front.run(lambda: print("0.5 ± 0.1 ░"))
     assert raw.getvalue() == b"0.5 ? 0.1 ?\n"
+
+
+def test_the_garbage_collector_runs_again_while_a_command_runs():
+    running = []
+    gc.disable()
+    try:
+        front.run(lambda: running.append(gc.isenabled()))
+    finally:
+        gc.unfreeze(), gc.enable()
+    assert running == [True]
 
 
 def test_nobody_reads_any_more():
