@@ -62,6 +62,10 @@ def run(
         raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype is not None and format == "adapter":
+        raise UserError(
+            "--dtype is of merged weights, and an adapter is float32: leave it out, or export merged weights"
+        )
     paths = {kind: output / kind for kind in ("merged", "adapter")} if format == "both" else {format: output}
     if not (output / UNFINISHED).exists():
         for path in paths.values():

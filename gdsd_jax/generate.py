@@ -30,7 +30,7 @@ from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, Policy, load_policy
 from gdsd_jax.runtime import hosts, ranges
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.ranges import Seed
+from gdsd_jax.runtime.ranges import Count, Seed
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.tasks import Task
 from gdsd_jax.training.rollout import Prompts, encode_prompts, sample_in_parts
@@ -79,6 +79,7 @@ def run(
     """
     if (prompt is None) == (rows is None):
         raise UserError("give either --prompt TEXT or --rows N")
+    ranges.convert(Count | None, rows, "--rows")
     task, tokenizer = policy.task, policy.tokenizer
     fit = {"buckets": config.prompt_buckets, "overlong": config.overlong_prompts}
     if prompt is None:

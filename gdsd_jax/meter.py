@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -47,10 +48,13 @@ from gdsd_jax.evaluation.probe import SUBJECTS, measure
 from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import require_writable
-from gdsd_jax.runtime.ranges import Count, Few, convert
+from gdsd_jax.runtime.ranges import Count, Range, convert
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.training.rollout import RolloutSpec, roll_out
 from gdsd_jax.training.setup import encoded_rows, task_rows
+
+# More draws than these change no digit of the table, and take hours.
+Draws = Annotated[int, Range(1, 10_000)]
 
 
 def main(
@@ -107,7 +111,7 @@ def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tu
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is not one of {', '.join(NAMES)}")
     convert(Count, prompts, "--prompts")
-    convert(Few, draws, "--draws")
+    convert(Draws, draws, "--draws")
     try:
         lengths = tuple(float(part) for part in distances.split(","))
     except ValueError:

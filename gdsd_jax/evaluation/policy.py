@@ -66,6 +66,9 @@ def load_policy(
     """
     if checkpoint is None and adapter is None and workdir is None:
         raise UserError("no model is named: give --workdir of a run, or --checkpoint, or --adapter")
+    for name, path in (("checkpoint", checkpoint), ("adapter", adapter)):
+        if path is not None and not path.strip():
+            raise UserError(f"--{name} {path!r} names no directory: give one, or leave the flag out")
     if checkpoint is not None:
         config = dataclasses.replace(config, checkpoint=checkpoint)
     from_run = checkpoint is None and adapter is None

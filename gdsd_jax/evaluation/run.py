@@ -23,7 +23,7 @@ from gdsd_jax.evaluation.statistics import mean_and_error, pass_at
 from gdsd_jax.runtime import hosts, memory, ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, replacing, require_regular, understood
-from gdsd_jax.runtime.ranges import LARGEST_INT
+from gdsd_jax.runtime.ranges import Count
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.runtime.transfer import checksum, fetch
 from gdsd_jax.tasks import resolve
@@ -74,7 +74,7 @@ def run(
     """
     output = output_directory(workdir, output)
     require_samples(samples, temperature, pass_at)
-    samplers = _samplers(config, lengths, steps, temperature)
+    samplers = _samplers(config, lengths, steps, count, temperature)
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     parts = fitting(policy, plan(config, policy, samplers, tasks, split, count, samples))
     with hosts.first_only(Lock, output, "--output"):
@@ -120,17 +120,18 @@ def run_decodings(
     count: int | None,
 ) -> str:
     """Writes the tables of `gdsd_jax.evaluation.decoding` and returns them; the arguments are those of `run`."""
-    samplers = _samplers(config, lengths, steps, 0.0)
+    samplers = _samplers(config, lengths, steps, count, 0.0)
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     parts = fitting(policy, plan(config, policy, samplers, tasks, split, count, 1))
     return decoding.run(policy, parts, output, batch_rows=config.evaluation.batch_rows, seed=config.seed)
 
 
 def _samplers(
-    config: TrainConfig, lengths: Sequence[int], steps: int | None, temperature: float
+    config: TrainConfig, lengths: Sequence[int], steps: int | None, count: int | None, temperature: float
 ) -> list[SamplerConfig]:
-    if steps is not None and not 1 <= steps <= LARGEST_INT:
-        raise UserError(f"--steps {steps} must be at least 1 and at most {LARGEST_INT}")
+    """Returns the sampler of each length; raises UserError if the number of steps or of rows is out of range."""
+    ranges.convert(Count | None, steps, "--steps")
+    ranges.convert(Count | None, count, "--count")
     lengths = lengths or config.evaluation.lengths
     return [dataclasses.replace(greedy_sampler(config, n, steps), temperature=temperature) for n in lengths]
 

@@ -88,7 +88,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         value = float(value) if abs(value) < 2**1023 else math.inf
     if origin in (int, float) and type(value) is origin:
         if not limits.holds(value):
-            raise UserError(f"{where} is {value!r}, it must be {limits}")
+            allowed = f"at most {LARGEST_INT}" if origin is int and value > LARGEST_INT else limits
+            raise UserError(f"{where} is {value!r}, it must be {allowed}")
         return value
     if origin in (tuple, Sequence) and isinstance(value, (tuple, list)):
         (inner, *_) = typing.get_args(base) or (Any,)
