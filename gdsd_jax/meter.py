@@ -29,7 +29,6 @@ It writes `meter.json`, `meter.md` and `meter.png` to `--output`, by default `WO
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +54,7 @@ from gdsd_jax.training.setup import encoded_rows, task_rows
 
 # More draws than these change no digit of the table, and take hours.
 Draws = Annotated[int, Range(1, 10_000)]
+FARTHEST = 100.0  # nats
 
 
 def main(
@@ -106,7 +106,7 @@ def main(
 
 def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tuple[list[str], tuple[float, ...]]:
     """Returns the labels of the table's rows and the distances; raises UserError if the flags are not valid."""
-    names = [part.strip() for part in (methods or ",".join(NAMES)).split(",")]
+    names = [part.strip() for part in (",".join(NAMES) if methods is None else methods).split(",")]
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is not one of {', '.join(NAMES)}")
@@ -116,8 +116,10 @@ def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tu
         lengths = tuple(float(part) for part in distances.split(","))
     except ValueError:
         lengths = ()
-    if not lengths or not all(0 < length < math.inf for length in lengths):
-        raise UserError(f"--distances {distances!r} is not a list of numbers above 0 like 0.02,0.1,0.5")
+    if not lengths or not all(0 < length <= FARTHEST for length in lengths):
+        raise UserError(
+            f"--distances {distances!r} is not a list of numbers above 0 and at most {FARTHEST:g} like 0.02,0.1,0.5"
+        )
     return [label for label in SUBJECTS if name_of(label) in names], lengths
 
 

@@ -40,6 +40,7 @@ from gdsd_jax.planning.chips import Slice
 from gdsd_jax.planning.programs import make_plan
 from gdsd_jax.planning.report import PROGRAMS, USUAL, gib, measure, report_of, table
 from gdsd_jax.planning.search import search as search_sizes
+from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import require_writable, write_json
 from gdsd_jax.runtime.sharding import AXES, MeshConfig, make_mesh
@@ -116,6 +117,7 @@ def main(
     wanted = programs.split(",")
     if not set(wanted) <= set(PROGRAMS):
         raise UserError(f"--programs {programs!r}: choose from {','.join(PROGRAMS)}")
+    ranges.convert(int, top, "--top")
     where = chips.parse_topology(topology)
     if json:
         require_writable(Path(json), "--json", file=True)

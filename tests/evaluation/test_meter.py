@@ -143,6 +143,8 @@ def test_bad_flags_are_refused_before_a_model_is_loaded():
         ({"draws": 0}, "must be at least 1"),
         ({"distances": "0.1;0.5"}, "--distances '0.1;0.5' is not a list of numbers"),
         ({"distances": "-0.1"}, "not a list of numbers above 0"),
+        ({"distances": "0.1,1e300"}, "at most 100"),
+        ({"methods": ""}, "--methods: '' is not one of"),
         ({"distances": "0.1,nan"}, "not a list of numbers above 0"),
     ):
         with pytest.raises(UserError, match=message):
