@@ -28,6 +28,7 @@ from gdsd_jax.planning import chips, compiler
 from gdsd_jax.planning.chips import Slice
 from gdsd_jax.planning.compiler import Compiled
 from gdsd_jax.planning.programs import make_plan
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import make_mesh
 
 _TASK, _RESULT, _POLL_SECONDS = "task.pickle", "result.json", 0.2
@@ -41,6 +42,9 @@ def compile_quickly(config: TrainConfig, topology: Slice, name: str, lowered: ja
     Args:
       config: the run, with sizes in place of those that it leaves to memory.
       lowered: the same program, by which results are stored.
+
+    Raises:
+      UserError: the compiler's process ended without a result.
     """
     return compiler.stored(lowered, f"{topology.name} quick", lambda: _compiled(config, topology, name))
 
@@ -64,7 +68,7 @@ def _compiled(config: TrainConfig, topology: Slice, name: str) -> Compiled:
         stem = _dumped(where)
         if stem is None:
             last = (where / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(f"the compiler ended without a result: {' '.join(last)}")
+            raise UserError(f"the compiler ended without a result ({' '.join(last)[:200]}): leave out --quick")
         return read_dump(Path(f"{stem}{_BUFFERS}").read_text(), Path(f"{stem}{_TEXT}").read_text())
 
 
