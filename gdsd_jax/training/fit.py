@@ -101,7 +101,9 @@ class Sizes(NamedTuple):
             trained = m.num_layers * c.lora.rank * sum(sum(targets[name]) for name in c.lora.targets)
         else:
             trained = layers + tables
-        moments = jax.eval_shape(make_optimizer(c.optimizer, 1)[0].init, jax.ShapeDtypeStruct((1024,), jnp.float32))
+        # Optimizers may tell parameters apart by their names and axes.
+        matrix = {"layers": {"gate": {"kernel": jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)}}}
+        moments = jax.eval_shape(make_optimizer(c.optimizer, 1)[0].init, matrix)
         copies = sum(x.size for x in jax.tree.leaves(moments)) // 1024
         return (base + 4 * trained * (4 + copies)) / cut
 

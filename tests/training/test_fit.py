@@ -78,3 +78,15 @@ def test_what_is_set_stays_and_int8_makes_room():
     assert resident[0] - resident[1] == layers
     with pytest.raises(UserError, match="config.mesh"):
         fitted(small, sizes, method, Place(GIB, 7, 1, 1, kernel=True))
+
+
+@pytest.mark.parametrize(("name", "moments"), [("optax:adamw", 2), ("optax:lion", 1), ("optax.contrib:muon", 1)])
+def test_moments_of_the_optimizer_are_counted(name, moments):
+    """Optimizers that tell parameters apart by name or shape included."""
+    config, sizes = recipe("llada_8b")
+    one = Place(GIB, 1, 1, 1, kernel=True)
+    of = lambda name: fit.Sizes(  # noqa: E731
+        dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name)), sizes, 4, one
+    ).resident()
+    trained = 32 * config.lora.rank * sum(sum(fit.target_shapes(sizes)[target]) for target in config.lora.targets)
+    assert of(name) - of("optax:sgd") == 4 * trained * moments
