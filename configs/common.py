@@ -30,6 +30,9 @@ CHECKPOINTS = {
 # Runs of the recipes for one accelerator, MODEL_PART: "lora" trains adapters; "full" trains all parameters, for models
 # below a billion.
 SMALL_RUNS = ("qwen3_lora", "qwen3_full", "coder_lora", "coder_full", "sdar_lora", "fastdllm_lora")
+# Published sizes, in billions of parameters, and a model of each, for `sizes_pod`.
+SIZES = {"0.5b": "coder", "0.6b": "qwen3", "1.5b": "fastdllm", "1.7b": "sdar", "4b": "sdar4b"}
+SIZES |= {"7b": "dream", "8b": "llada"}
 # Runs of most baselines, MODEL_TASK.
 LLADA_RUNS = ("llada_sudoku", "llada_countdown", "llada_gsm8k", "llada_math")
 DREAM_RUNS = ("dream_sudoku", "dream_countdown")
@@ -80,12 +83,22 @@ def recipe(
     return config
 
 
-def one_device(run: str, task: str, *, rows: int, runs: Sequence[str] = SMALL_RUNS) -> ConfigDict:
+def one_device(
+    run: str,
+    task: str,
+    *,
+    rows: int,
+    runs: Sequence[str] = SMALL_RUNS,
+    weights: str = "stored",
+    lion: bool = False,
+) -> ConfigDict:
     """Returns a recipe for one accelerator: GDSD on 8 prompts of 8 completions, with its authors' sampler.
 
     Args:
       run: one of `runs`, MODEL_PART; "full" trains all parameters, at a tenth of the adapters' learning rate.
       rows: rows of a micro-batch, as many as the accelerator holds.
+      weights: `config.model.weights`.
+      lion: whether the optimizer is Lion, which has one moment, at a third of AdamW's learning rate.
     """
     model, part = chosen(run, runs)
     config = settings.default(checkpoint=CHECKPOINTS[model])
@@ -96,6 +109,10 @@ def one_device(run: str, task: str, *, rows: int, runs: Sequence[str] = SMALL_RU
         config.inner_updates = 4
         config.lora.rank = 64 if part == "lora" else 0
         config.optimizer.update(learning_rate=1e-5 if part == "lora" else 1e-6, warmup_updates=4)
+        config.model.weights = weights
+        if lion:
+            config.optimizer.update(name="optax:lion", learning_rate=config.optimizer.learning_rate / 3)
+            config.optimizer.settings = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.03}
         config.sampler.update(**family_of(architecture(config.checkpoint)).sampler)
     return config
 

@@ -14,9 +14,4 @@ from common import one_device
 
 def get_config(run="qwen3_lora"):
     large = run == "qwen3_full"
-    config = one_device(run, "gsm8k", rows=2 if large else 8)
-    if large:
-        config.optimizer.update(name="optax:lion", learning_rate=config.optimizer.learning_rate / 3)
-        with config.unlocked():
-            config.optimizer.settings = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.03}
-    return config
+    return one_device(run, "gsm8k", rows=2 if large else 8, lion=large)
