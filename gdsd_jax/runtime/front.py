@@ -60,9 +60,9 @@ def run(main: Callable[[], Any]) -> None:
             stream.reconfigure(errors="replace")
     # These hooks silence what libraries print about exceptions in threads and callbacks. Code that waits for the result
     # of a thread or callback gets its exception again, and that one ends the command.
-    sys.excepthook = lambda kind, error, frames: _log.debug("in a callback", exc_info=(kind, error, frames))
-    threading.excepthook = lambda found: _log.debug("in a thread", exc_info=found.exc_value)
-    sys.unraisablehook = lambda found: _log.debug("%s", found.err_msg, exc_info=found.exc_value)
+    sys.excepthook = lambda kind, error, frames: _silenced("in a callback", error)
+    threading.excepthook = lambda found: _silenced("in a thread", found.exc_value)
+    sys.unraisablehook = lambda found: _silenced("where nothing can be raised", found.exc_value)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         main()
@@ -71,6 +71,19 @@ def run(main: Callable[[], Any]) -> None:
         raise
     except BaseException as error:
         end(settle(error))
+
+
+def _silenced(where: str, error: BaseException | None) -> None:
+    """Logs an exception that ends nothing.
+
+    An interrupt is meant for the command. It is sent again a moment later, when the main thread has left the callback.
+    """
+    _log.debug(where, exc_info=error)
+    if isinstance(error, KeyboardInterrupt):
+        target = threading.main_thread().ident, signal.SIGINT
+        again = threading.Timer(0.05, signal.pthread_kill, target)
+        again.daemon = True
+        again.start()
 
 
 def hook(kind: type[BaseException], error: BaseException, frames: Any) -> None:

@@ -119,6 +119,27 @@ def test_the_garbage_collector_runs_again_while_a_command_runs():
     assert running == [True]
 
 
+def test_an_interrupt_in_a_finalizer_ends_the_command(capfd):
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def main():
+        held = Interrupted()
+        del held
+        time.sleep(5)
+        raise AssertionError("the interrupt was lost")
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            front.run(main)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert stop.value.code == front.INTERRUPTED
+    assert capfd.readouterr().err == "interrupted\n"
+
+
 def test_nobody_reads_any_more():
     """The pipe is closed before the help, longer than a buffer, is printed."""
     script = "from gdsd_jax.runtime import front; front.run(lambda: print('x' * 10**6))"
