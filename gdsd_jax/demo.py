@@ -15,12 +15,11 @@ import shutil
 import time
 from pathlib import Path
 
-import rich.console
-
 from gdsd_jax import evaluate, export, train
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import launch
 from gdsd_jax.evaluation import reports
+from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import read_objects, write_json, write_text
 from gdsd_jax.runtime.signals import exit_code
@@ -42,7 +41,7 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
             "and config.task.name to sudoku, as configs/tiny_sudoku.py does"
         )
     start = time.perf_counter()
-    console = rich.console.Console()
+    console = Console()
     config = dataclasses.replace(config, checkpoint=str(workdir / "start" / "merged"))
     exports = workdir / "export"
     if not Path(config.checkpoint).exists():

@@ -24,13 +24,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import rich.console
-
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.evaluation import reports
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS
 from gdsd_jax.evaluation.run import output_directory, run, run_decodings
+from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import require_writable
 
@@ -63,7 +62,7 @@ def main(
 ) -> None:
     directory = output_directory(workdir, None if output is None else Path(output))
     require_writable(directory, "--output")
-    console = rich.console.Console()
+    console = Console()
     named = [] if tasks is None else [part.partition("=") for part in tasks.split(",")]
     flags |= {"tasks": [(name, file or None) for name, _, file in named], "lengths": numbers(lengths, "--lengths")}
     if compare is not None:

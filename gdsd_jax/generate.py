@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.console
 import rich.live
 from rich.text import Text
 
@@ -29,6 +28,7 @@ from gdsd_jax.diffusion.blocks import step_limit
 from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, Policy, load_policy
 from gdsd_jax.runtime import hosts, ranges
+from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.ranges import Count, Seed
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
@@ -139,7 +139,7 @@ def _picture(policy: Policy, before: np.ndarray, after: np.ndarray) -> Text:
 
 
 def show(
-    console: rich.console.Console,
+    console: Console,
     policy: Policy,
     sampler: SamplerConfig,
     generated: Generated,
@@ -160,7 +160,7 @@ def show(
             console.print(Text("  ".join(values), "dim"))
 
 
-def _watch(console: rich.console.Console, pictures: list[tuple[int, Text]], seconds: float) -> None:
+def _watch(console: Console, pictures: list[tuple[int, Text]], seconds: float) -> None:
     """Replays the frames on a terminal, or prints a few of them as lines elsewhere."""
     if not console.is_terminal:
         some = np.unique(np.linspace(0, len(pictures) - 1, PLAIN_FRAMES).round().astype(int))
@@ -194,7 +194,7 @@ def main(
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     generated = run(config, policy, prompt=prompt, rows=rows, **flags)
     if hosts.first():
-        show(rich.console.Console(), policy, config.sampler, generated, watch=watch, seconds=seconds)
+        show(Console(), policy, config.sampler, generated, watch=watch, seconds=seconds)
 
 
 OPTIONS = POLICY_OPTIONS | {

@@ -34,7 +34,6 @@ from typing import Annotated
 
 import jax
 import numpy as np
-import rich.console
 
 from gdsd_jax.config import TrainConfig
 from gdsd_jax.config.flags import Option, launch
@@ -45,6 +44,7 @@ from gdsd_jax.evaluation.enumerated import compare_to_optimum
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
 from gdsd_jax.evaluation.probe import SUBJECTS, measure
 from gdsd_jax.runtime import memory
+from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import require_writable
 from gdsd_jax.runtime.ranges import Count, Range, convert
@@ -75,7 +75,7 @@ def main(
     chosen, lengths = checked(methods, prompts, draws, distances)
     check_defined(config.sampler)
     require_writable(directory, "--output")
-    console = rich.console.Console()
+    console = Console()
     report = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
     policy = load_policy(config, workdir, **flags)
     rows = task_rows(config.task, policy.task, "train", count=config.task.train_rows, seed=config.seed)[:prompts]

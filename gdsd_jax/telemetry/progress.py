@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import rich.console
 import rich.progress
+
+from gdsd_jax.runtime.console import Console
 
 
 def duration(seconds: float) -> str:
@@ -57,12 +58,12 @@ class Progress:
         enabled: bool = True,
         label: str = "train",
         plain_seconds: float = 1.0,
-        console: rich.console.Console | None = None,
+        console: Console | None = None,
     ) -> None:
         self._total, self._step, self._enabled, self._label = total, start, enabled, label
         self._plain_seconds = plain_seconds
         # A notebook is treated as a log, because rich would give every line a separate output, or draw a fixed bar.
-        self._console = console or rich.console.Console(force_jupyter=False, force_terminal=sys.stdout.isatty())
+        self._console = console or Console(force_jupyter=False, force_terminal=sys.stdout.isatty())
         self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=21)
         self._shown_at = -math.inf
         self._live: rich.progress.Progress | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gdsd_jax.runtime import front
+from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import PackageError, UserError
 
 
@@ -107,6 +108,17 @@ def test_a_terminal_of_another_encoding(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     front.run(lambda: print("0.5 ± 0.1 ░"))
     assert raw.getvalue() == b"0.5 ? 0.1 ?\n"
+
+
+def test_a_console_that_nobody_reads():
+    """rich would end the process with exit code 1."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Console(file=Gone()).print("text")
 
 
 def test_the_garbage_collector_runs_again_while_a_command_runs():
