@@ -2,8 +2,8 @@
 
     python -m gdsd_jax.compare --config configs/compare_tiny.py --workdir runs/compare --methods gdsd,espo --seeds 3
 
-Hardware and start: as `tiny_sudoku`. Eighteen runs (six methods, three seeds) fit into an hour. Expected: the table
-of docs/results.md, which describes the protocol.
+Hardware: as `tiny_sudoku`. The first run makes a start of its own, in runs/start. Eighteen runs (six methods, three
+seeds) fit into an hour. Expected: the table of docs/results.md, which describes the protocol.
 """
 
 import tiny_sudoku
@@ -11,7 +11,7 @@ from common import COMPARED
 
 
 def get_config():
-    config = tiny_sudoku.get_config()
+    config = tiny_sudoku.protocol()
     # Half the iterations and half the completions of `tiny_sudoku`.
     config.iterations, config.prompts_per_iteration = 20, 32
     config.evaluation.update(every=10, count=256)

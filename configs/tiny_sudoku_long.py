@@ -9,7 +9,7 @@ import tiny_sudoku
 
 
 def get_config():
-    config = tiny_sudoku.get_config()
+    config = tiny_sudoku.protocol()
     config.checkpoint, config.task.train_rows, config.iterations = "runs/start_long/merged", 32768, 96
     config.sft.update(steps=6000, until=0.0)
     config.sft.optimizer.schedule = "cosine"
