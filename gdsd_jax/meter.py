@@ -1,6 +1,6 @@
 """Measures how far a method's likelihood is from the sampler's: bias, log-ratios, gradients, and the resulting policy.
 
-    python -m gdsd_jax.meter --config configs/tiny_sudoku.py --checkpoint runs/start/merged --output runs/meter
+    python -m gdsd_jax.meter --config configs/tiny_sudoku.py --checkpoint runs/start_biased/merged --output runs/meter
     python -m gdsd_jax.meter --config ... --workdir runs/tiny [--best] [--methods gdsd,espo] [--noenumerated]
 
 The meter samples rollouts of the policy with the config's sampler. Each method estimates their likelihoods, and

@@ -82,6 +82,16 @@ def test_recipes_of_other_optimizers(name, optimizer):
     assert 0 < abs(float(step["layers"]["q"]["a"][0, 0, 0])) <= 2 * config.optimizer.learning_rate
 
 
+def test_configs_that_share_a_start_make_the_same_one():
+    """A start is made once, so another config that names its directory must mean the same model and training."""
+    names = [path.stem for path in CONFIGS.glob("*.py") if path.stem.startswith(("tiny_", "compare_"))]
+    configs = [read(name) for name in names] + [read_config(f"{CONFIGS}/tiny_sudoku.py:sdar")]
+    starts = {config.checkpoint: (config.tiny, config.sft, config.task.train_rows) for config in configs}
+    assert len(starts) < len(configs)
+    for config in configs:
+        assert starts[config.checkpoint] == (config.tiny, config.sft, config.task.train_rows), config.checkpoint
+
+
 ONE_DEVICE = {"qwen3": "a2d-qwen3", "coder": "a2d-qwen2", "sdar": "sdar", "fastdllm": "fast_dllm_qwen"}
 
 
