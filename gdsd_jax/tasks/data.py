@@ -198,10 +198,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    return ((f"{path}, row {number}", record) for number, record in enumerate(table.to_pylist(), start=1))
+    return ((f"{path}, row {number}", record) for number, record in enumerate(records, start=1))
 
 
 def _saved(path: Path) -> Iterator[tuple[str, Row]]:
@@ -209,8 +209,9 @@ def _saved(path: Path) -> Iterator[tuple[str, Row]]:
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        records = [] if isinstance(saved, datasets.DatasetDict) else list(saved)
+    except Exception as error:  # damaged files make the library raise anything
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if isinstance(saved, datasets.DatasetDict):
         raise UserError(f"{path} holds the splits {', '.join(saved)}: name one, as in {path / next(iter(saved))}")
-    return ((f"{path}, row {number}", record) for number, record in enumerate(saved, start=1))
+    return ((f"{path}, row {number}", record) for number, record in enumerate(records, start=1))

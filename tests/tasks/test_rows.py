@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 
 import datasets
 import pyarrow
@@ -12,6 +13,7 @@ import pytest
 from gdsd_jax.config import TaskConfig
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS, data, gsm8k
+from gdsd_jax.tasks.code import UNSAFE
 from gdsd_jax.training.setup import task_rows
 
 PUZZLES = [
@@ -183,3 +185,32 @@ def test_splits_of_local_files(tmp_path):
 
 def test_held_out_rows_are_known_by_their_question():
     assert gsm8k.held_out({"question": f"question {HELD_OUT_OF_200[0]}", "answer": "any"})
+
+
+def test_text_that_is_no_text_and_files_that_are_no_files_are_refused(tmp_path):
+    path = tmp_path / "broken.parquet"
+    table = pyarrow.Table.from_pylist(WORDS)
+    pyarrow.parquet.write_table(table, path, compression="NONE", use_dictionary=False, write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"Two", b"\xf3wo"))
+    with pytest.raises(UserError, match=r"cannot read .*broken\.parquet"):
+        TASKS["gsm8k"].read(path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "endless.csv").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "endless.csv"):
+        with pytest.raises(UserError, match="no regular file"):
+            TASKS["gsm8k"].read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("gsm8k", {"question": {"a": 1}, "answer": "#### 4"}),
+        ("math", {"problem": "x?", "answer": float("nan")}),
+        ("math", {"problem": "x?", "answer": True}),
+        ("code", {"prompt": "def f():", "entry_point": ["f"], "test": "def check(f): pass"}),
+        ("code", {"text": "x?", "test_list": ["assert f()"], "code": 5}),
+    ],
+)
+def test_columns_that_are_no_text_are_refused(task, row, tmp_path):
+    with pytest.raises(UserError, match="must be a text"):
+        (UNSAFE if task == "code" else TASKS[task]).read(write(tmp_path / "rows.jsonl", [row]))
