@@ -54,9 +54,11 @@ def _compiled(config: TrainConfig, topology: Slice, name: str) -> Compiled:
         where = Path(folder)
         (where / _TASK).write_bytes(pickle.dumps((config, topology.name, name)))
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text"
+        # A method of one's own may lie beside the config file, whose directory only this process has on its path.
+        changed = {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with (where / "log").open("wb") as log:
             command = [sys.executable, "-m", "gdsd_jax.planning.quick", folder]
-            process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flags}, stdout=log, stderr=log)
+            process = subprocess.Popen(command, env=os.environ | changed, stdout=log, stderr=log)
             try:
                 while process.poll() is None and _dumped(where) is None:
                     time.sleep(_POLL_SECONDS)
