@@ -21,7 +21,7 @@ from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.forward import At, Read, real_tokens, rope_of, run
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA
-from gdsd_jax.denoiser.model import KeyValues
+from gdsd_jax.denoiser.model import Context, KeyValues
 
 
 class Grid(NamedTuple):
@@ -102,7 +102,8 @@ def noisy_states_at(
 
     columns = both(*(grid.put(x, config.pad_token_id) for x in (clean, noisy)))
     tables = rope_of(config, columns.shape[1], layout)
-    last = run(config, base, lora, columns, both(seen, seen), tables, layout=layout, dropout_key=dropout_key)
+    context = Context(both(seen, seen), tables)
+    last = run(config, base, lora, columns, context, layout=layout, dropout_key=dropout_key)
 
     def read(at: At | None) -> Array:
         every = jnp.arange(total)
@@ -136,14 +137,14 @@ def prefilled(
     if length == 0:
 
         def one_column(tokens: Array) -> Any:
-            return run(config, base, lora, tokens, None, rope_of(config, 1), keep=True)(slice(0, 1))
+            return run(config, base, lora, tokens, Context(None, rope_of(config, 1)), keep=True)(slice(0, 1))
 
         # A pass over one column shows the shapes; nothing is computed.
         shapes = jax.eval_shape(one_column, jnp.zeros((rows, 1), tokens.dtype))
         hidden, cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     else:
         layout = Layout(config.block_size, length)
-        last = run(config, base, lora, tokens, real, rope, layout=layout, keep=True)
+        last = run(config, base, lora, tokens, Context(real, rope), layout=layout, keep=True)
         hidden, cache = last(slice(length - 1, length))
 
     def with_room(kv: KeyValues) -> KeyValues:
@@ -170,7 +171,7 @@ def block_states(
     if attention.chosen(config) == "cudnn":
         inside = jnp.ones(tokens.shape, bool) if real is None else real
         seen = jax.lax.dynamic_update_slice_in_dim(seen, inside, start, axis=1)
-    return run(config, base, lora, tokens, real, rope, cache=cache, outside=seen, start=start, keep=True)
+    return run(config, base, lora, tokens, Context(real, rope, seen, start), cache=cache, keep=True)
 
 
 def stored(config: DenoiserConfig, cache: Any, new: Any, start: Int[Array, ""]) -> Any:

@@ -19,7 +19,7 @@ from gdsd_jax.denoiser import attention, ops
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.layout import Layout
 from gdsd_jax.denoiser.lora import LoRA
-from gdsd_jax.denoiser.model import Denoiser, KeyValues, Layer, embed, head_weights, pick, precision_of, remat
+from gdsd_jax.denoiser.model import Context, Denoiser, KeyValues, Layer, embed, head_weights, pick, precision_of, remat
 from gdsd_jax.denoiser.prepared import unstacked
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import constrain
@@ -56,26 +56,21 @@ def run(
     base: Any,
     lora: LoRA | None,
     tokens: Array,
-    real: Array | None,
-    rope: tuple[Array, Array],
+    context: Context,
     *,
     cache: Any = None,
-    outside: Array | None = None,
-    start: Array | None = None,
     keep: bool = False,
-    kept: Array | None = None,
-    texts: Array | None = None,
     layout: Layout | None = None,
     dropout_key: Array | None = None,
 ) -> Callable[[At | None], tuple[Array, Any]]:
-    """Runs the layers; the arguments are those of `Layer`.
+    """Runs the layers; `cache`, `keep` and `layout` are as in `Layer`.
 
     Returns:
       A function from positions in `tokens` (None: all) to their hidden states after the final norm, not yet
-      target-aligned, and to the keys and values. Without `keep` these are None. With it they are those of the positions
-      `kept` (None: all), stacked, or a tuple with one entry per layer where layers are unrolled. Under cuDNN they are
-      the whole `cache`, if there is one, with those of `tokens` written into it from the column `start` on. If layers
-      are unrolled, each call of the function runs the last layer, and only for these positions.
+      target-aligned, and to the keys and values. Without `keep` these are None. With it they are those of the tokens
+      `context.kept`, stacked, or a tuple with one entry per layer where layers are unrolled. Under cuDNN they are the
+      whole `cache`, if there is one, with those of `tokens` written into it. If layers are unrolled, each call of the
+      function runs the last layer, and only for these positions.
     """
     base, lora = unstacked(config, base, lora)
     adapter = None if lora is None else lora.replace(weights=None)
@@ -88,7 +83,7 @@ def run(
     if not isinstance(base["layers"], tuple):
         model = Denoiser(config, adapter, dropout, keep, layout)
         rngs = {"dropout": dropout_key} if dropout else None
-        x, key_values = model.apply(parts, tokens, real, rope, cache, outside, start, kept, texts, rngs=rngs)
+        x, key_values = model.apply(parts, tokens, context, cache, rngs=rngs)
         return lambda at: (normed(x if at is None else pick(x, at)), key_values)
 
     module = remat(Layer, config.remat)(config, adapter, dropout, keep, layout)
@@ -102,7 +97,7 @@ def run(
             # A function under rematerialisation takes arrays only.
             at = jnp.arange(at.start, at.stop)
         seen = None if cache is None else cache[n]
-        return module.apply(own, x, seen, real, rope, outside, start, kept, texts, at, known, rngs=rngs)
+        return module.apply(own, x, seen, context, at, known, rngs=rngs)
 
     x, before = embed(config, base["embedding"], tokens), []
     known = {name: jnp.take(table, tokens, axis=0) for name, table in base.get("first_projections", {}).items()}
@@ -166,8 +161,8 @@ def hidden_states_at(
         shift = jnp.argmax(real, axis=1, keepdims=True) % config.block_size
         columns = (jnp.arange(length) + shift) % length
         tokens, real = (jnp.take_along_axis(x, columns, axis=1) for x in (tokens, real))
-    tables = rope_of(config, length, layout)
-    last = run(config, base, lora, tokens, real, tables, texts=texts, layout=layout, dropout_key=dropout_key)
+    context = Context(real, rope_of(config, length, layout), texts=texts)
+    last = run(config, base, lora, tokens, context, layout=layout, dropout_key=dropout_key)
 
     def read(at: At | None) -> Array:
         if shift is not None:
@@ -216,8 +211,8 @@ def refresh_cache(
     """
     length = tokens.shape[1]
     kept = None if around is None or attention.chosen(config) == "cudnn" else _around(*around, length)
-    real = real_tokens(prompt_mask, *tokens.shape)
-    last = run(config, base, lora, tokens, real, rope_of(config, length), keep=True, kept=kept)
+    context = Context(real_tokens(prompt_mask, *tokens.shape), rope_of(config, length), kept=kept)
+    last = run(config, base, lora, tokens, context, keep=True)
     return last(source(config, at))
 
 
@@ -294,7 +289,7 @@ def window_pass(
         inside = cut(real) if inside is None else inside & cut(real)
         outside = real[:, _around(start, size, length)] if outside is None else outside & real
     rope = tuple(jax.lax.dynamic_slice_in_dim(t, first, width) for t in rope_of(config, length))
-    return run(config, base, lora, cut(tokens), inside, rope, cache=cache, outside=outside, start=first, keep=keep)
+    return run(config, base, lora, cut(tokens), Context(inside, rope, outside, first), cache=cache, keep=keep)
 
 
 def logits_from_hidden(config: DenoiserConfig, base: Any, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -52,6 +52,27 @@ class KeyValues(NamedTuple):
     values: Any
 
 
+class Context(NamedTuple):
+    """The arrays of a pass that all layers share, for the T tokens that the pass computes.
+
+    Attributes:
+      real: `[B, T]` bool, True on the tokens that others may attend to; None: all are.
+      rope: the rotation tables of the tokens' positions, see `ops.rope_tables`.
+      outside: with a cache, which of its columns are attended to, `[B, columns]` bool; None: all. Under cuDNN the cache
+        has all columns, those of the pass included.
+      start: under cuDNN with a cache, the column from which on the tokens' own keys and values are written into it.
+      kept: the tokens whose keys and values are returned, where they are; None: all.
+      texts: `[B, T]`, for packed rows the number of each token's text; tokens attend only to their own text.
+    """
+
+    real: Array | None
+    rope: tuple[Array, Array]
+    outside: Array | None = None
+    start: Array | None = None
+    kept: Array | None = None
+    texts: Array | None = None
+
+
 def adapter_axes(into: str, out: str) -> tuple[tuple[str, str], tuple[str, str]]:
     """Returns the logical axis names of an adapter's A and B, for a kernel with the axes `into` and `out`."""
     rank = lambda other: "lora_rank" if other == "embed" else "lora_rank_split"  # noqa: E731
@@ -111,15 +132,12 @@ def linear_of(config: DenoiserConfig, name: str, adapter: LoRA | None) -> Linear
 class Layer(nn.Module):
     """Runs a pre-norm block: attention and SwiGLU, each added to the residual stream.
 
-    With a `cache`, `x` is a window of the tokens. It attends to itself where `real` is True and to the cache where
-    `outside` is True (None: everywhere). Under cuDNN, the cache has all columns. The window's keys and values replace
-    those from column `start` on where `real` is True, `outside` says which of all columns are attended to, and `keep`
-    returns all columns.
+    With a `cache`, `x` is a window of the tokens, which attends to itself and to the cache. Under cuDNN, the window's
+    keys and values replace those of its columns in the cache where the window is real, and `keep` returns all columns.
 
     With `at` (see `pick`), only those positions act as queries and are returned; all of `x` supplies keys and values.
-    With `keep`, keys and values are returned too, for the positions `kept` of `x` (None: all). `known` holds queries,
-    keys and values of `x` before norm and rotation, if they are computed already. A `layout` restricts which columns
-    attend to which. Packed rows have no layout; in them, columns attend to those with the same number in `texts`.
+    With `keep`, keys and values are returned too. `known` holds queries, keys and values of `x` before norm and
+    rotation, if they are computed already. A `layout` restricts which columns attend to which; packed rows have none.
     """
 
     config: DenoiserConfig
@@ -133,16 +151,12 @@ class Layer(nn.Module):
         self,
         x: Array,
         cache: KeyValues | None,
-        real: Array | None,
-        rope: tuple[Array, Array],
-        outside: Array | None = None,
-        start: Array | None = None,
-        kept: Array | None = None,
-        texts: Array | None = None,
+        context: Context,
         at: slice | Array | None = None,
         known: dict[str, Array] | None = None,
     ) -> tuple[Array, KeyValues | None]:
         c = self.config
+        real, rope, outside, start, kept, texts = context
 
         def linear(name: str, inputs: Array) -> Array:
             return linear_of(c, name, self.adapter)(inputs, self.dropout)
@@ -237,8 +251,8 @@ def head_weights(config: DenoiserConfig, base: Any) -> Float[Array, "V D"]:
 class Denoiser(nn.Module):
     """Maps token ids to the residual stream after the last layer, and to keys and values.
 
-    `real`, `rope`, `cache`, `outside`, `start`, `keep`, `kept`, `texts` and `layout` are as in `Layer`. This module
-    declares the parameters of the final norm and of the head; `forward` applies them.
+    `cache`, `keep` and `layout` are as in `Layer`. This module declares the parameters of the final norm and of the
+    head; `forward` applies them.
     """
 
     config: DenoiserConfig
@@ -249,15 +263,7 @@ class Denoiser(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        tokens: Array,
-        real: Array | None,
-        rope: tuple[Array, Array],
-        cache: KeyValues | None = None,
-        outside: Array | None = None,
-        start: Array | None = None,
-        kept: Array | None = None,
-        texts: Array | None = None,
+        self, tokens: Array, context: Context, cache: KeyValues | None = None
     ) -> tuple[Array, KeyValues | None]:
         c = self.config
         table_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -269,7 +275,7 @@ class Denoiser(nn.Module):
             remat(Layer, c.remat),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 6),
+            in_axes=(0, nn.broadcast),
             length=c.num_layers,
             unroll=c.layer_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -277,12 +283,12 @@ class Denoiser(nn.Module):
         norm_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
         stack = layers(c, self.adapter, self.dropout, self.keep, self.layout, name="layers")
-        return stack(x, cache, real, rope, outside, start, kept, texts)
+        return stack(x, cache, context)
 
 
 def _init(config: DenoiserConfig, key: jax.Array) -> Any:
     tables = ops.rope_tables(jnp.arange(2), config.head_dim, config.rope_theta)
-    return Denoiser(config).init(key, jnp.zeros((1, 2), jnp.int32), None, tables)["params"]
+    return Denoiser(config).init(key, jnp.zeros((1, 2), jnp.int32), Context(None, tables))["params"]
 
 
 def init_base(config: DenoiserConfig, key: jax.Array) -> dict:
