@@ -175,7 +175,7 @@ class Layer(nn.Module):
             h = norm("attn_norm", x)
             k, v = ops.rotate(heads("k", h), rope), heads("v", h)
             if at is not None:
-                x, h, rope = pick(x, at), pick(h, at), tuple(table[at] for table in rope)
+                x, h, rope = pick(x, at), pick(h, at), tuple(_table_at(table, at) for table in rope)
             q = ops.rotate(heads("q", h), rope)
             kind = attention.chosen(c)
             if kind == "splash" and cache is None and at is None:
@@ -228,6 +228,13 @@ def pick(x: Shaped[Array, "B T D"], at: slice | Int[Array, " S"] | Int[Array, "B
     if isinstance(at, slice) or at.ndim == 1:
         return x[:, at]
     return jnp.take_along_axis(x, at[..., None], axis=1)
+
+
+def _table_at(table: Array, at: slice | Array) -> Array:
+    """Picks the positions `at` (see `pick`) out of a rotation table, `[T, 2, K/2]` or `[B, T, 2, K/2]`."""
+    if table.ndim == 3:
+        return table[at]
+    return pick(table.reshape(*table.shape[:2], -1), at).reshape(len(table), -1, *table.shape[2:])
 
 
 def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:

@@ -27,7 +27,7 @@ from gdsd_jax.denoiser import (
     ops,
     pick,
 )
-from gdsd_jax.denoiser.forward import real_tokens
+from gdsd_jax.denoiser.forward import real_tokens, run
 from gdsd_jax.denoiser.prepared import repeated, unstacked
 from gdsd_jax.families import read_config
 from gdsd_jax.runtime.errors import UserError
@@ -308,6 +308,20 @@ def test_unrolled_layers_compute_what_is_read_as_the_scan_does(small, shifted, r
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
 
 
+@pytest.mark.slow
+def test_unrolled_layers_read_positions_under_tables_of_each_row(small):
+    """Rows that forget pads which they wrote have positions of their own; what is read of them is what a scan gives."""
+    base, tokens, _, _ = small
+    tables = ops.rope_tables(jnp.arange(10), CONFIG.head_dim, CONFIG.rope_theta)
+    tables = jax.tree.map(lambda table: jnp.stack([table, table[::-1]]), tables)
+    found = []
+    for unroll in (1, CONFIG.num_layers):
+        config = dataclasses.replace(CONFIG, layer_unroll=unroll)
+        last = run(config, base, None, jnp.asarray(tokens), model.Context(None, tables))
+        found.append([last(at)[0] for at in (slice(2, 4), jnp.array([4, 0, 1]), jnp.array([[2, 3], [9, 0]]))])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
+
+
 def test_low_rank_product_has_the_gradient_of_the_plain_one():
     draws = np.random.default_rng(0)
     x, a, b, g = (jnp.asarray(draws.standard_normal(s), jnp.float32) for s in ((2, 5, 6), (6, 3), (3, 4), (2, 5, 4)))
@@ -413,7 +427,7 @@ def test_bad_config(change, message):
     [
         ({"model_type": "llama"}, "unknown model_type 'llama'"),
         ({}, "unknown model_type None"),
-        ({"model_type": "llada", "d_model": 64}, "lacks the key 'n_heads'"),
+        ({"model_type": "llada", "d_model": 64}, "lacks the key 'vocab_size'"),
         ({"model_type": "llada", "alibi": True}, "sets alibi to True"),
         ({"model_type": "Dream", "hidden_act": "gelu"}, "sets hidden_act to 'gelu'"),
     ],
