@@ -22,7 +22,7 @@ from jax import Array, lax
 from jaxtyping import Int
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA, Read, ops, pick, repeated
-from gdsd_jax.denoiser.blocks import block_states, grid_of, prefilled, stored
+from gdsd_jax.denoiser.blocks import Grid, block_states, grid_of, prefilled, stored
 from gdsd_jax.diffusion.remasking import SamplerConfig
 from gdsd_jax.diffusion.step import Rollout, State, beginning, commit, ends, row_keys
 from gdsd_jax.runtime.errors import UserError
@@ -84,11 +84,11 @@ def sample_blocks(
 ) -> Rollout:
     """Samples completions as `sampler.sample` does, for block-causal denoisers."""
     (rows, prompt_length), length = prompts.shape, settings.completion_length
-    size, part, limit = config.block_size, settings.block_length, step_limit(config, settings)
+    part, limit = settings.block_length, step_limit(config, settings)
     real = jnp.ones(prompts.shape, bool) if prompt_mask is None else prompt_mask.astype(bool)
     grid = grid_of(config, prompt_length, length, None if prompt_mask is None else real)
     region = grid.width - grid.first
-    partly = settings.cache == "dual" and part < size
+    partly = settings.cache == "dual" and part < grid.size
     settings = dataclasses.replace(
         settings, completion_length=region, steps=settings.scheduled_steps * (region // part), cache="none"
     )
@@ -97,48 +97,99 @@ def sample_blocks(
     columns = constrain(grid.put(text, config.pad_token_id), ("rows", "tokens"))
     seen = grid.put(jnp.pad(real, beyond, constant_values=True), False)
     given = ~grid.put(jnp.broadcast_to(jnp.arange(prompt_length + length) >= prompt_length, text.shape), False)
-    base, lora = repeated(config, base, lora, tokens=limit * rows * size)
-    keys = row_keys(key, rows, numbers)
-    passes = 1 if settings.cfg_scale == 0 else 2
+    base, lora = repeated(config, base, lora, tokens=limit * rows * grid.size)
+    writer = _Writer(config, base, lora, settings, partly, row_keys(key, rows, numbers), grid, seen, given)
 
-    def inputs(tokens: Array) -> Array:
-        """Returns the rows that the denoiser runs; with guidance the two passes of a row are adjacent."""
-        if passes == 1:
+    with jax.named_scope("prefill"):
+        cache, carried = writer.prefilled(columns)
+    start = _Loop(beginning(config, settings, columns, limit), cache, carried)
+    state = lax.while_loop(writer.unfinished, writer.one_block, start).state
+    take = lambda x: grid.take(x, jnp.arange(prompt_length, prompt_length + length), grid.first)  # noqa: E731
+    written = take(state.tokens[:, grid.first :])
+    if settings.stop_at_eos:
+        fill = (written == config.mask_token_id) & writer.ended(state.tokens)[:, None]
+        written = jnp.where(fill, config.eos_token_id, written)
+    arrays = map(take, (state.commit_step, state.confidence, *state.recorded))
+    whole = jnp.concatenate([prompts.astype(jnp.int32), written], axis=1)
+    return Rollout(*(constrain(array, ("rows", "tokens")) for array in (whole, *arrays)))
+
+
+class _Writer(NamedTuple):
+    """Writes the blocks of one rollout; its attributes never change.
+
+    Attributes:
+      settings: as if the columns from `grid.first` on were the completion.
+      partly: whether a step runs only the part of a block that is being written.
+      keys: [B], those of `row_keys`.
+      seen: [B, W], False on pads.
+      given: [B, W], False on the columns of the completion.
+    """
+
+    config: DenoiserConfig
+    base: dict
+    lora: LoRA | None
+    settings: SamplerConfig
+    partly: bool
+    keys: Array
+    grid: Grid
+    seen: Array
+    given: Array
+
+    @property
+    def passes(self) -> int:
+        """Returns how often each row is run: with guidance twice, once without its prompt."""
+        return 1 if self.settings.cfg_scale == 0 else 2
+
+    def inputs(self, tokens: Array) -> Array:
+        """Returns the rows that the denoiser runs, in which the passes of a row are adjacent."""
+        if self.passes == 1:
             return tokens
-        return jnp.stack([tokens, jnp.where(given, config.mask_token_id, tokens)], 1).reshape(-1, grid.width)
+        without_prompt = jnp.where(self.given, self.config.mask_token_id, tokens)
+        return jnp.stack([tokens, without_prompt], 1).reshape(-1, self.grid.width)
 
-    def for_passes(x: Array) -> Array:
+    def for_passes(self, x: Array) -> Array:
         """Repeats each row for each of its passes."""
-        return jnp.repeat(x, passes, axis=0)
+        return jnp.repeat(x, self.passes, axis=0)
 
-    def layout(tokens: Array) -> tuple[Array, Array]:
+    def layout(self, tokens: Array) -> tuple[Array, Array]:
         """Returns which columns are attended to, [B, W], and the positions of all columns, [W] or [B, W]."""
-        if not settings.hide_pads:
-            return seen, jnp.arange(grid.width)
-        valid = seen & (tokens != config.pad_token_id)
+        if not self.settings.hide_pads:
+            return self.seen, jnp.arange(self.grid.width)
+        valid = self.seen & (tokens != self.config.pad_token_id)
         return valid, jnp.cumsum(valid, axis=1) - valid
 
-    def rotation(positions: Array) -> tuple[Array, Array]:
+    def rotation(self, positions: Array) -> tuple[Array, Array]:
         """Returns the rotation tables of positions, which are [S], or [B, S] for each row's own."""
-        tables = lambda place: ops.rope_tables(place, config.head_dim, config.rope_theta)  # noqa: E731
-        return tables(positions) if positions.ndim == 1 else jax.tree.map(for_passes, jax.vmap(tables)(positions))
+        tables = lambda place: ops.rope_tables(place, self.config.head_dim, self.config.rope_theta)  # noqa: E731
+        if positions.ndim == 1:
+            return tables(positions)
+        return jax.tree.map(self.for_passes, jax.vmap(tables)(positions))
 
-    def run_block(cache: Any, tokens: Array, start: Array, arranged: tuple[Array, Array]) -> Any:
+    def prefilled(self, columns: Array) -> tuple[Any, Array]:
+        """Runs the blocks that the prompts finish; see `denoiser.blocks.prefilled`."""
+        head = slice(0, self.grid.first)
+        valid, positions = self.layout(columns)
+        real, rope = self.for_passes(valid[:, head]), self.rotation(positions[..., head])
+        tokens = self.inputs(columns)[:, head]
+        return prefilled(self.config, self.base, self.lora, tokens, real, self.grid.width, rope)
+
+    def run_block(self, cache: Any, tokens: Array, start: Array, arranged: tuple[Array, Array]) -> Any:
         """Runs the block that begins at the column `start`, after the cached columns; see `block_states`."""
         valid, positions = arranged
-        cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=-1)  # noqa: E731
-        rope = rotation(cut(positions))
-        before = for_passes(valid & (jnp.arange(grid.width) < start))
-        return block_states(config, base, lora, cut(inputs(tokens)), cache, before, rope, for_passes(cut(valid)), start)
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, self.grid.size, axis=-1)  # noqa: E731
+        rope = self.rotation(cut(positions))
+        before = self.for_passes(valid & (jnp.arange(self.grid.width) < start))
+        block, real = cut(self.inputs(tokens)), self.for_passes(cut(valid))
+        return block_states(self.config, self.base, self.lora, block, cache, before, rope, real, start)
 
-    def aligned(last: Any, carried: Array, offset: Array) -> Read:
+    def aligned(self, last: Any, carried: Array, offset: Array) -> Read:
         """Returns a function from positions to target-aligned hidden states of the block that `last` has run.
 
         Positions are counted from `offset` in the block. The first one may be predicted by the state `carried`.
         """
 
         def read(place: Array) -> Array:
-            if not config.next_token_logits:
+            if not self.config.next_token_logits:
                 return last(place + offset)[0]
             index = place + offset - 1
             hidden = last(jnp.maximum(index, 0))[0]
@@ -147,85 +198,79 @@ def sample_blocks(
         return read
 
     def part_states(
-        tokens: Array, cache: Any, start: Array, offset: Array, arranged: Any, known: Array
+        self, tokens: Array, cache: Any, start: Array, offset: Array, arranged: tuple[Array, Array], known: Array
     ) -> tuple[Array, Any]:
         """Returns the states of the part of a block that is being written, and the cache of keys and values.
 
         If the block's keys and values are not `known` yet, or the first token of the part is masked in any row, the
         whole block is run and its keys and values are refreshed in the cache. Otherwise only the part is run.
         """
+        config, size, part = self.config, self.grid.size, self.settings.block_length
         place, begin = jnp.arange(part), start + offset
         cut = lambda x: lax.dynamic_slice_in_dim(x, begin, part, axis=-1)  # noqa: E731
-        nothing = jnp.zeros((passes * rows, config.hidden_size), config.dtype)
+        nothing = jnp.zeros((self.passes * len(tokens), config.hidden_size), config.dtype)
 
         def whole(cache: Any) -> tuple[Array, Any]:
-            last = run_block(cache, tokens, start, arranged)
-            return aligned(last, nothing, offset)(place), stored(config, cache, last(slice(0, 1))[1], start)
+            last = self.run_block(cache, tokens, start, arranged)
+            return self.aligned(last, nothing, offset)(place), stored(config, cache, last(slice(0, 1))[1], start)
 
         def window(cache: Any) -> tuple[Array, Any]:
             valid, _ = arranged
-            column = jnp.arange(grid.width)
+            column = jnp.arange(self.grid.width)
             around = (column < start + size) & ((column < begin) | (column >= begin + part))
-            rope = rotation(begin + place)
-            outside, real = for_passes(valid & around), for_passes(cut(valid))
-            last = block_states(config, base, lora, cut(inputs(tokens)), cache, outside, rope, real, begin)
-            return aligned(last, nothing, jnp.zeros((), jnp.int32))(place), cache
+            rope = self.rotation(begin + place)
+            outside, real = self.for_passes(valid & around), self.for_passes(cut(valid))
+            inputs = cut(self.inputs(tokens))
+            last = block_states(config, self.base, self.lora, inputs, cache, outside, rope, real, begin)
+            return self.aligned(last, nothing, jnp.zeros((), jnp.int32))(place), cache
 
         masked = lax.dynamic_index_in_dim(tokens, begin, axis=1, keepdims=False) == config.mask_token_id
         return lax.cond(jnp.any(masked) | ~known, whole, window, cache)
 
-    def one_block(loop: _Loop) -> _Loop:
+    def led(self, state: State, carried: Array, block: Array) -> State:
+        """Commits the first token of a block, which the last state of the block before predicts."""
+        # A threshold of 0 commits the token, whatever its probability. No block has the number `region`.
+        whatever = dataclasses.replace(self.settings, threshold=0.0, factor=None)
+        first = lambda place: jnp.broadcast_to(carried[:, None], (*place.shape, carried.shape[-1]))  # noqa: E731
+        region = self.settings.completion_length
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, region)
+        led = commit(self.config, self.base, keys, whatever, state, first, (block * self.grid.size, 1))
+        return led._replace(block=state.block, step_in_block=state.step_in_block)
+
+    def one_block(self, loop: _Loop) -> _Loop:
+        """Takes the steps that write a block, and runs it once more for its keys and values."""
         state, cache, carried = loop
+        size, part = self.grid.size, self.settings.block_length
         block = state.block * part // size
-        start = grid.first + block * size
-        arranged = layout(state.tokens)
+        start = self.grid.first + block * size
+        arranged = self.layout(state.tokens)
 
         def step(loop: tuple[State, Any, Array]) -> tuple[State, Any, Array]:
             state, cache, known = loop
             offset = state.block * part - block * size
             with jax.named_scope("denoise"):
-                if partly:
-                    hidden, cache = part_states(state.tokens, cache, start, offset, arranged, known)
+                if self.partly:
+                    hidden, cache = self.part_states(state.tokens, cache, start, offset, arranged, known)
                     read = functools.partial(pick, hidden)
                 else:
-                    read = aligned(run_block(cache, state.tokens, start, arranged), carried, offset)
-            state = commit(config, base, keys, settings, state, read, (state.block * part, part))
+                    read = self.aligned(self.run_block(cache, state.tokens, start, arranged), carried, offset)
+            state = commit(self.config, self.base, self.keys, self.settings, state, read, (state.block * part, part))
             return state, cache, jnp.ones((), bool)
 
-        if settings.lead and config.next_token_logits:
-            # A threshold of 0 commits the first token, whatever its probability. No block has the number `region`.
-            whatever = dataclasses.replace(settings, threshold=0.0, factor=None)
-            first = lambda place: jnp.broadcast_to(carried[:, None], (*place.shape, carried.shape[-1]))  # noqa: E731
-            lead_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, region)
-            led = commit(config, base, lead_keys, whatever, state, first, (block * size, 1))
-            state = led._replace(block=state.block, step_in_block=state.step_in_block)
+        if self.settings.lead and self.config.next_token_logits:
+            state = self.led(state, carried, block)
         inside = lambda loop: loop[0].block * part // size == block  # noqa: E731
         state, cache, _ = lax.while_loop(inside, step, (state, cache, jnp.zeros((), bool)))
         with jax.named_scope("finish"):
-            last = run_block(cache, state.tokens, start, layout(state.tokens))
+            last = self.run_block(cache, state.tokens, start, self.layout(state.tokens))
             hidden, new = last(slice(size - 1, size))
-            return _Loop(state, stored(config, cache, new, start), hidden[:, 0])
+            return _Loop(state, stored(self.config, cache, new, start), hidden[:, 0])
 
-    def ended(tokens: Array) -> Array:
+    def ended(self, tokens: Array) -> Array:
         """Returns whether the completion of each row holds an id that ends it, [B]; masks are no such id."""
-        return jnp.any(ends(config, tokens) & ~given, axis=1)
+        return jnp.any(ends(self.config, tokens) & ~self.given, axis=1)
 
-    def unfinished(loop: _Loop) -> Array:
-        more = loop.state.block < region // part
-        return more & ~jnp.all(ended(loop.state.tokens)) if settings.stop_at_eos else more
-
-    with jax.named_scope("prefill"):
-        head = slice(0, grid.first)
-        valid, positions = layout(columns)
-        real, rope = for_passes(valid[:, head]), rotation(positions[..., head])
-        cache, carried = prefilled(config, base, lora, inputs(columns)[:, head], real, grid.width, rope)
-    loop = lax.while_loop(unfinished, one_block, _Loop(beginning(config, settings, columns, limit), cache, carried))
-    state = loop.state
-    take = lambda x: grid.take(x, jnp.arange(prompt_length, prompt_length + length), grid.first)  # noqa: E731
-    written = take(state.tokens[:, grid.first :])
-    if settings.stop_at_eos:
-        fill = (written == config.mask_token_id) & ended(state.tokens)[:, None]
-        written = jnp.where(fill, config.eos_token_id, written)
-    arrays = map(take, (state.commit_step, state.confidence, *state.recorded))
-    whole = jnp.concatenate([prompts.astype(jnp.int32), written], axis=1)
-    return Rollout(*(constrain(array, ("rows", "tokens")) for array in (whole, *arrays)))
+    def unfinished(self, loop: _Loop) -> Array:
+        """Returns whether a block remains to be written."""
+        more = loop.state.block < self.settings.blocks
+        return more & ~jnp.all(self.ended(loop.state.tokens)) if self.settings.stop_at_eos else more
