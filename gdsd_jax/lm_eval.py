@@ -103,22 +103,24 @@ class MaskedDiffusion(TemplateLM):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        if not checkpoint:
-            raise UserError("no model is named: give --model_args checkpoint=DIRECTORY")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size} is not a positive number, which it must be for gdsd_jax")
         for name, kind, value in (
             ("length", Count | None, length), ("steps", Count | None, steps), ("block_length", int, block_length),
-            ("draws", Count, draws), ("seed", Seed, seed),
+            ("draws", Count, draws), ("seed", Seed, seed), ("checkpoint", str, checkpoint),
+            ("adapter", str | None, adapter), ("dtype", str, dtype), ("strategy", str, strategy),
+            ("adapter_base", str, adapter_base), ("add_bos_token", bool, add_bos_token),
         ):  # fmt: skip
             convert(kind, value, f"{name} of --model_args")
+        if not checkpoint.strip():
+            raise UserError("no model is named: give --model_args checkpoint=DIRECTORY")
         self.batch_rows = int(batch_size)
         self.tokenizer = hub.load_tokenizer(checkpoint)
         model, self.base = hub.load_checkpoint(checkpoint)
         self.model = with_compute(with_tokens(model, self.tokenizer), ModelConfig(dtype=dtype, remat="none"))
         if add_bos_token and self.tokenizer.bos_token_id is None:
             raise UserError(f"{checkpoint} has no BOS token: leave add_bos_token out of --model_args")
-        self.add_bos_token = bool(add_bos_token)
+        self.add_bos_token = add_bos_token
         self.lora = None
         if adapter is not None:
             require_base(adapter, checkpoint, adapter_base, "adapter_base of --model_args")
