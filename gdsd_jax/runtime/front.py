@@ -2,7 +2,7 @@
 
     what a user can change        one line on stderr, exit code 2
     Ctrl-C                        "interrupted", exit code 130
-    training asked to stop        it saves, exit code 130 after Ctrl-C and 143 after SIGTERM, unless it was at its end
+    training asked to stop        it saves, exit code 0 after SIGTERM and 130 after Ctrl-C, unless it was at its end
     a reader that has gone away   nothing, exit code 141, as after SIGPIPE
     a defect of this package      one line that names a saved report, exit code 1
 

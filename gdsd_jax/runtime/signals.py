@@ -8,8 +8,11 @@ _received = signal.SIGTERM  # the last signal that asked this process to end; un
 
 
 def exit_code() -> int:
-    """Returns the exit code of a command that has saved and left before its end, as a shell gives it: 128 + signal."""
-    return 128 + _received
+    """Returns the exit code of a command that has saved and left before its end.
+
+    It is 0 after SIGTERM, by which schedulers ask for a clean end, and 130 after Ctrl-C, as for every other command.
+    """
+    return 0 if _received == signal.SIGTERM else 128 + _received
 
 
 class StopSignal:
