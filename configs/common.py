@@ -139,7 +139,7 @@ def on_slice(run: str, slices: dict[str, tuple[str, int, str]], recipes: dict[st
 
 
 def embedded_sudoku(family: str = "llada") -> ConfigDict:
-    """Returns 4x4 Sudoku on the embedded 0.2M-parameter model: data, start, sampler, adapters, method settings.
+    """Returns GDSD on 4x4 Sudoku with the embedded 0.2M-parameter model: forty iterations of 64 x 8 completions.
 
     The first run makes the start by supervised training on careless demonstrations, in which a quarter of the empty
     cells hold a 1, right or wrong. It stops at 20 % of the validation puzzles, to leave something to learn.
@@ -175,6 +175,23 @@ def embedded_sudoku(family: str = "llada") -> ConfigDict:
         config.settings = {"gdsd": guidance, "gdsd_tlc": {**guidance, "top_k": 8}}
         # Evaluations use the prompt and length of training, and one token per step.
         config.evaluation.update(every=10, steps=20, batch_rows=128, evaluation_prompt=False, lengths=(20,))
+    config.iterations, config.save_every, config.seed = 40, 20, 0
+    config.prompts_per_iteration, config.group_size = 64, 8
+    config.inner_updates, config.microbatch_rows = 1, 128
+    config.optimizer.learning_rate = 1e-3
+    return config
+
+
+def with_biased_start(config: ConfigDict) -> ConfigDict:
+    """Gives `embedded_sudoku` a start that knows more of Sudoku and has a worse habit.
+
+    In its demonstrations four in ten empty cells hold a 1. The model learns the rules from the other cells, and the
+    reward corrects the habit. The rate falls to 0 over all steps; at a constant rate the accuracy jumps by ten points
+    within fifty steps, so that where training stops depends on rounding.
+    """
+    config.checkpoint = "runs/start_biased/merged"
+    config.sft.update(careless=0.4, until=0.0)
+    config.sft.optimizer.schedule = "cosine"
     return config
 
 

@@ -6,12 +6,11 @@ Hardware: as `tiny_sudoku`. The first run makes a start of its own, in runs/star
 seeds) fit into an hour. Expected: the table of docs/results.md, which describes the protocol.
 """
 
-import tiny_sudoku
-from common import COMPARED
+from common import COMPARED, embedded_sudoku
 
 
 def get_config():
-    config = tiny_sudoku.protocol()
+    config = embedded_sudoku()
     # Half the iterations and half the completions of `tiny_sudoku`.
     config.iterations, config.prompts_per_iteration = 20, 32
     config.evaluation.update(every=10, count=256)

@@ -5,11 +5,11 @@
 Hardware: two CPU cores, about half an hour. Expected: see docs/results.md.
 """
 
-import tiny_sudoku
+from common import embedded_sudoku
 
 
 def get_config():
-    config = tiny_sudoku.protocol()
+    config = embedded_sudoku()
     config.checkpoint, config.task.train_rows, config.iterations = "runs/start_long/merged", 32768, 96
     config.sft.update(steps=6000, until=0.0)
     config.sft.optimizer.schedule = "cosine"

@@ -88,6 +88,7 @@ def test_the_call_for_cudnn_writes_the_same(monkeypatch, settings, shifted):
     np.testing.assert_allclose(fused.confidence, plain.confidence, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_neighbours():
     """A row alone, without its pads, writes what it writes beside rows with longer prompts."""
     together = sample(CONFIG, base(), None, PROMPTS, REAL, jax.random.key(3), STATIC)

@@ -52,6 +52,7 @@ def exact_bound(policy, tokens: np.ndarray, real: np.ndarray) -> float:
     return sum(np.mean(values) / count for count, values in sums.items())
 
 
+@pytest.mark.slow
 def test_bound_is_the_expectation_over_all_views(policy, batch):
     tokens, real = batch
     draws = 1000
