@@ -125,7 +125,10 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
     rows = math.ceil(len(drawn) / columns)
     first, last = (pick(entry["step"] for entry in entries) for pick in (min, max))
     margin = 0.03 * max(last - first, 1)
-    figure = Figure(figsize=(4.4 * columns, 3.1 * rows + 0.4), layout="constrained", dpi=110)
+    width, height = 4.4 * columns, 3.1 * rows + 0.4
+    figure = Figure(figsize=(width, height), dpi=110)
+    # Margins in inches. A layout that Matplotlib computes would draw everything twice, which takes a second.
+    figure.subplots_adjust(0.7 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.75 / height, wspace=0.26, hspace=0.3)
     figure.suptitle(f"{Path(workdir).resolve().name}: step {last}")
     for index, (panel, present) in enumerate(drawn):
         axes = figure.add_subplot(rows, columns, index + 1)
