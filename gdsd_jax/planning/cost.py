@@ -241,8 +241,13 @@ def sent_bytes(body: Computation, instruction: Instruction, kind: str) -> float:
 
 
 def group_size(attributes: str) -> int:
-    """Returns the number of chips in one group of a collective, for every notation of `replica_groups` in HLO."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    """Returns the number of chips in one group of a collective, for every notation of `replica_groups` in HLO.
+
+    Raises:
+      ValueError: the notation is not known, so that the bytes would be counted wrongly.
+    """
+    # A mesh may name its devices in another order: mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}.
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S+\))? \{([\w',]*)\}", attributes)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
@@ -250,7 +255,11 @@ def group_size(attributes: str) -> int:
     if iota:
         return int(iota[1].split(",")[-1])
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    return len(listed[1].split(",")) if listed else 1
+    if listed:
+        return len(listed[1].split(","))
+    if "replica_groups=" in attributes:
+        raise ValueError(f"unknown notation of a collective's groups: {attributes[:200]}")
+    return 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- HBM

@@ -207,6 +207,7 @@ def test_clones_of_a_collective_count_once_in_each_execution():
     [
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, dimensions={1}", 8),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}, dimensions={1}", 16),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0'}, dimensions={1}", 8),
         ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={1}", 2),
         ("replica_groups={{0,1,2},{3,4,5}}, dimensions={1}", 3),
     ],
