@@ -4,7 +4,7 @@
     .venv-tpu/bin/python -m gdsd_jax.planning.pods docs/pods_plan.json docs/pods_plan.md [ROW ...]
 
 Compiles the rows that the JSON file does not hold yet: the named ones, such as FILE_pod:v5e-8_countdown, or all. Each
-takes minutes, and the table is drawn anew from the file after each. Remove the file to plan everything again.
+takes a minute or two, and the table is drawn anew from the file after each. Remove the file to plan everything again.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ once is sampled in parts. "int8" are frozen matrices in 8 bits. Ratios are the c
 the equations. An iteration is a rollout and its inner updates, and chip-hours are those of 1000 iterations. Completions
 have 256 tokens, prompts 400, and there are 256 denoising steps, or the largest number where it depends on what is
 written. There are 8 inner updates and G = 16, in `sizes_pod` 4 and 8. Each row was compiled from the programs of the
-commit that it names; a later commit may have changed them. Rows of `sizes_pod` were compiled with `--quick`, without
-machine code ([planning](planning.md) says what that leaves out of the memory).
+commit that it names; a later commit may have changed them. They were compiled with `--quick`, without machine code
+([planning](planning.md) says what that leaves out of the memory).
 
 """
 
