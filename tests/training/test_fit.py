@@ -32,9 +32,13 @@ def opened(config: TrainConfig, **compute) -> TrainConfig:
     return dataclasses.replace(config, rollout_rows=None, microbatch_rows=None, model=model)
 
 
-@pytest.mark.parametrize("model", ["llada_8b", "dream_7b"])
+# Peak bytes of sampler and update on v5e:2x4, from whole compilations by libtpu 0.0.42.1 at commit 9f188ce.
+WHOLE = {"llada_8b": (9030293520, 8145213952), "dream_7b": (9142596112, 8429518336)}
+
+
+@pytest.mark.parametrize("model", WHOLE)
 def test_estimates_come_near_the_compiler(model):
-    """On the slice whose memory is short; the compiler's own figures are in the table of plans."""
+    """On the slice whose memory is short. The table of plans, made without machine code, bounds them from below."""
     config, sizes = recipe(model)
     report = json.loads((ROOT / "docs" / "pods_plan.json").read_text())[f"{model}_pod:v5e-8_countdown"]
     place = Place(report["sampler"]["hbm_bytes"], *report["mesh"].values(), kernel=True)
@@ -42,8 +46,9 @@ def test_estimates_come_near_the_compiler(model):
     estimates = fit.Sizes(config, sizes, fit.views_of(config, method), place)
     sampler = estimates.sampler(report.get("rollout_rows", report["rows"]))
     update = estimates.update(report["microbatch_rows"], report.get("remat", "full"))
-    for estimate, name in ((sampler, "sampler"), (update, "update")):
-        assert 0.85 < estimate / report[name]["peak_bytes"] < 1.35
+    for estimate, name, whole in zip((sampler, update), ("sampler", "update"), WHOLE[model], strict=True):
+        assert 0.85 < estimate / whole < 1.35
+        assert estimate > report[name]["peak_bytes"]
 
 
 def test_the_fastest_that_fits_is_taken():
