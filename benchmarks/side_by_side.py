@@ -10,9 +10,9 @@ Then come the seeds at that rate, in `WORKDIR/RUN/seeds`, and the first `--tenfo
 `WORKDIR/RUN/tenfold`.
 
 A run equals one of `gdsd_jax.train` with the same config within rounding: it has the same prompts, draws and updates.
-It leaves the same files, but no completions, and only its last checkpoint. `gdsd_jax.compare --workdir
-WORKDIR/RUN/seeds` therefore makes table and figure of finished runs, and `gdsd_jax.evaluate` and `gdsd_jax.meter` read
-them. Besides the evaluation of its last policy, a run has `passes`: 16 samples of 64 test rows at temperature 1.
+It leaves the same files, but no completions, and only its last checkpoint, so that `gdsd_jax.evaluate` and
+`gdsd_jax.meter` read them. Besides the evaluation of its last policy, a run has `passes`: 16 samples of 64 test rows at
+temperature 1. `benchmarks.stability` makes tables and figures of the finished runs.
 
 Processes with the same workdir share the arms. Each begins with the arm of its number, `--worker`, and then helps with
 the others. Finished runs are not repeated. Runs that `--seconds` stops keep their metrics; remove `WORKDIR/claims`
@@ -318,23 +318,27 @@ class Protocol:
         self.configs[arm] = dataclasses.replace(config, method=arm.method, settings=own, iterations=iterations)
         return self.configs[arm]
 
+    def run(self, arm: Arm, part: str, seed: int, rate: float) -> Run:
+        """Returns the run of an arm in one part of the protocol: `rate_R`, `seeds` or `tenfold`."""
+        config = self.config(arm)
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        own = dataclasses.replace(config, seed=seed, optimizer=optimizer)
+        return Run(own, self.workdir / arm.run / part / arm.method / f"seed{seed}")
+
+    def tried(self, arm: Arm) -> list[Run]:
+        """Returns the runs by which the rate of an arm is chosen."""
+        return [self.run(arm, f"rate_{rate:g}", self.config(arm).seed, rate) for rate in self.rates]
+
     def runs(self, arm: Arm) -> list[Run]:
         """Returns the runs of an arm that can be made now: its rates, or its seeds once all rates have been tried."""
-        config = self.config(arm)
-
-        def run(part: str, seed: int, rate: float) -> Run:
-            optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
-            own = dataclasses.replace(config, seed=seed, optimizer=optimizer)
-            return Run(own, self.workdir / arm.run / part / arm.method / f"seed{seed}")
-
-        tried = [run(f"rate_{rate:g}", config.seed, rate) for rate in self.rates]
+        config, tried = self.config(arm), self.tried(arm)
         if any(state_of(*each) == "open" for each in tried):
             return tried
         rate = chosen_rate(tried, known_metric(resolve_task(config), config.evaluation.best, "config.evaluation.best"))
         if rate is None:
             return []
-        later = [run("seeds", config.seed + n, rate) for n in range(arm.seeds)]
-        return later + [run("tenfold", config.seed + n, 10 * rate) for n in range(self.tenfold)]
+        later = [self.run(arm, "seeds", config.seed + n, rate) for n in range(arm.seeds)]
+        return later + [self.run(arm, "tenfold", config.seed + n, 10 * rate) for n in range(self.tenfold)]
 
     def claim(self, arm: Arm) -> list[Run]:
         """Claims up to `at_once` runs that no process has made or begun, and returns them."""

@@ -2,8 +2,7 @@
 
     python -m benchmarks.side_by_side --config configs/compare_stability.py --workdir runs/stability \\
         --rates 1e-4,3e-4,1e-3 --arms gdsd=5,gdsd_tlc=5,espo=5,spg=5,open:gdsd=5,open:gdsd_tlc=5,exact_pg=3,...
-    python -m gdsd_jax.compare --config configs/compare_stability.py --workdir runs/stability/own/seeds --seeds 5 \\
-        --metric cells --methods gdsd,gdsd_tlc,espo,spg --rates gdsd=R1,gdsd_tlc=R2,espo=R3,spg=R4
+    python -m benchmarks.stability ...   # the same flags: tables and figures
 
 Hardware: CPU cores, a process on each (`--worker` 0, 1, ...), about a minute a run. The word after the colon is the
 trust region: `own` or `open`. Expected: docs/results.md says which of the runs below have been made.

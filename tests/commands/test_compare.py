@@ -12,6 +12,7 @@ import pytest
 from surroundings import surroundings  # noqa: F401  (a fixture that acts by itself)
 from tiny_run import build, command
 
+from benchmarks import stability
 from benchmarks.side_by_side import Arm, Protocol
 from gdsd_jax import compare, evaluate, train
 from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
@@ -277,13 +278,14 @@ def test_the_tiny_config_gives_every_method_one_protocol():
 
 @pytest.mark.slow
 def test_runs_made_side_by_side_are_those_of_train(config_file, config, tmp_path, monkeypatch):
-    """Within rounding: two seeds in one program, and one of them alone. The report trains nothing anew."""
+    """Within rounding: two seeds in one program, and one of them alone. The reports train nothing anew."""
     text = config_file.read_text().replace("inner_updates=1", "inner_updates=2")
     (tmp_path / "config.py").write_text(text)
     config = dataclasses.replace(config, inner_updates=2)
     sizes = {"iterations": None, "at_once": 2}
     bench = tmp_path / "bench"
-    Protocol(tmp_path / "config.py", bench, [0.05], 1, math.inf, **sizes).share([Arm.of("gdsd=2")], worker=0)
+    protocol, arm = Protocol(tmp_path / "config.py", bench, [0.05], 1, math.inf, **sizes), Arm.of("gdsd=2")
+    protocol.share([arm], worker=0)
     runs = [compare.run_config(config, "gdsd", seed, 0.05) for seed in SEEDS]
     train.train(runs[1], tmp_path / "alone")
     together = read_metrics(bench / "own" / "seeds" / "gdsd" / "seed43")
@@ -297,3 +299,8 @@ def test_runs_made_side_by_side_are_those_of_train(config_file, config, tmp_path
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("all runs are there"))
     table = compare.compare(config, bench / "own" / "seeds", ["gdsd"], 2, metric="cells")
     assert table["runs_in"] == 2
+    stability.report(protocol, [arm], "cells")
+    reported = json.loads((bench / "report" / "report.json").read_text())
+    assert [run["final"] for run in reported["seeds"]["gdsd"]] == [run["final"] for run in table["methods"][0]["runs"]]
+    assert [len(reported[part]["gdsd"]) for part in ("tried", "seeds", "tenfold")] == [1, 2, 1]
+    assert (bench / "report" / "seeds.png").stat().st_size > 0
