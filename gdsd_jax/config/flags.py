@@ -60,7 +60,7 @@ def launch(
     argv = sys.argv if argv is None else argv
 
     def command() -> None:
-        if {"--help", "-help", "-h"} & set(argv):
+        if front.HELP & set(argv):
             print(_usage(main, options or {}))
             return
         config, workdir, values = parse(argv, options or {})

@@ -34,12 +34,22 @@ _log = logging.getLogger(__name__)
 workdir: Path | None = None  # of the run, once the command line is known
 
 BUG, BAD_INPUT, INTERRUPTED, NO_READER = 1, 2, 130, 141
+HELP = {"--help", "-help", "-h"}  # any of them among the arguments makes a command explain itself
 
 # Errors that come from a disk or a path, wherever they occur.
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
     errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
 }  # fmt: skip
+# Files that install the packages of an optional part; requirements.txt installs every other one.
+_OPTIONAL_PARTS = {
+    "lm_eval": "requirements-lm-eval.txt",
+    "libtpu": "requirements-tpu.txt",
+    "gcsfs": "requirements-tpu.txt",
+    "xprof": "requirements-tpu.txt",
+    "torch": "requirements-torch.txt",
+    "peft": "requirements-torch.txt",
+}
 # Texts in the errors that JAX reports, each with what the user can do.
 _DEVICE_ERRORS = {
     "RESOURCE_EXHAUSTED": "the memory of the devices is too small: lower config.microbatch_rows, "
@@ -128,10 +138,31 @@ def fault_of_the_user(error: BaseException) -> str | None:
         return f"{error}: change the path, or make it readable and writable"
     if isinstance(error, MemoryError):
         return f"the memory of this machine is too small ({first_line(error)}): lower the numbers of rows"
+    if isinstance(error, ImportError):
+        return _missing(error)
     for text, advice in _DEVICE_ERRORS.items():
         if isinstance(error, RuntimeError) and text in str(error):
             return f"{advice} ({first_line(error)})"
     return None
+
+
+def _missing(error: ImportError) -> str | None:
+    """Returns how to install a package that is missing, or None if the import asks for a module of this package.
+
+    A library that reports a package of its own in its own words says there how to install it.
+    """
+    name = next((cause.name for cause in causes(error) if isinstance(cause, ImportError) and cause.name), None)
+    if name is None:
+        return None
+    package = name.partition(".")[0]
+    if package == "gdsd_jax":
+        return None
+    what = f"the module {name} cannot be imported ({first_line(error)})"
+    if package in sys.stdlib_module_names:
+        return f"{what}: take a Python with its whole standard library"
+    if error.name is None and package not in _OPTIONAL_PARTS:
+        return what
+    return f"{what}: run pip install -r {_OPTIONAL_PARTS.get(package, 'requirements.txt')}"
 
 
 def disk_is_full(error: BaseException) -> bool:

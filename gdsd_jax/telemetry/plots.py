@@ -196,11 +196,14 @@ def _draw(
 
 
 def main(arguments: list[str]) -> None:
-    """Draws the curves of one run and prints the path of the picture.
+    """Draws the curves of one run and prints the path of the picture, or explains itself.
 
     Raises:
       UserError: no directory is given, or it holds no metrics to draw.
     """
+    if front.HELP & set(arguments):
+        print(__doc__.strip())
+        return
     if not arguments or any(argument.startswith("-") for argument in arguments):
         raise UserError("usage: python -m gdsd_jax.telemetry.plots WORKDIR [METRIC ...]")
     print(plot_curves(arguments[0], arguments[1:]))

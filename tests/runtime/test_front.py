@@ -2,8 +2,10 @@
 
 import errno
 import gc
+import importlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +42,10 @@ def caused(error: Exception, cause: BaseException) -> Exception:
     return error
 
 
+def missing(name: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -52,6 +58,12 @@ def caused(error: Exception, cause: BaseException) -> Exception:
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 2, "config.microbatch_rows"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (caused(ImportError("numpy"), KeyboardInterrupt()), 130, "interrupted"),
+        (missing("flax.nnx"), 2, "the module flax.nnx cannot be imported (No module named"),
+        (missing("flax"), 2, "requirements.txt"),
+        (missing("lm_eval.api"), 2, "requirements-lm-eval.txt"),
+        (missing("_sqlite3"), 2, "standard library"),
+        (caused(ImportError("Please install gcsfs"), missing("gcsfs")), 2, "requirements-tpu.txt"),
+        (caused(ImportError("pip install x[y] first"), missing("y")), 2, "module y cannot be imported (pip install x"),
     ],
 )
 def test_what_a_user_can_change_is_one_line(error, code, said, capfd, tmp_path):
@@ -66,6 +78,46 @@ def test_a_defect_is_one_line_and_a_saved_report(capfd, tmp_path):
     assert code == 1 and len(lines) == 1 and str(report) in lines[0] and "ZeroDivisionError" in lines[0]
     text = report.read_text()
     assert "Traceback" in text and "raise error" in text and "python   3." in text
+
+
+@pytest.mark.parametrize("error", [missing("gdsd_jax.nothing"), ImportError("cannot import it")])
+def test_a_module_of_this_package_that_is_missing_is_a_defect(error, capfd):
+    code, (line,) = ended(error, capfd)
+    assert code == 1 and "defect" in line and "pip" not in line
+
+
+@pytest.mark.parametrize("way", ["-m gdsd_jax.telemetry.plots", "script"])
+def test_a_command_without_its_requirements_says_how_to_install_them(way, tmp_path):
+    """NumPy is the first thing that this command imports of all that is not Python's own."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')")
+    script = tmp_path / "gdsd-plots"
+    script.write_text("from gdsd_jax.runtime.scripts import main\nmain()\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
+    command = [sys.executable, *([str(script)] if way == "script" else way.split())]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    advice = "the module numpy cannot be imported (No module named 'numpy'): run pip install -r requirements.txt"
+    assert (done.returncode, done.stderr) == (2, f"error: {advice}\n")
+    assert not list(tmp_path.glob("crash-*"))
+
+
+def test_every_command_explains_itself(monkeypatch, capsys):
+    """`launch` prints the help of most commands; those that use the front door directly print their own."""
+    package = Path(front.__file__).parents[1]
+    call = re.compile(r'^if __name__ == "__main__":\n    front\.run\((?:lambda: )?(\w+)(.*)\)$', re.MULTILINE)
+    commands = {path: found for path in package.rglob("*.py") if (found := call.search(path.read_text()))}
+    assert {path.stem for path in commands} >= {"plots", "pods", "audit", "lm_eval"}
+    for path, (function, arguments) in ((path, found.groups()) for path, found in commands.items()):
+        name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        try:
+            command = getattr(importlib.import_module(name), function)
+            command(*([sys.argv[1:]] if arguments else []))
+        except PackageError:
+            continue  # lm-eval is not installed
+        except SystemExit as stop:
+            assert not stop.code, name
+        shown = capsys.readouterr()
+        assert len(shown.out) > 100 and not shown.err, name
 
 
 def test_a_report_goes_elsewhere_where_the_directory_cannot_be_written(capfd, tmp_path, monkeypatch):
