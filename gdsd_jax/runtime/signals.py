@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+
+from gdsd_jax.runtime.errors import UserError
+
+# A launcher sets this variable to an exit code by which it tells a run that was stopped from one that is done.
+STOPPED = "GDSD_STOPPED_EXIT_CODE"
 
 _received = signal.SIGTERM  # the last signal that asked this process to end; until then, what another process may get
 
@@ -10,15 +16,23 @@ _received = signal.SIGTERM  # the last signal that asked this process to end; un
 def exit_code() -> int:
     """Returns the exit code of a command that has saved and left before its end.
 
-    It is 0 after SIGTERM, by which schedulers ask for a clean end, and 130 after Ctrl-C, as for every other command.
+    After SIGTERM, by which schedulers ask for a clean end, it is 0, or what the variable `STOPPED` holds. After Ctrl-C
+    it is 130, as for every other command.
+
+    Raises:
+      UserError: the variable holds no exit code.
     """
-    return 0 if _received == signal.SIGTERM else 128 + _received
+    code = os.environ.get(STOPPED) or "0"
+    if not (code.isascii() and code.isdigit() and int(code) < 256):
+        raise UserError(f"{STOPPED}={code} is no exit code: set it to a number from 0 to 255, or not at all")
+    return int(code) if _received == signal.SIGTERM else 128 + _received
 
 
 class StopSignal:
     """Turns SIGTERM and SIGINT, while it is open, into a request to save and leave after the running iteration."""
 
     def __enter__(self) -> StopSignal:
+        exit_code()  # what the environment holds is checked before the run begins
         self.requested = False
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
         return self

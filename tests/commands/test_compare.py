@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import runpy
-import signal
 import statistics
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
 from gdsd_jax.diffusion.sampler import compiled_sample
 from gdsd_jax.evaluation import comparison
 from gdsd_jax.methods import METHODS as METHODS_OF_LIBRARY
+from gdsd_jax.runtime import signals
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import write_json
 from gdsd_jax.telemetry.metrics import read_metrics
@@ -132,9 +132,10 @@ def test_an_open_run_is_taken_up_and_a_share_is_left_to_its_host(config, tmp_pat
     started = []
     monkeypatch.setattr(train, "train", lambda run, directory: started.append(directory))
     monkeypatch.setattr(compare, "evaluated_start", lambda *_: {"cells": {"mean": 0.5, "error": 0.1}})
+    monkeypatch.setenv(signals.STOPPED, "75")
     with pytest.raises(SystemExit) as stop:
         compare.compare(config, tmp_path, METHODS, 2, metric="cells", host_index=1, host_count=2)
-    assert stop.value.code == 128 + signal.SIGTERM
+    assert stop.value.code == 75
     table = table_of(tmp_path)
     assert started == [tmp_path / "wd1" / "seed42"]
     assert (table["runs"], table["runs_in"]) == (4, 0)

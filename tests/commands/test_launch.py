@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gdsd_jax.runtime import hosts
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -212,8 +214,8 @@ def test_the_real_tools_take_every_command(tool, commands, tmp_path):
 
 # --- a pod that goes away
 
-# A fake gcloud whose state is in four files: `state` of the queued resource, number of `failures` that training still
-# meets, the state `after_failure`, and a `log` of the calls.
+# A fake gcloud whose state is in five files: `state` of the queued resource, number of `failures` that training still
+# meets, the state `after_failure`, whether the failures are `stopped` training, and a `log` of the calls.
 CLOUD = r"""#!/usr/bin/env bash
 cd "$CLOUD" || exit 9
 case "$*" in
@@ -227,7 +229,10 @@ case "$*" in
     echo train >>log
     left=$(<failures)
     ((left)) || exit 0
-    echo $((left - 1)) >failures && cat after_failure >state && exit 1
+    echo $((left - 1)) >failures && cat after_failure >state
+    [[ -e stopped ]] || exit 1
+    env $(grep -o 'GDSD_[A-Z_]*=[0-9]*' <<<"$*") "$PYTHON" \
+      -c 'from gdsd_jax.runtime.signals import exit_code; raise SystemExit(exit_code())'
     ;;
   *) echo "unexpected: $*" >&2 && exit 9 ;;
 esac
@@ -246,7 +251,7 @@ def cloud(tmp_path):
         (tmp_path / "state").write_text("")
         (tmp_path / "failures").write_text(str(failures))
         (tmp_path / "after_failure").write_text(f"{after_failure}\n")
-        settings |= {"CLOUD": str(tmp_path), "PATH": f"{tools}:{os.environ['PATH']}"}
+        settings |= {"CLOUD": str(tmp_path), "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable}
         done = launch("until_done", *TRAIN, **SETTINGS | settings)
         return done, (tmp_path / "log").read_text().split()
 
@@ -272,6 +277,21 @@ def test_a_command_that_keeps_failing_ends_the_loop(cloud):
     done, log = cloud(9, "ACTIVE", ATTEMPTS="3")
     assert done.returncode == 1 and "failed 3 times" in done.stderr
     assert log == ["create", *ROUND * 3]
+
+
+def test_training_that_was_stopped_goes_on_and_is_no_failure(cloud, tmp_path):
+    """By itself it would leave with 0, as if it were done."""
+    (tmp_path / "stopped").touch()
+    done, log = cloud(3, "ACTIVE", ATTEMPTS="2")
+    assert done.returncode == 0, done.stderr
+    assert log == ["create", *ROUND * 4]
+
+
+def test_clusters_start_stopped_training_again():
+    command = dry_run("gke", *TRAIN)[-1]
+    code = re.search(r"export GDSD_STOPPED_EXIT_CODE=(\d+) ", remote(command))[1]
+    codes = next(word for word in command if word.startswith("--restart-on-exit-codes=")).partition("=")[2].split(",")
+    assert {code, str(hosts.FAILED)} < set(codes)
 
 
 # --- the environment of a worker
