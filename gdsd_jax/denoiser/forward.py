@@ -22,7 +22,7 @@ from gdsd_jax.denoiser.lora import LoRA
 from gdsd_jax.denoiser.model import Context, Denoiser, KeyValues, Layer, embed, head_weights, pick, precision_of, remat
 from gdsd_jax.denoiser.prepared import unstacked
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.sharding import constrain
+from gdsd_jax.runtime.sharding import constrain, current
 
 At = slice | Int[Array, " S"] | Int[Array, "B S"]
 Read = Callable[[At | None], Float[Array, "B S D"]]
@@ -72,6 +72,7 @@ def run(
       whole `cache`, if there is one, with those of `tokens` written into it. If layers are unrolled, each call of the
       function runs the last layer, and only for these positions.
     """
+    current()  # refuses a mesh that the parameters cannot lie on, before they are taken apart
     base, lora = unstacked(config, base, lora)
     adapter = None if lora is None else lora.replace(weights=None)
     parts = {"params": base} | ({} if lora is None else {"lora": lora.weights})

@@ -70,7 +70,7 @@ def on_each_device(
       arrays: queries `[B, S, H, K]`, keys and values `[B, T, kv, K]`.
       masks: arrays whose first axis is the rows.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = sharding.current()
     if not mesh.empty and mesh.size > 1:
         query, key, _ = arrays
         fit = functools.partial(sharding.fitted_spec, mesh)

@@ -225,9 +225,24 @@ def place(arrays: Any, places: Any) -> Any:
     return jax.tree.map(one, arrays, places)
 
 
+def current() -> AbstractMesh:
+    """Returns the current mesh, which is empty if none is set.
+
+    Raises:
+      UserError: its axes are of the type Explicit, under which every operation on cut arrays states its result's place.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        raise UserError(
+            f"the current mesh {dict(mesh.shape)} has axes of the type Explicit, the default of jax.make_mesh: give it "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
+        )
+    return mesh
+
+
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Fixes how an intermediate result lies on the current mesh; does nothing without a mesh of several devices."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current()
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fitted_spec(mesh, axes, x.shape))
@@ -235,7 +250,7 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 def alone() -> bool:
     """Tells whether programs are for a single device: no mesh is set, or one of one device."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current()
     return mesh.empty or mesh.size == 1
 
 
@@ -247,7 +262,7 @@ def gathered(weights: jax.Array, axes: Sequence[str]) -> jax.Array:
     """
     if alone():
         return weights
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current()
     # The first constraint keeps the parameters as they lie. In the backward pass it comes last and scatters the
     # gradient, which is summed over the shards, over them again.
     weights = jax.lax.with_sharding_constraint(weights, fitted_spec(mesh, axes, weights.shape))
@@ -257,7 +272,7 @@ def gathered(weights: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 def pieces(axis: str, size: int) -> int:
     """Returns the number of pieces into which the current mesh cuts a dimension of logical axis `axis`."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current()
     if mesh.empty:
         return 1
     return math.prod(mesh.shape[name] for name in _leading(mesh, RULES[axis], size))

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from gdsd_jax.denoiser import DenoiserConfig, init_base, init_lora, logical_axes
+from gdsd_jax.denoiser import DenoiserConfig, hidden_states, init_base, init_lora, logical_axes
 from gdsd_jax.runtime import sharding
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import Dimension, MeshConfig
@@ -51,6 +51,22 @@ def test_every_large_matrix_is_cut_along_fsdp():
 def test_a_mesh_of_ones_own_may_lack_axes():
     own = AbstractMesh((2, 4), ("tensor", "other"), axis_types=(AxisType.Auto,) * 2)
     assert sharding.fitted_spec(own, ("layers", "embed", "heads"), (2, 8, 4)) == P(None, None, ("tensor",))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: sharding.constrain(jnp.zeros((2, 3)), ("rows", "tokens")),
+        lambda: sharding.gathered(jnp.zeros((2, 3)), ("embed", "mlp")),
+        lambda: sharding.pieces("rows", 4),
+        lambda: hidden_states(CONFIG, {}, None, jnp.zeros((1, 2), jnp.int32)),  # before the parameters are read
+    ],
+)
+def test_a_current_mesh_of_explicit_axes_is_refused_with_the_remedy(use):
+    """`jax.make_mesh` makes such meshes, and JAX's own error names one of its primitives."""
+    explicit = jax.make_mesh((1,), ("fsdp",))
+    with jax.set_mesh(explicit), pytest.raises(UserError, match=r"type Explicit.*axis_types=\(.*Auto,\) \* 1$"):
+        use()
 
 
 def test_two_logical_axes_on_one_mesh_axis_raise():
