@@ -45,6 +45,7 @@ from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.telemetry.trackers import require_trackers
 from gdsd_jax.training.checkpoint import Checkpoints
+from gdsd_jax.training.cursor import Cursor
 from gdsd_jax.training.demonstrations import encoded_demonstrations, rows_of
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.setup import Setup, encoded_rows, evaluated_task, load_setup, task_rows
@@ -101,11 +102,11 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
         start = time.perf_counter()
         for step in range(first, config.sft.steps):
             if hosts.any_process(stop.requested):
-                checkpoints.save(step, state, step)
+                checkpoints.save(step, state, Cursor(step))
                 progress.note(f"stopped after step {step}: start again with the same --workdir to go on")
                 raise SystemExit(exit_code())
             if step > first and step % config.sft.save_every == 0:
-                checkpoints.save(step, state, step)
+                checkpoints.save(step, state, Cursor(step))
             chosen = np.asarray([order[step * batch_rows + i] for i in range(batch_rows)])
             state, metrics = update(state, frozen, put(rows_of(shown, chosen)))
             if (step + 1) % log_every == 0 or step + 1 == config.sft.steps:

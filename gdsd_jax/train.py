@@ -42,11 +42,12 @@ from gdsd_jax.telemetry.trackers import require_trackers
 from gdsd_jax.telemetry.warnings import precursors
 from gdsd_jax.training.between import after_iteration
 from gdsd_jax.training.checkpoint import Best, Checkpoints
+from gdsd_jax.training.cursor import Cursor, moved, prompts_ahead, remembering, window
 from gdsd_jax.training.divergence import diverged, is_finite
 from gdsd_jax.training.dry_run import shrink
 from gdsd_jax.training.fit import fitted_to_devices
 from gdsd_jax.training.record import with_first_schedule
-from gdsd_jax.training.refill import further_prompts, refilled, selection
+from gdsd_jax.training.refill import further_prompts, refilled
 from gdsd_jax.training.rollout import (
     Rewarded,
     RolloutSpec,
@@ -58,6 +59,7 @@ from gdsd_jax.training.rollout import (
 from gdsd_jax.training.setup import (
     Setup,
     checked_method,
+    checked_selection,
     encoded_rows,
     evaluated_task,
     fresh_state,
@@ -77,7 +79,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     config = with_first_schedule(config, workdir)
     method = checked_method(config)
     # Unknown names fail here, before anything is loaded.
-    selection(config.refill.select)
+    checked_selection(config)
     require_trackers(config.tracker_names)
     config = fitted_to_devices(config, method, planned_sizes(workdir))
     setup = load_setup(config, rows=spread_rows(config))
@@ -99,15 +101,22 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     lengths = jax.jit(length_metrics)
 
     count = config.prompts_per_iteration
+    most = count + further_prompts(config.refill, count)
     rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
     prompts = encoded_rows(config, task, tokenizer, rows)
     order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
+    draw = jax.jit(
+        lambda state: jax.random.uniform(
+            stream_key(state.key, Stream.REVISITS, state.iteration), (window(len(rows), most),)
+        )
+    )
     evaluate, best_metric = make_evaluation(config, setup)
 
     checkpoints = Checkpoints(workdir, config, state)
-    position = 0
+    cursor = Cursor()
     if checkpoints.latest is not None:
-        state, position = checkpoints.restore()
+        state, cursor = checkpoints.restore()
+    cursor = remembering(cursor, len(rows), config.refill)
     first = checkpoints.latest or 0
     best = Best(workdir, first, best_metric)
     plan = read_plan(workdir, config)
@@ -125,12 +134,13 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             start = time.perf_counter()
 
             # ---------------------------------------------------------------- prompts, rollout, reward
-            chosen = [order[position + i] for i in range(count + further_prompts(config.refill, count))]
-            asked = prompts.pick(chosen, config.prompt_buckets)
+            draws = fetch(draw(state)) if config.refill.revisit < 1 else None
+            ahead = prompts_ahead(cursor, order, most, config.refill, draws)
+            asked = prompts.pick(ahead.rows, config.prompt_buckets)
             sample_some = functools.partial(roll_out, rollouts, *policy(base, state.params), rollout_key(state))
             # The update uses `rewarded`; `sampled` also holds the completions that the refill dropped.
-            rewarded, sampled, used, refill_metrics = refilled(config.refill, count, asked, sample_some)
-            position += used
+            rewarded, sampled, used, worth, refill_metrics = refilled(config.refill, count, asked, sample_some)
+            cursor, skipped = moved(cursor, ahead, used, worth)
 
             # ---------------------------------------------------------------------------------- update
             update_start = time.perf_counter()
@@ -149,7 +159,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             # --------------------------------------------------------------------------------- metrics
             # While the devices compute the update, the host logs what it knows already.
             with phase("log completions"):
-                metrics = reward_metrics(sampled) | refill_metrics
+                metrics = reward_metrics(sampled) | refill_metrics | skipped
                 writer.completions(iteration, logged_completions(sampled, tokenizer, config.completions_logged))
             with phase("await update"):
                 reports, lengths_now = fetch((reports, lengths(rewarded.batch)))
@@ -181,7 +191,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
                     best.offer(iteration, state.params, metrics[best_metric])
                 done = hosts.any_process(stop.requested) or iteration == config.iterations
                 if done or iteration % config.save_every == 0:
-                    checkpoints.save(iteration, state, position)
+                    checkpoints.save(iteration, state, cursor)
             if recorded := profile.end():
                 progress.note(f"timeline of iteration {iteration}, recorded in {profile.directory}:\n{recorded}")
             if done:
@@ -255,8 +265,10 @@ def logged_completions(rewarded: Rewarded, tokenizer: hub.Tokenizer, limit: int)
 def main(config: TrainConfig, workdir: Path | None) -> None:
     """Makes the start of an embedded model if it is missing, and trains; a dry run makes one small iteration."""
     if not config.dry_run:
-        # A bad setting of the method fails here, before the start is trained.
+        # What does not fit together fails here, before the start is trained.
         checked_method(config)
+        checked_selection(config)
+        require_trackers(config.tracker_names)
         embedded_start(config)
         state = train(config, workdir)
         if int(state.iteration) < config.iterations:

@@ -17,6 +17,7 @@ def main(file: Path, workdir: Path) -> None:
     from gdsd_jax.config import HostsConfig, TrainConfig, freeze, read_config
     from gdsd_jax.runtime import hosts
     from gdsd_jax.training.checkpoint import Best, Checkpoints
+    from gdsd_jax.training.cursor import Cursor
     from gdsd_jax.training.state import TrainState
 
     hosts.initialize(HostsConfig())
@@ -31,7 +32,7 @@ def main(file: Path, workdir: Path) -> None:
     with Checkpoints(workdir, config, state) as checkpoints, Best(workdir, 0, "eval/reward") as best:
         for iteration in range(1, SAVES + 1):
             best.offer(iteration, state.params, float(iteration))
-            checkpoints.save(iteration, state, iteration)
+            checkpoints.save(iteration, state, Cursor(iteration))
 
 
 if __name__ == "__main__":

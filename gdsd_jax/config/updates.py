@@ -47,6 +47,10 @@ class RefillConfig:
     Attributes:
       rounds: most further rounds in an iteration; 0: the batch is the rollout as it is.
       prompts: prompts of each further round; None: as many as `prompts_per_iteration`.
+      revisit: probability that a prompt is asked again after its group was not worth an update. After n such groups in
+        succession it is asked with probability `revisit ** n`; otherwise it is skipped before anything is sampled, and
+        the next prompt takes its place. 1: no prompt is skipped; 0: none is asked again unless all others are used up.
+        It also works with `rounds=0`.
       select: decides which groups are worth an update. "spread" takes those whose rewards differ. `package.module:NAME`
         names a function from `gdsd_jax.training.refill.Candidates` to one number per group: groups above 0 are worth
         an update, and groups with larger numbers come first.
@@ -54,7 +58,13 @@ class RefillConfig:
 
     rounds: int = 0
     prompts: Count | None = None
+    revisit: Share = 1.0
     select: str = "spread"
+
+    @property
+    def selects(self) -> bool:
+        """Returns whether groups are judged at all."""
+        return self.rounds > 0 or self.revisit < 1
 
 
 @dataclasses.dataclass(frozen=True)

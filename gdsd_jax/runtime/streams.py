@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     SFT_DROPOUT = 9  # updates
     SFT_HELD_OUT = 11  # one, folded with the first row of a batch
     PARTS = 10  # passes over rollouts
+    REVISITS = 12  # iterations
 
 
 def stream_key(key: Array, stream: Stream, count: int | Int[Array, ""] = 0) -> Array:

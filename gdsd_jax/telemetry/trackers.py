@@ -11,11 +11,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.plugins import is_plugin, load_plugin
+
+METHODS = ("write", "close")
 
 
 class Tracker(Protocol):
@@ -35,10 +37,16 @@ def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
     tracker already holds are no longer valid. The step is -1 if the run starts anew, and None if all values stay valid.
 
     Raises:
-      UserError: the name is unknown, or a module or package cannot be imported.
+      UserError: the name is unknown, a module or package cannot be imported, or the name is of something that makes no
+        tracker.
     """
     if is_plugin(name):
-        return load_plugin(name, "config.trackers")
+        made_by = load_plugin(name, "config.trackers")
+        if not callable(made_by):
+            raise UserError(f"{name!r} of config.trackers is no class or function (docs/new_tracker.md)")
+        if isinstance(made_by, type):
+            _require_methods(name, [method for method in METHODS if _lacks(made_by, method)])
+        return made_by
     if name not in TRACKERS:
         raise UserError(f"config.trackers has {name!r}: it takes {', '.join(TRACKERS)}, or package.module:NAME")
     tracker = TRACKERS[name]
@@ -47,7 +55,7 @@ def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
 
 
 def require_trackers(names: Iterable[str]) -> None:
-    """Raises UserError if a tracker of these names is unknown or cannot be imported."""
+    """Raises UserError if a tracker of these names is unknown, cannot be imported, or is none."""
     for name in names:
         find_tracker(name)
 
@@ -65,10 +73,20 @@ def open_tracker(name: str, make: Callable[[Path, int | None], Tracker], workdir
     except Exception as error:  # a tracker of a user, or a service, may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"the tracker {name!r} of config.trackers cannot be opened: {reason}") from error
-    missing = [method for method in ("write", "close") if not callable(getattr(tracker, method, None))]
+    _require_methods(name, [method for method in METHODS if not callable(getattr(tracker, method, None))])
+    return tracker
+
+
+def _require_methods(name: str, missing: list[str]) -> None:
     if missing:
         raise UserError(f"the tracker {name!r} of config.trackers has no {missing[0]!r} (docs/new_tracker.md)")
-    return tracker
+
+
+def _lacks(kind: type, method: str) -> bool:
+    """Returns whether objects of a class lack a method: no base defines it, and no function of theirs sets it."""
+    functions = [value for base in kind.__mro__ for value in vars(base).values() if isinstance(value, FunctionType)]
+    named = any(method in function.__code__.co_names for function in functions)
+    return not (named or callable(getattr(kind, method, None)) or hasattr(kind, "__getattr__"))
 
 
 def import_package(package: str, setting: str) -> ModuleType:

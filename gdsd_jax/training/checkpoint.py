@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from gdsd_jax.config import TrainConfig
@@ -23,6 +24,7 @@ from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, check_disk
 from gdsd_jax.runtime.transfer import checksum, fetch
+from gdsd_jax.training.cursor import Cursor
 from gdsd_jax.training.intact import newest_intact, require_intact, sealed, structure
 from gdsd_jax.training.record import keep_record
 from gdsd_jax.training.state import TrainState, by_field, from_saved, saved_parts, to_save
@@ -171,13 +173,16 @@ class Checkpoints:
         """Returns the iteration of the newest checkpoint, or None if there is none."""
         return self._saver.manager.latest_step()
 
-    def save(self, iteration: int, state: TrainState, position: int) -> None:
-        """Starts saving in the background; `position` is the index of the next prompt in the global order."""
+    def save(self, iteration: int, state: TrainState, cursor: Cursor) -> None:
+        """Starts saving in the background; `cursor` is the place of the run in its data."""
         if iteration != self.latest:
-            self._saver.save(iteration, to_save(state), {"position": position})
+            values = {"position": cursor.position}
+            if cursor.rejections is not None:
+                values["rejections"] = cursor.rejections.tolist()
+            self._saver.save(iteration, to_save(state), values)
 
-    def restore(self) -> tuple[TrainState, int]:
-        """Returns the newest intact state and its data position; moves damaged checkpoints to `WORKDIR/damaged`.
+    def restore(self) -> tuple[TrainState, Cursor]:
+        """Returns the newest intact state and its place in the data; moves damaged checkpoints to `WORKDIR/damaged`.
 
         Raises:
           UserError: no checkpoint is intact.
@@ -188,11 +193,13 @@ class Checkpoints:
         items = {name: ocp.args.StandardRestore(self._template[name]) for name in names}
         args = ocp.args.Composite(data=ocp.args.JsonRestore(), **items)
 
-        def read(iteration: int) -> tuple[TrainState, int]:
+        def read(iteration: int) -> tuple[TrainState, Cursor]:
             restored = manager.restore(iteration, args=args)
             found, data = {name: restored[name] for name in items}, restored["data"]
             require_intact(data, list(found.values()))
-            return from_saved(found), data["position"]
+            rejections = data.get("rejections")
+            memory = None if rejections is None else np.array(rejections, np.int32)
+            return from_saved(found), Cursor(data["position"], memory)
 
         found, iteration = newest_intact(manager, read, by_field(self._template), self._workdir / "checkpoints")
         later = [step for step in manager.all_steps() if step > iteration]

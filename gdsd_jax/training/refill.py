@@ -7,7 +7,7 @@ sampling: DAPO, arXiv 2503.14476). Further prompts are sampled in rounds until e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 from gdsd_jax.runtime.sharding import constrain
 from gdsd_jax.runtime.transfer import put
+from gdsd_jax.tasks.task import weighted_sum
 from gdsd_jax.training.rollout import Prompts, Rewarded
 
 
@@ -73,18 +74,34 @@ def selection(name: str) -> Callable[[Candidates], np.ndarray]:
     return checked
 
 
+def made_up(rows: list[dict], weights: Mapping[str, float], size: int, length: int) -> Candidates:
+    """Returns groups as a rollout of these rows makes them: the rewards of the first are equal, of others they differ.
+
+    Args:
+      weights: those of the task's reward components, by name.
+      size: G, completions of a group.
+      length: L, tokens of a completion.
+    """
+    scores = np.arange(len(rows), dtype=np.float32)[:, None] * np.linspace(0, 1, size, dtype=np.float32)
+    components = {name: scores / len(rows) for name in weights}
+    completions = np.zeros((len(rows), size, length), np.int32)
+    return Candidates(weighted_sum(components, weights), components, completions, rows)
+
+
 class Refilled(NamedTuple):
     """The outcome of an iteration's rollouts.
 
     kept: the completions for the update, of the shape of one rollout.
     sampled: all completions that were sampled; its `batch` is that of `kept`.
     prompts: number of prompts that were used.
+    worth: `[prompts]` bool, whether the group of each of them was worth an update; None if refill is off.
     metrics: how much was sampled and dropped; empty if refill is off.
     """
 
     kept: Rewarded
     sampled: Rewarded
     prompts: int
+    worth: np.ndarray | None
     metrics: dict[str, float]
 
 
@@ -103,16 +120,18 @@ def refilled(
       roll_out: `(prompts, number of the first row) -> Rewarded`; the number makes the draws of the rounds differ.
     """
     kept = roll_out(asked.part(0, count), 0)
-    if not config.rounds:
-        return Refilled(kept, kept, count, {})
+    if not config.selects:
+        return Refilled(kept, kept, count, None, {})
     select, size = selection(config.select), kept.batch.group_size
     sampled, used, rows = kept, count, asked.rows[:count]
     values = select(candidates(kept, rows))
+    worth = values > 0
     rounds = 0
     while rounds < config.rounds and (values > 0).sum() < count:
         end = used + (config.prompts or count)
         new, new_rows = roll_out(asked.part(used, end), used * size), asked.rows[used:end]
-        values = np.concatenate([values, select(candidates(new, new_rows))])
+        new_values = select(candidates(new, new_rows))
+        values, worth = np.concatenate([values, new_values]), np.concatenate([worth, new_values > 0])
         sampled = joined(sampled, new)
         chosen = np.argsort(-values, kind="stable")[:count]
         kept, values = merged(kept, new, chosen), values[chosen]
@@ -124,7 +143,7 @@ def refilled(
         "refill/unfilled": float((values <= 0).mean()),
         "refill/reward": float(kept.rewards.mean()),
     }
-    return Refilled(kept, sampled._replace(batch=kept.batch), used, metrics)
+    return Refilled(kept, sampled._replace(batch=kept.batch), used, worth, metrics)
 
 
 def candidates(rewarded: Rewarded, rows: list[dict]) -> Candidates:

@@ -21,6 +21,7 @@ from gdsd_jax.runtime.sharding import Dimension, make_mesh
 from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.tasks import Task
 from gdsd_jax.training.optimizer import make_optimizer
+from gdsd_jax.training.refill import made_up, selection
 from gdsd_jax.training.rollout import Prompts, encode_prompts
 from gdsd_jax.training.state import Beside, TrainState, start_state
 
@@ -180,6 +181,25 @@ def checked_method(config: TrainConfig) -> Method:
         kl=config.reference.kl_target is not None,
     )  # fmt: skip
     return method
+
+
+def checked_selection(config: TrainConfig) -> None:
+    """Finds the function of `config.refill.select`, and tries a user's own on made-up groups of the run's shapes.
+
+    Nothing but the rows of the task is loaded for that.
+
+    Raises:
+      UserError: the function cannot be imported, fails, or returns no number for each group.
+    """
+    refill, count = config.refill, config.prompts_per_iteration
+    select = selection(refill.select)
+    if not (refill.selects and is_plugin(refill.select)):
+        return
+    task = resolve_task(config)
+    rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
+    for groups in {count, refill.prompts or count}:
+        some = [rows[number % len(rows)] for number in range(groups)]
+        select(made_up(some, task.weights, config.group_size, config.sampler.completion_length))
 
 
 def spread_rows(config: TrainConfig) -> dict[str, int]:

@@ -143,6 +143,8 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ("--config.method=reinforce", "config.method"),
         ("--config.lora.targets=head", "targets"),
         ("--config.trackers=('nothing',)", "config.trackers has 'nothing'"),
+        ("--config.trackers=('builtins:dict',)", "the tracker 'builtins:dict' of config.trackers has no 'write'"),
+        ("--config.refill.revisit=1.5", "config.refill.revisit is 1.5, it must be at least 0 and at most 1"),
         ("--config.lora.rank=1000", "adapter rank 1000 is above"),
         ("--config.checkpoint=nowhere", "nowhere"),
         ("--config.checkpoint=http://a/b", "http://a/b is on no disk"),
@@ -155,6 +157,12 @@ def test_settings_and_flags(override, named, config_file, refused, tmp_path):
     workdir = tmp_path / "run"
     assert named in refused(train, "--config", config_file, "--workdir", workdir, override)
     assert not workdir.exists()
+
+
+def test_a_selection_of_wrong_results_is_refused_before_anything_is_written(config_file, refused, tmp_path):
+    workdir, select = tmp_path / "run", "--config.refill.select=builtins:len"
+    said = refused(train, "--config", config_file, "--workdir", workdir, "--config.refill.rounds=1", select)
+    assert "'builtins:len' must return one finite number for each of 2 groups" in said and not workdir.exists()
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,10 @@ def test_sharded_equals_unsharded_with_all_that_comes_between(tmp_path):
 MESH = (2, 2, 2)
 
 
+# Rows come up again, and those whose groups were rejected are skipped by all processes alike.
+REPEATED = {"task.train_rows": 8, "refill.revisit": 0.25, "refill.select": "multi_run:above_the_mean"}
+
+
 class Jobs(NamedTuple):
     """One process that ran three iterations on eight devices, and four that were to run two and lost one of them."""
 
@@ -166,10 +170,11 @@ def jobs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("jobs")
     file = multi_run.build(directory, "llada")
     log = directory / "one.log"
-    whole = flags(file, directory / "whole", MESH, iterations=3)
+    whole = flags(file, directory / "whole", MESH, iterations=3, **REPEATED)
     finish([(launch(8, directory / "one", whole, log=log), log)])
     job = start_job(
-        4, directory / "four", flags(file, directory / "four", MESH, iterations=2, **{"hosts.heartbeat_seconds": 15}),
+        4, directory / "four",
+        flags(file, directory / "four", MESH, iterations=2, **REPEATED, **{"hosts.heartbeat_seconds": 15}),
         SIGNAL_SELF=f"3:2:{int(signal.SIGKILL)}",
     )  # fmt: skip
     try:
@@ -201,7 +206,7 @@ def restarted(jobs):
     """The workdir of the killed job after four new processes have finished it."""
     workdir = jobs.directory / "four"
     assert saved(workdir) == [1]
-    run = flags(jobs.file, workdir, MESH, iterations=2)
+    run = flags(jobs.file, workdir, MESH, iterations=2, **REPEATED)
     finish(start_job(4, jobs.directory / "again", run))
     return workdir
 
@@ -211,11 +216,12 @@ def test_the_restarted_job_goes_on_as_one_process_would(jobs, restarted):
     np.testing.assert_array_equal(found["rollouts"], jobs.expected["rollouts"][1:2])
     check_same_record(restarted, jobs.directory / "whole", steps=2)
     assert saved(restarted) == [1, 2]
+    assert max(line["refill/prompts_skipped"] for line in metrics(jobs.directory / "whole")) > 0
 
 
 def test_two_processes_resume_and_sigterm_to_one_of_them_saves(jobs, restarted):
     workdir = shutil.copytree(restarted, jobs.directory / "two")
-    run = flags(jobs.file, workdir, MESH, iterations=10)
+    run = flags(jobs.file, workdir, MESH, iterations=10, **REPEATED)
     job = start_job(2, jobs.directory / "two", run, SIGNAL_SELF=f"1:1:{int(signal.SIGTERM)}")
     finish(job)
     found = read(jobs.directory / "two")
@@ -226,7 +232,7 @@ def test_two_processes_resume_and_sigterm_to_one_of_them_saves(jobs, restarted):
 
 def test_one_process_resumes_on_another_mesh(jobs, restarted):
     workdir, log = shutil.copytree(restarted, jobs.directory / "other"), jobs.directory / "other.log"
-    run = flags(jobs.file, workdir, (1, 4, 2), iterations=3)
+    run = flags(jobs.file, workdir, (1, 4, 2), iterations=3, **REPEATED)
     finish([(launch(8, jobs.directory / "other", run, log=log), log)])
     check_same(read(jobs.directory / "other"), jobs.expected | {"rollouts": jobs.expected["rollouts"][2:]})
     check_same_record(workdir, jobs.directory / "whole", steps=3)

@@ -19,6 +19,7 @@ from gdsd_jax.telemetry import plots, progress
 from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress, duration
+from gdsd_jax.telemetry.trackers import require_trackers
 
 
 def test_lines_are_on_disk_at_once_and_hold_plain_numbers(tmp_path):
@@ -128,11 +129,37 @@ def test_a_tracker_of_the_users_own_gets_every_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("json:dumps", "cannot be opened: TypeError"), ("builtins:slice", "'write'")]
+    ("name", "said"), [("json:dumps", "cannot be opened: TypeError"), ("operator:eq", "has no 'write'")]
 )
 def test_what_is_no_tracker_is_refused(tmp_path, name, said):
     with pytest.raises(UserError, match=said):
         MetricWriter(tmp_path / "run", trackers=(name,))
+
+
+def test_a_class_of_other_objects_is_no_tracker(monkeypatch):
+    class Set:
+        def __init__(self, workdir, step):
+            self.write, self.close = print, print
+
+    class Half:
+        def write(self, step, values):
+            pass
+
+    class Passing:
+        def __getattr__(self, name):
+            return print
+
+    for tracker in (Set, Passing):
+        monkeypatch.setattr("math.mine", tracker, raising=False)
+        require_trackers(["math:mine"])
+    for tracker, said in (
+        (dict, "has no 'write'"),
+        (Half, "'math:mine' of config.trackers has no 'close'"),
+        (3, "is no class or function"),
+    ):
+        monkeypatch.setattr("math.mine", tracker)
+        with pytest.raises(UserError, match=said):
+            require_trackers(["math:mine"])
 
 
 @pytest.mark.parametrize("name", ["comet", "no_such_module:Tracker", "math:Tracker"])

@@ -20,6 +20,7 @@ from gdsd_jax.methods.contract import check
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.training.between import adapted_scale, after_iteration, part_of
 from gdsd_jax.training.checkpoint import Checkpoints
+from gdsd_jax.training.cursor import Cursor
 from gdsd_jax.training.state import Beside, TrainState, init_state
 from gdsd_jax.training.update import Before, UpdateSpec, make_inner_update
 
@@ -104,12 +105,17 @@ def test_what_is_beside_the_policy_is_saved_and_older_checkpoints_load(tmp_path,
     config, sgd = freeze(TrainConfig, default("base")), optax.adam(1e-2)
     head = lambda: {"w": jnp.arange(3.0), "b": jnp.float32(2.0)}  # noqa: E731
     full = init_state({"w": jnp.ones(2)}, sgd, 0, Beside(head, sgd, reference=True, kl_scale=True))
-    for name, state in (("full", full), ("plain", init_state({"w": jnp.ones(2)}, sgd, 0))):
+    plain = init_state({"w": jnp.ones(2)}, sgd, 0)
+    for name, state, memory in (("full", full, np.array([0, 3, 1], np.int32)), ("plain", plain, None)):
         with Checkpoints(tmp_path / name, config, state) as checkpoints:
-            checkpoints.save(3, state, 7)
+            checkpoints.save(3, state, Cursor(7, memory))
         with Checkpoints(tmp_path / name, config, state) as checkpoints:
-            found, position = checkpoints.restore()
-        assert position == 7 and isinstance(found, TrainState)
+            found, cursor = checkpoints.restore()
+        assert cursor.position == 7 and isinstance(found, TrainState)
+        np.testing.assert_array_equal(cursor.rejections, memory)
+        saved = json.loads((tmp_path / name / "checkpoints/3/data/metadata").read_text())
+        # Without a memory a checkpoint is what it was before there was one.
+        assert ("rejections" in saved) == (memory is not None)
         assert jax.tree.structure(found) == jax.tree.structure(state)
         raw = lambda state: state.replace(key=jax.random.key_data(state.key))  # noqa: E731
         jax.tree.map(np.testing.assert_array_equal, raw(found), raw(state))
@@ -174,7 +180,8 @@ def test_a_run_with_all_of_it_resumes_bit_for_bit(tmp_path, monkeypatch, kind):
     run = runpy.run_path(str(tiny_run.build(tmp_path)))["get_config"]()
     with run.unlocked():
         run.update(EVERYTHING)
-        run.refill.update(rounds=1, prompts=2, select="examples.refill:widest")
+        # Half of the groups are rejected, and no prompt of theirs is asked again while others are left.
+        run.refill.update(rounds=1, prompts=2, revisit=0.0, select="multi_run:above_the_mean")
         if kind == "reference":
             run.method = "gdsd"
             run.settings.gdsd = {"beta": 0.1}
@@ -187,6 +194,7 @@ def test_a_run_with_all_of_it_resumes_bit_for_bit(tmp_path, monkeypatch, kind):
     raw = lambda state: jax.device_get(state.replace(key=jax.random.key_data(state.key)))  # noqa: E731
     jax.tree.map(np.testing.assert_array_equal, raw(resumed), raw(whole))
     last = lines(tmp_path / "whole")[-1]
+    assert last["refill/prompts_skipped"] > 0
     if kind == "extras":
         assert last["grad/extras"] > 0 and float(np.abs(whole.extras["w"]).max()) > 0
     else:

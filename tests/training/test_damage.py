@@ -15,6 +15,7 @@ from test_checkpoint import config
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.training import checkpoint, record
 from gdsd_jax.training.checkpoint import BEST, Best, Checkpoints, load_params
+from gdsd_jax.training.cursor import Cursor
 from gdsd_jax.training.state import TrainState
 
 
@@ -37,7 +38,7 @@ def saved(tmp_path_factory) -> Path:
         patch.setattr(record.hub, "fingerprint", lambda checkpoint: "the same")
         with Checkpoints(workdir, config(), state(0.0)) as checkpoints, Best(workdir, 2, "puzzles") as best:
             for iteration in (1, 2):
-                checkpoints.save(iteration, state(float(iteration)), 10 * iteration)
+                checkpoints.save(iteration, state(float(iteration)), Cursor(10 * iteration))
             best.offer(2, state(2.0).params, 0.5)
     return workdir
 
@@ -45,12 +46,12 @@ def saved(tmp_path_factory) -> Path:
 def read(workdir: Path) -> tuple[float, int]:
     """(value of the state, position), after every array has been compared."""
     with Checkpoints(workdir, config(), state(0.0)) as checkpoints:
-        found, position = checkpoints.restore()
+        found, cursor = checkpoints.restore()
         value = float(found.iteration)
         assert checkpoints.latest == value
     jax.tree.map(np.testing.assert_array_equal, jax.random.key_data(found.key), jax.random.key_data(jax.random.key(7)))
     jax.tree.map(np.testing.assert_array_equal, found.replace(key=0), state(value).replace(key=0))
-    return value, position
+    return value, cursor.position
 
 
 def parameters(workdir: Path, best: bool = False) -> tuple[float, int]:
@@ -142,7 +143,7 @@ def test_another_version_is_told_from_damage(saved, tmp_path, monkeypatch, recor
     else:
         with monkeypatch.context() as patch, Checkpoints(workdir, config(), state(0.0)) as checkpoints:
             patch.setattr(checkpoint, "structure", lambda arrays: {})
-            checkpoints.save(2, state(2.0), 20)
+            checkpoints.save(2, state(2.0), Cursor(20))
     other = state(0.0)
     other = other.replace(opt_state={"c": other.opt_state["a"], "b": other.opt_state["b"]})
     said = r"checkpoints/2 was written by another version.*opt_state/a .*absent"
@@ -181,7 +182,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_once_there_is_room(saved, 
 
     with pytest.raises(UserError, match="no room for a checkpoint.*continues from the last checkpoint"), checkpoints:
         monkeypatch.setattr(checkpoints._saver.manager, "save", full)
-        checkpoints.save(3, state(3.0), 30)
+        checkpoints.save(3, state(3.0), Cursor(30))
     assert read(workdir) == (2.0, 20)
 
 
@@ -191,7 +192,7 @@ def test_a_clock_that_jumps_while_saving(saved, tmp_path, monkeypatch, capfd):
     # Every second look at the clock is an hour late.
     with Checkpoints(workdir, config(), state(0.0)) as checkpoints, monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: real() + 3600 * (next(calls) % 2))
-        checkpoints.save(3, state(3.0), 30)
-        checkpoints.save(4, state(4.0), 40)
+        checkpoints.save(3, state(3.0), Cursor(30))
+        checkpoints.save(4, state(4.0), Cursor(40))
         checkpoints._saver.manager.wait_until_finished()
     assert read(workdir) == (4.0, 40)
