@@ -3,7 +3,8 @@
 Every pass over the data set has an order of its own. With `config.refill.revisit` below 1, a run remembers how often in
 succession the groups of each prompt were rejected by `config.refill.select`. A prompt that is likely to be rejected
 again is skipped before anything is sampled for it, and the next one of the order takes its place. GRESO
-(arXiv 2506.02177) filters prompts in this way; it adapts its probabilities during a run, while `revisit` is constant.
+(arXiv 2506.02177) also skips prompts before the rollout, by their earlier rewards and by chance. It adapts its
+probabilities during a run, while `revisit` is constant.
 """
 
 from __future__ import annotations
