@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdsd_jax.telemetry.plots import COLOURS
+from gdsd_jax.telemetry.plots import COLOURS, literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str)
     shown = [start, *(100 * run["final"] for row in table["methods"] for run in row["runs"])]
     margin = max(0.15 * (max(shown) - min(shown)), 2)
     right.set_xlim(min(shown) - margin, max(shown) + margin)
-    name = table["metric"]
+    name = literal(table["metric"])
     titles = ("Reward of the rollouts (running mean)", f"Greedy, {split} split", "Final, with 95 % interval")
     for axes, title in zip((left, middle, right), titles, strict=True):
         axes.set_title(title, fontsize=11, loc="left")
@@ -64,7 +64,8 @@ def draw(path: Path, table: dict[str, Any], curves: dict[str, list], split: str)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), fontsize=9, frameon=False)
     counts = sorted({len(runs) for runs in curves.values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    figure.suptitle(f"{table['task']}: mean and range over {seeds} seed{'' if seeds == '1' else 's'}", fontsize=12)
+    task, plural = literal(table["task"]), "" if seeds == "1" else "s"
+    figure.suptitle(f"{task}: mean and range over {seeds} seed{plural}", fontsize=12)
     figure.savefig(path, format="png")
 
 

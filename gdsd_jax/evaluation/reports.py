@@ -20,7 +20,7 @@ from gdsd_jax.runtime.files import (
     write_json_lines,
     write_text,
 )
-from gdsd_jax.telemetry.plots import COLOURS
+from gdsd_jax.telemetry.plots import COLOURS, literal
 
 SUMMARY, TABLE, FIGURE, COMPLETIONS = (f"evaluation.{kind}" for kind in ("json", "md", "png", "jsonl"))
 COMPARISON = "comparison"
@@ -111,8 +111,9 @@ def draw(path: Path, summary: dict[str, Any]) -> None:
             found = [entry["metrics"][name] for entry in entries]
             mean, error = ([value[key] for value in found] for key in ("mean", "error"))
             colour = COLOURS[number % len(COLOURS)]
-            axes.errorbar(lengths, mean, yerr=error, color=colour, marker="o", markersize=4, capsize=3, label=name)
-        axes.set_title(task, fontsize=11)
+            style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 3, "label": literal(name)}
+            axes.errorbar(lengths, mean, yerr=error, **style)
+        axes.set_title(literal(task), fontsize=11)
         axes.set_xlabel("completion length", fontsize=9)
         axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.3, linewidth=0.6)

@@ -129,7 +129,7 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
     figure = Figure(figsize=(width, height), dpi=110)
     # Margins in inches. A layout that Matplotlib computes would draw everything twice, which takes a second.
     figure.subplots_adjust(0.7 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.75 / height, wspace=0.26, hspace=0.3)
-    figure.suptitle(f"{Path(workdir).resolve().name}: step {last}")
+    figure.suptitle(literal(f"{Path(workdir).resolve().name}: step {last}"))
     for index, (panel, present) in enumerate(drawn):
         axes = figure.add_subplot(rows, columns, index + 1)
         _draw(axes, panel, {name: series[name] for name in present}, series.get(SPREAD))
@@ -143,11 +143,18 @@ def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
     return path
 
 
+def literal(text: str) -> str:
+    """Returns a text that Matplotlib draws as it is given; a formula between dollar signs might not parse."""
+    return text.replace("$", r"\$")
+
+
 def _series(entries: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the steps and values of one metric, `[N]` each; null becomes NaN, which leaves a gap in the curve."""
     points = [(entry["step"], entry[name]) for entry in entries if name in entry]
     steps, values = zip(*points, strict=True)
-    return np.asarray(steps, float), np.asarray([np.nan if v is None else v for v in values], float)
+    found = np.asarray([np.nan if v is None else v for v in values], float)
+    # The ends of an axis must not lie further apart than the largest float.
+    return np.asarray(steps, float), np.where(np.isfinite(found), np.clip(found, -1e300, 1e300), np.nan)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -167,7 +174,7 @@ def _draw(
 ) -> None:
     for index, (name, (steps, values)) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
-        label = name.rsplit("/", 1)[-1].replace("_", " ")
+        label = literal(name.rsplit("/", 1)[-1].replace("_", " "))
         marker = "o" if len(steps) <= 30 else None
         if panel.smooth and len(steps) > 60:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
@@ -176,8 +183,8 @@ def _draw(
         if name == "reward/mean" and spread is not None:
             width = np.interp(steps, *spread)
             axes.fill_between(steps, values - width, values + width, color=colour, alpha=0.15, linewidth=0)
-    axes.set_title(panel.title, fontsize=11)
-    axes.set_ylabel(panel.label, fontsize=9)
+    axes.set_title(literal(panel.title), fontsize=11)
+    axes.set_ylabel(literal(panel.label), fontsize=9)
     axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", integer=True, nbins=6)
     finite = np.concatenate([values[np.isfinite(values)] for _, values in series.values()])

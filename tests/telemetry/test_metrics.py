@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
+from gdsd_jax.evaluation import reports
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import plain
 from gdsd_jax.telemetry import plots, progress
@@ -348,6 +349,23 @@ def test_chosen_metrics_are_drawn_alone(tmp_path, panels):
     assert panels == {"reward/std": ["reward/std"], "update/norm": ["update/norm"]}
     with pytest.raises(UserError, match="holds no eval/none"):
         plots.main([str(tmp_path), "eval/none"])
+
+
+def test_the_largest_numbers_are_drawn(tmp_path):
+    rows = [{"step": step, "loss": value} for step, value in enumerate((1e308, -1e308, 1.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plot_curves(tmp_path).is_file()
+
+
+def test_dollar_signs_are_text(tmp_path):
+    """Matplotlib would take what is between two of them for a formula, which these are not."""
+    run = tmp_path / "$a_{$"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward/$\\no$": 1.0, "reward/b": 2.0}) + "\n")
+    assert plot_curves(run).is_file() and plot_curves(run, ["reward/$\\no$"]).is_file()
+    entry = {"task": "$b_{$", "completion_length": 8, "metrics": {"$\\no$": {"mean": 0.5, "error": 0.1}}}
+    reports.draw(run / "evaluation.png", {"results": [entry]})
+    assert (run / "evaluation.png").is_file()
 
 
 @pytest.mark.parametrize("record", [None, "", '{"step": 1, "lo', '{"step": 1, "unknown": 1.0}\n'])
