@@ -64,6 +64,10 @@ def run(main: Callable[[], Any]) -> None:
         # It was off during the imports, whose objects stay, so that it need not look at them again.
         gc.freeze()
         gc.enable()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It was closed. A file opened later must not get its number, to which libraries write.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character shows a replacement.
         if hasattr(stream, "reconfigure"):
@@ -220,10 +224,12 @@ def write_report(error: BaseException) -> Path:
         ]
     )
     name = f"crash-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
-    for directory in (workdir, Path.cwd(), Path(tempfile.gettempdir())):
-        if directory is None or not directory.is_dir():
-            continue
+    # The current directory may have been removed, and there may be no place for temporary files either.
+    for place in (lambda: workdir, Path, lambda: Path(tempfile.gettempdir())):
         try:
+            directory = place()
+            if directory is None or not directory.is_dir():
+                continue
             # A file that is there already, perhaps a link that somebody else has made, is not written to.
             with (directory / name).open("x", encoding="utf-8", errors="replace") as file:
                 file.write(text)

@@ -122,9 +122,26 @@ def test_every_command_explains_itself(monkeypatch, capsys):
 
 def test_a_report_goes_elsewhere_where_the_directory_cannot_be_written(capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(front.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(front.Path, "cwd", lambda: Path("/proc/self"))
+    monkeypatch.chdir("/proc/self")
     code, lines = ended(KeyError("x"), capfd)
     assert code == 1 and str(tmp_path) in lines[0]
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    next(tmp_path.glob("crash-*")).unlink()
+    code, lines = ended(KeyError("x"), capfd)
+    assert code == 1 and f"please send {tmp_path}/crash-" in lines[0]
+
+
+def test_a_defect_is_named_also_where_no_report_can_be_written(capfd, tmp_path, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    with monkeypatch.context() as patch:  # ended early, because pytest asks for the directory too
+        patch.setattr(front.tempfile, "gettempdir", nowhere)
+        patch.chdir("/proc/self")
+        code, lines = ended(KeyError("x"), capfd)
+    assert code == 1 and len(lines) == 1 and "KeyError" in lines[0]
 
 
 def test_a_report_is_not_written_through_a_link(capfd, tmp_path, monkeypatch):
@@ -211,6 +228,22 @@ def test_nobody_reads_any_more():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(60) == front.NO_READER
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(closed, tmp_path):
+    """The number of a closed stream must not become that of a file, into which libraries would print."""
+    script = (
+        "import os, sys; from gdsd_jax.runtime import front\n"
+        "def main():\n"
+        "    print('out'), front.say('err')\n"
+        "    with open('number', 'w') as file: file.write(str(file.fileno()))\n"
+        "front.run(main)\n"
+    )
+    shell = f'exec {sys.executable} -c "$0" {closed}'
+    done = subprocess.run(["bash", "-c", shell, script], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr == ("" if "2>" in closed else "err\n")
+    assert int((tmp_path / "number").read_text()) > 2
 
 
 @pytest.mark.parametrize("command", ["train", "lm_eval", "telemetry.plots", "planning.pods"])
