@@ -30,7 +30,7 @@ FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
 FLOATS |= {"BF16": np.dtype(ml_dtypes.bfloat16)}
 _OTHER_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _OTHER_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library for headers; tokenizers have up to 40 MB
 
 
 class Stored(NamedTuple):
@@ -162,18 +162,18 @@ def checked_directory(directory: str | os.PathLike) -> epath.Path:
     return path
 
 
-def require_own_file(path: epath.Path) -> None:
+def require_own_file(path: epath.Path, most: int = 1 << 60) -> None:
     """Checks, before a file of a local directory is opened, that it is a regular file in the directory itself.
 
     A link may lead to another place in the directory, or to the `blobs` beside the `snapshots` in the hub's cache. An
     absent path, or one in a bucket, passes.
 
     Raises:
-      UserError: the path is a pipe or a device, or a link to anywhere else.
+      UserError: the path is a pipe or a device, a link to anywhere else, or has more than `most` bytes.
     """
     if in_bucket(path) or not os.path.lexists(path):
         return
-    files.require_regular(Path(path), most=1 << 60)
+    files.require_regular(Path(path), most)
     if Path(path).is_symlink():
         folder, target = os.path.realpath(Path(path).parent), os.path.realpath(path)
         blobs = os.path.realpath(os.path.join(folder, "..", "..", "blobs"))
@@ -182,11 +182,11 @@ def require_own_file(path: epath.Path) -> None:
 
 
 def require_own_files(directory: epath.Path, patterns: Iterable[str]) -> None:
-    """Checks every file of a directory that matches one of the patterns, as `require_own_file` does."""
+    """Checks every file that matches one of the patterns, and is read whole, as `require_own_file` does."""
     if not in_bucket(directory):
         for pattern in patterns:
             for path in directory.glob(pattern):
-                require_own_file(path)
+                require_own_file(path, files.MOST_BYTES)
 
 
 @contextmanager
@@ -206,10 +206,10 @@ def read_json(path: os.PathLike) -> dict[str, Any]:
     """Reads the object in a JSON file.
 
     Raises:
-      UserError: the file is absent, does not parse, or holds something other than an object.
+      UserError: the file is absent or too large, does not parse, or holds something other than an object.
     """
     path = epath.Path(path)
-    require_own_file(path)
+    require_own_file(path, _MAX_JSON_BYTES)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -248,7 +248,7 @@ def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, St
         raise UserError(f"{path} does not exist: the directory is no complete checkpoint")
     size = path.stat().length
     length = int.from_bytes(reader.read(path, 0, min(8, size)), "little")
-    if size >= 8 and length > _MAX_HEADER_BYTES:
+    if size >= 8 and length > _MAX_JSON_BYTES:
         raise UserError(f"{path} is no safetensors file (its header would be {length} bytes): download it again")
     if size < 8 + length:
         raise UserError(f"{path} is truncated within its header ({size} bytes): download it again")
@@ -310,6 +310,9 @@ def weight_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{index} has no weight_map from tensor to file: download it again")
     shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if os.path.basename(shard) != shard]
+    if outside:
+        raise UserError(f"{index} names {outside[0]!r:.100}, which is no file of its own directory: download it again")
     absent = [shard for shard in shards if not (directory / shard).is_file()]
     if absent:
         raise UserError(f"{index} names the shard {absent[0]}, which is not there: download it")

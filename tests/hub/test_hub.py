@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from gdsd_jax import hub
 from gdsd_jax.denoiser import TARGETS, DenoiserConfig, denoise, init_base, init_lora
 from gdsd_jax.families import FAMILIES as KNOWN
 from gdsd_jax.hub import names, save, tiny
+from gdsd_jax.hub.files import read_json
 from gdsd_jax.runtime.errors import UserError
 
 GOLDEN = Path()
@@ -281,6 +283,30 @@ def edit_index(change):
     return edit
 
 
+def grown(name):
+    """Returns an edit that makes a file of 50 GB, of which the disk holds next to nothing."""
+    return lambda directory: os.truncate(directory / name, 50 << 30)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "adapter_config.json"])
+def test_a_file_that_no_memory_holds_is_refused_before_it_is_read(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    grown(name)(tmp_path)
+    with pytest.raises(UserError, match=f"{name} has 53687091200 bytes, more than"):
+        read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.model", "modeling_x.py", "README.md"])
+def test_a_side_file_that_no_memory_holds_is_not_copied(name, tmp_path):
+    source = shutil.copytree(GOLDEN / "llada_tiny", tmp_path / "source")
+    (source / name).touch()
+    grown(name)(source)
+    config, base = hub.load_checkpoint(source)
+    with pytest.raises(UserError, match=f"{name} has 53687091200 bytes"):
+        hub.export_checkpoint(tmp_path / "out", config, base, source=source)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def repeat_in_second_shard(directory):
     save_file(load_file(directory / SECOND) | {NORM: np.ones(64, np.float32)}, directory / SECOND)
 
@@ -296,6 +322,12 @@ BROKEN_SHARDS = {
         "model-00004-of-00004.safetensors is not named in",
     ),
     "index without a map": (write("model.safetensors.index.json", b"{}"), "has no weight_map"),
+    "shard of another directory": (
+        edit_index(lambda m: m.update({NORM: "../other/model.safetensors"})),
+        "is no file of its own directory",
+    ),
+    "shard anywhere": (edit_index(lambda m: m.update({NORM: "/etc/passwd"})), "is no file of its own directory"),
+    "endless index": (grown("model.safetensors.index.json"), "more than the 100000000 that are read"),
 }
 
 

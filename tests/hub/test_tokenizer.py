@@ -286,3 +286,8 @@ def test_pipes_devices_and_links_out_of_the_directory_are_refused(copy):
     (copy / "merges.txt").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match=r"merges\.txt is a link out of its directory"):
         hub.load_tokenizer(copy)
+    (copy / "merges.txt").unlink()
+    (copy / "chat_template.jinja").touch()
+    os.truncate(copy / "chat_template.jinja", 50 << 30)
+    with pytest.raises(UserError, match=r"chat_template\.jinja has 53687091200 bytes"):
+        hub.load_tokenizer(copy)
