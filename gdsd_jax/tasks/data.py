@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import require_regular
 
@@ -198,7 +199,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet
 
     try:
+        # Equal values take next to no room in the file, and a mapping for every row in memory.
+        count = pyarrow.parquet.read_metadata(path).num_rows
+        memory.require(200 * count, memory.of_host(), f"{path} with {count} rows", "their number")
         records = pyarrow.parquet.read_table(path).to_pylist()
+    except UserError:
+        raise
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     return ((f"{path}, row {number}", record) for number, record in enumerate(records, start=1))

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from gdsd_jax.config import TaskConfig
+from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS, data, gsm8k
 from gdsd_jax.tasks.code import UNSAFE
@@ -199,6 +200,16 @@ def test_text_that_is_no_text_and_files_that_are_no_files_are_refused(tmp_path):
     for name in ("pipe.jsonl", "endless.csv"):
         with pytest.raises(UserError, match="no regular file"):
             TASKS["gsm8k"].read(tmp_path / name)
+
+
+def test_rows_that_no_memory_holds_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    """Equal rows take next to no room in a Parquet file."""
+    path = tmp_path / "many.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"nums": pyarrow.array([7] * 100_000)}), path)
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(memory, "of_host", lambda: 10_000_000)
+    with pytest.raises(UserError, match=r"many\.parquet with 100000 rows needs at least 0\.02 GB of memory"):
+        TASKS["countdown"].read(path)
 
 
 @pytest.mark.parametrize(
