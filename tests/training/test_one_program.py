@@ -43,6 +43,8 @@ def tiny_run(directory) -> TrainConfig:
         config.sampler.update(completion_length=20, steps=4, block_length=20)
         config.update(prompts_per_iteration=2, group_size=2, inner_updates=2, microbatch_rows=2, save_every=20)
         config.update(iterations=ITERATIONS)
+        # Which prompts an iteration skips must not affect the shapes.
+        config.refill.revisit = 0.5
         config.evaluation.update(every=EVERY, count=HELD_OUT, batch_rows=EVAL_ROWS, evaluation_prompt=False)
     return freeze(TrainConfig, config)
 
@@ -163,7 +165,8 @@ def test_update_and_sampler_are_two_programs_each(run):
 def test_results_come_back_through_fetch_alone(run):
     _, watch = run
     evaluations, batches = ITERATIONS // EVERY, -(-HELD_OUT // EVAL_ROWS)
-    assert watch.fetches == 2 * ITERATIONS + evaluations * batches
+    # An iteration fetches the draws of its prompts, its completions and its metrics.
+    assert watch.fetches == 3 * ITERATIONS + evaluations * batches
     assert watch.strays == []
 
 
