@@ -2,7 +2,8 @@
 
     python tests/attack_sandbox.py --backend bwrap|unshare [--as-user]
 
-Prints how many there are, and those that were not contained, passed, or changed the verdicts of the honest program.
+Prints how many there are, and those that were not contained, passed, or changed the verdicts of the honest program; the
+exit code is 1 if there are any.
 `--as-user` (from root) runs all of it as a user without rights.
 """
 
@@ -100,13 +101,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.as_user:
         done = as_user("--backend", options.backend)
-        sys.exit(f"{done.stdout}{done.stderr}")
+        print(f"{done.stdout}{done.stderr}", end="")
+        sys.exit(done.returncode)
     failure = sandbox.check(options.backend)
     if failure is not None:
         sys.exit(f"{options.backend}: {failure}")
     wrong = [found for name, each in outcomes(options.backend).items() if (found := not_contained(name, *each))]
     print(f"{options.backend}, user {os.geteuid()}: {len(ATTACKS)} attacks, {len(CHEATS)} cheats, {len(wrong)} wrong")
-    print("\n".join(sorted(wrong)))
+    print("\n".join(sorted(wrong)), end="\n" if wrong else "")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 DIRECTORY holds HumanEval.jsonl.gz and mbpp.jsonl. Every reference program must pass all tests, and fail some once each
 of its functions returns a fixed text instead; rows that do otherwise are named with their verdicts. `--trivial` judges
-that many one-line programs with one test each. Time is wall clock, so the load of the machine is printed beside it.
+that many one-line programs with one test each. Time is wall clock, so the load of the machine is printed beside it. The
+exit code is 1 if a row or a one-line program did otherwise.
 """
 
 import argparse
@@ -39,8 +40,9 @@ def timed(programs: list[Program], **options) -> list[list[Verdict]]:
     return verdicts
 
 
-def compare(file: Path, count: int | None, **options) -> None:
-    """Prints the counts of one file and the rows that are not as they should be."""
+def compare(file: Path, count: int | None, **options) -> int:
+    """Prints the counts of one file and the rows that are not as they should be; returns the number of these."""
+    wrong = 0
     rows = code.read(file, sandboxed=False)[:count]
     for kind, change, wanted in (("as given", str, True), ("altered", altered, False)):
         print(f"{file.name}, {kind}:")
@@ -50,7 +52,9 @@ def compare(file: Path, count: int | None, **options) -> None:
         print(f"  {sum(passed)} of {len(rows)} pass all their tests")
         for number, (right, each) in enumerate(zip(passed, verdicts, strict=True), start=1):
             if right != wanted:
+                wrong += 1
                 print(f"    row {number}: {', '.join(verdict.name for verdict in each)}", flush=True)
+    return wrong
 
 
 def main() -> None:
@@ -68,12 +72,16 @@ def main() -> None:
         "limits": Limits(seconds=options.seconds),
     }
     print(f"back end {settings['backend']}")
+    wrong = 0
     if options.trivial:
         sandbox.judge([Program("", ("pass",))] * 8, **settings)  # starts the workers
         verdicts = timed([Program("def one():\n    return 1", ("assert one() == 1",))] * options.trivial, **settings)
-        print(f"  {sum(each == [Verdict.PASSED] for each in verdicts)} pass")
+        passed = sum(each == [Verdict.PASSED] for each in verdicts)
+        print(f"  {passed} pass")
+        wrong += len(verdicts) - passed
     for name in FILES if options.directory else ():
-        compare(options.directory / name, options.count, **settings)
+        wrong += compare(options.directory / name, options.count, **settings)
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":
