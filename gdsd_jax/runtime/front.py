@@ -4,6 +4,7 @@
     Ctrl-C                        "interrupted", exit code 130
     training asked to stop        it saves, exit code 0 after SIGTERM and 130 after Ctrl-C, unless it was at its end
     a reader that has gone away   nothing, exit code 141, as after SIGPIPE
+    a user's own method or task   one line that names the place in it and a saved report, exit code 2
     a defect of this package      one line that names a saved report, exit code 1
 
 This module imports nothing that takes time, because it must work while the rest is still being imported.
@@ -20,6 +21,7 @@ import os
 import platform
 import signal
 import sys
+import sysconfig
 import tempfile
 import threading
 import traceback
@@ -201,10 +203,31 @@ def _bug(error: BaseException) -> int:
     what = f"{type(error).__name__}: {first_line(error)}"
     report = write_report(error)
     hosts = sys.modules.get("gdsd_jax.runtime.hosts")
+    place = _place_in_users_code(error)
     if hosts is not None and hosts.several():
-        hosts.leave(f"{what} (all of it is in {report})")
+        hosts.leave(f"{place or ''} {what} (all of it is in {report})")
+    if place is not None:
+        say(f"error: {place}: {what} (all of it is in {report}): mend it there")
+        return BAD_INPUT
     say(f"error: this is a defect of gdsd_jax, not of your input: {what}; please send {report}")
     return BUG
+
+
+def _place_in_users_code(error: BaseException) -> str | None:
+    """Returns `FILE, line N` of a user's method, task or tracker if it raised an error, or called what raised it.
+
+    Of the frames outside of Python's library and the installed packages, the last one decides.
+    """
+    package, paths = str(Path(__file__).parents[1]), sysconfig.get_paths()
+    libraries = tuple(paths[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts"))
+    found = None
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = frame.filename
+        if file.startswith(package + os.sep):
+            found = None
+        elif not (file.startswith(("<", *libraries)) or {"site-packages", "dist-packages"} & set(Path(file).parts)):
+            found = f"{file}, line {frame.lineno}"
+    return found
 
 
 def write_report(error: BaseException) -> Path:

@@ -15,6 +15,7 @@ from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import write_text
 from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 
 METHODS = ("write", "close")
@@ -132,7 +133,7 @@ class WeightsAndBiases:
         # The file keeps the run's identity, so that a resumed run continues the same curves.
         identity = workdir / "wandb_id.txt"
         if resume_step == -1 or not identity.exists():
-            identity.write_text(f"{workdir.resolve().name}-{time.time_ns():x}\n", encoding="utf-8")
+            write_text(identity, f"{workdir.resolve().name}-{time.time_ns():x}\n")
         self._run = import_package(self.package, "wandb").init(
             dir=str(workdir),
             project=os.environ.get("WANDB_PROJECT", "gdsd_jax"),

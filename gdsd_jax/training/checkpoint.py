@@ -25,7 +25,7 @@ from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, check_disk
 from gdsd_jax.runtime.transfer import checksum, fetch
 from gdsd_jax.training.cursor import Cursor
-from gdsd_jax.training.intact import newest_intact, require_intact, sealed, structure
+from gdsd_jax.training.intact import newest_intact, require_intact, require_readable, sealed, structure
 from gdsd_jax.training.record import keep_record
 from gdsd_jax.training.state import TrainState, by_field, from_saved, saved_parts, to_save
 
@@ -255,6 +255,7 @@ class Best:
                 require_intact(saved)
                 self._value = saved["value"] if saved["metric"] == metric else -math.inf
             except Exception as error:
+                require_readable(error, workdir / BEST / str(latest))
                 reason = front.first_line(error)
                 front.say(f"note: {workdir / BEST} is damaged ({reason}): the next best takes its place")
                 manager.delete(latest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import zlib
 from collections.abc import Callable
@@ -14,6 +15,10 @@ import orbax.checkpoint as ocp
 from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.transfer import checksum, fetch
+
+# Errors of reading that say nothing of what is read, by their numbers and in the words of TensorStore.
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT}
+_IN_WORDS = ("Too many open files", "Permission denied", "Stale file handle")
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +66,18 @@ def other_structure(manager: ocp.CheckpointManager, step: int, wanted: Any) -> s
     return None
 
 
+def require_readable(error: Exception, checkpoint: Path) -> None:
+    """Raises UserError if an error says nothing of a checkpoint, only of the machine that reads it.
+
+    Such a checkpoint may be intact, and must be neither passed over nor moved away.
+    """
+    for cause in front.causes(error):
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in _OF_THE_MACHINE or any(words in str(cause) for words in _IN_WORDS):
+            reason = front.first_line(cause)
+            raise UserError(f"{checkpoint} cannot be read now ({reason}): mend that and start again") from error
+
+
 def newest_intact(
     manager: ocp.CheckpointManager, read: Callable[[int], Any], wanted: Any, directory: Path
 ) -> tuple[Any, int]:
@@ -82,6 +99,7 @@ def newest_intact(
         try:
             found = read(step)
         except Exception as error:  # a damaged file can make the libraries that read it raise anything
+            require_readable(error, directory / str(step))
             problem = front.first_line(error)
         if not hosts.any_process(problem is not None):
             return found, step

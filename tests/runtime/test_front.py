@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gdsd_jax.runtime import front
@@ -19,10 +20,11 @@ from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import PackageError, UserError
 
 
-def ended(error: BaseException, capfd) -> tuple[int, list[str]]:
-    def main() -> None:
-        raise error
-
+def ended(error: BaseException, capfd, file: str = front.__file__) -> tuple[int, list[str]]:
+    """Ends a command whose code in `file` raises an error."""
+    found: dict = {"error": error}
+    exec(compile("def main():\n    raise error", file, "exec"), found)
+    main = found["main"]
     with pytest.raises(SystemExit) as stop:
         front.run(main)
     return stop.value.code, capfd.readouterr().err.splitlines()
@@ -77,7 +79,7 @@ def test_a_defect_is_one_line_and_a_saved_report(capfd, tmp_path):
     (report,) = tmp_path.glob("crash-*.txt")
     assert code == 1 and len(lines) == 1 and str(report) in lines[0] and "ZeroDivisionError" in lines[0]
     text = report.read_text()
-    assert "Traceback" in text and "raise error" in text and "python   3." in text
+    assert "Traceback" in text and ", in main" in text and "python   3." in text
 
 
 @pytest.mark.parametrize("error", [missing("gdsd_jax.nothing"), ImportError("cannot import it")])
@@ -118,6 +120,24 @@ def test_every_command_explains_itself(monkeypatch, capsys):
             assert not stop.code, name
         shown = capsys.readouterr()
         assert len(shown.out) > 100 and not shown.err, name
+
+
+def test_an_error_in_code_of_the_users_is_named_there(capfd, tmp_path):
+    """It is named too if a library or Python itself raised it, and not if our code did that it had called."""
+    task = str(tmp_path / "my_task.py")
+    code, (line,) = ended(ZeroDivisionError("division by zero"), capfd, task)
+    (report,) = tmp_path.glob("crash-*.txt")
+    assert code == 2 and line.startswith(f"error: {task}, line 2: ZeroDivisionError: division by zero")
+    assert str(report) in line and "Traceback" in report.read_text()
+    report.unlink()
+    for file, told in ((os.__file__, 2), (np.__file__, 2), (front.__file__, 1)):
+        found: dict = {}
+        exec(compile("def call():\n    raise KeyError('x')", file, "exec"), found)
+        exec(compile("def main():\n    call()", task, "exec"), found)
+        with pytest.raises(SystemExit) as stop:
+            front.run(found["main"])
+        assert stop.value.code == told and (f"{task}, line 2: KeyError" in capfd.readouterr().err) == (told == 2)
+        next(tmp_path.glob("crash-*.txt")).unlink()
 
 
 def test_a_report_goes_elsewhere_where_the_directory_cannot_be_written(capfd, tmp_path, monkeypatch):

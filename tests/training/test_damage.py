@@ -125,6 +125,29 @@ def test_the_newest_is_damaged(saved, tmp_path, capfd):
     assert "checkpoints/2 is damaged" in capfd.readouterr().err and (workdir / "damaged" / "2").is_dir()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        ValueError("UNKNOWN: Error opening 'x' [OS error 13: EACCES Permission denied]"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(error, saved, tmp_path, monkeypatch):
+    """It is neither passed over nor moved away, and the best one is not deleted."""
+    workdir = shutil.copytree(saved, tmp_path / "run")
+
+    def restore(*arguments: object, **named: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "restore", restore)
+        for use in (parameters, read, lambda workdir: Best(workdir, 2, "puzzles")):
+            with pytest.raises(UserError, match="cannot be read now"):
+                use(workdir)
+    assert not (workdir / "damaged").exists() and (workdir / BEST / "2").is_dir()
+    assert read(workdir) == (2.0, 20)
+
+
 def test_no_checkpoint_is_intact(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
     for path in (workdir / "checkpoints").rglob("data/metadata"):
