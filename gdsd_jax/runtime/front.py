@@ -203,7 +203,7 @@ def _bug(error: BaseException) -> int:
     what = f"{type(error).__name__}: {first_line(error)}"
     report = write_report(error)
     hosts = sys.modules.get("gdsd_jax.runtime.hosts")
-    place = _place_in_users_code(error)
+    place = place_in_users_code(error)
     if hosts is not None and hosts.several():
         hosts.leave(f"{place or ''} {what} (all of it is in {report})")
     if place is not None:
@@ -213,7 +213,7 @@ def _bug(error: BaseException) -> int:
     return BUG
 
 
-def _place_in_users_code(error: BaseException) -> str | None:
+def place_in_users_code(error: BaseException) -> str | None:
     """Returns `FILE, line N` of a user's method, task or tracker if it raised an error, or called what raised it.
 
     Of the frames outside of Python's library and the installed packages, the last one decides.

@@ -14,6 +14,7 @@ from typing import Any
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import plain, replacing, require_regular
+from gdsd_jax.runtime.front import first_line, place_in_users_code, say
 from gdsd_jax.telemetry.trackers import find_tracker, open_tracker
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
@@ -73,7 +74,7 @@ class MetricWriter:
             _cut_back(workdir / name, resume_step)
         self._metrics = (workdir / METRICS).open("a", encoding="utf-8")
         self._completions = (workdir / COMPLETIONS).open("a", encoding="utf-8")
-        self._trackers = [open_tracker(name, make, workdir, resume_step) for name, make in makers.items()]
+        self._trackers = {name: open_tracker(name, make, workdir, resume_step) for name, make in makers.items()}
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line `{"step": step, name: value, ...}`; NaN and infinities become null.
@@ -84,8 +85,8 @@ class MetricWriter:
         values = {name: plain(float(value)) for name, value in metrics.items()}
         self._append(self._metrics, [{"step": int(step), **values}])
         finite = {name: value for name, value in values.items() if value is not None}
-        for tracker in self._trackers:
-            tracker.write(int(step), finite)
+        for name in list(self._trackers):
+            self._call(name, "write", int(step), finite)
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends one line `{"step": step, ...}` per row, which holds the completion's text, rewards and the like."""
@@ -95,8 +96,18 @@ class MetricWriter:
         """Closes the files and the trackers."""
         self._metrics.close()
         self._completions.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for name in list(self._trackers):
+            self._call(name, "close")
+
+    def _call(self, name: str, method: str, *arguments: Any) -> None:
+        """Calls a method of a tracker; one that raises is named and called no more, because it must not end the run."""
+        try:
+            getattr(self._trackers[name], method)(*arguments)
+        except Exception as error:  # a service, or code of the user's, may raise anything
+            del self._trackers[name]
+            place = place_in_users_code(error)
+            reason = f"{place + ': ' if place else ''}{type(error).__name__}: {first_line(error)}"
+            say(f"note: the tracker {name!r} of config.trackers failed ({reason}) and gets no more metrics")
 
     def __enter__(self) -> MetricWriter:
         return self

@@ -129,6 +129,31 @@ def test_a_tracker_of_the_users_own_gets_every_step(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "lines.csv").read_text() == "1,0.5\n2,0.25\n"
 
 
+def test_a_tracker_that_raises_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+    """The record of the run is `metrics.jsonl`, and the other trackers are closed."""
+    text = "".join(
+        f"class {name}:\n"
+        "    def __init__(self, workdir, step):\n"
+        "        self.file = (workdir / type(self).__name__).open('a')\n"
+        "    def write(self, step, values):\n"
+        f"        {write}self.file.write(str(step))\n"
+        "    def close(self):\n"
+        f"        {close}self.file.close()\n"
+        for name, write, close in (("Write", "1 / (2 - step); ", ""), ("Close", "", "1 / 0; "), ("Good", "", ""))
+    )
+    (tmp_path / "frail_tracker.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("Write", "Close", "Good")
+    with MetricWriter(tmp_path / "run", trackers=[f"frail_tracker:{name}" for name in names]) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 0.5})
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert (tmp_path / "run" / "Good").read_text() == "123"
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split("'")[1] for line in lines] == ["frail_tracker:Write", "frail_tracker:Close"]
+    assert "frail_tracker.py, line 5: ZeroDivisionError" in lines[0]
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("json:dumps", "cannot be opened: TypeError"), ("operator:eq", "has no 'write'")]
 )
