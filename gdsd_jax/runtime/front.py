@@ -83,8 +83,12 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except SystemExit:
-        raise
+    except SystemExit as stop:
+        place = place_in_users_code(stop)
+        if place is None:
+            raise
+        say(f"error: {place}: it ends the command with {stop.code!r}: let it raise an error instead")
+        end(BAD_INPUT)
     except BaseException as error:
         end(settle(error))
 

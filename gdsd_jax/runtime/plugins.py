@@ -25,6 +25,6 @@ def load_plugin(name: str, setting: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module is a program
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{setting} {name!r} cannot be imported: {reason}") from error

@@ -1,9 +1,9 @@
 """Finds tasks by name: each is data, prompt, reward and metric together."""
 
-import importlib
 from typing import Any
 
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 from gdsd_jax.tasks import code, countdown, gsm8k, math, sudoku
 from gdsd_jax.tasks.task import Task, configure, require_settings
 
@@ -31,15 +31,11 @@ def resolve(name: str, *, evaluation: bool = False, grader: str | None = None, *
 def _find(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if not is_plugin(name):
         raise UserError(
             f"unknown task {name!r}; one of: {', '.join(TASKS)}, or a task of your own as package.module:NAME"
         )
-    try:
-        task = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot load task {name!r}: {error}") from error
+    task = load_plugin(name, "task")
     if not isinstance(task, Task):
         raise UserError(f"{name} is a {type(task).__name__}, not a gdsd_jax.tasks.Task")
     return task

@@ -204,7 +204,7 @@ class Task:
         def outcome(completion: str, row: Row) -> workers.Outcome:
             try:
                 return workers.Outcome({name: float(value) for name, value in function(completion, row).items()})
-            except Exception as error:  # a user's own reward may raise anything, and the batch must survive it
+            except (Exception, SystemExit) as error:  # the batch survives what a user's reward raises
                 return workers.Outcome(None, repr(error))
 
         if self.threads == 1:

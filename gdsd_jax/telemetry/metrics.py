@@ -103,7 +103,7 @@ class MetricWriter:
         """Calls a method of a tracker; one that raises is named and called no more, because it must not end the run."""
         try:
             getattr(self._trackers[name], method)(*arguments)
-        except Exception as error:  # a service, or code of the user's, may raise anything
+        except (Exception, SystemExit) as error:  # a service, or code of the user's, may raise anything
             del self._trackers[name]
             place = place_in_users_code(error)
             reason = f"{place + ': ' if place else ''}{type(error).__name__}: {first_line(error)}"

@@ -71,7 +71,7 @@ def open_tracker(name: str, make: Callable[[Path, int | None], Tracker], workdir
         tracker = make(workdir, step)
     except UserError:
         raise
-    except Exception as error:  # a tracker of a user, or a service, may raise anything
+    except (Exception, SystemExit) as error:  # a tracker of a user, or a service, may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"the tracker {name!r} of config.trackers cannot be opened: {reason}") from error
     _require_methods(name, [method for method in METHODS if not callable(getattr(tracker, method, None))])

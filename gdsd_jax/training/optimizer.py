@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import optax
 
 from gdsd_jax.config import OptimizerConfig
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 
 ADAMW = "optax:adamw"
 
@@ -57,19 +57,21 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule, setting: str) -> o
     settings = dict(config.settings)
     if config.name == ADAMW:
         settings = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay} | settings
-    module, _, attribute = config.name.partition(":")
+    if not is_plugin(config.name):
+        raise UserError(f"{setting}.name {config.name!r} is not package.module:NAME of an optimizer")
+    make = _adamw if config.name == ADAMW else load_plugin(config.name, f"{setting}.name")
     try:
-        make = _adamw if config.name == ADAMW else getattr(importlib.import_module(module), attribute)
         known = inspect.signature(make).parameters
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{setting}.name {config.name!r} is not package.module:NAME of an optimizer: {error}") from None
     # Some arguments describe the parameters by functions, which a config file cannot give.
     ours = {"mask": decayed, "weight_decay_mask": decayed, "muon_weight_dimension_numbers": matrices}
     settings = {name: value for name, value in ours.items() if name in known} | settings
     try:
         return make(learning_rate=schedule, **settings)
-    except TypeError as error:
-        raise UserError(f"{setting}.settings do not fit {config.name!r}: {error}") from None
+    except Exception as error:  # each optimizer checks its own settings, if it does at all
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{setting}.settings do not fit {config.name!r}: {reason}") from error
 
 
 def _adamw(learning_rate: optax.Schedule, weight_decay: float, **settings: Any) -> optax.GradientTransformation:

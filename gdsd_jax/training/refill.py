@@ -61,7 +61,7 @@ def selection(name: str) -> Callable[[Candidates], np.ndarray]:
         groups = len(candidates.rewards)
         try:
             values = np.asarray(chosen(candidates), np.float32)
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(f"config.refill.select {name!r} failed with {reason}") from error
         if values.shape != (groups,) or not np.isfinite(values).all():

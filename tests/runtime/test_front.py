@@ -140,6 +140,12 @@ def test_an_error_in_code_of_the_users_is_named_there(capfd, tmp_path):
         next(tmp_path.glob("crash-*.txt")).unlink()
 
 
+def test_code_of_the_users_does_not_end_a_command_in_silence(capfd, tmp_path):
+    code, lines = ended(SystemExit(0), capfd, str(tmp_path / "my_method.py"))
+    assert code == 2 and len(lines) == 1 and "my_method.py, line 2: it ends the command with 0" in lines[0]
+    assert ended(SystemExit(0), capfd) == (0, [])
+
+
 def test_a_report_goes_elsewhere_where_the_directory_cannot_be_written(capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(front.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.chdir("/proc/self")

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -174,10 +175,9 @@ def test_answer_template():
 def test_resolve_refuses_what_it_does_not_know():
     with pytest.raises(UserError, match="sudoku, countdown"):
         resolve("chess")
-    with pytest.raises(UserError, match="cannot load"):
-        resolve("no_such_module_here:TASK")
-    with pytest.raises(UserError, match="cannot load"):
-        resolve(":TASK")
+    for name in ("no_such_module_here:TASK", ":TASK", "gdsd_jax.tasks.sudoku:NOTHING"):
+        with pytest.raises(UserError, match=f"task '{name}' cannot be imported"):
+            resolve(name)
     with pytest.raises(UserError, match="setting 'prompt'"):
         resolve("sudoku", prompt="{puzzle}")
     with pytest.raises(UserError, match="cells_correct"):
@@ -204,8 +204,20 @@ def test_own_task_that_raises_costs_only_its_item(tmp_path, monkeypatch, caplog)
     np.testing.assert_array_equal(task.reward(["fine", "boom", "nan"], rows), [1.0, 0.0, 0.0])
     with pytest.raises(UserError, match="not a gdsd_jax.tasks.Task"):
         resolve("my_sudoku_task:NOT_A_TASK")
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot be imported"):
         resolve("my_sudoku_task:MISSING")
+
+
+def test_own_task_that_would_end_the_command_costs_only_its_item(tmp_path, monkeypatch):
+    row = TASKS["sudoku"].rows("test", count=1)
+    leaves = dataclasses.replace(TASKS["sudoku"], score=lambda completion, row: sys.exit(0), limits=None)
+    assert np.isnan(leaves.rewards([""], row)["cells_correct"]).all()
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = {"SystemExit": "raise SystemExit(0)", "SyntaxError": "def f(:", "NameError": "TASK = Tsak()"}
+    for kind, text in modules.items():
+        (tmp_path / f"broken_{kind.lower()}.py").write_text(text)
+        with pytest.raises(UserError, match=f"cannot be imported: {kind}"):
+            resolve(f"broken_{kind.lower()}:TASK")
 
 
 def test_threads_keep_the_order():
