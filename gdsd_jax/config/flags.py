@@ -90,9 +90,10 @@ def _shared(config: TrainConfig) -> dict[str, str]:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk between runs, in the user's cache unless JAX_COMPILATION_CACHE_DIR is set."""
-    if not jax.config.jax_compilation_cache_dir:
-        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(root / "gdsd_jax"))
+    # A user without an entry in the list of users may have no home, which leaves the "~" as it is.
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not jax.config.jax_compilation_cache_dir and not root.startswith("~"):
+        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "gdsd_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

@@ -185,14 +185,14 @@ class SamplerConfig:
                 self.strategy not in STRATEGIES,
                 f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}",
             ),
-            (not self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 or more"),
+            (not ((t := self.temperature) == 0 or t >= 1e-30), f"temperature is {t}; it must be 0 or at least 1e-30"),
             (
                 self.top_p is not None and not 0 < self.top_p <= 1,
                 f"top_p is {self.top_p}; it must be above 0 and at most 1, or None",
             ),
             (self.top_k is not None and self.top_k < 1, f"top_k is {self.top_k}; it must be at least 1, or None"),
             (not self.cfg_scale >= 0, f"cfg_scale is {self.cfg_scale}; it must be 0 (off) or more"),
-            (not self.alg_temp >= 0, f"alg_temp is {self.alg_temp}; it must be 0 or more"),
+            (not ((t := self.alg_temp) == 0 or t >= 1e-30), f"alg_temp is {t}; it must be 0 or at least 1e-30"),
             (
                 self.alg_temp and self.strategy in STRATEGIES and STRATEGIES[self.strategy].score is None,
                 f"alg_temp has no meaning for strategy {self.strategy!r}; set alg_temp=0",

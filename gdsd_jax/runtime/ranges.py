@@ -1,6 +1,7 @@
 """Types and ranges of settings, declared beside the fields of a dataclass: `rate: Positive = 1e-3`.
 
-A number without a range of its own is finite and not negative; a float fits into float32 and an int into int32.
+A number without a range of its own is finite and not negative; a float fits into float32, of which it is 0 or a normal
+number, and an int fits into int32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 from gdsd_jax.runtime.errors import UserError
 
 LARGEST_FLOAT, LARGEST_INT = 3.4028234e38, 2**31 - 1
+SMALLEST_FLOAT = 1.1754944e-38  # smaller ones become 0 on the devices, where some of them divide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if not limits.holds(value):
             allowed = f"at most {LARGEST_INT}" if origin is int and value > LARGEST_INT else limits
             raise UserError(f"{where} is {value!r}, it must be {allowed}")
+        if 0 < abs(value) < SMALLEST_FLOAT:
+            raise UserError(f"{where} is {value!r}, which float32 takes for 0: give 0 or a larger number")
         return value
     if origin in (tuple, Sequence) and isinstance(value, (tuple, list)):
         (inner, *_) = typing.get_args(base) or (Any,)

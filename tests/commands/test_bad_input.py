@@ -175,6 +175,7 @@ def test_a_selection_of_wrong_results_is_refused_before_anything_is_written(conf
         (evaluate, ["--output=out", "--checkpoint={base}", "--lengths=8,x"], "--lengths"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--lengths="], "--lengths ''"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--temperature=inf"], "--temperature is inf"),
+        (evaluate, ["--output=out", "--checkpoint={base}", "--temperature=1e-35"], "it must be 0 or at least 1e-30"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--steps=0"], "--steps is 0, it must be at least 1"),
         (evaluate, ["--output=out", "--checkpoint={base}", "--count=0"], "--count is 0, it must be at least 1"),
         (evaluate, ["--output=out", "--checkpoint={base}", f"--steps={10**11}"], "must be at most 2147483647"),

@@ -58,7 +58,7 @@ def test_there_are_numbers():
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_no_number_takes_nan_or_what_lies_beyond_float32(name):
-    for value in (math.nan, math.inf, 1e300):
+    for value in (math.nan, math.inf, 1e300, 1e-300, 1e-39):
         with pytest.raises(UserError, match=name.rpartition(".")[2]):
             changed(name, value)
 
