@@ -3,8 +3,8 @@
     python -m gdsd_jax.sft --config configs/tiny_sudoku.py --workdir runs/start_biased
     python -m gdsd_jax.train --config configs/tiny_sudoku.py --workdir runs/refill \
         --config.task.name=examples.refill:TASK --config.task.train_rows=200 --config.prompts_per_iteration=8 \
-        --config.microbatch_rows=64 --config.refill.rounds=8 --config.refill.revisit=0.5 \
-        --config.refill.select=examples.refill:widest
+        --config.microbatch_rows=64 --config.optimizer.learning_rate=3e-4 --config.refill.rounds=8 \
+        --config.refill.revisit=0.5 --config.refill.select=examples.refill:widest
 
 The task is Sudoku, but four of five puzzles earn nothing, whatever the answer. Without refill four fifths of an
 update's rows have no advantage. With it, further prompts are sampled until every group has advantages, in at most eight
