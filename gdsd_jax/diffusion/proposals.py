@@ -196,6 +196,18 @@ class Boost(NamedTuple):
         return self.token[:, None], self.amount[:, None] * (place == self.place[:, None])
 
 
+def slices_of(positions: int, at_one_position: int) -> int:
+    """Returns into how many slices positions are cut, so that the logits of one are at most `MAX_LOGITS` if possible.
+
+    Args:
+      at_one_position: the logits of all rows of one device at one position.
+    """
+    return next(
+        n for n in range(1, positions + 1)
+        if positions % n == 0 and (at_one_position * (positions // n) <= MAX_LOGITS or n == positions)
+    )  # fmt: skip
+
+
 def propose(
     config: DenoiserConfig,
     base: dict,
@@ -225,11 +237,7 @@ def propose(
         return candidates(ban(logits[0], banned), uniform, settings)
 
     passes, rows, positions, width = hidden.shape
-    at_one_position = passes * rows // pieces("rows", rows) * config.vocab_size
-    slices = next(
-        n for n in range(1, positions + 1)
-        if positions % n == 0 and (at_one_position * (positions // n) <= MAX_LOGITS or n == positions)
-    )  # fmt: skip
+    slices = slices_of(positions, passes * rows // pieces("rows", rows) * config.vocab_size)
     by_position = (uniform,) if raised is None else (uniform, raised[1])
     if slices == 1:
         return propose_slice((hidden, *by_position))

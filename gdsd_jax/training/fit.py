@@ -1,10 +1,10 @@
 """Chooses the sizes that a config leaves open by the memory of a device.
 
 These are the rows of a part of a rollout and of a micro-batch, and the activations that the backward pass recomputes.
-The memory of one device is estimated from the shapes of its arrays, with constants that come near the TPU compiler's
-own figures (docs/pods_plan.json) and a margin above them; `gdsd_jax.plan` asks the compiler itself. The fastest choice
-that fits is taken: first the backward pass that recomputes least, then the largest micro-batch, up to the size from
-which products take the time and not the reading of weights.
+The memory of one device is estimated from the shapes of its arrays, with factors that keep the estimate closely above
+the TPU compiler's own figures for all planned rows (docs/pods_plan.json); `gdsd_jax.plan` asks the compiler itself. The
+fastest choice that fits is taken: first the backward pass that recomputes least, then the largest micro-batch, up to
+the size from which products take the time and not the reading of weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gdsd_jax.config import TrainConfig
 from gdsd_jax.denoiser import DenoiserConfig, attention
 from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.denoiser.prepared import SHARE
+from gdsd_jax.diffusion.proposals import slices_of
 from gdsd_jax.methods import Batch, Method
 from gdsd_jax.runtime import memory
 from gdsd_jax.runtime.errors import UserError
@@ -34,6 +35,11 @@ from gdsd_jax.training.setup import dimensions, require_room, spread_rows, with_
 FILL = 0.85
 # Tokens per device from which a pass is bound by its products on all accelerators whose figures we know.
 ENOUGH_TOKENS = 8192
+# Fitted to the table of plans (docs/pods_plan.json), as the factors below are: copies of a step's logits, without and
+# with top-p or top-k; of all keys and values; and of the head, where it is gathered over many devices.
+LOGITS, CUT_LOGITS, CACHES, HEADS_OF_MANY, MANY = 3.2, 5.0, 1.9, 2.4, 32
+# What the backward pass keeps of a layer: copies of its input, and of the outputs of its products.
+KEPT, KEPT_OUTPUTS = 1.65, 1.2
 # From the fastest to the one that needs the least memory.
 POLICIES = ("none", "dots", "full")
 
@@ -90,66 +96,98 @@ class Sizes(NamedTuple):
         """Returns the bytes per entry of a layer's matrices."""
         return 1 if self.config.model.weights == "int8" else self._width
 
-    def resident(self) -> float:
-        """Estimates the arrays that stay in memory: base, trained parameters, moments, two gradients, old policy."""
-        c, m, cut = self.config, self.model, self.place.fsdp * self.place.tensor
-        tables = m.vocab_size * m.hidden_size * (1 if m.tied_head else 2)
-        layers = m.num_layers * self._layer
-        base = layers * self._stored + tables * self._width
+    @property
+    def _trained(self) -> float:
+        """Returns the number of trained parameters of one device."""
+        m, c, targets = self.model, self.config, target_shapes(self.model)
         if c.lora.rank:
-            targets = target_shapes(m)
             trained = m.num_layers * c.lora.rank * sum(sum(targets[name]) for name in c.lora.targets)
         else:
-            trained = layers + tables
+            trained = m.num_layers * self._layer + self._tables
+        return trained / (self.place.fsdp * self.place.tensor)
+
+    @property
+    def _tables(self) -> int:
+        """Returns the number of parameters of embedding and head."""
+        return self.model.vocab_size * self.model.hidden_size * (1 if self.model.tied_head else 2)
+
+    @property
+    def _rounded(self) -> float:
+        """Returns the bytes of the trained parameters in the dtype of products, if there is no base beside them."""
+        return 0 if self.config.lora.rank else self._width * self._trained
+
+    def state(self) -> float:
+        """Estimates the arrays that are always in memory: base, trained parameters and moments."""
+        c, m = self.config, self.model
+        base = m.num_layers * self._layer * self._stored + self._tables * self._width
         # Optimizers may tell parameters apart by their names and axes.
         matrix = {"layers": {"gate": {"kernel": jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)}}}
         moments = jax.eval_shape(make_optimizer(c.optimizer, 1)[0].init, matrix)
         copies = sum(x.size for x in jax.tree.leaves(moments)) // 1024
-        return (base + 4 * trained * (4 + copies)) / cut
+        return base / (self.place.fsdp * self.place.tensor) + 4 * self._trained * (1 + copies)
 
-    def gathered(self) -> float:
-        """Estimates the matrices that are gathered or widened for their products: of two layers, and of the head."""
-        head = self.model.vocab_size * self.model.hidden_size if self.place.fsdp > 1 else 0
-        layers = 2 * self._layer if self.place.fsdp > 1 or self.config.model.weights == "int8" else 0
-        return (layers + head) * self._width / self.place.tensor
-
-    def _working(self, *, gradient: bool) -> float:
-        """Estimates the activations that one layer holds at one time for one row."""
+    def _activations(self, tokens: float, *, hidden: float = 0, wide: float = 0, heads: float = 0) -> float:
+        """Returns the bytes of multiples of arrays of model width, MLP width and the width of all heads and keys."""
         m, tensor = self.model, self.place.tensor
-        wide = m.num_heads * m.head_dim + m.num_kv_heads * m.head_dim + (2 if gradient else 1.5) * m.intermediate_size
-        found = self._tokens * self._width * ((16 if gradient else 6) * m.hidden_size + 2 * wide / tensor)
-        if not self.place.kernel:
-            found += (3 if gradient else 2) * 4 * m.num_heads / tensor * self._tokens**2
-        return found
+        cut = wide * m.intermediate_size + heads * (m.num_heads + m.num_kv_heads) * m.head_dim
+        return tokens * self._width * (hidden * m.hidden_size + cut / tensor)
+
+    def _scores(self, tokens: int, copies: int) -> float:
+        """Returns the bytes of the matrices of attention scores of one row, where no kernel avoids them."""
+        return 0 if self.place.kernel else copies * 4 * self.model.num_heads / self.place.tensor * tokens**2
+
+    def _gathered(self) -> tuple[float, float]:
+        """Estimates the matrices that are gathered, or widened from int8, for their products: of layers and head."""
+        m, cut = self.model, self.place.fsdp > 1
+        matrices = 2 * self._layer if cut else self._layer if self._stored == 1 else 0
+        head = m.vocab_size * m.hidden_size if cut else 0
+        return matrices * self._width / self.place.tensor, head * self._width / self.place.tensor
 
     def sampler(self, rows: int) -> float:
         """Estimates a rollout of `rows` rows, including the arrays that stay in memory."""
-        m, s = self.model, self.config.sampler
-        local = math.ceil(rows / self.place.rows) * (2 if s.cfg_scale > 0 else 1)
-        read = s.block_length if s.forbid_mask and s.blocks > 1 else s.completion_length
-        row = self._working(gradient=False) + read * m.vocab_size * 4 * 0.6 / self.place.tensor
-        if s.cache != "none" or m.block_size is not None:
-            row += 2 * m.num_layers * self._tokens * m.num_kv_heads * m.head_dim * self._width / self.place.tensor
-        copied = m.num_layers * self._layer * self._stored / (self.place.fsdp * self.place.tensor)
-        if s.cache == "none" or not self.place.apart or copied > SHARE * self.place.memory:
-            copied = 0
-        return self.resident() + self.gathered() + copied + local * row
+        m, s, tensor = self.model, self.config.sampler, self.place.tensor
+        local, blocks = math.ceil(rows / self.place.rows) * (2 if s.cfg_scale > 0 else 1), m.block_size is not None
+        # A pass of a block-causal model is a block long.
+        layers, head = self._gathered()
+        tokens = s.block_length if blocks else self._tokens
+        layer = layers + local * (self._activations(tokens, hidden=2, wide=3) + self._scores(tokens, 2))
+        # Hidden states of a step's positions in float32, and logits, which are cut into slices.
+        positions = s.block_length if s.forbid_mask and s.blocks > 1 else s.completion_length
+        logits = 4 * local * m.vocab_size * (positions // slices_of(positions, local * m.vocab_size)) / tensor
+        drawn = head + (LOGITS if s.top_p is None and s.top_k is None else CUT_LOGITS) * logits
+        drawn += 4 * 4 * local * positions * m.hidden_size + (layers / 2 if self._stored == 1 else 0)
+        working = max(layer, drawn, HEADS_OF_MANY * head if self.place.fsdp > MANY else 0)
+        if s.cache != "none" or blocks:
+            cache = 2 * m.num_layers * self._tokens * m.num_kv_heads * m.head_dim * self._width / tensor
+            working += CACHES * local * cache
+        copied = m.num_layers * self._layer * self._stored / (self.place.fsdp * tensor)
+        if s.cache != "none" and self.place.apart and copied <= SHARE * self.place.memory:
+            working += copied
+        return self.state() + self._rounded + working
 
     def update(self, rows: int, remat: str) -> float:
         """Estimates an update in micro-batches of `rows` rows, including the arrays that stay in memory."""
         m, tensor = self.model, self.place.tensor
         local = math.ceil(rows / self.place.rows) * self.views
-        kept = m.hidden_size
+        # A block-causal model reads a noisy copy of the completion beside it.
+        tokens = self._tokens + (0 if m.block_size is None else self.config.sampler.completion_length)
+        kept = KEPT * m.hidden_size
         if remat != "full":
-            outputs = sum(o for name, (_, o) in target_shapes(m).items() if name not in ("o", "down"))
-            kept += outputs / tensor + 2 * m.hidden_size + len(self.config.lora.targets) * self.config.lora.rank
+            kept += (
+                KEPT_OUTPUTS * sum(o for name, (_, o) in target_shapes(m).items() if name not in ("o", "down")) / tensor
+            )
         if remat == "none":
-            kept += 8 * m.hidden_size + 2 * (m.num_heads * m.head_dim + m.intermediate_size) / tensor
-        row = m.num_layers * self._tokens * kept * self._width + self._working(gradient=True)
-        if remat == "none" and not self.place.kernel:
-            row += m.num_layers * 4 * m.num_heads / tensor * self._tokens**2
-        row += 3 * 4 * self.config.sampler.completion_length * min(m.vocab_size, self.config.model.vocab_chunk) / tensor
-        return self.resident() + self.gathered() + local * row
+            # Few plans recompute nothing, and they differ: this is up to two fifths above them.
+            cut = 8 * m.intermediate_size + 2.8 * (m.num_heads + m.num_kv_heads) * m.head_dim
+            kept += 8 * m.hidden_size + cut / tensor
+        row = m.num_layers * tokens * kept * self._width
+        if remat == "none":
+            row += m.num_layers * self._scores(tokens, 1)
+        working = self._activations(tokens, wide=6.7, heads=0.2) + self._scores(tokens, 3)
+        working += 4 * self.config.sampler.completion_length * min(m.vocab_size, self.config.model.vocab_chunk) / tensor
+        # The old policy, the gradient of a micro-batch and the sum of gradients.
+        policies = 3 * 4 * self._trained
+        return self.state() + self._rounded + policies + local * row + max(*self._gathered(), local * working)
 
     def fits(self, needed: float) -> bool:
         """Returns whether an estimate fits the memory, with the margin `FILL`."""

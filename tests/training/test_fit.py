@@ -1,4 +1,4 @@
-"""Sizes chosen from memory: near the compiler's figures where memory is short, and never over what the config sets."""
+"""Sizes chosen from memory: a close bound of the compiler's figures, and never over what the config sets."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, freeze
 from gdsd_jax.config.read import config_module
 from gdsd_jax.methods import build
-from gdsd_jax.planning import chips
+from gdsd_jax.planning import chips, pods
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.training import fit
 from gdsd_jax.training.fit import Place, fitted
@@ -32,30 +32,50 @@ def opened(config: TrainConfig, **compute) -> TrainConfig:
     return dataclasses.replace(config, rollout_rows=None, microbatch_rows=None, model=model)
 
 
-# Peak bytes of sampler and update on v5e:2x4, from whole compilations by libtpu 0.0.42.1 at commit 9f188ce.
-WHOLE = {"llada_8b": (9030293520, 8145213952), "dream_7b": (9142596112, 8429518336)}
+def test_estimates_bound_the_table_of_plans_from_above():
+    """By at most a fifth of what the compiler says or, where it says little, a twelfth of the chip's memory."""
+    plans, views, found = json.loads((ROOT / "docs" / "pods_plan.json").read_text()), {}, 0
+    for row in pods.rows():
+        report, config = plans[row.name], pods.row_config(row)
+        sizes = with_compute(hub.architecture(config.checkpoint, config.overrides), config.model)
+        memory = report["sampler"]["hbm_bytes"]
+        place = Place(memory, *report["mesh"].values(), kernel=True)
+        if row.file not in views:
+            views[row.file] = fit.views_of(config, build(config.method, **config.method_settings))
+        estimates = fit.Sizes(config, sizes, views[row.file], place)
+        sampler = estimates.sampler(report["rollout_rows"])
+        update = estimates.update(report["microbatch_rows"], report["remat"])
+        for estimate, name in ((sampler, "sampler"), (update, "update")):
+            peak = report[name]["peak_bytes"]
+            assert peak <= estimate <= peak + max(peak / 5, memory / 12), (row.name, name, estimate / peak)
+            found += 1
+    assert found == 2 * len(plans)
 
 
-@pytest.mark.parametrize("model", WHOLE)
-def test_estimates_come_near_the_compiler(model):
-    """On the slice whose memory is short. The table of plans, made without machine code, bounds them from below."""
-    config, sizes = recipe(model)
-    report = json.loads((ROOT / "docs" / "pods_plan.json").read_text())[f"{model}_pod:v5e-8_countdown"]
+# Peak bytes of updates that recompute nothing, after the rows of their micro-batches, from `python -m gdsd_jax.plan
+# --quick --programs update --config.model.remat=none` with libtpu 0.0.42.1. The last one does not fit.
+NOTHING_RECOMPUTED = {
+    "llada_8b_pod:v5p-32_countdown": (16, 36457636640),
+    "sizes_pod:0.6b-v5e-1_gsm8k": (2, 14154308096),
+    "sizes_pod:1.7b-v5e-8_gsm8k": (16, 29517162741),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_RECOMPUTED)
+def test_estimates_bound_updates_that_recompute_nothing(name):
+    report = json.loads((ROOT / "docs" / "pods_plan.json").read_text())[name]
+    config = next(pods.row_config(row) for row in pods.rows() if row.name == name)
+    sizes = with_compute(hub.architecture(config.checkpoint, config.overrides), config.model)
     place = Place(report["sampler"]["hbm_bytes"], *report["mesh"].values(), kernel=True)
-    method = build(config.method, **config.method_settings)
-    estimates = fit.Sizes(config, sizes, fit.views_of(config, method), place)
-    sampler = estimates.sampler(report.get("rollout_rows", report["rows"]))
-    update = estimates.update(report["microbatch_rows"], report.get("remat", "full"))
-    for estimate, name, whole in zip((sampler, update), ("sampler", "update"), WHOLE[model], strict=True):
-        assert 0.85 < estimate / whole < 1.35
-        assert estimate > report[name]["peak_bytes"]
+    rows, peak = NOTHING_RECOMPUTED[name]
+    assert peak <= fit.Sizes(config, sizes, 4, place).update(rows, "none") <= 1.4 * peak
 
 
 def test_the_fastest_that_fits_is_taken():
     config, sizes = recipe("llada_8b")
     method = build(config.method, **config.method_settings)
     free, found = opened(config), []
-    for memory in (8, 16, 32, 96, 400):
+    for memory in (4, 8, 16, 32, 96, 400):
         place = Place(memory * GIB, 1, 8, 1, kernel=True)
         chosen = fitted(free, sizes, method, place)
         estimates = fit.Sizes(chosen, sizes, fit.views_of(chosen, method), place)
@@ -78,9 +98,9 @@ def test_what_is_set_stays_and_int8_makes_room():
     assert fitted(kept, sizes, method, one) is kept
     small = opened(config, weights="int8")
     assert fitted(dataclasses.replace(small, microbatch_rows=32), sizes, method, one).microbatch_rows == 32
-    resident = [fit.Sizes(each, sizes, 4, one).resident() for each in (config, small)]
+    state = [fit.Sizes(each, sizes, 4, one).state() for each in (config, small)]
     layers = 32 * sum(i * o for i, o in fit.target_shapes(sizes).values())
-    assert resident[0] - resident[1] == layers
+    assert state[0] - state[1] == layers
     with pytest.raises(UserError, match="config.mesh"):
         fitted(small, sizes, method, Place(GIB, 7, 1, 1, kernel=True))
 
@@ -92,6 +112,6 @@ def test_moments_of_the_optimizer_are_counted(name, moments):
     one = Place(GIB, 1, 1, 1, kernel=True)
     of = lambda name: fit.Sizes(  # noqa: E731
         dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name)), sizes, 4, one
-    ).resident()
+    ).state()
     trained = 32 * config.lora.rank * sum(sum(fit.target_shapes(sizes)[target]) for target in config.lora.targets)
     assert of(name) - of("optax:sgd") == 4 * trained * moments
