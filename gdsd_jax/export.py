@@ -135,8 +135,8 @@ def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:
 def main(config: TrainConfig, workdir: Path | None, *, output: str | None, format: str, **flags: Any) -> None:
     if output is None:
         raise UserError("give --output DIRECTORY, for the export")
-    for kind, path in run(config, workdir, Path(output), format=format, **flags).items():
-        print(f"wrote {path} ({kind})")
+    for path in run(config, workdir, Path(output), format=format, **flags).values():
+        print(f"wrote {path}")
 
 
 OPTIONS = POLICY_OPTIONS | {

@@ -97,8 +97,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     progress = hosts.first_only(Progress, config.sft.steps, start=first, label="sft")
     # StopSignal is outermost: a signal that arrives while the others close and save must not interrupt them.
     with StopSignal() as stop, writer, checkpoints, progress:
-        if checkpoints.note and first:
-            progress.note(checkpoints.note)
+        if first:
+            progress.note(checkpoints.note or f"resumed after step {first} of {config.sft.steps}")
         start = time.perf_counter()
         for step in range(first, config.sft.steps):
             if hosts.any_process(stop.requested):
@@ -127,7 +127,8 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
                 reached = accuracy(state.params)
                 writer.write(step + 1, {f"eval/{setup.task.metrics_named[-1]}": reached})
                 if reached >= config.sft.until:
-                    progress.note(f"step {step + 1}: {reached:.1%} on the validation rows is enough")
+                    name = setup.task.metrics_named[-1]
+                    progress.note(f"step {step + 1}: {name} {reached:.3f} on validation rows reaches config.sft.until")
                     break
     if hosts.first():
         plot_curves(workdir)
@@ -230,7 +231,9 @@ def embedded_start(config: TrainConfig) -> None:
         remove_leftovers(checkpoint.parent)
         return
     if checkpoint.name != "merged":
-        raise UserError(f"config.checkpoint {checkpoint} of an embedded model must name a directory called merged")
+        raise UserError(
+            f"config.checkpoint {checkpoint} must end in /merged: the embedded model is written there on first use"
+        )
     init = checkpoint.parent / "init"
     if hosts.first() and not init.exists():
         tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))

@@ -127,8 +127,8 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     warned: set[str] = set()
     # StopSignal is outermost: a signal that arrives while the others close and save must not interrupt them.
     with StopSignal() as stop, writer, checkpoints, best, progress, profile, jax.transfer_guard("disallow"):
-        if checkpoints.note and first:
-            progress.note(checkpoints.note)
+        if first:
+            progress.note(checkpoints.note or f"resumed after iteration {first} of {config.iterations}")
         for iteration in range(first + 1, config.iterations + 1):
             profile.begin(iteration)
             start = time.perf_counter()
@@ -195,6 +195,8 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             if recorded := profile.end():
                 progress.note(f"timeline of iteration {iteration}, recorded in {profile.directory}:\n{recorded}")
             if done:
+                if iteration < config.iterations:
+                    progress.note(f"stopped after iteration {iteration}: start again with the same --workdir to go on")
                 break
     if hosts.first():
         plot_curves(workdir)
@@ -273,6 +275,8 @@ def main(config: TrainConfig, workdir: Path | None) -> None:
         state = train(config, workdir)
         if int(state.iteration) < config.iterations:
             raise SystemExit(exit_code())
+        if hosts.first():
+            print(f"wrote {workdir}")
         return
     with tempfile.TemporaryDirectory() as temporary:
         directory = workdir or Path(temporary) / "run"
