@@ -162,7 +162,26 @@ def test_stop_finds_the_command_and_spares_its_own_shell():
     assert pattern.search("python launch/with_profiler.py gdsd_jax.train --config c.py")
     assert not pattern.search(f"bash -c {shell}")
     lock = re.search(r"flock (\S+)", shell)[1]
-    assert f"flock {lock} " in remote(dry_run("run_all", *TRAIN)[0])
+    assert f"flock --no-fork {lock} " in remote(dry_run("run_all", *TRAIN)[0])
+
+
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), print("saved", flush=True), sys.exit(75)))
+print("trains", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_command_that_is_stopped_saves_before_its_lock_is_free(tmp_path):
+    """The process that the shell started is the one that the signal reaches, so its exit code is the command's."""
+    shell = remote(dry_run("run_all", sys.executable, "-c", SAVES)[0]).rpartition("&& ")[2]
+    shell = shell.replace("/tmp/gdsd.lock", str(tmp_path / "lock"))
+    with subprocess.Popen(["bash", "-c", shell], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "trains\n"
+        process.terminate()
+        assert process.wait(timeout=10) == 75
+        assert process.stdout.read() == "saved\n"
 
 
 def documented():
