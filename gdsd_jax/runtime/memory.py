@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import jax
-
 from gdsd_jax.runtime.errors import UserError
 
 
@@ -16,6 +14,9 @@ def of_host() -> int:
 
 def of_devices() -> int:
     """Returns the bytes of all devices' memory together; if no device reports its own, the hosts' memory counts."""
+    # Imported only here: processes that score rewards ask for the host's memory, and start faster without JAX.
+    import jax
+
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     known = sum(one.get("bytes_limit", 0) for one in stats)
     return known * jax.process_count() if known else of_host() * jax.process_count()

@@ -237,7 +237,8 @@ def test_an_interrupt_in_a_finalizer_ends_the_command(capfd):
         time.sleep(5)
         raise AssertionError("the interrupt was lost")
 
-    handler = signal.getsignal(signal.SIGINT)
+    # Shells start jobs in the background with this signal ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as stop:
             front.run(main)
