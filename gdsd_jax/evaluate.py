@@ -77,6 +77,7 @@ def main(
             config, workdir, output=directory, samples=samples, temperature=temperature, pass_at=passes, **flags
         )
         console.print(reports.table(summary))
+        console.print(reports.LEGEND, highlight=False, markup=False)
     console.print(f"wrote {directory}", highlight=False)
 
 

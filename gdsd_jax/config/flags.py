@@ -25,6 +25,9 @@ from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import require_writable
 
+# What the value of a flag must be, by absl's name of the flag's type.
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
 
 class Option(NamedTuple):
     """A flag of one command. `kind` is str, int, float or bool; `written` marks a path that the command writes to."""
@@ -121,7 +124,7 @@ def parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, 
     try:
         rest = values(known)[1:]
     except (Exception, SystemExit) as error:  # a config file is a program, which may raise anything
-        raise UserError(_place(error, file) or f"{file}: {_first_line(error)}") from None
+        raise UserError(_place(error, file) or _other_kind(error, values) or f"{file}: {_first_line(error)}") from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --NAME=VALUE")
     config = values["config"].value
@@ -239,6 +242,17 @@ def _place(error: BaseException | None, file: str) -> str | None:
             return f"{file}, line {lines[-1]}: {type(error).__name__}: {_first_line(error)}"
         error = error.__context__
     return None
+
+
+def _other_kind(error: BaseException, values: flags.FlagValues) -> str | None:
+    """Returns what the value of a flag must be, if absl refused the flag because its value is something else."""
+    name = re.match("flag --([^=]+)=", str(error))
+    if not (isinstance(error, flags.IllegalFlagValueError) and name and name[1] in values and error.__context__):
+        return None
+    kind = KINDS.get(values[name[1]].flag_type())
+    value = str(error)[name.end() :].removesuffix(f": {error.__context__}")
+    setting = name[1] if name[1].startswith("config.") else f"--{name[1]}"
+    return f"{setting} is {textwrap.shorten(value, 100)!r}, it must be {kind}" if kind else None
 
 
 def _first_line(error: BaseException) -> str:

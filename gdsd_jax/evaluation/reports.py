@@ -24,6 +24,7 @@ from gdsd_jax.telemetry.plots import COLOURS, literal
 
 SUMMARY, TABLE, FIGURE, COMPLETIONS = (f"evaluation.{kind}" for kind in ("json", "md", "png", "jsonl"))
 COMPARISON = "comparison"
+LEGEND = "Columns: completion length (denoising steps). ±: standard error over the rows."
 
 
 def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None:
@@ -34,9 +35,8 @@ def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None
       records: one record per completion.
     """
     title, header, body = describe(summary), *_grid(summary)
-    legend = "Mean ± standard error of the mean over rows; in parentheses the denoising steps."
     write_json_lines(directory / COMPLETIONS, records)
-    write_text(directory / TABLE, f"{title}\n\n{markdown(header, body, left=2)}\n\n{legend}\n")
+    write_text(directory / TABLE, f"{title}\n\n{markdown(header, body, left=2)}\n\n{LEGEND}\n")
     with replacing(directory / FIGURE) as draft:
         draw(draft, summary)
     write_json(directory / SUMMARY, summary)

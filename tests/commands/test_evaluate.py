@@ -189,7 +189,8 @@ def test_best_checkpoint_is_kept_evaluated_and_compared(config_file, tmp_path, m
     kept, newest = (jax.tree.leaves(policy.lora) for policy in policies)
     assert any((a != b).any() for a, b in zip(kept, newest, strict=True))
 
-    capsys.readouterr()
+    (legend,) = {line for line in capsys.readouterr().out.splitlines() if "(denoising steps)" in line}
+    assert "standard error" in legend and len(legend) <= 80
     tiny_run.command(evaluate, *run, "--output", tmp_path / "best", "--compare", tmp_path / "newest")
     assert "95 % interval" in capsys.readouterr().out
     (found, *_) = json.loads((tmp_path / "best" / "comparison.json").read_text())["results"]

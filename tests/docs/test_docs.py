@@ -15,6 +15,7 @@ from surroundings import surroundings  # noqa: F401  (a fixture that acts by its
 
 from gdsd_jax.config import TrainConfig, default, freeze, to_dict
 from gdsd_jax.telemetry.metrics import MetricWriter
+from gdsd_jax.training.record import FREE_TO_CHANGE, LENGTH, ROUNDING_ONLY
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,6 +62,11 @@ def test_the_configuration_page_is_up_to_date():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert (ROOT / "docs" / "configuration.md").read_text() == script.page()
+
+
+def test_the_quickstart_lists_the_settings_that_a_resumed_run_may_change():
+    (table,) = re.findall(r"^A resumed run keeps.*?\n\n((?:\|.*\n)+)", (ROOT / "docs/quickstart.md").read_text(), re.M)
+    assert set(re.findall("`([^`]+)`", table)) == {"config", *FREE_TO_CHANGE, *ROUNDING_ONLY, *LENGTH}
 
 
 @pytest.mark.slow
