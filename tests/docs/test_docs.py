@@ -56,6 +56,12 @@ def test_settings_commands_and_files_that_a_page_names_exist(page):
         assert (ROOT / file).exists(), file
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_no_line_of_a_page_is_taken_for_a_comment(page):
+    """The site leaves out lines that begin with a percent sign."""
+    assert not [line for line in page.read_text().splitlines() if line.lstrip().startswith("% ")]
+
+
 def test_the_configuration_page_is_up_to_date():
     """If not: python docs/make_configuration.py."""
     spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
