@@ -53,6 +53,7 @@ from gdsd_jax.tasks.task import weighted_sum
 from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
 from gdsd_jax.train import due, make_evaluation, update_metrics
 from gdsd_jax.training.between import after_iteration
+from gdsd_jax.training.cursor import Cursor
 from gdsd_jax.training.divergence import is_finite
 from gdsd_jax.training.optimizer import make_optimizer
 from gdsd_jax.training.record import keep_record, with_first_schedule
@@ -233,7 +234,7 @@ class Bench:
         config = with_first_schedule(run.config, run.directory)
         whole = state.replace(opt_state=state.opt_state[0])
         with Checkpoints(run.directory, config, whole) as checkpoints:
-            checkpoints.save(config.iterations, whole, config.iterations * config.prompts_per_iteration)
+            checkpoints.save(config.iterations, whole, Cursor(config.iterations * config.prompts_per_iteration))
         greedy, policy_now = greedy_sampler(config), policy(self.setup.base, state.params)
         drawn = dataclasses.replace(greedy, temperature=1.0)
         self.evaluate(run, policy_now, greedy, run.directory / "evaluation", rows=TEST_ROWS, samples=1)

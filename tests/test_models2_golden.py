@@ -17,6 +17,7 @@ import pytest
 from gdsd_jax import hub
 from gdsd_jax.denoiser import denoise, layout, logits_from_hidden, noisy_states_at
 from gdsd_jax.denoiser.forward import rope_of, run
+from gdsd_jax.denoiser.model import Context
 from gdsd_jax.diffusion import SamplerConfig, blocks, sample
 from gdsd_jax.diffusion.sampler import infill, replay
 from gdsd_jax.training.rollout import completion_mask
@@ -273,7 +274,7 @@ def with_a_second_block_size(monkeypatch, second):
 
     def whole(config, base, lora, text):
         seen = Layout(config.block_size, text.shape[1])
-        return run(config, base, lora, text, None, rope_of(config, text.shape[1], seen), layout=seen)
+        return run(config, base, lora, text, Context(None, rope_of(config, text.shape[1], seen)), layout=seen)
 
     def prefilled(config, base, lora, tokens, real, width, rope):
         last = whole(config, base, lora, tokens)(slice(tokens.shape[1] - 1, tokens.shape[1]))[0]

