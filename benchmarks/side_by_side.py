@@ -406,14 +406,20 @@ def chosen_rate(runs: Sequence[Run], metric: str) -> float | None:
     return max(finals, key=finals.__getitem__) if finals else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Returns a parser of the flags that define a comparison, which making and reporting it share."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--arms", required=True, help="[RUN:]METHOD=SEEDS, with commas between")
     parser.add_argument("--rates", required=True, help="learning rates, with commas between")
     parser.add_argument("--tenfold", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=None)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--at_once", type=int, default=1)
     parser.add_argument("--worker", type=int, default=0)

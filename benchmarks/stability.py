@@ -13,7 +13,6 @@ with which the others are compared, seed by seed. It writes to `WORKDIR/report`:
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.side_by_side import Arm, Protocol, Run
+from benchmarks.side_by_side import Arm, Protocol, Run, parser_of
 from gdsd_jax import hub
 from gdsd_jax.compare import evaluated_start
 from gdsd_jax.evaluation import comparison_figure, reports
@@ -164,13 +163,7 @@ def report(protocol: Protocol, arms: Sequence[Arm], metric: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--arms", required=True, help="[RUN:]METHOD=SEEDS, with commas between")
-    parser.add_argument("--rates", required=True, help="learning rates, with commas between")
-    parser.add_argument("--tenfold", type=int, default=2)
-    parser.add_argument("--iterations", type=int, default=None)
+    parser = parser_of(__doc__.splitlines()[0])
     parser.add_argument("--metric", default="cells")
     flags = parser.parse_args()
     rates = [float(rate) for rate in flags.rates.split(",")]
