@@ -77,31 +77,32 @@ def run(
     samplers = _samplers(config, lengths, steps, count, temperature)
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     parts = fitting(policy, plan(config, policy, samplers, tasks, split, count, samples))
+    # Nobody else may evaluate into the directory before its files are complete.
     with hosts.first_only(Lock, output, "--output"):
         batches = completions(config, policy, parts, output)
-    results, records = [], []
-    for part in parts:
-        found, kept = result(part, batches[part.name], samples, pass_at)
-        results.append(found)
-        records += kept
-    summary = {
-        "checkpoint": str(policy.source),
-        "base": hub.fingerprint(policy.source),
-        "adapter": adapter,
-        "workdir": str(workdir) if policy.iteration is not None else None,
-        "iteration": policy.iteration,
-        "split": split,
-        "evaluation_prompt": config.evaluation.evaluation_prompt,
-        "strategy": config.sampler.strategy,
-        "temperature": temperature,
-        "samples": samples,
-        "seed": config.seed,
-        "grader": config.task.grader,
-        "results": results,
-    }
-    if hosts.first():
-        reports.write(output, summary, records)
-        (output / UNFINISHED).unlink()
+        results, records = [], []
+        for part in parts:
+            found, kept = result(part, batches[part.name], samples, pass_at)
+            results.append(found)
+            records += kept
+        summary = {
+            "checkpoint": str(policy.source),
+            "base": hub.fingerprint(policy.source),
+            "adapter": adapter,
+            "workdir": str(workdir) if policy.iteration is not None else None,
+            "iteration": policy.iteration,
+            "split": split,
+            "evaluation_prompt": config.evaluation.evaluation_prompt,
+            "strategy": config.sampler.strategy,
+            "temperature": temperature,
+            "samples": samples,
+            "seed": config.seed,
+            "grader": config.task.grader,
+            "results": results,
+        }
+        if hosts.first():
+            reports.write(output, summary, records)
+            (output / UNFINISHED).unlink()
     return summary
 
 
@@ -123,7 +124,8 @@ def run_decodings(
     samplers = _samplers(config, lengths, steps, count, 0.0)
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     parts = fitting(policy, plan(config, policy, samplers, tasks, split, count, 1))
-    return decoding.run(policy, parts, output, batch_rows=config.evaluation.batch_rows, seed=config.seed)
+    with hosts.first_only(Lock, output, "--output"):
+        return decoding.run(policy, parts, output, batch_rows=config.evaluation.batch_rows, seed=config.seed)
 
 
 def _samplers(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gdsd_jax.config import OptimizerConfig
@@ -68,10 +69,29 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule, setting: str) -> o
     ours = {"mask": decayed, "weight_decay_mask": decayed, "muon_weight_dimension_numbers": matrices}
     settings = {name: value for name, value in ours.items() if name in known} | settings
     try:
-        return make(learning_rate=schedule, **settings)
+        optimizer = make(learning_rate=schedule, **settings)
+        finite = not config.settings or bool(_try_out(optimizer))
     except Exception as error:  # each optimizer checks its own settings, if it does at all
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{setting}.settings do not fit {config.name!r}: {reason}") from error
+    if not finite:
+        raise UserError(f"{setting}.settings do not fit {config.name!r}: a gradient of ones makes parameters infinite")
+    return optimizer
+
+
+def _try_out(optimizer: optax.GradientTransformation) -> jax.Array:
+    """Returns whether small parameters are finite after two updates, so that bad settings are found at the start."""
+
+    @jax.jit
+    def updated() -> jax.Array:
+        params = {"layers": {"q": {"kernel": jnp.ones((1, 2, 2))}}, "final_norm": jnp.ones(2)}
+        gradient, state = jax.tree.map(jnp.ones_like, params), optimizer.init(params)
+        for _ in range(2):
+            changes, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, changes)
+        return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]).all()
+
+    return updated()
 
 
 def _adamw(learning_rate: optax.Schedule, weight_decay: float, **settings: Any) -> optax.GradientTransformation:

@@ -22,6 +22,8 @@ from gdsd_jax.evaluation import reports, statistics
 from gdsd_jax.evaluation.policy import load_policy
 from gdsd_jax.evaluation.run import UNFINISHED
 from gdsd_jax.runtime import transfer
+from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import Lock
 
 FILES = (reports.SUMMARY, reports.TABLE, reports.COMPLETIONS)
 
@@ -127,6 +129,17 @@ def test_sampling_and_pass_at(base, tmp_path):
     assert list(metrics) == ["cells", "puzzles", "puzzles pass@1", "puzzles pass@3"]
     cells = np.array([record["cells"] for record in records]).reshape(4, 3).mean(axis=1)
     assert metrics["cells"]["error"] == pytest.approx(np.std(cells, ddof=1) / 2)
+
+
+def test_the_directory_is_reserved_until_its_files_are_complete(base, tmp_path, monkeypatch):
+    def write(*arguments, original=reports.write):
+        with pytest.raises(UserError, match="in use by process"):
+            Lock(tmp_path, "--output")
+        original(*arguments)
+
+    monkeypatch.setattr(reports, "write", write)
+    tiny_run.command(evaluate, *base, "--count=2", "--output", tmp_path)
+    assert summary_of(tmp_path)["results"] and not (tmp_path / ".lock").exists()
 
 
 def killed(arguments: list[object], output: Path) -> int:

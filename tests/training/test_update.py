@@ -363,7 +363,9 @@ def test_muon_takes_each_layer_as_a_matrix():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [("optax:none_such", {}, "config.optimizer.name"), ("adamw", {}, "package.module:NAME"),
-     ("optax:lion", {"b3": 1}, "config.optimizer.settings do not fit 'optax:lion'")],
+     ("optax:lion", {"b3": 1}, "config.optimizer.settings do not fit 'optax:lion'"),
+     ("optax:lion", {"b1": "0.9"}, "config.optimizer.settings do not fit 'optax:lion'"),
+     ("optax:adamw", {"b1": 1.0}, "config.optimizer.settings .* makes parameters infinite")],
 )  # fmt: skip
 def test_an_optimizer_that_is_none(name, settings, message):
     with pytest.raises(UserError, match=message):
