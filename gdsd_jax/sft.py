@@ -47,7 +47,7 @@ from gdsd_jax.telemetry.trackers import require_trackers
 from gdsd_jax.training.checkpoint import Checkpoints
 from gdsd_jax.training.cursor import Cursor
 from gdsd_jax.training.demonstrations import encoded_demonstrations, rows_of
-from gdsd_jax.training.optimizer import make_optimizer
+from gdsd_jax.training.optimizer import make_optimizer, require_optimizer
 from gdsd_jax.training.setup import Setup, encoded_rows, evaluated_task, load_setup, task_rows
 from gdsd_jax.training.state import policy, start_state
 from gdsd_jax.training.supervised import make_held_out_loss, make_sft_update
@@ -77,7 +77,7 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
         check_disk(workdir, stored, "the trained checkpoint")
     shown, apart = encoded_demonstrations(config, setup)
     order = grain.MapDataset.range(len(shown.tokens)).seed(config.sft.seed).shuffle().repeat()
-    optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps)
+    optimizer, _ = make_optimizer(config.sft.optimizer, config.sft.steps, "config.sft.optimizer")
 
     def trained_part(base: Any) -> Any:
         key = stream_key(jax.random.key(config.sft.seed), Stream.ADAPTER)
@@ -152,6 +152,7 @@ def prepared(config: TrainConfig, workdir: Path) -> TrainConfig:
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
     require_trackers(config.tracker_names)
+    require_optimizer(config.sft.optimizer, "config.sft.optimizer")
     rows, piece = config.sft.batch_rows, config.sft.microbatch_rows
     if piece and rows % piece:
         raise UserError(f"config.sft.microbatch_rows {piece} does not divide config.sft.batch_rows {rows}")

@@ -38,7 +38,6 @@ from gdsd_jax.telemetry.planned import beside_plan, planned_sizes, read_plan
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.profile import Profile, phase
 from gdsd_jax.telemetry.progress import Progress
-from gdsd_jax.telemetry.trackers import require_trackers
 from gdsd_jax.telemetry.warnings import precursors
 from gdsd_jax.training.between import after_iteration
 from gdsd_jax.training.checkpoint import Best, Checkpoints
@@ -58,8 +57,7 @@ from gdsd_jax.training.rollout import (
 )
 from gdsd_jax.training.setup import (
     Setup,
-    checked_method,
-    checked_selection,
+    checked_parts,
     encoded_rows,
     evaluated_task,
     fresh_state,
@@ -77,10 +75,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
 
     # ------------------------------------------------------------------------------------------ set-up
     config = with_first_schedule(config, workdir)
-    method = checked_method(config)
-    # Unknown names fail here, before anything is loaded.
-    checked_selection(config)
-    require_trackers(config.tracker_names)
+    method = checked_parts(config)
     config = fitted_to_devices(config, method, planned_sizes(workdir))
     setup = load_setup(config, rows=spread_rows(config))
     model, base, tokenizer, task = setup
@@ -268,9 +263,7 @@ def main(config: TrainConfig, workdir: Path | None) -> None:
     """Makes the start of an embedded model if it is missing, and trains; a dry run makes one small iteration."""
     if not config.dry_run:
         # What does not fit together fails here, before the start is trained.
-        checked_method(config)
-        checked_selection(config)
-        require_trackers(config.tracker_names)
+        checked_parts(config)
         embedded_start(config)
         state = train(config, workdir)
         if int(state.iteration) < config.iterations:

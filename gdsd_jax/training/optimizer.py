@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +32,41 @@ def make_optimizer(
     """
     schedule = make_schedule(config, config.schedule_updates or updates)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), _inner(config, schedule, setting)), schedule
+
+
+def require_optimizer(config: OptimizerConfig, setting: str = "config.optimizer") -> None:
+    """Tries an optimizer with settings of its own on small parameters, so that a bad one is found at the start.
+
+    Raises:
+      UserError: as for `make_optimizer`; the update fails; or parameters are not finite after two updates.
+    """
+    optimizer, _ = make_optimizer(config, 1, setting)
+    if not config.settings:
+        return
+    params = {"layers": {"q": {"kernel": jnp.ones((1, 2, 2))}}, "final_norm": jnp.ones(2)}
+
+    @jax.jit
+    def updated(params: Any) -> Any:
+        gradient, state = jax.tree.map(jnp.ones_like, params), optimizer.init(params)
+        for _ in range(2):
+            changes, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, changes)
+        return params
+
+    with _its_settings(config, setting):
+        found = jax.tree.leaves(updated(params))
+    if not all(jnp.isfinite(x).all() for x in found):
+        raise UserError(f"{setting}.settings do not fit {config.name!r}: parameters become infinite or NaN")
+
+
+@contextlib.contextmanager
+def _its_settings(config: OptimizerConfig, setting: str) -> Iterator[None]:
+    """Turns an error of an optimizer into one that names its settings: each checks its own, if it does at all."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{setting}.settings do not fit {config.name!r}: {reason}") from error
 
 
 def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
@@ -68,30 +104,8 @@ def _inner(config: OptimizerConfig, schedule: optax.Schedule, setting: str) -> o
     # Some arguments describe the parameters by functions, which a config file cannot give.
     ours = {"mask": decayed, "weight_decay_mask": decayed, "muon_weight_dimension_numbers": matrices}
     settings = {name: value for name, value in ours.items() if name in known} | settings
-    try:
-        optimizer = make(learning_rate=schedule, **settings)
-        finite = not config.settings or bool(_try_out(optimizer))
-    except Exception as error:  # each optimizer checks its own settings, if it does at all
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{setting}.settings do not fit {config.name!r}: {reason}") from error
-    if not finite:
-        raise UserError(f"{setting}.settings do not fit {config.name!r}: a gradient of ones makes parameters infinite")
-    return optimizer
-
-
-def _try_out(optimizer: optax.GradientTransformation) -> jax.Array:
-    """Returns whether small parameters are finite after two updates, so that bad settings are found at the start."""
-
-    @jax.jit
-    def updated() -> jax.Array:
-        params = {"layers": {"q": {"kernel": jnp.ones((1, 2, 2))}}, "final_norm": jnp.ones(2)}
-        gradient, state = jax.tree.map(jnp.ones_like, params), optimizer.init(params)
-        for _ in range(2):
-            changes, state = optimizer.update(gradient, state, params)
-            params = optax.apply_updates(params, changes)
-        return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]).all()
-
-    return updated()
+    with _its_settings(config, setting):
+        return make(learning_rate=schedule, **settings)
 
 
 def _adamw(learning_rate: optax.Schedule, weight_decay: float, **settings: Any) -> optax.GradientTransformation:

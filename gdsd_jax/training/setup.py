@@ -20,7 +20,8 @@ from gdsd_jax.runtime.plugins import is_plugin
 from gdsd_jax.runtime.sharding import Dimension, make_mesh
 from gdsd_jax.runtime.streams import Stream, stream_key
 from gdsd_jax.tasks import Task
-from gdsd_jax.training.optimizer import make_optimizer
+from gdsd_jax.telemetry.trackers import require_trackers
+from gdsd_jax.training.optimizer import make_optimizer, require_optimizer
 from gdsd_jax.training.refill import made_up, selection
 from gdsd_jax.training.rollout import Prompts, encode_prompts
 from gdsd_jax.training.state import Beside, TrainState, start_state
@@ -157,6 +158,21 @@ def dimensions(model: DenoiserConfig, rows: Mapping[str, int]) -> list[Dimension
         Dimension("mlp", model.intermediate_size, "the model's MLP size"),
         *(Dimension("rows", size, name) for name, size in rows.items()),
     ]
+
+
+def checked_parts(config: TrainConfig) -> Method:
+    """Returns the run's method after all parts that a config names are known to fit, before any model is loaded.
+
+    Raises:
+      UserError: the method, the function that selects groups, a tracker or an optimizer does not fit.
+    """
+    method = checked_method(config)
+    checked_selection(config)
+    require_trackers(config.tracker_names)
+    require_optimizer(config.optimizer, "config.optimizer")
+    if method.extras is not None:
+        require_optimizer(config.extras_optimizer, "config.extras_optimizer")
+    return method
 
 
 def checked_method(config: TrainConfig) -> Method:
