@@ -64,7 +64,7 @@ def run(
         raise UserError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if dtype is not None and format == "adapter":
         raise UserError(
-            "--dtype is of merged weights, and an adapter is float32: leave it out, or export merged weights"
+            "--dtype applies to merged weights only; an adapter is float32: leave it out, or export merged weights"
         )
     paths = {kind: output / kind for kind in ("merged", "adapter")} if format == "both" else {format: output}
     if not (output / UNFINISHED).exists():
@@ -75,7 +75,7 @@ def run(
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
     policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
     if policy.lora is None and "adapter" in paths:
-        raise UserError("there is no adapter to export, all parameters were trained: use --format merged")
+        raise UserError("there is no adapter to export, because all parameters were trained: use --format merged")
     training = None if policy.iteration is None else training_facts(workdir, policy.iteration)
     with contextlib.ExitStack() as held:
         if format == "both":

@@ -45,7 +45,7 @@ class RefillConfig:
     The shape of the batch stays the same: it holds the best groups of all rounds, and earlier ones among equals.
 
     Attributes:
-      rounds: most further rounds in an iteration; 0: the batch is the rollout as it is.
+      rounds: largest number of further rounds in an iteration; 0: the batch is the rollout as it is.
       prompts: prompts of each further round; None: as many as `prompts_per_iteration`.
       revisit: probability that a prompt is asked again after its group was not worth an update. After n such groups in
         succession it is asked with probability `revisit ** n`; otherwise it is skipped before anything is sampled, and

@@ -86,10 +86,11 @@ STRATEGIES = {
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of `sample`; hashable, so each distinct value compiles its own program.
+    """Holds the settings of `sample`; it is hashable, and each distinct value compiles a program of its own.
 
     completion_length: L, tokens to generate.
-    steps: denoising steps of the whole completion; each of the blocks gets max(1, steps // blocks).
+    steps: denoising steps of the whole completion; each of the blocks gets max(1, steps // blocks),
+        rounded up instead of down for mdlm and mdlm_cosine.
     block_length: blocks are finished left to right; L means no blocks. A block-causal denoiser writes its own blocks,
         of which this is a divisor: then parts of a block are finished left to right.
     strategy: schedule, proposal noise and ordering together.
@@ -102,16 +103,16 @@ class SamplerConfig:
         sequential: as low_confidence, from left to right.
         mdlm, mdlm_cosine: ordered as low_confidence. Commits are planned at the start of each block, in at most
             ceil(steps / blocks) steps, so that the share of masked tokens at time t is t, or cos(pi (1 - t) / 2).
-    temperature: of the proposal; 0 takes the argmax.
+    temperature: temperature of the proposal; 0 takes the argmax.
     top_p, top_k: cut the proposal of every strategy, top_p first; tokens that tie at the cut stay.
     cfg_scale: s in un + (s + 1)(cond - un), where the unconditional pass sees a masked prompt; 0 skips that pass.
     alg_temp: draws the positions from softmax(score / alg_temp) instead of taking the best; 0 takes the best.
     eps: last time of the time schedule.
-    threshold: instead of a schedule, commit every candidate of at least this probability (plain logits), always the
-        strategy's first.
+    threshold: instead of a schedule, commit every candidate of at least this probability (plain logits), and always
+        the strategy's first choice.
     factor: instead of a schedule, commit the n most probable candidates, n the largest with
-        (n + 1)(1 - c_n) < factor, c_n the n-th highest probability (plain logits), always the strategy's first.
-        Both take as many steps as they need, at most block_length a block, whatever `steps` says.
+        (n + 1)(1 - c_n) < factor, c_n the n-th highest probability (plain logits), and always the strategy's first
+        choice. As with `threshold`, a block takes as many steps as it needs, at most block_length, whatever `steps` is.
     floor: with a threshold, commit at least as many as the schedule of `steps` would.
     lead: if logits predict the next token, a block-causal denoiser commits the first token of each block in a step of
         its own, before it reads any other position of the block.

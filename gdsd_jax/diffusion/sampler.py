@@ -6,9 +6,8 @@ A step proposes one candidate token per masked position, scores the candidates, 
 B rows, P prompt tokens, L completion tokens, T = P + L, S positions of the region that a step reads (the active block,
 or the whole completion), D hidden size, V vocabulary.
 
-Sources: the public samplers of the two families of masked language models (low-confidence remasking in blocks with a
-fixed number of tokens per step; a time schedule with a confidence ordering), Fast-dLLM (arXiv 2505.22618) for
-`threshold` and `factor`.
+Sources: the public samplers of masked language models (low-confidence remasking in blocks with a fixed number of tokens
+per step; a time schedule with a confidence ordering), and Fast-dLLM (arXiv 2505.22618) for `threshold` and `factor`.
 """
 
 from __future__ import annotations

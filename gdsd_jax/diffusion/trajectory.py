@@ -131,8 +131,8 @@ def check_defined(settings: SamplerConfig, config: DenoiserConfig | None = None)
         (
             STRATEGIES[settings.strategy].plan is not None
             or any((settings.floor, settings.grow, settings.lead, settings.end_think)),
-            f"no exact log-probability is computed for strategy {settings.strategy!r} with floor, grow, lead or "
-            "end_think; set config.sampler.strategy to low_confidence and the others to False or ()",
+            "no exact log-probability is computed for the strategies mdlm and mdlm_cosine, or with floor, grow, "
+            "lead or end_think; set config.sampler.strategy to low_confidence and the others to False or ()",
         ),
         (
             STRATEGIES[settings.strategy].independent

@@ -171,7 +171,7 @@ def write_report(
     outcomes: dict[str, list] = {method: [] for method in methods}
     curves: dict[str, list] = {method: [] for method in methods}
     for run, directory in plan:
-        with understood(directory, "remove its evaluation or, with metrics that are no numbers, the whole run"):
+        with understood(directory, "remove its evaluation or, if its metrics are not numbers, the whole run"):
             found = outcome(run, directory, metric, start[metric])
         if found is not None:
             outcomes[run.method].append(found)

@@ -62,7 +62,10 @@ def refuse(hf: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
     """Raises UserError if an option is set to a value that changes the mathematics and is not implemented here."""
     for key, allowed in supported.items():
         if key in hf and hf[key] not in allowed:
-            raise UserError(f"config.json sets {key} to {hf[key]!r}; this denoiser computes only {allowed[0]!r}")
+            raise UserError(
+                f"config.json sets {key} to {hf[key]!r}; this denoiser computes only {allowed[0]!r}: "
+                "use a checkpoint with that value"
+            )
 
 
 def rope_theta(hf: Mapping[str, Any]) -> float:

@@ -46,7 +46,7 @@ def adapt(source: str | os.PathLike, directory: str | os.PathLike) -> None:
     source = checked_directory(source)
     family = family_for(source)
     if family is None:
-        raise UserError(f"{source} is no autoregressive checkpoint that a family starts from: load it as it is")
+        raise UserError(f"{source} is not an autoregressive checkpoint that a family can use: load it as it is")
     hf = read_json(source / "config.json") | {"model_type": family.model_type}
     known = declared(source, {"model_type": family.model_type}).get("mask_token_id")
     with tempfile.TemporaryDirectory() as folder, on_disk(source, _FILES) as files:

@@ -53,7 +53,7 @@ Base model: {base}
 {_facts(training)}
 ## Loading
 
-The directory has the layout of the base model, so what loads that loads this:
+The directory has the layout of the base model, so whatever loads the base model also loads this checkpoint:
 
 ```python
 from transformers import AutoModel, AutoTokenizer

@@ -45,7 +45,7 @@ class Stored(NamedTuple):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The numbers of rows and columns; a vector counts as one column."""
+        """Returns the numbers of rows and columns; a vector counts as one column."""
         rows, columns = (*self.shape, 1)[:2]
         return rows, columns
 
@@ -312,7 +312,7 @@ def weight_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str
     shards = sorted(set(weight_map.values()))
     outside = [shard for shard in shards if os.path.basename(shard) != shard]
     if outside:
-        raise UserError(f"{index} names {outside[0]!r:.100}, which is no file of its own directory: download it again")
+        raise UserError(f"{index} names {outside[0]!r:.100}, a file outside its own directory: download it again")
     absent = [shard for shard in shards if not (directory / shard).is_file()]
     if absent:
         raise UserError(f"{index} names the shard {absent[0]}, which is not there: download it")
@@ -340,5 +340,6 @@ def checkpoint_tensors(directory: epath.Path, reader: Reader) -> dict[str, Store
             tensors[name] = stored
     lost = sorted(set(weight_map or ()) - set(tensors))
     if lost:
-        raise UserError(f"tensor {lost[0]} is not in {directory / weight_map[lost[0]]}, where the index puts it")
+        file = directory / weight_map[lost[0]]
+        raise UserError(f"tensor {lost[0]} is not in {file}, where the index puts it: download both again")
     return tensors

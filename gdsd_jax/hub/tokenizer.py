@@ -139,7 +139,7 @@ class Tokenizer:
                 "default: name one of them so under chat_template in tokenizer_config.json, or add chat_template.jinja"
             )
         if self._renderer is None:
-            raise UserError(f"{self._directory}: chat_template is no text: mend it in tokenizer_config.json")
+            raise UserError(f"{self._directory}: chat_template is not a text: fix it in tokenizer_config.json")
         if not self.special_in_text:
             messages = [{name: self._guarded(value) for name, value in message.items()} for message in messages]
         return self._renderer.render(messages, add_generation_prompt=True) + assistant_prefix
@@ -292,5 +292,5 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
             ) from None
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None
-    with understood(directory, "mend its tokenizer_config.json and config.json, or download them again"):
+    with understood(directory, "fix its tokenizer_config.json and config.json, or download them again"):
         return Tokenizer(directory, tokenizer, config, generation, overrides)

@@ -211,7 +211,7 @@ def _bug(error: BaseException) -> int:
     if hosts is not None and hosts.several():
         hosts.leave(f"{place or ''} {what} (all of it is in {report})")
     if place is not None:
-        say(f"error: {place}: {what} (all of it is in {report}): mend it there")
+        say(f"error: {place}: {what} (all of it is in {report}): fix it there")
         return BAD_INPUT
     say(f"error: this is a defect of gdsd_jax, not of your input: {what}; please send {report}")
     return BUG

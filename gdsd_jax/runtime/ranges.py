@@ -93,7 +93,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             allowed = f"at most {LARGEST_INT}" if origin is int and value > LARGEST_INT else limits
             raise UserError(f"{where} is {value!r}, it must be {allowed}")
         if 0 < abs(value) < SMALLEST_FLOAT:
-            raise UserError(f"{where} is {value!r}, which float32 takes for 0: give 0 or a larger number")
+            raise UserError(f"{where} is {value!r}, which is 0 in float32: give 0 or a larger number")
         return value
     if origin in (tuple, Sequence) and isinstance(value, (tuple, list)):
         (inner, *_) = typing.get_args(base) or (Any,)

@@ -60,7 +60,7 @@ def _turns(place: str, value: Any) -> list[dict[str, str]]:
             roles = ", ".join(ROLES)
             raise UserError(f"{place}: a turn is a mapping of role ({roles}) and content, a text, not {turn!r:.60}")
     if not turns:
-        raise UserError(f"{place}: messages and prompts that are no text are lists of turns, with at least one turn")
+        raise UserError(f"{place}: messages, or a prompt that is not a text, must be a list of at least one turn")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 

@@ -147,7 +147,7 @@ def read_text(path: Path) -> str:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:

@@ -1,7 +1,8 @@
 """Writes a run's metrics and completions to disk, from numbers that are already on the host.
 
 `metrics.jsonl` is always written and is the record of the run; trackers such as TensorBoard get copies of it. Names
-have the form `group/name`. Metrics under `time/` depend on the machine; a repeated run gives all others to the bit.
+have the form `group/name`. Metrics under `time/`, `plan/` and `device/` depend on the machine; a
+repeated run reproduces all others bit for bit.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def find_tracker(name: str) -> Callable[[Path, int | None], Tracker]:
     if is_plugin(name):
         made_by = load_plugin(name, "config.trackers")
         if not callable(made_by):
-            raise UserError(f"{name!r} of config.trackers is no class or function (docs/new_tracker.md)")
+            raise UserError(f"{name!r} of config.trackers is not a class or function: see docs/new_tracker.md")
         if isinstance(made_by, type):
             _require_methods(name, [method for method in METHODS if _lacks(made_by, method)])
         return made_by

@@ -71,7 +71,9 @@ def encoded_demonstrations(config: TrainConfig, setup: Setup) -> tuple[Encoded |
     apart = np.array([held_out(one.messages, settings.held_out) for one in found])
     if apart.all() or (settings.held_out and not apart.any()):
         count = "all" if apart.all() else "none"
-        raise UserError(f"config.sft.held_out {settings.held_out} holds out {count} of {len(found)} demonstrations")
+        raise UserError(
+            f"config.sft.held_out {settings.held_out} holds out {count} of {len(found)} demonstrations: change it"
+        )
     shares = Encoded(tokens[~apart], mask[~apart]), Encoded(tokens[apart], mask[apart])
     if settings.packed_length is None:
         return shares
@@ -79,7 +81,8 @@ def encoded_demonstrations(config: TrainConfig, setup: Setup) -> tuple[Encoded |
         raise UserError("block-causal models cannot train on packed rows: set config.sft.packed_length to None")
     if settings.packed_length > setup.model.max_length:
         raise UserError(
-            f"config.sft.packed_length {settings.packed_length} exceeds the model's {setup.model.max_length} tokens"
+            f"config.sft.packed_length {settings.packed_length} exceeds the model's {setup.model.max_length} "
+            "tokens: lower it"
         )
     shown, held = (pack(share, settings.packed_length, setup.model.eos_token_id) for share in shares)
     return shown, held
@@ -98,7 +101,7 @@ def pack(rows: Encoded, length: int, eos_token_id: int) -> Packed:
         texts.append((prompt, answer[: (ends[-1] + 1 if len(ends) else 0) + 1]))
     sizes = [len(prompt) + len(answer) for prompt, answer in texts]
     if max(sizes, default=0) > length:
-        raise UserError(f"a demonstration of {max(sizes)} tokens exceeds config.sft.packed_length {length}")
+        raise UserError(f"a demonstration of {max(sizes)} tokens exceeds config.sft.packed_length {length}: raise it")
     packed: list[list[int]] = []
     # The room that is left in each row, and the row's number, in order of room.
     room: list[tuple[int, int]] = []

@@ -3,7 +3,7 @@
     python -m gdsd_jax.train --config configs/RECIPE.py --config.dry_run [--workdir DIR]
 
 A dry run makes one iteration of the real training code on random weights of the checkpoint's family, with a tokenizer
-of characters. It needs neither the checkpoint nor a network, and takes under a minute on a CPU. It shows that the
+of characters. It needs neither the checkpoint nor a network, and takes two or three minutes on a CPU. It shows that the
 settings fit together and that all steps run; it says nothing about memory, speed or the checkpoint itself.
 
 The method and its settings, the sampler's strategy, schedule and block length, the optimizer, the targets of the

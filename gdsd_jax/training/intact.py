@@ -75,7 +75,7 @@ def require_readable(error: Exception, checkpoint: Path) -> None:
         number = cause.errno if isinstance(cause, OSError) else None
         if number in _OF_THE_MACHINE or any(words in str(cause) for words in _IN_WORDS):
             reason = front.first_line(cause)
-            raise UserError(f"{checkpoint} cannot be read now ({reason}): mend that and start again") from error
+            raise UserError(f"{checkpoint} cannot be read now ({reason}): fix that and start again") from error
 
 
 def newest_intact(

@@ -324,9 +324,9 @@ BROKEN_SHARDS = {
     "index without a map": (write("model.safetensors.index.json", b"{}"), "has no weight_map"),
     "shard of another directory": (
         edit_index(lambda m: m.update({NORM: "../other/model.safetensors"})),
-        "is no file of its own directory",
+        "a file outside its own directory",
     ),
-    "shard anywhere": (edit_index(lambda m: m.update({NORM: "/etc/passwd"})), "is no file of its own directory"),
+    "shard anywhere": (edit_index(lambda m: m.update({NORM: "/etc/passwd"})), "a file outside its own directory"),
     "endless index": (grown("model.safetensors.index.json"), "more than the 100000000 that are read"),
 }
 

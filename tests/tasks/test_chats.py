@@ -43,7 +43,7 @@ def test_prompts_with_completions_and_chats(tmp_path):
         ({"messages": [ANSWER]}, "hold no assistant's turn after another turn"),
         ({"messages": [USER, {"role": "robot", "content": "4"}]}, "a turn is a mapping of role"),
         ({"messages": [USER, {"role": "assistant", "content": 4}]}, "a turn is a mapping of role"),
-        ({"messages": "2+2?"}, "are lists of turns, with at least one turn"),
+        ({"messages": "2+2?"}, "must be a list of at least one turn"),
         ({"prompt": "2+2?", "completion": [USER]}, "completion must be a text or one turn of the assistant"),
     ],
 )

@@ -181,7 +181,7 @@ def test_a_class_of_other_objects_is_no_tracker(monkeypatch):
     for tracker, said in (
         (dict, "has no 'write'"),
         (Half, "'math:mine' of config.trackers has no 'close'"),
-        (3, "is no class or function"),
+        (3, "is not a class or function"),
     ):
         monkeypatch.setattr("math.mine", tracker)
         with pytest.raises(UserError, match=said):

@@ -1,7 +1,7 @@
 """Executes a program, then does what the tester asks of it. Standard library only.
 
 Everything here shares an interpreter with the program, which may change all of it. Nothing depends on it: what this
-side sends is read as the claim of a stranger (`guest.wire`), and no verdict is formed here.
+side sends is treated as untrusted (`guest.wire`), and no verdict is formed here.
 """
 
 import builtins

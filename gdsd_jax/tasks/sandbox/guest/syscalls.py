@@ -33,7 +33,7 @@ _REFUSED = {
     "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
     # Disks of the machine
     "sync": (162, 81), "syncfs": (306, 267),
-    # The kernel itself, and what nobody needs who computes
+    # The kernel itself, and calls that no computation needs
     "unshare": (272, 97), "setns": (308, 268), "pivot_root": (155, 41),
     "chroot": (161, 51), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "syslog": (103, 116), "personality": (135, 92), "quotactl": (179, 60), "acct": (163, 89), "reboot": (169, 142),
@@ -44,7 +44,8 @@ _REFUSED = {
     "modify_ldt": (154, None), "iopl": (172, None), "ioperm": (173, None), "uselib": (134, None),
     "_sysctl": (156, None), "ustat": (136, None), "sysfs": (139, None),
 }  # fmt: skip
-_MISSING = {"memfd_create": (319, 279)}  # refused as a kernel does that has no such call, so that libraries do without
+# Refused with ENOSYS, as by a kernel that lacks the call, so that libraries do without it.
+_MISSING = {"memfd_create": (319, 279)}
 _ALLOWED_NEW = (436, 439)  # close_range, faccessat2
 _OWN, _UNIX_STREAM = (0, ~0, True, (0,)), [(0, ~0, True, (1,)), (1, 0xF, True, (1, 5))]
 # Commands of fcntl: locks and leases; who gets signals of a file, and which; larger pipes; hints kept with the file.
