@@ -37,13 +37,13 @@ from gdsd_jax.evaluation.comparison import (
     test_result,
     write_report,
 )
-from gdsd_jax.methods import build, check
+from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.signals import exit_code
+from gdsd_jax.runtime.signals import asked_to_stop, exit_code
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.telemetry import plots
 from gdsd_jax.training.record import record_path, require_same_run
-from gdsd_jax.training.setup import known_metric, resolve_task
+from gdsd_jax.training.setup import checked_parts, known_metric, resolve_task
 
 MOST_SEEDS = 10_000
 
@@ -110,7 +110,7 @@ def compare(
                 if state_of(run, directory) != "diverged":
                     raise
                 print(f"diverged: {error}", flush=True)
-            if state_of(run, directory) == "open":
+            if state_of(run, directory) == "open" or asked_to_stop():
                 report()
                 print("stopped: the same command resumes here", flush=True)
                 raise SystemExit(exit_code())
@@ -135,10 +135,7 @@ def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, ho
     if not 0 <= host_index < host_count:
         raise UserError(f"--host_index {host_index} must be at least 0 and below --host_count {host_count}")
     for name in methods:
-        check(
-            build(name, **config.settings.get(name, {})), name=name, prompt_length=max(config.prompt_buckets),
-            completion_length=config.sampler.completion_length, group_size=config.group_size, sampler=config.sampler,
-        )  # fmt: skip
+        checked_parts(run_config(config, name, config.seed))
 
 
 def parse_rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
@@ -193,7 +190,8 @@ def main(config: TrainConfig, workdir: Path, *, methods: str | None, seeds: int,
     names = [name.strip() for name in (methods or "").split(",") if name.strip()]
     table = compare(config, workdir, names, seeds, **flags)
     written = ", ".join([str(workdir / TABLE_MD), TABLE_JSON, *[CURVES] * (table["runs_in"] > 0)])
-    print(f"\n{markdown(table)}\nwrote {written}")
+    if hosts.first():
+        print(f"\n{markdown(table)}\nwrote {written}")
 
 
 OPTIONS = {

@@ -76,7 +76,9 @@ def demo(config: TrainConfig, workdir: Path) -> dict:
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
     write_json(workdir / "summary.json", summary)
-    console.print(f"{summary['seconds']:.0f} s, {summary['peak_rss_gb']:.2f} GB; everything is in {workdir}")
+    console.print(
+        f"{summary['seconds']:.0f} s, {summary['peak_rss_gb']:.2f} GB; everything is in {workdir}", markup=False
+    )
     return summary
 
 

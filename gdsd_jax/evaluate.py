@@ -29,6 +29,7 @@ from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.evaluation import reports
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS
 from gdsd_jax.evaluation.run import output_directory, run, run_decodings
+from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import require_writable
@@ -62,7 +63,7 @@ def main(
 ) -> None:
     directory = output_directory(workdir, None if output is None else Path(output))
     require_writable(directory, "--output")
-    console = Console()
+    console = hosts.first_only(Console)
     named = [] if tasks is None else [part.partition("=") for part in tasks.split(",")]
     flags |= {"tasks": [(name, file or None) for name, _, file in named], "lengths": numbers(lengths, "--lengths")}
     if compare is not None:
@@ -78,7 +79,7 @@ def main(
         )
         console.print(reports.table(summary))
         console.print(reports.LEGEND, highlight=False, markup=False)
-    console.print(f"wrote {directory}", highlight=False)
+    console.print(f"wrote {directory}", highlight=False, markup=False)
 
 
 OPTIONS = POLICY_OPTIONS | {

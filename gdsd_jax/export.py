@@ -135,8 +135,9 @@ def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:
 def main(config: TrainConfig, workdir: Path | None, *, output: str | None, format: str, **flags: Any) -> None:
     if output is None:
         raise UserError("give --output DIRECTORY, for the export")
-    for path in run(config, workdir, Path(output), format=format, **flags).values():
-        print(f"wrote {path}")
+    written = run(config, workdir, Path(output), format=format, **flags)
+    if hosts.first():
+        print(*[f"wrote {path}" for path in written.values()], sep="\n")
 
 
 OPTIONS = POLICY_OPTIONS | {

@@ -37,7 +37,7 @@ from gdsd_jax.hub import tiny
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock, check_disk, refuse_existing
-from gdsd_jax.runtime.signals import StopSignal, exit_code
+from gdsd_jax.runtime.signals import StopSignal, asked_to_stop, exit_code
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch, put
 from gdsd_jax.telemetry.metrics import MetricWriter
@@ -65,10 +65,15 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     Raises:
       UserError: the directory is in use or not empty, the disk is full, or the checkpoint, task or config is not valid.
     """
-    merged = workdir / "merged"
-    if remove_leftovers(workdir):
-        return merged
-    config = prepared(config, workdir)
+    # The directory is reserved until its export is complete.
+    with hosts.first_only(Lock, workdir):
+        if not remove_leftovers(workdir):
+            train_and_export(prepared(config, workdir), workdir, log_every)
+    return workdir / "merged"
+
+
+def train_and_export(config: TrainConfig, workdir: Path, log_every: int) -> None:
+    """Trains the base of a prepared config, and exports it; see `run`."""
     batch_rows = config.sft.batch_rows
     piece = config.sft.microbatch_rows or batch_rows
     setup = load_setup(config, rows={"config.sft.batch_rows": piece})
@@ -135,9 +140,9 @@ def run(config: TrainConfig, workdir: Path, *, log_every: int = 20) -> Path:
     base, lora = policy(setup.base, state.params)
     trained = jax.tree.map(lambda x, stored: x.astype(stored.dtype), base, setup.base)
     facts = {"method": "masked-diffusion SFT", "task": config.task.name} | to_dict(config.sft)
+    merged = workdir / "merged"
     hub.export_checkpoint(merged, setup.model, trained, lora=lora, source=config.checkpoint, training=facts)
     remove_leftovers(workdir)
-    return merged
 
 
 def prepared(config: TrainConfig, workdir: Path) -> TrainConfig:
@@ -240,7 +245,8 @@ def embedded_start(config: TrainConfig) -> None:
         tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
     hosts.wait()
     run(dataclasses.replace(config, checkpoint=str(init)), checkpoint.parent)
-    hosts.wait()
+    if hosts.any_process(asked_to_stop()):
+        raise SystemExit(exit_code())
 
 
 def main(config: TrainConfig, workdir: Path) -> None:
@@ -250,7 +256,8 @@ def main(config: TrainConfig, workdir: Path) -> None:
         embedded_start(config)
     else:
         run(config, workdir)
-    print(f"wrote {workdir / 'merged'}")
+    if hosts.first():
+        print(f"wrote {workdir / 'merged'}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from gdsd_jax.training.refill import further_prompts, refilled
 from gdsd_jax.training.rollout import (
     Rewarded,
     RolloutSpec,
+    completion_mask,
     completion_records,
     length_metrics,
     reward_metrics,
@@ -161,11 +162,10 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
             now = time.perf_counter()
             seconds = sampled.seconds | {"update": now - update_start, "iteration": now - start}
             metrics |= {name: float(value) for name, value in lengths_now.items()}
-            metrics |= update_metrics(reports) | time_metrics(sampled, seconds, metrics["completion/length"])
-            rounds = 1 + refill_metrics.get("refill/rounds", 0.0)
-            metrics |= beside_plan(
-                plan, rollout=seconds["rollout"] / rounds, update=seconds["update"] / config.inner_updates
-            )
+            metrics |= update_metrics(reports) | time_metrics(sampled, seconds, model.ends)
+            # The plan samples as many rows as an update takes.
+            rollout_seconds = seconds["rollout"] * len(rewarded.rewards) / len(sampled.rewards)
+            metrics |= beside_plan(plan, rollout=rollout_seconds, update=seconds["update"] / config.inner_updates)
             if iteration == config.iterations or due(iteration, config.evaluation.every):
                 with phase("evaluate"):
                     metrics |= {f"eval/{name}": value for name, value in evaluate(state).items()}
@@ -236,14 +236,15 @@ def update_metrics(reports: list[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-def time_metrics(rewarded: Rewarded, seconds: dict[str, float], length: float) -> dict[str, float]:
+def time_metrics(rewarded: Rewarded, seconds: dict[str, float], ends: Sequence[int]) -> dict[str, float]:
     """Returns the seconds of an iteration's parts, and the tokens and rewards per second.
 
     Args:
-      length: mean number of tokens in a completion, including the EOS.
+      ends: ids of the tokens that end a completion; they count too.
     """
+    tokens = completion_mask(rewarded.completions, ends).sum()
     metrics = {f"time/{name}": value for name, value in seconds.items()}
-    metrics["time/tokens_per_second"] = len(rewarded.rewards) * length / rewarded.seconds["rollout"]
+    metrics["time/tokens_per_second"] = float(tokens) / rewarded.seconds["rollout"]
     metrics["time/rewards_per_second"] = len(rewarded.rewards) / rewarded.seconds["reward"]
     return metrics
 

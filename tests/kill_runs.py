@@ -217,7 +217,8 @@ def contents(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted((directory / "run").rglob("*")):
         name, parts = path.relative_to(directory).as_posix(), path.relative_to(directory).parts
-        if not path.is_file():
+        # The lock of a killed process stays, and reserves nothing.
+        if not path.is_file() or path.name == ".lock":
             continue
         saved = [index for index, part in enumerate(parts[:-1]) if part in ("checkpoints", "best")]
         if saved:

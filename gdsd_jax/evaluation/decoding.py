@@ -120,7 +120,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def run(policy: Policy, parts: Sequence[Part], output: Path, *, batch_rows: int, seed: int) -> str:
     """Compares the ways on every part, writes `decoding.json` and `decoding.md` after each, and returns the tables."""
-    output.mkdir(parents=True, exist_ok=True)
     rows, tables = [], []
     for part in parts:
         found = compare_ways(policy, part, batch_rows=min(batch_rows, len(part.prompts.rows)), seed=seed)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import rich.box
 import rich.table
+from rich.text import Text
 
 from gdsd_jax.evaluation.statistics import paired
 from gdsd_jax.runtime.errors import UserError
@@ -35,10 +36,11 @@ def write(directory: Path, summary: dict[str, Any], records: list[dict]) -> None
       records: one record per completion.
     """
     title, header, body = describe(summary), *_grid(summary)
-    write_json_lines(directory / COMPLETIONS, records)
     write_text(directory / TABLE, f"{title}\n\n{markdown(header, body, left=2)}\n\n{LEGEND}\n")
     with replacing(directory / FIGURE) as draft:
         draw(draft, summary)
+    # A comparison reads these two, so they follow each other at once.
+    write_json_lines(directory / COMPLETIONS, records)
     write_json(directory / SUMMARY, summary)
 
 
@@ -56,11 +58,11 @@ def describe(summary: dict[str, Any]) -> str:
 def table(summary: dict[str, Any]) -> rich.table.Table:
     """Builds the table for a terminal."""
     header, body = _grid(summary)
-    result = rich.table.Table(title=describe(summary), box=rich.box.SIMPLE_HEAD, title_justify="left")
+    result = rich.table.Table(title=Text(describe(summary)), box=rich.box.SIMPLE_HEAD, title_justify="left")
     for index, name in enumerate(header):
-        result.add_column(name, justify="left" if index < 2 else "right")
+        result.add_column(Text(name), justify="left" if index < 2 else "right")
     for cells in body:
-        result.add_row(*cells)
+        result.add_row(*map(Text, cells))
     return result
 
 

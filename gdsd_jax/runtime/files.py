@@ -178,7 +178,8 @@ class Lock:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = self._path.read_text(errors="replace").strip() or "another process"
+                # The holder may remove the file at this moment, but not what is open.
+                holder = os.pread(self._file.fileno(), 200, 0).decode(errors="replace").strip() or "another process"
                 self._file.close()
                 raise UserError(f"{directory} is in use by {holder}: wait for it, or choose another {flag}") from None
             except OSError:

@@ -10,6 +10,7 @@ from gdsd_jax.runtime.errors import UserError
 # A launcher sets this variable to an exit code by which it tells a run that was stopped from one that is done.
 STOPPED = "GDSD_STOPPED_EXIT_CODE"
 
+_asked = False  # whether a signal has asked this process to end since the last StopSignal was opened
 _received = signal.SIGTERM  # the last signal that asked this process to end; until then, what another process may get
 
 
@@ -28,12 +29,18 @@ def exit_code() -> int:
     return int(code) if _received == signal.SIGTERM else 128 + _received
 
 
+def asked_to_stop() -> bool:
+    """Returns whether a signal has arrived since the last `StopSignal` was opened, even after its loop last looked."""
+    return _asked
+
+
 class StopSignal:
     """Turns SIGTERM and SIGINT, while it is open, into a request to save and leave after the running iteration."""
 
     def __enter__(self) -> StopSignal:
+        global _asked
         exit_code()  # what the environment holds is checked before the run begins
-        self.requested = False
+        self.requested = _asked = False
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -42,5 +49,5 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
-        global _received
-        self.requested, _received = True, number
+        global _asked, _received
+        self.requested, _asked, _received = True, True, number

@@ -129,6 +129,14 @@ class _Saver:
             self.manager.close()
 
 
+def _orderly(kind: type | None) -> bool:
+    """Returns whether a run ends as one that has saved everything, so that a failed save must be reported.
+
+    Any other error that ended the run says more than the errors that follow from it.
+    """
+    return kind is None or issubclass(kind, SystemExit)
+
+
 class Checkpoints:
     """The checkpoints of one workdir, which no other job can use while they are open.
 
@@ -220,8 +228,7 @@ class Checkpoints:
         try:
             self.close()
         except Exception:
-            # The error that ended the run says more than the errors that follow from it.
-            if kind is None:
+            if _orderly(kind):
                 raise
 
     def close(self) -> None:
@@ -250,13 +257,18 @@ class Best:
         self._value = -math.inf
         latest = manager.latest_step()
         if latest is not None:
+            problem = None
             try:
                 saved = manager.restore(latest, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
                 require_intact(saved)
                 self._value = saved["value"] if saved["metric"] == metric else -math.inf
             except Exception as error:
                 require_readable(error, workdir / BEST / str(latest))
-                reason = front.first_line(error)
+                problem = front.first_line(error)
+            # All processes delete it together, even if one alone cannot read it.
+            if hosts.any_process(problem is not None):
+                self._value = -math.inf
+                reason = problem or "another process cannot read it"
                 front.say(f"note: {workdir / BEST} is damaged ({reason}): the next best takes its place")
                 manager.delete(latest)
 
@@ -273,7 +285,7 @@ class Best:
         try:
             self._saver.close()
         except Exception:
-            if kind is None:
+            if _orderly(kind):
                 raise
 
 

@@ -17,8 +17,14 @@ from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.transfer import checksum, fetch
 
 # Errors of reading that say nothing of what is read, by their numbers and in the words of TensorStore.
-_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT}
-_IN_WORDS = ("Too many open files", "Permission denied", "Stale file handle")
+_OF_THE_MACHINE = {
+    errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.ENOTCONN,
+    errno.ECONNRESET,
+}  # fmt: skip
+_IN_WORDS = (
+    "Too many open files", "Permission denied", "Stale file handle", "Input/output error",
+    "Transport endpoint is not connected",
+)  # fmt: skip
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def _its_settings(config: OptimizerConfig, setting: str) -> Iterator[None]:
     """Turns an error of an optimizer into one that names its settings: each checks its own, if it does at all."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{setting}.settings do not fit {config.name!r}: {reason}") from error

@@ -164,12 +164,14 @@ def checked_parts(config: TrainConfig) -> Method:
     """Returns the run's method after all parts that a config names are known to fit, before any model is loaded.
 
     Raises:
-      UserError: the method, the function that selects groups, a tracker or an optimizer does not fit.
+      UserError: the method, the function that selects groups, a tracker, an optimizer or the metric of
+        `config.evaluation.best` does not fit.
     """
     method = checked_method(config)
     checked_selection(config)
     require_trackers(config.tracker_names)
-    require_optimizer(config.optimizer, "config.optimizer")
+    require_optimizer(config.optimizer)
+    known_metric(evaluated_task(config), config.evaluation.best, "config.evaluation.best")
     if method.extras is not None:
         require_optimizer(config.extras_optimizer, "config.extras_optimizer")
     return method
@@ -183,12 +185,12 @@ def checked_method(config: TrainConfig) -> Method:
     Raises:
       UserError: a method, its settings or the task are not valid, or the run's method breaks the contract.
     """
+    method, task = build(config.method, **config.method_settings), resolve_task(config)
     for name, settings in config.settings.items():
         if name not in METHODS and not is_plugin(name):
             raise UserError(f"config.settings.{name} names no method: choose from {', '.join(METHODS)}")
         if name in METHODS:
             build(name, **settings)
-    method, task = build(config.method, **config.method_settings), resolve_task(config)
     check(
         method, name=config.method, prompt_length=max(config.prompt_buckets),
         completion_length=config.sampler.completion_length, group_size=config.group_size, sampler=config.sampler,

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import runpy
+import signal
 import statistics
 from pathlib import Path
 
@@ -206,6 +208,37 @@ def test_bad_input_is_refused_before_any_run(config, tmp_path, monkeypatch, chan
     with pytest.raises(UserError, match=message):
         compare.compare(config, tmp_path, **({"methods": METHODS, "seeds": 1} | change))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("optimizer", {"name": "optax:adamw", "settings": {"b1": 1.0}}, "config.optimizer.settings"),
+        ("evaluation", {"best": "nope"}, "config.evaluation.best"),
+    ],
+)
+def test_bad_settings_are_refused_before_the_start_is_evaluated(config, tmp_path, monkeypatch, part, change, message):
+    monkeypatch.setattr(evaluate, "run", lambda *_, **__: pytest.fail("evaluated"))
+    changed = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **change)})
+    with pytest.raises(UserError, match=message):
+        compare.compare(changed, tmp_path, METHODS, 1, metric="cells")
+
+
+def test_a_signal_after_the_last_iteration_of_a_run_stops_the_bench(config, tmp_path, monkeypatch):
+    def last(run, directory):
+        with signals.StopSignal():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "train", last)
+    states = iter(["open", *["finished"] * 9])
+    monkeypatch.setattr(compare, "state_of", lambda *_: next(states))
+    monkeypatch.setattr(compare, "evaluated_start", lambda *_: {"cells": {"mean": 0.5, "error": 0.1}})
+    monkeypatch.setattr(compare, "write_report", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "run", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr(signals, "_asked", False)
+    with pytest.raises(SystemExit) as stop:
+        compare.compare(config, tmp_path, METHODS, 1, metric="cells")
+    assert stop.value.code == 0
 
 
 @pytest.mark.slow

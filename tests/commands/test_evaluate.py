@@ -1,5 +1,6 @@
 """Evaluation: statistics, the table over tasks and lengths, resumption, sampling, comparison, the best checkpoint."""
 
+import io
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from gdsd_jax.evaluation import reports, statistics
 from gdsd_jax.evaluation.policy import load_policy
 from gdsd_jax.evaluation.run import UNFINISHED
 from gdsd_jax.runtime import transfer
+from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import Lock
 
@@ -129,6 +131,16 @@ def test_sampling_and_pass_at(base, tmp_path):
     assert list(metrics) == ["cells", "puzzles", "puzzles pass@1", "puzzles pass@3"]
     cells = np.array([record["cells"] for record in records]).reshape(4, 3).mean(axis=1)
     assert metrics["cells"]["error"] == pytest.approx(np.std(cells, ddof=1) / 2)
+
+
+def test_brackets_in_names_are_shown_as_they_are():
+    result = {"task": "even", "completion_length": 4, "steps": 2, "count": 1, "rows": "[b]rows[/x].jsonl"}
+    result |= {"metrics": {"right [strict]": {"mean": 1.0, "error": 0.0}}}
+    summary = {"adapter": "a[/b]", "checkpoint": "c", "workdir": None, "strategy": "random", "temperature": 0.0}
+    console = Console(width=100, file=io.StringIO())
+    console.print(reports.table(summary | {"samples": 1, "results": [result]}))
+    shown = " ".join(console.file.getvalue().split())
+    assert all(text in shown for text in ("[b]rows[/x].jsonl", "right [strict]", "a[/b]"))
 
 
 def test_the_directory_is_reserved_until_its_files_are_complete(base, tmp_path, monkeypatch):

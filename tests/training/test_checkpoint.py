@@ -80,6 +80,20 @@ def test_best_by_another_metric_starts_anew(tmp_path):
     assert offered("eval/solved", (4, 0.3)) == [3]
 
 
+def test_a_failed_save_is_reported_unless_another_error_ends_the_run(tmp_path, monkeypatch):
+    """A run that is told to stop says that it has saved, and leaves by SystemExit."""
+
+    def ended_by(error):
+        with Best(tmp_path, 10, "eval/solved") as best:
+            monkeypatch.setattr(best._saver, "close", lambda: (_ for _ in ()).throw(UserError("the disk is full")))
+            raise error
+
+    with pytest.raises(UserError, match="disk is full"):
+        ended_by(SystemExit(0))
+    with pytest.raises(ValueError, match="diverged"):
+        ended_by(ValueError("diverged"))
+
+
 @pytest.mark.slow
 def test_resumed_with_other_memory_settings(tmp_path, capsys):
     file = tiny_run.build(tmp_path)

@@ -91,9 +91,19 @@ def test_killed_after_its_export(config, whole, tmp_path, monkeypatch):
 
 
 def test_two_at_once_in_one_workdir(config, tmp_path):
-    with Lock(tmp_path / "sft"), pytest.raises(UserError, match="in use by process"):
+    with Lock(tmp_path), pytest.raises(UserError, match="in use by process"):
         trained(config, tmp_path)
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_directory_is_reserved_until_the_export_is_complete(config, whole, tmp_path, monkeypatch):
+    def export(*arguments, original=hub.export_checkpoint, **named):
+        with pytest.raises(UserError, match="in use by process"):
+            Lock(tmp_path)
+        original(*arguments, **named)
+
+    monkeypatch.setattr(sft.hub, "export_checkpoint", export)
+    assert trained(config, tmp_path) == whole
 
 
 def test_micro_batches_and_adapter(config, whole, tmp_path):
