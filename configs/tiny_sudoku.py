@@ -5,7 +5,7 @@
 
 Hardware: any two CPU cores, under 4 GB. The first run makes the supervised start in runs/start_biased, in two to five
 minutes. After the colon: a model family (default: llada), which decides the format of the model and its sampler.
-Expected: 43 to 65 % of the test puzzles, from 12 to 21 % before, in LLaDA's format (docs/results.md).
+Expected: 31 to 65 % of the test puzzles, from 7 to 21 % before, in LLaDA's format (docs/results.md).
 """
 
 from common import embedded_sudoku, with_biased_start
