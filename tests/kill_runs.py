@@ -254,8 +254,12 @@ def differences(name: str, found: dict[str, Any], whole: dict[str, Any]) -> list
 
 
 def finished(name: str, directory: Path) -> bool:
-    """Returns whether a signal came after everything was written: a finished export cannot be repeated."""
-    return (directory / COMMANDS[name].last).exists() and not (directory / "run/.export.part").exists()
+    """Returns whether a signal came after everything was written: a finished export cannot be repeated.
+
+    The checkpoints of supervised training outlive its export for a moment; the next start removes them.
+    """
+    left = any((directory / "run" / part).exists() for part in (".export.part", "sft"))
+    return (directory / COMMANDS[name].last).exists() and not left
 
 
 def saved_at_stop(directory: Path) -> bool:
