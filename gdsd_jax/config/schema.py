@@ -283,7 +283,9 @@ class TrainConfig:
                 f"the {rows} rows of an iteration (prompts_per_iteration {self.prompts_per_iteration} x group_size "
                 f"{self.group_size})"
             )  # fmt: skip
-            raise UserError(f"config.microbatch_rows {self.microbatch_rows} does not divide {of}")
+            raise UserError(
+                f"config.microbatch_rows {self.microbatch_rows} does not divide {of}: change it, or set it to None"
+            )
         if self.model.weights == "int8" and not self.lora.rank:
             raise UserError(
                 "config.model.weights is int8, and such weights cannot be trained: set config.lora.rank above 0, or "

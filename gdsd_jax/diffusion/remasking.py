@@ -180,7 +180,7 @@ class SamplerConfig:
                 and self.completion_length % self.block_length
                 and not (self.strategy in STRATEGIES and STRATEGIES[self.strategy].plan),
                 f"completion_length {self.completion_length} is not a multiple of block_length {self.block_length}; "
-                "change one of them",
+                "change one of them in config.sampler",
             ),
             (
                 self.strategy not in STRATEGIES,

@@ -30,7 +30,7 @@ def make_optimizer(
     Raises:
       UserError: the schedule or the optimizer is unknown, or the optimizer does not accept its settings.
     """
-    schedule = make_schedule(config, config.schedule_updates or updates)
+    schedule = make_schedule(config, config.schedule_updates or updates, setting)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), _inner(config, schedule, setting)), schedule
 
 
@@ -71,7 +71,7 @@ def _its_settings(config: OptimizerConfig, setting: str) -> Iterator[None]:
         raise UserError(f"{setting}.settings do not fit {config.name!r}: {reason}") from error
 
 
-def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, updates: int, setting: str = "config.optimizer") -> optax.Schedule:
     """Builds the learning rate as a function of the number of finished updates.
 
     Raises:
@@ -84,7 +84,7 @@ def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(config.learning_rate, after),
     }
     if config.schedule not in shapes:
-        raise UserError(f"optimizer schedule {config.schedule!r} is not one of {', '.join(shapes)}")
+        raise UserError(f"{setting}.schedule {config.schedule!r} is not one of {', '.join(shapes)}")
     # The first update has the argument 0; a warm-up that begins at the rate 0 would waste it.
     warmup, rate = config.warmup_updates, config.learning_rate
     ramp = optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup - 1, 1))

@@ -197,7 +197,7 @@ def test_a_selection_of_wrong_results_is_refused_before_anything_is_written(conf
         (export, ["--output=out", "--workdir={base}", "--format=onnx"], "--format"),
         (export, ["--output=out", "--workdir={base}", "--dtype=int8"], "--dtype"),
         (export, ["--output={base}", "--workdir={base}", "--format=merged"], "is not empty"),
-        (export, ["--output=out", "--workdir={base}", "--format=adapter", "--dtype=bfloat16"], "--dtype applies to merged"),
+        (export, ["--output=out", "--workdir={base}", "--format=adapter", "--dtype=bfloat16"], "--dtype applies to"),
         (generate, ["--checkpoint=", "--rows=1"], "--checkpoint '' names no directory"),
         (generate, ["--checkpoint={base}", "--adapter= ", "--rows=1"], "--adapter ' ' names no directory"),
         (generate, ["--checkpoint={base}", "--rows=0"], "--rows is 0, it must be at least 1"),
