@@ -78,12 +78,12 @@ IMPORTED = (
 
 
 class Command(NamedTuple):
-    """A command, its shares of both kinds of signals, and the path that it writes last."""
+    """A command, its shares of both kinds of signals, and the path that it writes last; None if it may be repeated."""
 
     arguments: tuple[str, ...]
     kills: float
     terms: float
-    last: str
+    last: str | None
 
 
 # The paths are relative to a directory that each chain of starts has for itself.
@@ -99,7 +99,7 @@ COMMANDS = {
     "compare": Command(
         ("--config=../config.py", "--methods=gdsd,wd1", "--seeds=1", "--metric=cells", "--config.iterations=4",
          "--workdir=run"),
-        0.15, 0.25, "run/wd1/seed42/evaluation/evaluation.json",
+        0.15, 0.25, None,
     ),
 }  # fmt: skip
 
@@ -258,8 +258,9 @@ def finished(name: str, directory: Path) -> bool:
 
     The checkpoints of supervised training outlive its export for a moment; the next start removes them.
     """
+    last = COMMANDS[name].last
     left = any((directory / "run" / part).exists() for part in (".export.part", "sft"))
-    return (directory / COMMANDS[name].last).exists() and not left
+    return last is not None and (directory / last).exists() and not left
 
 
 def saved_at_stop(directory: Path) -> bool:
