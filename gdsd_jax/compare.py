@@ -37,8 +37,10 @@ from gdsd_jax.evaluation.comparison import (
     test_result,
     write_report,
 )
+from gdsd_jax.methods import METHODS
 from gdsd_jax.runtime import hosts
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
+from gdsd_jax.runtime.plugins import is_plugin
 from gdsd_jax.runtime.signals import asked_to_stop, exit_code
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.telemetry import plots
@@ -135,6 +137,9 @@ def require_runnable(config: TrainConfig, methods: Sequence[str], seeds: int, ho
     if not 0 <= host_index < host_count:
         raise UserError(f"--host_index {host_index} must be at least 0 and below --host_count {host_count}")
     for name in methods:
+        if name not in METHODS and not is_plugin(name):
+            names = f"{', '.join(METHODS)}, or package.module:NAME{did_you_mean(name, METHODS)}"
+            raise UserError(f"--methods names an unknown method {name!r}: choose from {names}")
         checked_parts(run_config(config, name, config.seed))
 
 
@@ -146,9 +151,9 @@ def parse_rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
         try:
             found[name] = float(rate)
         except ValueError:
-            raise UserError(f"--rates {text!r}: {part.strip()!r} is not of the form NAME=RATE") from None
+            raise UserError(f"--rates: {part.strip()!r} is not of the form NAME=RATE") from None
         if name not in methods or not found[name] > 0:
-            raise UserError(f"--rates {text!r}: {part.strip()!r} does not give one of --methods a rate above 0")
+            raise UserError(f"--rates: {part.strip()!r} does not give one of --methods a rate above 0")
     return found
 
 

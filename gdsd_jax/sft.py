@@ -46,7 +46,7 @@ from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.telemetry.trackers import require_trackers
 from gdsd_jax.training.checkpoint import Checkpoints
 from gdsd_jax.training.cursor import Cursor
-from gdsd_jax.training.demonstrations import encoded_demonstrations, rows_of
+from gdsd_jax.training.demonstrations import encoded_demonstrations, of_file, rows_of
 from gdsd_jax.training.optimizer import make_optimizer, require_optimizer
 from gdsd_jax.training.setup import Setup, encoded_rows, evaluated_task, load_setup, task_rows
 from gdsd_jax.training.state import policy, start_state
@@ -135,6 +135,9 @@ def train_and_export(config: TrainConfig, workdir: Path, log_every: int) -> None
                     name = setup.task.metrics_named[-1]
                     progress.note(f"step {step + 1}: {name} {reached:.3f} on validation rows reaches config.sft.until")
                     break
+        else:
+            if config.sft.until:
+                progress.note(f"config.sft.until {config.sft.until} was not reached in {config.sft.steps} steps")
     if hosts.first():
         plot_curves(workdir)
     base, lora = policy(setup.base, state.params)
@@ -156,6 +159,14 @@ def prepared(config: TrainConfig, workdir: Path) -> TrainConfig:
     refuse_existing(workdir / "merged")
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
+    require_settings(config)
+    # The export needs the weights as they are stored, not in 8 bits.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
+    return adapted(config, workdir / "adapted")
+
+
+def require_settings(config: TrainConfig) -> None:
+    """Raises UserError if settings of supervised training contradict each other or name what is not there."""
     require_trackers(config.tracker_names)
     require_optimizer(config.sft.optimizer, "config.sft.optimizer")
     rows, piece = config.sft.batch_rows, config.sft.microbatch_rows
@@ -163,9 +174,6 @@ def prepared(config: TrainConfig, workdir: Path) -> TrainConfig:
         raise UserError(f"config.sft.microbatch_rows {piece} does not divide config.sft.batch_rows {rows}")
     if config.sft.adapter and not config.lora.rank:
         raise UserError("config.sft.adapter trains an adapter, but config.lora.rank is 0: change one of them")
-    # The export needs the weights as they are stored, not in 8 bits.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
-    return adapted(config, workdir / "adapted")
 
 
 def remove_leftovers(workdir: Path) -> bool:
@@ -228,7 +236,8 @@ def embedded_start(config: TrainConfig) -> None:
     """Makes the checkpoint of a config that embeds a tiny model, unless it exists; does nothing for other configs.
 
     Raises:
-      UserError: the checkpoint is not named "merged", the name that `run` gives it.
+      UserError: the checkpoint is not named "merged", the name that `run` gives it, or the settings or the file of
+        demonstrations are not valid.
     """
     checkpoint = Path(config.checkpoint)
     if not config.tiny.family:
@@ -240,6 +249,9 @@ def embedded_start(config: TrainConfig) -> None:
         raise UserError(
             f"config.checkpoint {checkpoint} must end in /merged: the embedded model is written there on first use"
         )
+    require_settings(config)
+    if config.sft.path is not None:
+        of_file(config.sft)
     init = checkpoint.parent / "init"
     if hosts.first() and not init.exists():
         tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from gdsd_jax.config import TrainConfig, freeze, to_dict
 from gdsd_jax.config.read import neighbours, require_config
 from gdsd_jax.runtime import front, hosts
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
 from gdsd_jax.runtime.files import require_writable
 
 # What the value of a flag must be, by absl's name of the flag's type.
@@ -181,7 +181,9 @@ def _is_free(path: list[str], text: str) -> bool:
         hints = typing.get_type_hints(kind)
         if name not in hints:
             where = ".".join(["config", *path[:depth]])
-            raise UserError(f"unknown setting {where}.{name}: {where} knows {', '.join(hints)}")
+            raise UserError(
+                f"unknown setting {where}.{name}: {where} knows {', '.join(hints)}{did_you_mean(name, hints)}"
+            )
         kind = hints[name]
     return text == "None" and types.NoneType in typing.get_args(kind)
 

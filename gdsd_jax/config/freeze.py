@@ -22,7 +22,7 @@ from gdsd_jax.config.schema import (
 from gdsd_jax.config.updates import OptimizerConfig, SFTConfig
 from gdsd_jax.diffusion import SamplerConfig
 from gdsd_jax.runtime import ranges
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
 
 
 def default(checkpoint: str = "") -> ConfigDict:
@@ -70,9 +70,10 @@ def freeze(kind: Any, values: Any, where: str = "config") -> Any:
     values = dict(values.items())
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = ranges.hints(kind)
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise UserError(f"unknown setting {where}.{unknown[0]}: {where} knows {', '.join(fields)}")
+    for name in sorted(set(values) - set(fields), key=str):
+        raise UserError(
+            f"unknown setting {where}.{name}: {where} knows {', '.join(fields)}{did_you_mean(name, fields)}"
+        )
     missing = [n for n, f in fields.items() if n not in values and _required(f)]
     if missing:
         raise UserError(f"{where}.{missing[0]} is missing")

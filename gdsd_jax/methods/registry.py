@@ -28,7 +28,7 @@ from gdsd_jax.methods import (
 )  # fmt: skip
 from gdsd_jax.methods.method import Method
 from gdsd_jax.runtime import ranges
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
 from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 
 
@@ -75,10 +75,11 @@ def build(name: str, /, **settings: Any) -> Method:
     elif name in METHODS:
         recipe = METHODS[name]
     else:
-        names = ", ".join(METHODS)
-        raise UserError(f"unknown method {name!r}: config.method is one of {names}, or package.module:NAME")
+        names = f"{', '.join(METHODS)}, or package.module:NAME{did_you_mean(name, METHODS)}"
+        raise UserError(f"unknown method {name!r}: config.method is one of {names}")
     known = {field.name for field in dataclasses.fields(recipe.settings)}
     unknown = sorted(set(settings) - known)
     if unknown:
-        raise UserError(f"method {name!r} has no setting {', '.join(unknown)}: it knows {', '.join(sorted(known))}")
+        names = f"{', '.join(sorted(known))}{did_you_mean(unknown[0], known)}"
+        raise UserError(f"method {name!r} has no setting {', '.join(unknown)}: it knows {names}")
     return recipe.make(ranges.build(recipe.settings, settings, f"config.settings.{name}"))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
 from gdsd_jax.runtime.plugins import is_plugin, load_plugin
 from gdsd_jax.tasks import code, countdown, gsm8k, math, sudoku
 from gdsd_jax.tasks.task import Task, configure, require_settings
@@ -32,9 +32,8 @@ def _find(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     if not is_plugin(name):
-        raise UserError(
-            f"unknown task {name!r}; one of: {', '.join(TASKS)}, or a task of your own as package.module:NAME"
-        )
+        names = f"{', '.join(TASKS)}, or a task of your own as package.module:NAME{did_you_mean(name, TASKS)}"
+        raise UserError(f"unknown task {name!r}; one of: {names}")
     task = load_plugin(name, "task")
     if not isinstance(task, Task):
         raise UserError(f"{name} is a {type(task).__name__}, not a gdsd_jax.tasks.Task")

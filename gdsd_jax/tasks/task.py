@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from gdsd_jax.runtime import ranges
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
 from gdsd_jax.runtime.ranges import LARGEST_FLOAT, Range
 from gdsd_jax.tasks import prompting, workers
 from gdsd_jax.tasks.data import Row, draw
@@ -241,7 +241,8 @@ def require_settings(names: Iterable[str]) -> None:
     """Raises UserError unless all names are those of task settings."""
     unknown = sorted(set(names) - set(SETTINGS))
     if unknown:
-        raise UserError(f"unknown task setting {unknown[0]!r}; one of: {', '.join(SETTINGS)}")
+        names = f"{', '.join(SETTINGS)}{did_you_mean(unknown[0], SETTINGS)}"
+        raise UserError(f"unknown task setting {unknown[0]!r}; one of: {names}")
 
 
 def configure(task: Task, *, evaluation: bool = False, grader: str | None = None, **settings: Any) -> Task:

@@ -47,6 +47,17 @@ def rows_of(rows: Encoded | Packed, chosen: np.ndarray) -> Encoded | Packed:
     return type(rows)(*(x[chosen] for x in rows))
 
 
+def of_file(settings: SFTConfig) -> list[Demonstration]:
+    """Returns the demonstrations of `config.sft.path`.
+
+    Raises:
+      UserError: the file is not valid, or `config.sft.careless` is set, which needs the rows of a task.
+    """
+    if settings.careless:
+        raise UserError("config.sft.careless needs the rows of a task: set it to 0, or config.sft.path to None")
+    return read_demonstrations(Path(settings.path))
+
+
 def encoded_demonstrations(config: TrainConfig, setup: Setup) -> tuple[Encoded | Packed, Encoded | Packed]:
     """Returns the demonstrations to train on, and those that are held out.
 
@@ -55,9 +66,7 @@ def encoded_demonstrations(config: TrainConfig, setup: Setup) -> tuple[Encoded |
     """
     settings, task = config.sft, setup.task
     if settings.path is not None:
-        if settings.careless:
-            raise UserError("config.sft.careless needs the rows of a task: set it to 0, or config.sft.path to None")
-        found, prefix = read_demonstrations(Path(settings.path)), ""
+        found, prefix = of_file(settings), ""
     else:
         rows = task_rows(config.task, task, "train", count=config.task.train_rows, seed=settings.seed)
         careless = demonstrations(task, rows, settings)

@@ -15,7 +15,7 @@ from gdsd_jax.denoiser.lora import target_shapes
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import METHODS, Method, build, check
 from gdsd_jax.runtime import memory
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
 from gdsd_jax.runtime.plugins import is_plugin
 from gdsd_jax.runtime.sharding import Dimension, make_mesh
 from gdsd_jax.runtime.streams import Stream, stream_key
@@ -188,7 +188,8 @@ def checked_method(config: TrainConfig) -> Method:
     method, task = build(config.method, **config.method_settings), resolve_task(config)
     for name, settings in config.settings.items():
         if name not in METHODS and not is_plugin(name):
-            raise UserError(f"config.settings.{name} names no method: choose from {', '.join(METHODS)}")
+            names = f"{', '.join(METHODS)}{did_you_mean(name, METHODS)}"
+            raise UserError(f"config.settings.{name} names no method: choose from {names}")
         if name in METHODS:
             build(name, **settings)
     check(

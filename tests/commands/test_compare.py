@@ -193,7 +193,8 @@ def test_other_errors_of_a_run_end_the_bench(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ("gdsd", "nope")}, "unknown method 'nope'.*spg"),
+        ({"methods": ("gdsd", "nope")}, "--methods names an unknown method 'nope'.*spg"),
+        ({"methods": ("gdsd", "gdsd_tcl")}, "did you mean gdsd_tlc"),
         ({"methods": ()}, "--methods"),
         ({"methods": ("gdsd", "gdsd")}, "twice"),
         ({"seeds": 0}, "--seeds 0"),

@@ -106,6 +106,23 @@ def test_the_directory_is_reserved_until_the_export_is_complete(config, whole, t
     assert trained(config, tmp_path) == whole
 
 
+def test_settings_are_tried_before_an_embedded_model_is_made(config, tmp_path):
+    embedded = dataclasses.replace(config.tiny, family="llada")
+    for changes, said in (
+        ({"path": str(tmp_path / "no.jsonl")}, "no.jsonl"),
+        ({"microbatch_rows": 3}, "microbatch_rows 3"),
+    ):
+        wrong = dataclasses.replace(config, tiny=embedded, sft=dataclasses.replace(config.sft, careless=0.0, **changes))
+        with pytest.raises(UserError, match=said):
+            sft.main(wrong, tmp_path / "start")
+        assert not (tmp_path / "start").exists()
+
+
+def test_a_share_that_is_not_reached_is_said(config, tmp_path, capsys):
+    trained(config, tmp_path, until=1.0)
+    assert "config.sft.until 1.0 was not reached in 6 steps" in capsys.readouterr().out
+
+
 def test_micro_batches_and_adapter(config, whole, tmp_path):
     """Micro-batches change nothing but rounding; an adapter moves only its targets."""
     trained(config, tmp_path / "pieces", microbatch_rows=2)
