@@ -428,7 +428,11 @@ def main() -> None:
     deadline = time.time() + flags.seconds
     sizes = {"iterations": flags.iterations, "at_once": flags.at_once}
     arms = [Arm.of(text) for text in flags.arms.split(",")]
-    Protocol(flags.config, flags.workdir, rates, flags.tenfold, deadline, **sizes).share(arms, flags.worker)
+    protocol = Protocol(flags.config, flags.workdir, rates, flags.tenfold, deadline, **sizes)
+    start = Path(protocol.config(arms[0]).checkpoint)
+    if not start.exists():
+        parser.error(f"{start} does not exist: python -m gdsd_jax.sft --config {flags.config} --workdir {start.parent}")
+    protocol.share(arms, flags.worker)
 
 
 if __name__ == "__main__":
