@@ -187,11 +187,23 @@ def to_row(place: str, record: Row) -> Row:
     tests = list(tests) if isinstance(tests, (list, tuple)) else []
     if not tests or not all(isinstance(text, str) for text in (question, setup, solution, *tests)):
         raise UserError(f"{place}: the question must be a text and the tests a list of at least one")
+    for number, text in enumerate(tests, start=1):
+        _require_test(f"{place}, test {number}", text)
     shadowed = sorted(name for name in named if hasattr(builtins, name))
     fields = {"question": question, "tests": tests, "test": tests[0], "setup": setup}
     if "test_list" not in record and "entry_point" in record:
         fields |= {"test": "", "prompt": prompt, "named": [entry]}
     return {**fields, "program": solution, "shadowed": shadowed}
+
+
+def _require_test(place: str, text: str) -> None:
+    """Raises UserError if a test does not parse, so that nothing passes it, or is empty, so that everything does."""
+    try:
+        does = any(not isinstance(node, (ast.Pass, ast.Import, ast.ImportFrom)) for node in ast.parse(text).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{place} is not Python ({error}): mend it or remove it") from None
+    if not does:
+        raise UserError(f"{place} tests nothing, so that every program passes it: remove it")
 
 
 def completed(row: Row) -> Row:

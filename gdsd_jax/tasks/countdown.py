@@ -183,11 +183,14 @@ def read(path: Path) -> list[Row]:
 def _row(place: str, numbers: list[Any], target: Any) -> Row:
     try:
         # The conversion goes through str, because int() alone would cut 7.5 to 7.
-        return {"numbers": [int(str(number)) for number in numbers], "target": int(str(target))}
+        row = {"numbers": [int(str(number)) for number in numbers], "target": int(str(target))}
     except ValueError:
         raise UserError(
             f"{place}: numbers and target must be integers, got {numbers!r:.80} and {target!r:.40}"
         ) from None
+    if min(row["numbers"], default=0) < 0:
+        raise UserError(f"{place}: numbers must be at least 0, as a sign in an answer is an operator: {numbers!r:.80}")
+    return row
 
 
 def reference(row: Row) -> Row:

@@ -133,6 +133,8 @@ def _row(place: str, record: Row) -> Row:
     answer = answer.strip().replace(",", "")
     if not answer:
         raise UserError(f"{place}: there is no answer{' after ####' if hashes else ''}")
+    if not _NUMBER.fullmatch(answer):
+        raise UserError(f"{place}: the answer must be a number, it is {answer!r:.60}")
     # Marks such as <<48/2=24>> are notes to a calculator.
     solution = re.sub(r"<<[^<>]*>>", "", solution).strip()
     return {"question": text_of(place, record, "question").strip(), "answer": answer, "solution": solution}

@@ -53,7 +53,16 @@ def test_rows_of_three_kinds(rows):
     assert [row["program"].count("return") for row in rows] == [0, 1, 1]
 
 
-@pytest.mark.parametrize("record", [{"question": "q"}, {"question": "q", "test_cases": []}, {**MBPP, "test_list": [1]}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "q"},
+        {"question": "q", "test_cases": []},
+        {**MBPP, "test_list": [1]},
+        # Every program would pass the first three, and none the last.
+        *({"question": "q", "test_cases": ["assert f()", text]} for text in ("", "# to do", "pass", "assert (")),
+    ],
+)
 def test_bad_rows_are_named(tmp_path, record):
     with pytest.raises(UserError, match="rows.jsonl, line 1"):
         code.read(write(tmp_path / "rows.jsonl", record), sandboxed=False)

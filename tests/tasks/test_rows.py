@@ -225,3 +225,16 @@ def test_rows_that_no_memory_holds_are_refused_before_they_are_read(tmp_path, mo
 def test_columns_that_are_no_text_are_refused(task, row, tmp_path):
     with pytest.raises(UserError, match="must be a text"):
         (UNSAFE if task == "code" else TASKS[task]).read(write(tmp_path / "rows.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "said"),
+    [
+        ("countdown", {"nums": [-3, 5, 7], "target": -22}, "numbers must be at least 0"),
+        ("gsm8k", {"question": "how many?", "answer": "#### NaN"}, "the answer must be a number, it is 'NaN'"),
+        ("gsm8k", {"question": "how many?", "answer": "#### many"}, "the answer must be a number"),
+    ],
+)
+def test_rows_whose_own_answer_no_grader_takes_are_refused(task, row, said, tmp_path):
+    with pytest.raises(UserError, match=f"line 1: {said}"):
+        TASKS[task].read(write(tmp_path / "rows.jsonl", [row]))
