@@ -43,7 +43,7 @@ def test_result(run: TrainConfig, directory: Path) -> dict[str, Any] | None:
 
 
 def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[str, Any] | None:
-    """Returns the metrics of the evaluation in `directory`, or None if there is none or it does not fit.
+    """Returns the metrics of the evaluation in `directory`, or None if there is none, or it is unfinished or unfit.
 
     An evaluation fits if its number of steps is the config's and its summary has the values of `expected`.
 
@@ -51,7 +51,8 @@ def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[s
       UserError: the summary cannot be read, or a metric is not finite.
     """
     path = directory / reports.SUMMARY
-    if not path.is_file():
+    # An evaluation that was killed between its last file and its end is ended by the next one.
+    if not path.is_file() or (directory / reports.UNFINISHED).exists():
         return None
     summary = read_object(path, "remove it")
     with understood(path, "remove it"):

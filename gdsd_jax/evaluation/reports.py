@@ -24,6 +24,7 @@ from gdsd_jax.runtime.files import (
 from gdsd_jax.telemetry.plots import COLOURS, literal
 
 SUMMARY, TABLE, FIGURE, COMPLETIONS = (f"evaluation.{kind}" for kind in ("json", "md", "png", "jsonl"))
+UNFINISHED = "evaluation.part.jsonl"  # what has been generated so far; it is removed after the other files are written
 COMPARISON = "comparison"
 LEGEND = "Columns: completion length (denoising steps). ±: standard error over the rows."
 

@@ -31,8 +31,6 @@ from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.training.rollout import Prompts, encode_prompts
 from gdsd_jax.training.setup import evaluated_task, task_rows
 
-UNFINISHED = "evaluation.part.jsonl"
-
 
 def run(
     config: TrainConfig,
@@ -102,7 +100,7 @@ def run(
         }
         if hosts.first():
             reports.write(output, summary, records)
-            (output / UNFINISHED).unlink()
+            (output / reports.UNFINISHED).unlink()
     return summary
 
 
@@ -203,7 +201,7 @@ def completions(config: TrainConfig, policy: Policy, parts: list[Part], output: 
     key = stream_of_seed(config.seed, Stream.EVALUATION)
     rows = {part.name: min(config.evaluation.batch_rows, len(part.prompts.rows)) for part in parts}
     totals = {part.name: -(-len(part.prompts.rows) // rows[part.name]) for part in parts}
-    path = output / UNFINISHED
+    path = output / reports.UNFINISHED
     batches = resumed(path, identity(config, policy, parts, rows))
     for part in parts:
         count, size = len(part.prompts.rows), rows[part.name]

@@ -18,7 +18,7 @@ from benchmarks.side_by_side import Arm, Protocol
 from gdsd_jax import compare, evaluate, train
 from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
 from gdsd_jax.diffusion.sampler import compiled_sample
-from gdsd_jax.evaluation import comparison
+from gdsd_jax.evaluation import comparison, reports
 from gdsd_jax.methods import METHODS as METHODS_OF_LIBRARY
 from gdsd_jax.runtime import signals
 from gdsd_jax.runtime.errors import UserError
@@ -126,6 +126,17 @@ def test_a_finished_bench_runs_nothing_and_says_the_same(bench, config_file, mon
     assert table_of(workdir) == before
     assert picture.read_bytes().startswith(b"\x89PNG") and not picture.with_name(".curves.png").exists()
     assert "run 4/4: wd1 seed 43 (done before)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_killed_at_its_very_end_is_ended(bench, config_file, monkeypatch):
+    """The last act of an evaluation is to remove what it had generated before its files were written."""
+    workdir, _, _ = bench
+    before, part = table_of(workdir), workdir / "wd1" / "seed43" / "evaluation" / reports.UNFINISHED
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
+    part.touch()
+    command(compare, "--config", config_file, "--workdir", workdir, *FLAGS)
+    assert table_of(workdir) == before and not part.exists()
 
 
 @pytest.mark.slow

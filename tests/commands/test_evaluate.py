@@ -21,7 +21,7 @@ from gdsd_jax import evaluate, train
 from gdsd_jax.config.flags import parse
 from gdsd_jax.evaluation import reports, statistics
 from gdsd_jax.evaluation.policy import load_policy
-from gdsd_jax.evaluation.run import UNFINISHED
+from gdsd_jax.evaluation.reports import UNFINISHED
 from gdsd_jax.runtime import transfer
 from gdsd_jax.runtime.console import Console
 from gdsd_jax.runtime.errors import UserError
