@@ -36,7 +36,7 @@ from gdsd_jax.evaluation.completions import evaluate_policy
 from gdsd_jax.hub import tiny
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import Lock, check_disk, refuse_existing
+from gdsd_jax.runtime.files import Lock, check_disk, read_object, refuse_existing, write_json
 from gdsd_jax.runtime.signals import StopSignal, asked_to_stop, exit_code
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch, put
@@ -236,12 +236,15 @@ def embedded_start(config: TrainConfig) -> None:
     """Makes the checkpoint of a config that embeds a tiny model, unless it exists; does nothing for other configs.
 
     Raises:
-      UserError: the checkpoint is not named "merged", the name that `run` gives it, or the settings or the file of
-        demonstrations are not valid.
+      UserError: the checkpoint is not named "merged", the name that `run` gives it; it was made with other settings;
+        or the settings or the file of demonstrations are not valid.
     """
     checkpoint = Path(config.checkpoint)
     if not config.tiny.family:
         return
+    record = checkpoint.parent / "start.json"
+    if record.is_file():
+        require_same_start(config, record)
     if checkpoint.exists():
         remove_leftovers(checkpoint.parent)
         return
@@ -253,12 +256,35 @@ def embedded_start(config: TrainConfig) -> None:
     if config.sft.path is not None:
         of_file(config.sft)
     init = checkpoint.parent / "init"
-    if hosts.first() and not init.exists():
-        tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
+    with hosts.first_only(Lock, checkpoint.parent):
+        if hosts.first() and not init.exists():
+            write_json(record, start_settings(config))
+            tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
     hosts.wait()
     run(dataclasses.replace(config, checkpoint=str(init)), checkpoint.parent)
     if hosts.any_process(asked_to_stop()):
         raise SystemExit(exit_code())
+
+
+def start_settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings that decide which start an embedded model gets, except the task's."""
+    free = ("save_every", "microbatch_rows")
+    sft = {name: value for name, value in to_dict(config.sft).items() if name not in free}
+    return {"tiny": to_dict(config.tiny), "sft": sft}
+
+
+def require_same_start(config: TrainConfig, record: Path) -> None:
+    """Raises UserError if the start that `record` describes was made with other settings than the config's."""
+    made = read_object(record, "remove the directory and make the start again")
+    for group, settings in start_settings(config).items():
+        before = made.get(group) if isinstance(made.get(group), dict) else {}
+        changed = [name for name, value in settings.items() if name in before and before[name] != value]
+        if changed:
+            name, value = f"config.{group}.{changed[0]}", before[changed[0]]
+            raise UserError(
+                f"the start in {record.parent} was made with {name}={value!r:.60}: give the same value, or name "
+                "another directory in config.checkpoint, and for gdsd_jax.sft in --workdir"
+            )
 
 
 def main(config: TrainConfig, workdir: Path) -> None:

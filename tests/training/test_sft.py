@@ -118,6 +118,22 @@ def test_settings_are_tried_before_an_embedded_model_is_made(config, tmp_path):
         assert not (tmp_path / "start").exists()
 
 
+def test_a_start_of_other_settings_is_not_taken_for_the_one_that_is_asked_for(config, tmp_path):
+    small = dataclasses.replace(config.tiny, family="llada", hidden_size=32, num_layers=1, num_heads=2)
+    config = dataclasses.replace(config, tiny=small, sft=dataclasses.replace(config.sft, steps=1))
+    sft.main(config, tmp_path)
+    weights = (tmp_path / "merged/model.safetensors").read_bytes()
+    sft.main(config, tmp_path)
+    for changes in (
+        {"tiny": dataclasses.replace(small, num_layers=2)},
+        {"sft": dataclasses.replace(config.sft, steps=2)},
+    ):
+        (group,) = changes
+        with pytest.raises(UserError, match=rf"made with config\.{group}\.\w+=1"):
+            sft.main(dataclasses.replace(config, **changes), tmp_path)
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == weights
+
+
 def test_a_share_that_is_not_reached_is_said(config, tmp_path, capsys):
     trained(config, tmp_path, until=1.0)
     assert "config.sft.until 1.0 was not reached in 6 steps" in capsys.readouterr().out
