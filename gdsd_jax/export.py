@@ -26,9 +26,9 @@ from gdsd_jax.config.flags import Option, launch
 from gdsd_jax.evaluation.policy import POLICY_OPTIONS, load_policy
 from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
-from gdsd_jax.runtime.files import Lock, refuse_existing, require_writable
+from gdsd_jax.runtime.files import Lock, refuse_existing, require_writable, understood
 from gdsd_jax.telemetry.metrics import METRICS, read_metrics
-from gdsd_jax.training.record import read_record
+from gdsd_jax.training.record import read_record, record_path
 
 FORMATS = ("merged", "adapter", "both")
 UNFINISHED = ".export.part"  # marks the directory of an unfinished export of both kinds
@@ -103,32 +103,39 @@ def marked(output: Path, paths: Iterable[Path]) -> Iterator[None]:
         for path in paths:
             shutil.rmtree(path, ignore_errors=True)
     mark.touch()
-    yield
+    try:
+        yield
+    except BaseException:
+        if not any(path.exists() for path in paths):
+            mark.unlink()
+        raise
     mark.unlink()
 
 
 def training_facts(workdir: Path, iteration: int) -> dict[str, Any]:
     """Returns facts about a run for the model card: its recorded settings, and its last metrics up to `iteration`."""
     config = read_record(workdir)["config"]
-    settings = config["settings"].get(config["method"], {})
-    facts = {
-        "task": config["task"]["name"],
-        "method": config["method"],
-        "method settings": ", ".join(f"{name}={value}" for name, value in settings.items()) or "defaults",
-        "iterations": iteration,
-        "completions per iteration": f"{config['prompts_per_iteration']} prompts x {config['group_size']}",
-        "inner updates per iteration": config["inner_updates"],
-        "learning rate": f"{config['optimizer']['learning_rate']:g}, {config['optimizer']['schedule']}",
-        "seed": config["seed"],
-    }
+    with understood(record_path(workdir), "restore it"):
+        settings = config["settings"].get(config["method"], {})
+        facts = {
+            "task": config["task"]["name"],
+            "method": config["method"],
+            "method settings": ", ".join(f"{name}={value}" for name, value in settings.items()) or "defaults",
+            "iterations": iteration,
+            "completions per iteration": f"{config['prompts_per_iteration']} prompts x {config['group_size']}",
+            "inner updates per iteration": config["inner_updates"],
+            "learning rate": f"{config['optimizer']['learning_rate']:g}, {config['optimizer']['schedule']}",
+            "seed": config["seed"],
+        }
     if (workdir / METRICS).is_file():
         last: dict[str, float] = {}
-        for entry in read_metrics(workdir):
-            if entry["step"] <= iteration:
-                last |= entry
-        for name, value in last.items():
-            if (name == "reward/mean" or name.startswith("eval/")) and value is not None:
-                facts[f"last {name}"] = f"{value:.4f}"
+        with understood(workdir / METRICS, "restore it or remove it"):
+            for entry in read_metrics(workdir):
+                if entry["step"] <= iteration:
+                    last |= entry
+            for name, value in last.items():
+                if (name == "reward/mean" or name.startswith("eval/")) and value is not None:
+                    facts[f"last {name}"] = f"{value:.4f}"
     return facts
 
 

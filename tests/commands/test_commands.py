@@ -15,12 +15,13 @@ from surroundings import surroundings  # noqa: F401  (a fixture that acts by its
 from tiny_run import ROWS, build, command
 
 from gdsd_jax import evaluate, export, generate, hub, train
-from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.config import TrainConfig, default, freeze, greedy_sampler, to_dict
 from gdsd_jax.config.flags import parse
 from gdsd_jax.diffusion.sampler import replay
 from gdsd_jax.evaluation.policy import Policy, load_policy
 from gdsd_jax.hub.files import read_header
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +216,25 @@ def test_a_process_ends_with_one_line_and_code_2(config_file, tmp_path):
     shown = start("--help")
     assert shown.returncode == 0
     assert "--watch" in shown.stdout and "Prints completions of a prompt" in shown.stdout
+
+
+def test_an_export_that_never_began_leaves_no_mark(tmp_path):
+    """The mark of an unfinished export stays only where a part of it has been written."""
+    for part in ([], ["merged"]):
+        with pytest.raises(UserError), export.marked(tmp_path, [tmp_path / "merged", tmp_path / "adapter"]):
+            for name in part:
+                (tmp_path / name).mkdir()
+            raise UserError("the disk is full")
+        assert (tmp_path / export.UNFINISHED).exists() == bool(part)
+
+
+def test_a_record_of_a_run_with_wrong_types_is_named_by_its_export(tmp_path):
+    record = {"config": to_dict(freeze(TrainConfig, default("base"))), "base": "0"}
+    for name, value in (("settings", [1]), ("task", 3), ("method", {}), ("optimizer", {"learning_rate": "x"})):
+        write_json(tmp_path / "run.json", record | {"config": record["config"] | {name: value}})
+        with pytest.raises(UserError, match=r"run\.json cannot be used.*restore it"):
+            export.training_facts(tmp_path, 1)
+    write_json(tmp_path / "run.json", record)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": "x"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        export.training_facts(tmp_path, 1)
