@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from gdsd_jax.config import TrainConfig, freeze, to_dict
 from gdsd_jax.config.read import neighbours, require_config
@@ -66,6 +66,7 @@ def launch(
         if front.HELP & set(argv):
             print(_usage(main, options or {}))
             return
+        _require_jax_defaults()
         config, workdir, values = parse(argv, options or {})
         front.workdir = workdir
         if config.dry_run and not dry_run:
@@ -82,6 +83,17 @@ def launch(
         main(config, workdir, **values)
 
     front.run(command)
+
+
+def _require_jax_defaults() -> None:
+    """Raises UserError if JAX's rules for types or shapes are not its usual ones, on which all programs rely."""
+    for name, usual in (
+        ("jax_enable_x64", False), ("jax_numpy_dtype_promotion", "standard"), ("jax_numpy_rank_promotion", "allow"),
+    ):  # fmt: skip
+        value = getattr(jax.config, name)
+        if value != usual:
+            shown = getattr(value, "value", value)
+            raise UserError(f"{name.upper()} is {shown!r}, and the programs need {usual!r}: unset it")
 
 
 def _shared(config: TrainConfig) -> dict[str, str]:
@@ -124,12 +136,16 @@ def parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, 
     try:
         rest = values(known)[1:]
     except (Exception, SystemExit) as error:  # a config file is a program, which may raise anything
-        raise UserError(_place(error, file) or _other_kind(error, values) or f"{file}: {_first_line(error)}") from None
+        said = _place(error, file) or _other_kind(error, values) or f"{file}: {_reason(error)}"
+        raise UserError(said) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --NAME=VALUE")
     config = values["config"].value
     require_config(config, file)
-    config = config.to_dict()
+    try:
+        config = config.to_dict()
+    except config_dict.RequiredValueError:
+        raise UserError(f"{file}: {_without_value(config)} has no value: set it") from None
     for argument in free:
         _set_free(config, argument)
     workdir = values["workdir"].value
@@ -137,7 +153,22 @@ def parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, 
     for name in (name for name in options if options[name].written):
         _require_path(name, chosen[name])
     _require_path("workdir", workdir)
-    return freeze(TrainConfig, config), None if workdir is None else Path(workdir), chosen
+    try:
+        return freeze(TrainConfig, config), None if workdir is None else Path(workdir), chosen
+    except RecursionError:
+        raise UserError(f"{file}: a setting holds itself: give it a value that ends") from None
+
+
+def _without_value(config: config_dict.ConfigDict, where: str = "config") -> str | None:
+    """Returns the full name of the first setting that must be given and is not, or None."""
+    for name in config:
+        try:
+            value = config[name]
+        except config_dict.RequiredValueError:
+            return f"{where}.{name}"
+        if isinstance(value, config_dict.ConfigDict) and (found := _without_value(value, f"{where}.{name}")):
+            return found
+    return None
 
 
 def _require_path(name: str, value: str | None) -> None:
@@ -257,13 +288,23 @@ def _other_kind(error: BaseException, values: flags.FlagValues) -> str | None:
     return f"{setting} is {textwrap.shorten(value, 100)!r}, it must be {kind}" if kind else None
 
 
+def _reason(error: BaseException) -> str:
+    """Returns what an error says; of a traceback that absl has put into the message, what its last line says."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" not in text:
+        return _first_line(error)
+    last = textwrap.shorten(text.splitlines()[-1], 200)
+    advice = "name its argument as in FILE.py:ARGUMENT" if "argument" in last else "make it a function"
+    return f"get_config cannot be called ({last}): {advice}"
+
+
 def _first_line(error: BaseException) -> str:
     return textwrap.shorten(str(error).strip().split("Other fields present")[0], 300)
 
 
 def _usage(main: Callable[..., Any], options: Mapping[str, Option]) -> str:
     lines = [
-        sys.modules[main.__module__].__doc__.strip(),
+        (sys.modules[main.__module__].__doc__ or "").strip(),
         "",
         "Flags:",
         "  --config FILE         a config file, such as those in configs/",

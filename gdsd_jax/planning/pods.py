@@ -145,7 +145,7 @@ def draw(reports: dict[str, Any], page: Path, versions: dict[str, str]) -> None:
 def command(arguments: list[str]) -> None:
     """Plans the rows that the arguments ask for: the JSON file, the page, and optional names of rows."""
     if front.HELP & set(arguments):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return
     if len(arguments) < 2 or any(argument.startswith("-") for argument in arguments):
         raise UserError("usage: python -m gdsd_jax.planning.pods REPORTS.json PAGE.md [ROW ...]")

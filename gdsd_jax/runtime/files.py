@@ -232,6 +232,8 @@ def require_writable(path: Path, flag: str, *, file: bool = False) -> None:
         if file and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         while not place.exists():
+            if place.is_symlink():
+                raise UserError(f"{path} cannot be written ({place} is a link to nothing): change {flag}")
             place = place.parent
         os.rmdir(tempfile.mkdtemp(prefix=".gdsd_", dir=place))
     except OSError as error:

@@ -153,6 +153,11 @@ def fault_of_the_user(error: BaseException) -> str | None:
     for text, advice in _DEVICE_ERRORS.items():
         if isinstance(error, RuntimeError) and text in str(error):
             return f"{advice} ({first_line(error)})"
+    raised_in = Path(frames[-1].filename) if (frames := traceback.extract_tb(error.__traceback__)) else Path()
+    if raised_in.parts[-3:] == ("jax", "_src", "config.py") and any(name.startswith("JAX_") for name in os.environ):
+        return f"JAX refuses a JAX_... variable of the environment ({first_line(error)}): change it or unset it"
+    if isinstance(error, AssertionError) and raised_in.parts[-3:] == ("jax", "_src", "xla_bridge.py"):
+        return f"JAX finds no device of the kind that JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} names: change it"
     return None
 
 

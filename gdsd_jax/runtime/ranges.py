@@ -80,7 +80,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
                 return convert(option, value, where)
             except UserError:
                 continue
-        raise UserError(f"{where} is {value!r}, not of type {_name(hint)}")
+        raise UserError(f"{where} is {value!r:.200}, not of type {_name(hint)}")
     base, limits = hint, Range()
     if typing.get_origin(hint) is Annotated:
         base, *notes = typing.get_args(hint)
@@ -91,9 +91,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (int, float) and type(value) is origin:
         if not limits.holds(value):
             allowed = f"at most {LARGEST_INT}" if origin is int and value > LARGEST_INT else limits
-            raise UserError(f"{where} is {value!r}, it must be {allowed}")
+            raise UserError(f"{where} is {value!r:.200}, it must be {allowed}")
         if 0 < abs(value) < SMALLEST_FLOAT:
-            raise UserError(f"{where} is {value!r}, which is 0 in float32: give 0 or a larger number")
+            raise UserError(f"{where} is {value!r:.200}, which is 0 in float32: give 0 or a larger number")
         return value
     if origin in (tuple, Sequence) and isinstance(value, (tuple, list)):
         (inner, *_) = typing.get_args(base) or (Any,)
@@ -106,26 +106,29 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return {key: convert(inner, item, f"{where}.{key}") for key, item in value.items()}
     if origin in (bool, str) and type(value) is origin:
         if origin is str and "\0" in value:
-            raise UserError(f"{where} is {value!r}, which holds a zero byte")
+            raise UserError(f"{where} is {value!r:.200}, which holds a zero byte")
         return value
     if dataclasses.is_dataclass(origin) and isinstance(value, origin):
         check(value, where)
         return value
     if origin is Any:
         if isinstance(value, float) and math.isnan(value):
-            raise UserError(f"{where} is {value!r}, it must be a number")
-        if isinstance(value, (Mapping, tuple, list)):
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            for key, item in items:
-                convert(Any, item, f"{where}.{key}")
+            raise UserError(f"{where} is {value!r:.200}, it must be a number")
+        if isinstance(value, Mapping):
+            convert(Mapping[str, Any], value, where)
+        elif isinstance(value, (tuple, list)):
+            convert(Sequence[Any], value, where)
+        elif not (value is None or isinstance(value, (bool, int, float, str))):
+            kind = type(value).__name__
+            raise UserError(f"{where} is a {kind}: give texts, numbers, lists and mappings, which JSON can hold")
         return value
-    raise UserError(f"{where} is {value!r}, not of type {_name(hint)}")
+    raise UserError(f"{where} is {value!r:.200}, not of type {_name(hint)}")
 
 
 def require_one_of(value: str, allowed: Sequence[str], where: str) -> None:
     """Raises UserError, whose message begins with `where`, unless a value is one of those allowed."""
     if value not in allowed:
-        raise UserError(f"{where} {value!r} is not one of {', '.join(allowed)}")
+        raise UserError(f"{where} {value!r:.200} is not one of {', '.join(allowed)}")
 
 
 def check(settings: Any, where: str) -> None:

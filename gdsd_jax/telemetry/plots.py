@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> None:
       UserError: no directory is given, or it holds no metrics to draw.
     """
     if front.HELP & set(arguments):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return
     if not arguments or any(argument.startswith("-") for argument in arguments):
         raise UserError("usage: python -m gdsd_jax.telemetry.plots WORKDIR [METRIC ...]")

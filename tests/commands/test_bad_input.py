@@ -246,6 +246,17 @@ def test_config_file_absent_or_broken(refused, tmp_path):
     ):
         file.write_text(f"{head}    {body}\n    return config\n")
         assert named in refused(train, f"--config={file}", "--workdir", tmp_path / "run")
+    placeholder = "from ml_collections.config_dict import required_placeholder\n"
+    unset = f"{placeholder}{head}    config.seed = required_placeholder(int)\n    return config\n"
+    endless = "    own = {}\n    own['own'] = own\n    config.task.settings = {'examples': (own,)}\n    return config\n"
+    for text, named in (
+        ("def get_config(x):\n    return 1\n", "missing 1 required positional argument: 'x'): name its argument"),
+        ("get_config = 3\n", "'int' object is not callable): make it a function"),
+        (unset, "config.seed has no value"),
+        (head + endless, "a setting holds itself"),
+    ):
+        file.write_text(text)
+        assert named in refused(train, f"--config={file}", "--workdir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

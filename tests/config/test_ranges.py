@@ -52,6 +52,19 @@ def changed(name: str, value: object) -> TrainConfig:
     return freeze(TrainConfig, values)
 
 
+@pytest.mark.parametrize("value", [b"1", {1: 2}, [print], {"a": [{"b": object()}]}, float("nan")])
+def test_settings_of_any_type_are_what_json_holds(value):
+    """The record of a run is JSON, and a resumed run compares its settings with that."""
+    with pytest.raises(UserError, match="config.task.settings.examples"):
+        changed("task.settings", {"examples": [{"puzzle": value}]})
+
+
+def test_a_long_value_is_shortened_in_messages():
+    with pytest.raises(UserError) as refused:
+        changed("seed", "7" * 100_000)
+    assert len(str(refused.value)) < 300
+
+
 def test_there_are_numbers():
     assert len(NUMBERS) > 40
 

@@ -22,6 +22,12 @@ time.sleep(60)
 """
 
 
+def test_a_link_to_nothing_is_not_written_to(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="is a link to nothing.*--workdir"):
+        require_writable(tmp_path / "link" / "run", "--workdir")
+
+
 def test_a_directory_is_held_by_one_process_and_free_when_that_is_killed(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"

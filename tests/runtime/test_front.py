@@ -102,6 +102,28 @@ def test_a_command_without_its_requirements_says_how_to_install_them(way, tmp_pa
     assert not list(tmp_path.glob("crash-*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+        ("JAX_ENABLE_X64", "1", "JAX_ENABLE_X64 is True, and the programs need False: unset it"),
+        ("JAX_NUMPY_DTYPE_PROMOTION", "strict", "JAX_NUMPY_DTYPE_PROMOTION is 'strict'"),
+        ("JAX_PLATFORMS", "cuda", "JAX finds no device of the kind that JAX_PLATFORMS=cuda names"),
+    ],
+)
+def test_variables_of_jax_that_cannot_be_used_are_named(name, value, said, tmp_path):
+    config = "from gdsd_jax.config import default\ndef get_config():\n    return default('x')\n"
+    (tmp_path / "own.py").write_text(config)
+    (tmp_path / "command.py").write_text(
+        "import sys\nfrom gdsd_jax.runtime import front\nsys.excepthook = front.hook\n"
+        "import jax\nfrom gdsd_jax.config.flags import launch\nlaunch(lambda *_: jax.devices(), needs_workdir=False)\n"
+    )
+    command = [sys.executable, "command.py", "--config=own.py"]
+    done = subprocess.run(command, env=os.environ | {name: value}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("crash-*"))
+
+
 def test_every_command_explains_itself(monkeypatch, capsys):
     """`launch` prints the help of most commands; those that use the front door directly print their own."""
     package = Path(front.__file__).parents[1]
