@@ -10,7 +10,7 @@ from etils import epath
 
 from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig
-from gdsd_jax.hub.files import checked_directory, read_json
+from gdsd_jax.hub.files import MOST_JSON_BYTES, checked_directory, read_json
 from gdsd_jax.runtime.files import understood
 
 _IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
@@ -67,7 +67,7 @@ def _special_ids(directory: epath.Path, family: families.Family) -> dict[str, in
     for file in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (directory / file).is_file():
             with understood(directory / file, "download it again"):
-                _collect(file, read_json(directory / file), by_text, texts)
+                _collect(file, read_json(directory / file, MOST_JSON_BYTES), by_text, texts)
     found = {key: next((by_text[text] for text in named if text in by_text), None) for key, named in texts.items()}
     return {key: value for key, value in found.items() if type(value) is int}
 

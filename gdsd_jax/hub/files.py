@@ -30,7 +30,10 @@ FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
 FLOATS |= {"BF16": np.dtype(ml_dtypes.bfloat16)}
 _OTHER_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _OTHER_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
-_MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library for headers; tokenizers have up to 40 MB
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+# JSON takes up to 35 times its size in memory. Configurations have kilobytes, tokenizers and indices up to 40 MB.
+_MAX_CONFIG_BYTES = 4_000_000
+MOST_JSON_BYTES = 50_000_000
 
 
 class Stored(NamedTuple):
@@ -202,14 +205,14 @@ def on_disk(directory: epath.Path, patterns: Iterable[str]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def read_json(path: os.PathLike) -> dict[str, Any]:
-    """Reads the object in a JSON file.
+def read_json(path: os.PathLike, most: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Reads the object in a JSON file of at most `most` bytes; a file in a bucket may have more.
 
     Raises:
       UserError: the file is absent or too large, does not parse, or holds something other than an object.
     """
     path = epath.Path(path)
-    require_own_file(path, _MAX_JSON_BYTES)
+    require_own_file(path, most)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -248,7 +251,7 @@ def read_header(path: os.PathLike, reader: Reader | None = None) -> dict[str, St
         raise UserError(f"{path} does not exist: the directory is no complete checkpoint")
     size = path.stat().length
     length = int.from_bytes(reader.read(path, 0, min(8, size)), "little")
-    if size >= 8 and length > _MAX_JSON_BYTES:
+    if size >= 8 and length > _MAX_HEADER_BYTES:
         raise UserError(f"{path} is no safetensors file (its header would be {length} bytes): download it again")
     if size < 8 + length:
         raise UserError(f"{path} is truncated within its header ({size} bytes): download it again")
@@ -306,7 +309,7 @@ def weight_files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str
         return [single], None
     if not index.exists():
         raise UserError(f"{directory} has neither {single.name} nor {index.name}: only safetensors weights are read")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, MOST_JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{index} has no weight_map from tensor to file: download it again")
     shards = sorted(set(weight_map.values()))

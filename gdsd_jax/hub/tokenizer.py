@@ -11,7 +11,7 @@ import numpy as np
 
 from gdsd_jax.families import FAMILIES
 from gdsd_jax.hub.declared import declared as declarations
-from gdsd_jax.hub.files import checked_directory, on_disk, read_json, require_own_files
+from gdsd_jax.hub.files import MOST_JSON_BYTES, checked_directory, on_disk, read_json, require_own_files
 from gdsd_jax.hub.templates import Renderer
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import understood
@@ -270,7 +270,7 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
         raise UserError(f"{directory} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     require_own_files(directory, (*_FILES, "additional_chat_templates/*"))
     file = directory / "tokenizer_config.json"
-    declared = read_json(file).get("tokenizer_class") if file.is_file() else None
+    declared = read_json(file, MOST_JSON_BYTES).get("tokenizer_class") if file.is_file() else None
     try:
         with on_disk(directory, _FILES) as folder:
             if isinstance(declared, str) and declared in _EQUIVALENT:
