@@ -10,7 +10,9 @@ from etils import epath
 
 from gdsd_jax import families
 from gdsd_jax.denoiser import DenoiserConfig
+from gdsd_jax.hub.expansion import require_bounded, require_few_added
 from gdsd_jax.hub.files import MOST_JSON_BYTES, checked_directory, read_json
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import understood
 
 _IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
@@ -23,7 +25,8 @@ def declared(directory: str | os.PathLike, overrides: Mapping[str, Any] | None =
     file declares is the EOS, as pads are never attended to.
 
     Raises:
-      UserError: the directory is absent, has no usable `config.json`, or has an unknown `model_type`.
+      UserError: the directory is absent, has no usable `config.json`, or has an unknown `model_type`; or a tokenizer
+        there could not be used within bounds (see `gdsd_jax.hub.expansion`).
     """
     directory = checked_directory(directory)
     hf = read_json(directory / "config.json")
@@ -67,19 +70,30 @@ def _special_ids(directory: epath.Path, family: families.Family) -> dict[str, in
     for file in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (directory / file).is_file():
             with understood(directory / file, "download it again"):
-                _collect(file, read_json(directory / file, MOST_JSON_BYTES), by_text, texts)
+                _collect(directory / file, read_json(directory / file, MOST_JSON_BYTES), by_text, texts)
     found = {key: next((by_text[text] for text in named if text in by_text), None) for key, named in texts.items()}
     return {key: value for key, value in found.items() if type(value) is int}
 
 
-def _collect(file: str, content: Mapping[str, Any], by_text: dict[str, int], texts: dict[str, list[str]]) -> None:
-    """Adds the contents of one of the tokenizer's files: ids to `by_text`, texts of special tokens to `texts`."""
-    if file == "tokenizer.json":
+def _collect(
+    file: epath.Path, content: Mapping[str, Any], by_text: dict[str, int], texts: dict[str, list[str]]
+) -> None:
+    """Adds the contents of one of the tokenizer's files: ids to `by_text`, texts of special tokens to `texts`.
+
+    Raises UserError if the tokenizer could not be loaded or used within bounds.
+    """
+    if file.name == "tokenizer.json":
+        require_bounded(file, content)
         by_text |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
-    elif file == "added_tokens.json":
+    elif file.name == "added_tokens.json":
+        require_few_added(file, content)
         by_text |= content
     else:
         added = content.get("added_tokens_decoder") or {}
+        for tokens in (added, content.get("additional_special_tokens"), content.get("extra_special_tokens")):
+            require_few_added(file, tokens or ())
+        if "fast_tokenizer_files" in content:
+            raise UserError(f"{file}: fast_tokenizer_files names files that are not read: remove it")
         by_text |= {entry["content"]: int(index) for index, entry in added.items()}
         for key, named in texts.items():
             entry = content.get(key.removesuffix("_id"))

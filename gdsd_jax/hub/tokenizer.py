@@ -263,7 +263,7 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
     import transformers
 
     directory = checked_directory(directory)
-    config = declarations(directory, overrides)
+    config = declarations(directory, overrides)  # which refuses tokenizers that grow without bound
     settings = directory / "generation_config.json"
     generation = read_json(settings) if settings.is_file() else {}
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):

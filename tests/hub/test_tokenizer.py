@@ -1,5 +1,6 @@
 """Chat template, prompts in length buckets, decoding up to EOS, and tokenizers that lack what diffusion needs."""
 
+import base64
 import json
 import os
 import shutil
@@ -267,6 +268,82 @@ def test_templates_that_loop_or_grow_are_ended(copy, monkeypatch):
         (copy / "chat_template.jinja").write_text(template)
         with pytest.raises(UserError, match=said):
             hub.load_tokenizer(copy).render([{"role": "user", "content": "a"}])
+
+
+def sequence(kind, *steps):
+    return {"type": "Sequence", kind: list(steps)}
+
+
+def replace(old, new, kind="String"):
+    return {"type": "Replace", "pattern": {kind: old}, "content": new}
+
+
+GROWING = {
+    "doubled": {"normalizer": sequence("normalizers", *[replace("e", "ee")] * 26)},
+    "nested": {"normalizer": sequence("normalizers", *[sequence("normalizers", *[replace("e", "ee")] * 5)] * 5)},
+    "matches nothing": {"normalizer": sequence("normalizers", *[replace("(?=e)", "e", "Regex")] * 26)},
+    "empty": {"decoder": sequence("decoders", *[replace("", "1")] * 28)},
+    "decoded": {"decoder": sequence("decoders", *[replace("1", "11")] * 28)},
+    "no type": {"normalizer": {"normalizers": [{"pattern": {"String": "e"}, "content": "ee"}] * 26}},
+    "list": {"normalizer": sequence("normalizers", [{"String": "e"}, "ee"])},
+    "bytes": {"pre_tokenizer": sequence("pretokenizers", *[{"type": "ByteLevel"}] * 26)},
+    "spaces": {"decoder": sequence("decoders", *[{"type": "BPEDecoder", "suffix": ""}] * 26)},
+    "front": {"normalizer": {"type": "Prepend", "prepend": "e" * 2000}},
+    "table": {
+        "normalizer": {
+            "type": "Precompiled",
+            "precompiled_charsmap": base64.b64encode(bytes(4) + b"e" * 2000 + b"\0").decode(),
+        }
+    },
+    "many": {"normalizer": sequence("normalizers", *[{"type": "Lowercase"}] * 300)},
+}
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_steps_that_make_a_text_endless_are_refused(case, copy):
+    change_json(copy / "tokenizer.json", **GROWING[case])
+    with pytest.raises(UserError, match=f"its {next(iter(GROWING[case]))} has .* times as long"):
+        hub.load_tokenizer(copy)
+
+
+def test_steps_of_published_tokenizers_are_taken(copy):
+    """Those of XLNet and ALBERT, which have most, of Llama 2, and of byte-level tokenizers."""
+    quotes = [replace("``", '"'), replace("''", '"'), replace(" {2,}", " ", "Regex")]
+    forms = [{"type": kind} for kind in ("NFKD", "StripAccents", "Lowercase", "NFC")]
+    space = [{"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")]
+    back = [replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    digits = {"type": "Digits", "individual_digits": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    change_json(
+        copy / "tokenizer.json",
+        normalizer=sequence("normalizers", *quotes, *forms, *space),
+        pre_tokenizer=sequence("pretokenizers", digits, level),
+        decoder=sequence("decoders", *back),
+    )
+    assert hub.load_tokenizer(copy).encode(["see"])[0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json", "tokenizer_config.json"])
+def test_more_added_tokens_than_can_be_loaded_are_refused(name, copy):
+    token = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    added = {f"<x{index}>": 1000 + index for index in range(20_001)}
+    full = [token | {"id": index, "content": text} for text, index in added.items()]
+    changes = {
+        "tokenizer.json": {"added_tokens": full},
+        "added_tokens.json": added,
+        "tokenizer_config.json": {"added_tokens_decoder": {one["id"]: one for one in full}},
+    }
+    (copy / "added_tokens.json").write_text("{}")
+    change_json(copy / name, **changes[name])
+    with pytest.raises(UserError, match=f"{name} adds 20001 tokens"):
+        hub.load_tokenizer(copy)
+
+
+def test_another_file_than_the_one_that_was_checked_is_not_loaded(copy):
+    (copy / "tokenizer.4.0.0.json").write_text("{}")
+    change_json(copy / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.0.json"])
+    with pytest.raises(UserError, match=r"fast_tokenizer_files names files that are not read: remove it"):
+        hub.load_tokenizer(copy)
 
 
 def test_an_id_beyond_the_embedding_is_refused(copy):
