@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -160,14 +161,15 @@ class Tokenizer:
           add_bos: put the BOS in front of each text that does not begin with it.
 
         Raises:
-          UserError: an id is beyond the embedding (see `embedded`).
+          UserError: an id is beyond the embedding (see `embedded`), or the tokenizer fails at a text.
         """
         if not len(texts):
             return []
         texts = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts]
         plain = [text.replace(_GUARD, "") for text in texts]
-        ids = self._tokenizer(plain, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        ids = [self._in_parts(text) if _GUARD in text else one for text, one in zip(texts, ids, strict=True)]
+        with _panics_refused(self._directory):
+            ids = self._tokenizer(plain, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            ids = [self._in_parts(text) if _GUARD in text else one for text, one in zip(texts, ids, strict=True)]
         largest = max((max(one) for one in ids if one), default=0)
         if self.embedded is not None and largest >= self.embedded:
             raise UserError(
@@ -248,7 +250,30 @@ class Tokenizer:
         return ids[: next((index for index, token in enumerate(ids) if token in ends), None)]
 
     def _text(self, ids: list[int], skip: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        with _panics_refused(self._directory):
+            return self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+
+@contextmanager
+def _panics_refused(directory: os.PathLike) -> Iterator[None]:
+    """Turns a panic of the tokenizers library into UserError.
+
+    A regular expression that takes too many steps ends in a panic, which is no `Exception`, and whose class no module
+    exports. The library itself writes to stderr before; only a redirection of the whole process could prevent that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise UserError(
+            f"{directory}: its tokenizer.json fails at a text ({' '.join(str(error).split())[:200]}): "
+            "use the one of the published checkpoint"
+        ) from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
 
 
 def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Tokenizer:
@@ -283,7 +308,9 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
                     trust_remote_code=False,
                     local_files_only=True,
                 )
-    except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
+    except BaseException as error:  # the tokenizers library raises plain Exception on a damaged file, or panics
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
         if isinstance(declared, str) and not hasattr(transformers, declared):
             raise UserError(
                 f"{file} names the tokenizer class {declared}, which is code of the checkpoint and is never run: set "

@@ -339,6 +339,30 @@ def test_more_added_tokens_than_can_be_loaded_are_refused(name, copy):
         hub.load_tokenizer(copy)
 
 
+def test_a_pattern_that_takes_too_many_steps_is_one_line(copy):
+    """The library panics; what it writes to stderr itself is not ours."""
+    split = {"type": "Split", "pattern": {"Regex": r"(\w|\w\w)+$"}, "behavior": "Isolated", "invert": False}
+    decoder = sequence("decoders", {"type": "Fuse"}, replace(r"(\w|\w\w)+$", "", "Regex"))
+    change_json(copy / "tokenizer.json", pre_tokenizer=split, decoder=decoder)
+    tokenizer = hub.load_tokenizer(copy)
+    for text in ("a" * 60 + "?", "a" * 60 + "<|mask|>" + "a" * 60 + "?"):
+        with pytest.raises(UserError, match=r"its tokenizer\.json fails at a text \(Onig: .*published checkpoint"):
+            tokenizer.encode_text([text])
+    ids = tokenizer.encode(["a"])[0] * 60 + tokenizer.encode(["?"])[0]
+    with pytest.raises(UserError, match=r"its tokenizer\.json fails at a text"):
+        tokenizer.decode([ids])
+
+
+def test_a_panic_while_a_tokenizer_is_loaded_is_one_line(copy):
+    """A token that is added is put through the normalizer when it is loaded."""
+    content = json.loads((copy / "tokenizer.json").read_text())
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    content["added_tokens"].append(added | {"id": 1000, "content": "a" * 60 + "?"})
+    change_json(copy / "tokenizer.json", **content | {"normalizer": replace(r"(\w|\w\w)+$", "", "Regex")})
+    with pytest.raises(UserError, match="its tokenizer does not load .Onig"):
+        hub.load_tokenizer(copy)
+
+
 def test_another_file_than_the_one_that_was_checked_is_not_loaded(copy):
     (copy / "tokenizer.4.0.0.json").write_text("{}")
     change_json(copy / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.0.json"])
