@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import threading
 import time
@@ -26,15 +27,19 @@ from gdsd_jax.runtime.ranges import Count, Positive
 
 FAILED = 3  # exit code of a process that leaves a job of several
 
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
+
 _last_progress = time.monotonic()
+_joining = False  # whether this process has begun to join a job, and has not got so far that it knows its size
 
 
 def initialize(config: HostsConfig) -> None:
     """Joins the other processes of the job before any device is touched; does nothing if there is only one process.
 
     Raises:
-      UserError: the description of the job is incomplete, or its processes do not find each other.
+      UserError: the description of the job is incomplete or names no address, or its processes do not find each other.
     """
+    global _joining
     environment = os.environ.get
     coordinator = config.coordinator or environment("JAX_COORDINATOR_ADDRESS")
     if not coordinator and ((config.processes or 1) > 1 or config.process):
@@ -46,6 +51,10 @@ def initialize(config: HostsConfig) -> None:
         return
     arguments = {}
     if coordinator != "auto":
+        address = _ADDRESS.fullmatch(coordinator)
+        if address is None or not 1 <= int(address[2]) < 1 << 16:
+            setting = "config.hosts.coordinator" if config.coordinator else "JAX_COORDINATOR_ADDRESS"
+            raise UserError(f"{setting} {coordinator!r:.100} is not ADDRESS:PORT of process 0, as in 10.0.0.1:8476")
         known = {"num_processes": config.processes, "process_id": config.process}
         for name, value in known.items():
             text = environment(f"JAX_{name.upper()}", "") if value is None else str(value)
@@ -57,14 +66,36 @@ def initialize(config: HostsConfig) -> None:
     # The training loop itself asks in every iteration whether a process has been told to stop.
     jax.config.update("jax_enable_preemption_service", False)
     bound = config.heartbeat_seconds
+    _joining = True
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=bound, shutdown_timeout_seconds=bound, **arguments)
+        _in_thread(
+            jax.distributed.initialize, heartbeat_timeout_seconds=bound, shutdown_timeout_seconds=bound, **arguments
+        )
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the job of config.hosts does not come together ({reason}): check the coordinator") from None
+    _joining = False
     if jax.process_count() > 1:
         progressed()
         threading.Thread(target=_watch, args=(config.stall_seconds,), daemon=True).start()
+
+
+def _in_thread(function: Callable[..., None], **arguments: Any) -> None:
+    """Calls a function that waits outside of Python, where no signal is handled, in a thread; Ctrl-C ends the wait."""
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function(**arguments)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+    if raised:
+        raise raised[0]
 
 
 def several() -> bool:
@@ -96,9 +127,10 @@ def end(code: int) -> NoReturn:
     """Ends this process with an exit code.
 
     In a job of several processes it ends at once, without an orderly shutdown, which would wait for the others while
-    they wait for this one. They notice within `config.hosts.heartbeat_seconds` that this process is gone.
+    they wait for this one. They notice within `config.hosts.heartbeat_seconds` that this process is gone. It does the
+    same while it still waits for them.
     """
-    if several():
+    if _joining or several():
         os._exit(code)
     raise SystemExit(code)
 

@@ -1,5 +1,10 @@
 """What the processes of a job share out, without starting any: who works on which rows, who writes, what is refused."""
 
+import os
+import re
+import signal
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -81,6 +86,57 @@ def test_the_other_processes_have_silent_stand_ins(monkeypatch):
 def test_an_incomplete_description_of_the_job_is_refused(described, setting):
     with pytest.raises(UserError, match=setting):
         hosts.initialize(HostsConfig(**described))
+
+
+NO_ADDRESSES = ["nonsense", "localhost", ":8476", "localhost:", "localhost:0", "localhost:65536", "localhost:999999"]
+NO_ADDRESSES += ["::1:8476", "http://localhost:8476", "local host:8476", "localhost:-1", "localhost:8476\n"]
+
+
+@pytest.mark.parametrize("coordinator", NO_ADDRESSES)
+def test_what_is_no_address_is_refused_before_anything_waits_for_it(coordinator, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: pytest.fail("it waits"))
+    with pytest.raises(UserError, match=r"^config\.hosts\.coordinator '.* is not ADDRESS:PORT"):
+        hosts.initialize(HostsConfig(coordinator=coordinator, processes=2, process=1))
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", coordinator)
+    with pytest.raises(UserError, match=r"^JAX_COORDINATOR_ADDRESS '.* is not ADDRESS:PORT"):
+        hosts.initialize(HostsConfig(processes=2, process=1))
+
+
+@pytest.mark.parametrize("coordinator", ["localhost:1", "10.0.0.1:65535", "[::1]:8476", "worker-0.job_1.svc:8476"])
+def test_addresses_reach_jax_and_what_it_raises_comes_back(coordinator, monkeypatch):
+    def refuse(*, coordinator_address, **others):
+        raise RuntimeError(f"nobody at {coordinator_address}")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setattr(hosts, "_joining", False)
+    with pytest.raises(UserError, match=re.escape(f"does not come together (nobody at {coordinator})")):
+        hosts.initialize(HostsConfig(coordinator=coordinator, processes=2, process=1))
+
+
+def test_a_process_that_waits_for_the_others_can_be_interrupted(monkeypatch):
+    """JAX waits in C++, where no signal is handled, so it must not be the main thread that waits."""
+    waits, ended, found = threading.Event(), threading.Event(), []
+
+    def wait_for_ever(**arguments):
+        found.append(threading.current_thread())
+        waits.set()
+        ended.wait(60)
+
+    def interrupt():
+        waits.wait(60)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    monkeypatch.setattr(jax.distributed, "initialize", wait_for_ever)
+    monkeypatch.setattr(hosts, "_joining", False)
+    monkeypatch.setattr(os, "_exit", found.append)
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        hosts.initialize(HostsConfig(coordinator="localhost:1", processes=2, process=1))
+    assert found[0].is_alive() and found[0].daemon and found[0] is not threading.main_thread()
+    with pytest.raises(SystemExit):  # only because os._exit, which ends the process without waiting, is replaced
+        hosts.end(130)
+    assert found[1:] == [130]
+    ended.set()
 
 
 def test_processes_with_other_settings_are_refused(monkeypatch):
