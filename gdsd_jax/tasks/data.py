@@ -12,6 +12,7 @@ import io
 import json
 import math
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ Row = dict[str, Any]
 
 HELD_OUT = 20
 MOST_BYTES = 2 << 30  # the longest text that is read, decompressed
+
+# A file of kilobytes may hold gigabytes of equal rows. What expands to more than these bytes is refused if it also is
+# more than 200 times the size of its file; ordinary rows, compressed, have up to 20 times its size.
+_RATIO = 200
+_EXPANDED_TEXT = 100_000_000
+_EXPANDED_PARQUET = 1_000_000_000
 
 
 def read_records(path: Path) -> list[tuple[str, Row]]:
@@ -139,8 +146,12 @@ def read_text(path: Path) -> str:
     Raises UserError if the file cannot be read.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        packed = path.suffix == ".gz"
+        most = min(MOST_BYTES, max(_EXPANDED_TEXT, _RATIO * path.stat().st_size)) if packed else MOST_BYTES
+        with gzip.open(path) if packed else path.open("rb") as file:
+            data = file.read(most + 1)
+        if packed:
+            _require_dense(path, len(data), _EXPANDED_TEXT)
         if len(data) > MOST_BYTES:
             raise UserError(f"{path} holds more than the {MOST_BYTES} bytes that are read: divide it, or use Parquet")
         return data.decode("utf-8-sig")
@@ -150,13 +161,25 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
 
 
+def _require_dense(path: Path, size: int, allowed: int) -> None:
+    """Raises UserError if a file expands to more bytes than allowed and to more than `_RATIO` times its own size."""
+    if size > max(allowed, _RATIO * path.stat().st_size):
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes and expands to {size} or more, over {_RATIO} times its size: "
+            "remove the rows or columns that repeat, or save it as .jsonl"
+        )
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     """Yields (place, object) for each JSON object of a file, one per line or in one array."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         yield from _json_array(path, text)
         return
-    for number, line in enumerate(text.split("\n"), start=1):
+    number, end = 1, 0
+    for found in re.finditer(r"[^\n]+", text):  # passes over empty lines without making anything of them
+        number, end = number + text.count("\n", end, found.start()), found.end()
+        line = found[0]
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -164,21 +187,50 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: a JSON object is needed")
-        yield place, record
+        yield place, _filled(place, record)
 
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[str, Row]]:
     try:
-        records = json.loads(text)
+        for number, record in enumerate(_items(text), start=1):
+            place = f"{path}, item {number}"
+            yield place, _filled(place, record)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from None
-    for number, record in enumerate(records, start=1):
-        place = f"{path}, item {number}"
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: a JSON object is needed")
-        yield place, record
+
+
+def _items(text: str) -> Iterator[Any]:
+    """Yields the items of a JSON array one by one, so that the first wrong one is found before the others are read.
+
+    Raises ValueError or RecursionError if the text is no JSON array.
+    """
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*").match
+    start = space(text).end()
+    if text[start] != "[":
+        raise json.JSONDecodeError("Expecting value", text, start)
+    at = space(text, start + 1).end()
+    mark = text[at : at + 1]
+    while mark != "]":
+        item, at = decode(text, at)
+        yield item
+        at = space(text, at).end()
+        mark = text[at : at + 1]
+        if mark == ",":
+            at = space(text, at + 1).end()
+        elif mark != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    at = space(text, at + 1).end()
+    if at < len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+
+
+def _filled(place: str, record: Any) -> Row:
+    """Returns a record if it is a row, with a column at least; raises UserError otherwise."""
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: a JSON object is needed")
+    if not record:
+        raise UserError(f"{place}: a row needs columns, it has none")
+    return record
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
@@ -198,16 +250,51 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow
     import pyarrow.parquet
 
+    records: list[Row] = []
     try:
-        # Equal values take next to no room in the file, and a mapping for every row in memory.
-        count = pyarrow.parquet.read_metadata(path).num_rows
-        memory.require(200 * count, memory.of_host(), f"{path} with {count} rows", "their number")
-        records = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            # Equal values take next to no room in the file, and a mapping for every row in memory.
+            found = file.metadata
+            groups = [found.row_group(index) for index in range(found.num_row_groups)]
+            chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+            needed = max(200 * found.num_rows, 16 * sum(chunk.num_values for chunk in chunks))
+            memory.require(needed, memory.of_host(), f"{path} with {found.num_rows} rows", "their number")
+            _require_dense(path, needed, _EXPANDED_PARQUET)
+            kinds = {field.name: field.type for field in file.schema_arrow}
+            for name, kind in kinds.items():
+                if pyarrow.types.is_nested(kind) and "dictionary<" in str(kind):
+                    raise UserError(f"{path}: column {name} is {str(kind):.80}: save its dictionary as plain values")
+            largest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+            # Rows at a time. One text may be as long as a chunk, and each row may repeat it; but a column that stays a
+            # dictionary does not expand here, and comes with the whole dictionary every time.
+            stays = any(map(pyarrow.types.is_dictionary, kinds.values()))
+            step = 1024 if stays or largest < 1 << 20 else 64
+            expanded = 0
+            for batch in file.iter_batches(step):
+                expanded += sum(map(_bytes_of, batch.columns))
+                _require_dense(path, expanded, _EXPANDED_PARQUET)
+                records += batch.to_pylist()
     except UserError:
         raise
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     return ((f"{path}, row {number}", record) for number, record in enumerate(records, start=1))
+
+
+def _bytes_of(column: Any) -> int:
+    """Returns the bytes of an Arrow array's values, when each text of a dictionary is counted wherever it occurs."""
+    import pyarrow
+    import pyarrow.compute
+
+    if not pyarrow.types.is_dictionary(column.type):
+        return column.nbytes
+    counted = column.indices.drop_null().value_counts()
+    values = column.dictionary.take(counted.field("values"))
+    try:
+        lengths = pyarrow.compute.binary_length(values)
+    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
+        return column.nbytes
+    return pyarrow.compute.sum(pyarrow.compute.multiply(lengths, counted.field("counts"))).as_py() or 0
 
 
 def _saved(path: Path) -> Iterator[tuple[str, Row]]:

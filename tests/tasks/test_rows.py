@@ -212,6 +212,99 @@ def test_rows_that_no_memory_holds_are_refused_before_they_are_read(tmp_path, mo
         TASKS["countdown"].read(path)
 
 
+def equal_rows(kind, count=8000):
+    """A Parquet file's column of equal texts of a megabyte, which take less than a kilobyte in the file."""
+    text = "1" * 1_000_000
+    kept = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
+    if kind == "list":
+        return pyarrow.ListArray.from_arrays(pyarrow.array(range(count + 1), pyarrow.int32()), kept)
+    return {"dictionary": kept, "struct": pyarrow.StructArray.from_arrays([kept], ["x"])}.get(kind) or [text] * count
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "said"),
+    [
+        ("dictionary", 8000, r"bytes and expands to \d{10} or more, over 200 times its size"),
+        ("text", 80, r"bytes and expands to \d{8} or more, over 200 times its size"),
+        ("list", 8000, r"column Puzzle is list<.*save its dictionary as plain values"),
+        ("struct", 8000, r"column Puzzle is struct<.*save its dictionary as plain values"),
+    ],
+)
+def test_equal_texts_that_take_no_room_in_a_parquet_file_are_refused(kind, count, said, tmp_path, monkeypatch):
+    if kind == "text":  # not every text is made while they are read
+        monkeypatch.setattr(data, "_EXPANDED_PARQUET", 50_000_000)
+    path, table = tmp_path / "equal.parquet", pyarrow.table({"Puzzle": equal_rows(kind, count)})
+    pyarrow.parquet.write_table(table, path, dictionary_pagesize_limit=1 << 30, compression="zstd")
+    assert path.stat().st_size < 5000
+    with pytest.raises(UserError, match=said):
+        data.read_records(path)
+
+
+def test_columns_that_are_stored_as_dictionaries_are_read(tmp_path):
+    values = {"text": ["a", None, "b", "a"], "number": [7, 7, None, 8], "bytes": [b"1", b"1", None, b"2"]}
+    table = pyarrow.table({name: pyarrow.array(column).dictionary_encode() for name, column in values.items()})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    found = [record for _, record in data.read_records(tmp_path / "rows.parquet")]
+    assert found == [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+
+def test_rows_of_several_batches_keep_their_order_and_numbers(tmp_path):
+    rows = [{"nums": [index], "text": f"{index}"} for index in range(3000)]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=700)
+    found = data.read_records(tmp_path / "rows.parquet")
+    assert [record for _, record in found] == rows and found[2999][0].endswith("row 3000")
+
+
+@pytest.mark.parametrize("text", ["\n", "{}\n", '{"nums": [1], "target": 1}\n', "a,b\n"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_a_packed_text_that_expands_out_of_proportion_is_refused(text, kind, tmp_path, monkeypatch):
+    path = tmp_path / f"rows.{kind}.gz"
+    path.write_bytes(gzip.compress(text.encode() * (4_000_000 // len(text))))
+    monkeypatch.setattr(data, "_EXPANDED_TEXT", 1_000_000)
+    with pytest.raises(UserError, match=r"expands to \d{7} or more, over 200 times its size"):
+        data.read_records(path)
+
+
+def test_rows_without_a_column_are_refused_at_the_first(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('\n \n{}\n{"a": 1\n')
+    (tmp_path / "rows.json").write_text('[{"a": 1}, {}, {"a": 1')
+    for name, place in (("rows.jsonl", "line 3"), ("rows.json", "item 2")):
+        with pytest.raises(UserError, match=f"{place}: a row needs columns, it has none"):
+            data.read_records(tmp_path / name)
+
+
+def test_blank_lines_are_passed_over_and_counted(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('\n\n{"a": 1}\r\n \n\u2028\n{"a": "\u2028"}\n\n', newline="")
+    found = [(place.rpartition(" ")[2], record) for place, record in data.read_records(tmp_path / "rows.jsonl")]
+    assert found == [("3", {"a": 1}), ("6", {"a": "\u2028"})]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": 2}]', ' [\n{"a":1}\n,\n{"a":2}\t]\n\n', '[{"a":1},{"a":2}]'])
+def test_an_array_is_read_item_by_item(text, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    assert [record for _, record in data.read_records(tmp_path / "rows.json")] == json.loads(text)
+
+
+ARRAYS = [
+    "[",
+    "[,]",
+    '[{"a": 1},]',
+    '[{"a": 1} {"a": 2}]',
+    '[{"a": 1}',
+    '[{"a": 1}] x',
+    '[{"a": 1},, {"a": 2}]',
+    "[" * 10**5,
+]
+
+
+@pytest.mark.parametrize("text", ARRAYS)
+def test_what_is_no_array_is_refused_with_its_line(text, tmp_path):
+    (tmp_path / "rows.json").write_text("\n" + text)
+    with pytest.raises(UserError, match=r"rows\.json, line [12]: not JSON \("):
+        data.read_records(tmp_path / "rows.json")
+
+
 @pytest.mark.parametrize(
     ("task", "row"),
     [
