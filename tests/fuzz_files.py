@@ -97,7 +97,7 @@ class World:
         self.write("plan.json", json.dumps(sizes | {"sampler": planned, "update": planned}))
         self.identity = {"parameters": [1, 2], "seed": 3}
         batch = {"part": "sudoku 8", "texts": ["a", "b"], "kl": [0.1, 0.2]}
-        self.write("evaluation.part.jsonl", "".join(json.dumps(x) + "\n" for x in (self.identity, batch, batch)))
+        self.write("unfinished.jsonl", "".join(json.dumps(x) + "\n" for x in (self.identity, batch, batch)))
         metric = {"cells": {"mean": 0.5, "error": 0.1}}
         entry = {"task": "sudoku", "rows": "test", "count": 2, "items": "00", "completion_length": 8, "steps": 4}
         summary = {"checkpoint": "a", "adapter": None, "workdir": None, "iteration": None, "strategy": "random"}
@@ -175,8 +175,8 @@ TARGETS: dict[str, tuple[str, Callable[[World], Any], Callable]] = {
         damaged,
     ),
     "part": (
-        "run/evaluation.part.jsonl",
-        lambda world: resumed(world.run / "evaluation.part.jsonl", world.identity),
+        "run/unfinished.jsonl",
+        lambda world: resumed(world.run / "unfinished.jsonl", world.identity),
         damaged,
     ),
     "evaluation": (
