@@ -83,17 +83,19 @@ def initialize(config: HostsConfig) -> None:
 def _in_thread(function: Callable[..., None], **arguments: Any) -> None:
     """Calls a function that waits outside of Python, where no signal is handled, in a thread; Ctrl-C ends the wait."""
     raised: list[BaseException] = []
+    done = threading.Event()
 
     def call() -> None:
         try:
             function(**arguments)
         except BaseException as error:
             raised.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(1.0)
+    threading.Thread(target=call, daemon=True).start()
+    while not done.wait(1.0):
+        pass
     if raised:
         raise raised[0]
 

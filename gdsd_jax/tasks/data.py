@@ -195,6 +195,8 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[str, Row]]:
         for number, record in enumerate(_items(text), start=1):
             place = f"{path}, item {number}"
             yield place, _filled(place, record)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from None
 

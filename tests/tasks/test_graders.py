@@ -415,7 +415,7 @@ def test_rows_of_an_array_with_imports_for_their_tests(tmp_path):
     (tmp_path / "rows.json").write_text('[{"prompt": 1},\n 2]')
     with pytest.raises(UserError, match="item 2: a JSON object"):
         code.read(tmp_path / "rows.json", sandboxed=False)
-    (tmp_path / "rows.json").write_text("[1,\n")
+    (tmp_path / "rows.json").write_text('[{"prompt": 1},\n')
     with pytest.raises(UserError, match="line 2: not JSON"):
         code.read(tmp_path / "rows.json", sandboxed=False)
 
