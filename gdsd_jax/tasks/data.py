@@ -206,22 +206,27 @@ def _items(text: str) -> Iterator[Any]:
 
     Raises ValueError or RecursionError if the text is no JSON array.
     """
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*").match
-    start = space(text).end()
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
+
+    def after_space(at: int) -> int:
+        found = space.match(text, at)
+        return found.end() if found else at
+
+    start = after_space(0)
     if text[start] != "[":
         raise json.JSONDecodeError("Expecting value", text, start)
-    at = space(text, start + 1).end()
+    at = after_space(start + 1)
     mark = text[at : at + 1]
     while mark != "]":
         item, at = decode(text, at)
         yield item
-        at = space(text, at).end()
+        at = after_space(at)
         mark = text[at : at + 1]
         if mark == ",":
-            at = space(text, at + 1).end()
+            at = after_space(at + 1)
         elif mark != "]":
             raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    at = space(text, at + 1).end()
+    at = after_space(at + 1)
     if at < len(text):
         raise json.JSONDecodeError("Extra data", text, at)
 
