@@ -64,6 +64,8 @@ def other_structure(manager: ocp.CheckpointManager, step: int, wanted: Any) -> s
         found = data.get("structure") or structure(manager.item_metadata(step)["state"])
     except Exception:
         return None
+    if not isinstance(found, dict):
+        return None
     ours, parts = structure(wanted), {path.partition("/")[0] for path in structure(wanted)}
     found = {path: kind for path, kind in found.items() if path.partition("/")[0] in parts}
     for path in sorted(set(ours) | set(found)):

@@ -1,6 +1,7 @@
 """A checkpoint of which any file is damaged is noticed: the one before it is used, or the run is refused."""
 
 import errno
+import json
 import random
 import shutil
 import time
@@ -219,3 +220,18 @@ def test_a_clock_that_jumps_while_saving(saved, tmp_path, monkeypatch, capfd):
         checkpoints.save(4, state(4.0), Cursor(40))
         checkpoints._saver.manager.wait_until_finished()
     assert read(workdir) == (4.0, 40)
+
+
+@pytest.mark.parametrize("structure", [float("nan"), "none", [1]])
+def test_a_damaged_description_of_the_arrays_says_nothing_of_them(saved, tmp_path, capsys, structure):
+    """The description is read to tell damage from another version, and may itself be what is damaged."""
+    shutil.copytree(saved, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/2"
+    described = newest / "data/metadata"
+    values = json.loads(described.read_text()) | {"structure": structure}
+    values.pop("seal")  # as in checkpoints of earlier versions
+    described.write_text(json.dumps(values))
+    for arrays in newest.glob("*/d/*"):
+        arrays.write_bytes(b"")
+    assert parameters(tmp_path / "run") == (1.0, 1)
+    assert "checkpoints/2 is damaged" in capsys.readouterr().err
