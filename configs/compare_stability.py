@@ -1,5 +1,6 @@
 """A bench on which methods can differ: eight updates on every rollout, and enough iterations for a run to collapse.
 
+    python -m gdsd_jax.sft --config configs/compare_stability.py --workdir runs/start_stability
     python -m benchmarks.side_by_side --config configs/compare_stability.py --workdir runs/stability \\
         --rates 1e-4,3e-4,1e-3 --arms gdsd=5,gdsd_tlc=5,espo=5,spg=5,open:gdsd=5,open:gdsd_tlc=5,exact_pg=3,...
     python -m benchmarks.stability ...   # the same flags: tables and figures
@@ -34,7 +35,7 @@ Protocol, written before the first run that is compared.
    `gdsd_jax.meter --workdir RUN`. A rank is claimed only where the paired interval of the final values excludes zero.
    Runs that were stopped count as open, not as collapsed.
 7. If time is short, the methods of point 4 come in the order in which they are named there. just_grpo, whose update
-   costs ten times the others', and Countdown come last of all.
+costs ten times the others', and Countdown come last of all.
 
 How this differs from what was written first. The protocol allowed model and rollout to be changed once, after a look
 at how gdsd learns at the middle rate and at nothing else. Two trials of gdsd were looked at. The first, with 32
