@@ -35,7 +35,7 @@ Protocol, written before the first run that is compared.
    `gdsd_jax.meter --workdir RUN`. A rank is claimed only where the paired interval of the final values excludes zero.
    Runs that were stopped count as open, not as collapsed.
 7. If time is short, the methods of point 4 come in the order in which they are named there. just_grpo, whose update
-costs ten times the others', and Countdown come last of all.
+   costs ten times the others', and Countdown come last of all.
 
 How this differs from what was written first. The protocol allowed model and rollout to be changed once, after a look
 at how gdsd learns at the middle rate and at nothing else. Two trials of gdsd were looked at. The first, with 32
