@@ -261,23 +261,18 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             # Equal values take next to no room in the file, and a mapping for every row in memory.
-            found = file.metadata
-            groups = [found.row_group(index) for index in range(found.num_row_groups)]
-            chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-            needed = max(200 * found.num_rows, 16 * sum(chunk.num_values for chunk in chunks))
-            memory.require(needed, memory.of_host(), f"{path} with {found.num_rows} rows", "their number")
+            # The descriptions of its columns are not looked at: damaged ones make the library end the process.
+            count = file.metadata.num_rows
+            needed = 200 * count
+            memory.require(needed, memory.of_host(), f"{path} with {count} rows", "their number")
             _require_dense(path, needed, _EXPANDED_PARQUET)
             kinds = {field.name: field.type for field in file.schema_arrow}
             for name, kind in kinds.items():
                 if pyarrow.types.is_nested(kind) and "dictionary<" in str(kind):
                     raise UserError(f"{path}: column {name} is {str(kind):.80}: save its dictionary as plain values")
-            largest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
-            # Rows at a time. One text may be as long as a chunk, and each row may repeat it; but a column that stays a
-            # dictionary does not expand here, and comes with the whole dictionary every time.
-            stays = any(map(pyarrow.types.is_dictionary, kinds.values()))
-            step = 1024 if stays or largest < 1 << 20 else 64
+            # A few rows at a time, because each may repeat a long text of the dictionary.
             expanded = 0
-            for batch in file.iter_batches(step):
+            for batch in file.iter_batches(64):
                 expanded += sum(map(_bytes_of, batch.columns))
                 _require_dense(path, expanded, _EXPANDED_PARQUET)
                 records += batch.to_pylist()
