@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from gdsd_jax.families import FAMILIES
 from gdsd_jax.hub.declared import declared as declarations
 from gdsd_jax.hub.files import MOST_JSON_BYTES, checked_directory, on_disk, read_json, require_own_files
+from gdsd_jax.hub.panics import panics_refused
 from gdsd_jax.hub.templates import Renderer
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import understood
@@ -27,6 +27,9 @@ _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 # A Unicode noncharacter, which no proper text contains. It is put after the first character of a special token that a
 # user wrote, so that the tokenizer does not take it for one.
 _GUARD = "\ufdd0"
+# What is said of a text at which the tokenizers library panics, and of files that it does not read.
+_FAILS = "its tokenizer.json fails at a text", "use the one of the published checkpoint"
+_UNREADABLE = "its tokenizer does not load", "download it again"
 
 
 class Tokenizer:
@@ -167,7 +170,7 @@ class Tokenizer:
             return []
         texts = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts]
         plain = [text.replace(_GUARD, "") for text in texts]
-        with _panics_refused(self._directory):
+        with panics_refused(self._directory, *_FAILS):
             ids = self._tokenizer(plain, add_special_tokens=False, return_attention_mask=False)["input_ids"]
             ids = [self._in_parts(text) if _GUARD in text else one for text, one in zip(texts, ids, strict=True)]
         largest = max((max(one) for one in ids if one), default=0)
@@ -239,41 +242,20 @@ class Tokenizer:
 
     def decode(self, tokens: np.ndarray | Sequence[Sequence[int]]) -> list[str]:
         """Returns the text of each row of `[B, L]` completion ids up to its first end token, without special tokens."""
-        return [self._text(self._before_end(row), skip=True) for row in np.asarray(tokens).tolist()]
+        return self._texts([self._before_end(row) for row in np.asarray(tokens).tolist()], skip=True)
 
     def decode_one(self, ids: np.ndarray | Sequence[int], special: bool = True) -> str:
         """Returns the text of one whole sequence for display; special tokens are shown if `special`."""
-        return self._text(np.asarray(ids).tolist(), skip=not special)
+        return self._texts([np.asarray(ids).tolist()], skip=not special)[0]
 
     def _before_end(self, ids: list[int]) -> list[int]:
         ends = {self.eos_token_id, *self.end_token_ids}
         return ids[: next((index for index, token in enumerate(ids) if token in ends), None)]
 
-    def _text(self, ids: list[int], skip: bool) -> str:
-        with _panics_refused(self._directory):
-            return self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-
-
-@contextmanager
-def _panics_refused(directory: os.PathLike) -> Iterator[None]:
-    """Turns a panic of the tokenizers library into UserError.
-
-    A regular expression that takes too many steps ends in a panic, which is no `Exception`, and whose class no module
-    exports. The library itself writes to stderr before; only a redirection of the whole process could prevent that.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not _is_panic(error):
-            raise
-        raise UserError(
-            f"{directory}: its tokenizer.json fails at a text ({' '.join(str(error).split())[:200]}): "
-            "use the one of the published checkpoint"
-        ) from None
-
-
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"
+    def _texts(self, rows: Sequence[list[int]], skip: bool) -> list[str]:
+        options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
+        with panics_refused(self._directory, *_FAILS):
+            return [self._tokenizer.decode(ids, **options) for ids in rows]
 
 
 def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Tokenizer:
@@ -297,7 +279,7 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
     file = directory / "tokenizer_config.json"
     declared = read_json(file, MOST_JSON_BYTES).get("tokenizer_class") if file.is_file() else None
     try:
-        with on_disk(directory, _FILES) as folder:
+        with panics_refused(directory, *_UNREADABLE), on_disk(directory, _FILES) as folder:
             if isinstance(declared, str) and declared in _EQUIVALENT:
                 tokenizer = getattr(transformers, _EQUIVALENT[declared]).from_pretrained(folder, local_files_only=True)
             else:
@@ -308,9 +290,9 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
                     trust_remote_code=False,
                     local_files_only=True,
                 )
-    except BaseException as error:  # the tokenizers library raises plain Exception on a damaged file, or panics
-        if not (isinstance(error, Exception) or _is_panic(error)):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # which the tokenizers library raises itself on a damaged file
         if isinstance(declared, str) and not hasattr(transformers, declared):
             raise UserError(
                 f"{file} names the tokenizer class {declared}, which is code of the checkpoint and is never run: set "
@@ -318,6 +300,7 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
                 "reads tokenizer.json)"
             ) from None
         first = str(error).strip().splitlines()[:1]
-        raise UserError(f"{directory}: its tokenizer does not load ({' '.join(first)}): download it again") from None
+        failure, remedy = _UNREADABLE
+        raise UserError(f"{directory}: {failure} ({' '.join(first)}): {remedy}") from None
     with understood(directory, "fix its tokenizer_config.json and config.json, or download them again"):
         return Tokenizer(directory, tokenizer, config, generation, overrides)

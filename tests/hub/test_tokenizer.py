@@ -4,6 +4,8 @@ import base64
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from gdsd_jax import hub
 from gdsd_jax.hub import templates, tiny
+from gdsd_jax.hub.panics import panics_refused
 from gdsd_jax.runtime.errors import UserError
 
 
@@ -339,8 +342,8 @@ def test_more_added_tokens_than_can_be_loaded_are_refused(name, copy):
         hub.load_tokenizer(copy)
 
 
-def test_a_pattern_that_takes_too_many_steps_is_one_line(copy):
-    """The library panics; what it writes to stderr itself is not ours."""
+def test_a_pattern_that_takes_too_many_steps_is_one_line(copy, capfd):
+    """The library panics, and what it writes to stderr itself does not appear."""
     split = {"type": "Split", "pattern": {"Regex": r"(\w|\w\w)+$"}, "behavior": "Isolated", "invert": False}
     decoder = sequence("decoders", {"type": "Fuse"}, replace(r"(\w|\w\w)+$", "", "Regex"))
     change_json(copy / "tokenizer.json", pre_tokenizer=split, decoder=decoder)
@@ -351,9 +354,31 @@ def test_a_pattern_that_takes_too_many_steps_is_one_line(copy):
     ids = tokenizer.encode(["a"])[0] * 60 + tokenizer.encode(["?"])[0]
     with pytest.raises(UserError, match=r"its tokenizer\.json fails at a text"):
         tokenizer.decode([ids])
+    assert "panicked" not in capfd.readouterr().err
 
 
-def test_a_panic_while_a_tokenizer_is_loaded_is_one_line(copy):
+def test_what_is_written_to_stderr_beside_the_tokenizer_appears(capfd):
+    with panics_refused("directory", "fails", "remedy"):
+        os.write(2, b"first\n")
+        subprocess.run([sys.executable, "-c", "import sys; sys.stderr.write('second\\n')"], check=True)
+        assert not capfd.readouterr().err
+    with pytest.raises(KeyError), panics_refused("directory", "fails", "remedy"):
+        os.write(2, b"third\n")
+        raise KeyError
+    os.write(2, b"fourth\n")
+    assert capfd.readouterr().err == "first\nsecond\nthird\nfourth\n"
+
+
+def test_a_closed_stderr_stops_no_tokenizer(copy):
+    code = (
+        "import os, sys; os.close(2); from gdsd_jax import hub; "
+        "print(hub.load_tokenizer(sys.argv[1]).encode(['a', 'b']) != [])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(copy)], capture_output=True, text=True)
+    assert done.stdout == "True\n"
+
+
+def test_a_panic_while_a_tokenizer_is_loaded_is_one_line(copy, capfd):
     """A token that is added is put through the normalizer when it is loaded."""
     content = json.loads((copy / "tokenizer.json").read_text())
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
@@ -361,6 +386,7 @@ def test_a_panic_while_a_tokenizer_is_loaded_is_one_line(copy):
     change_json(copy / "tokenizer.json", **content | {"normalizer": replace(r"(\w|\w\w)+$", "", "Regex")})
     with pytest.raises(UserError, match="its tokenizer does not load .Onig"):
         hub.load_tokenizer(copy)
+    assert "panicked" not in capfd.readouterr().err
 
 
 def test_another_file_than_the_one_that_was_checked_is_not_loaded(copy):
