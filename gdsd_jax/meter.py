@@ -100,7 +100,7 @@ def main(
     if enumerated:
         table["enumerated"] = compare_to_optimum(report=report)
     meter_report.write(directory, table)
-    report(meter_report.markdown(table))
+    report(meter_report.markdown(table, console.width))
     report(f"wrote {directory}")
 
 

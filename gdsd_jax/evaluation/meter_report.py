@@ -23,10 +23,13 @@ def write(directory: Path, table: dict[str, Any]) -> None:
         draw(draft, table)
 
 
-def markdown(table: dict[str, Any]) -> str:
+def markdown(table: dict[str, Any], width: int | None = None) -> str:
     """Formats the tables in Markdown, after a paragraph about the rollouts that were measured.
 
-    The table is that of `gdsd_jax.evaluation.probe.measure`, or the content of `meter.json`.
+    Args:
+      table: that of `gdsd_jax.evaluation.probe.measure`, or the content of `meter.json`.
+      width: the number of characters in a line of the terminal: the columns of a wider table are divided among several
+        tables, one below the other, which all begin with the methods. None divides none.
     """
     table = plain(table)
     distances = [str(d) for d in table["distances"]]
@@ -53,7 +56,7 @@ def markdown(table: dict[str, Any]) -> str:
         ]
         for label, row in table["methods"].items()
     ]
-    parts = [about, reports.markdown(header, lines, left=len(header), padded=True)]
+    parts = [about, *_fitting(header, lines, width)]
     if "enumerated" in table:
         parts.append("KL to the optimum in the toy language: before the first update, the least, and after the last.")
         header = ["denoiser", "order", "method", "clip", "start", "least", "end", "reward"]
@@ -68,8 +71,25 @@ def markdown(table: dict[str, Any]) -> str:
             ]
             for run in table["enumerated"]
         ]
-        parts.append(reports.markdown(header, lines, left=len(header), padded=True))
+        parts += _fitting(header, lines, width)
     return "\n\n".join(parts) + "\n"
+
+
+def _fitting(header: list[str], lines: list[list[str]], width: int | None) -> list[str]:
+    """Returns a table in Markdown, or several that repeat its first column and have lines of at most `width`."""
+    columns = list(zip(header, *lines, strict=True))
+    sizes = [max(map(len, column)) + 3 for column in columns]  # with " | "
+    groups: list[list[int]] = [[0]]
+    for number in range(1, len(columns)):
+        taken = 1 + sum(sizes[one] for one in groups[-1])
+        if width is not None and len(groups[-1]) > 1 and taken + sizes[number] > width:
+            groups.append([0])
+        groups[-1].append(number)
+    tables = []
+    for group in groups:
+        head, *body = ([line[number] for number in group] for line in (header, *lines))
+        tables.append(reports.markdown(head, body, left=len(head), padded=True))
+    return tables
 
 
 def _number(value: float | None, scale: float, form: str) -> str:

@@ -245,7 +245,8 @@ def measure(
     ratios = {d: truth_of(there) - truth for d, there in moved.items()}
     smooth = {d: fine & line.smooth(d, ratio) for d, ratio in ratios.items()}
     jumped = {str(d): float(1 - smooth[d][fine].mean()) for d in distances}
-    report(f"moved policies; shares of log-ratios that jumped: {jumped}")
+    shown = ", ".join(f"{100 * share:.0f} % at {d}" for d, share in jumped.items())
+    report(f"moved policies; log-ratios that jumped: {shown}")
     rows = {}
     for subject in subjects:
         here = make(subject)
@@ -265,8 +266,7 @@ def measure(
             "log_ratio": {str(d): agreement(at(moved[d]) - start, ratios[d], smooth[d]) for d in distances},
         }
         rows[subject] = row
-        shown = {name: value for name, value in row.items() if name != "log_ratio"} | row["log_ratio"]
-        report(f"{subject}: {shown}")
+        report(f"{subject}: " + ", ".join(f"{name} {row[name]:.3f}" for name in ("bias", "spread", "cosine")))
     return {
         "rows": int(len(truth)),
         "impossible": float(1 - fine.mean()),

@@ -1,6 +1,7 @@
 """The meter, on policies for which its numbers are known."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,11 @@ def test_the_report_is_written_whole(tmp_path):
     assert "50 % of the rollouts has jumped" in text
     assert json.loads((tmp_path / meter_report.JSON).read_text()) == table
     assert (tmp_path / meter_report.FIGURE).stat().st_size > 10_000
+    narrow = meter_report.markdown(table, 60)
+    assert max(len(line) for line in narrow.split("\n") if line.startswith("|")) <= 60
+    rows = lambda text: re.findall(r"^\| gdsd +(\|.*)\|$", text, re.M)  # noqa: E731
+    assert len(rows(narrow)) > len(rows(text)) == 1
+    assert "".join(rows(narrow)).split() == rows(text)[0].split()
 
 
 def test_figures_that_are_not_numbers_are_null_and_read_back(tmp_path):
