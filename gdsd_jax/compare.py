@@ -44,6 +44,7 @@ from gdsd_jax.runtime.plugins import is_plugin
 from gdsd_jax.runtime.signals import asked_to_stop, exit_code
 from gdsd_jax.sft import embedded_start
 from gdsd_jax.telemetry import plots
+from gdsd_jax.training.checkpoint import require_savable
 from gdsd_jax.training.record import record_path, require_same_run
 from gdsd_jax.training.setup import checked_parts, known_metric, resolve_task
 
@@ -78,6 +79,7 @@ def compare(
       UserError: a method or metric is unknown, a method does not fit the config, there are no seeds, or a run in the
         workdir has another config or start. All of this is checked before the first run.
     """
+    require_savable(workdir)
     require_runnable(config, methods, seeds, host_index, host_count)
     own_rates = parse_rates(rates, methods)
     if not rate_factor > 0:

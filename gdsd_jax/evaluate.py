@@ -67,11 +67,11 @@ def main(
     named = [] if tasks is None else [part.partition("=") for part in tasks.split(",")]
     flags |= {"tasks": [(name, file or None) for name, _, file in named], "lengths": numbers(lengths, "--lengths")}
     if compare is not None:
-        console.print(reports.compare_evaluations(directory, Path(compare)), highlight=False, markup=False)
+        console.text(reports.compare_evaluations(directory, Path(compare)))
     elif compare_decoding:
         if samples > 1 or temperature > 0 or pass_at is not None:
             raise UserError("--compare-decoding is greedy: leave --samples, --temperature and --pass_at out")
-        console.print(run_decodings(config, workdir, directory, **flags), highlight=False, markup=False)
+        console.text(run_decodings(config, workdir, directory, **flags))
     else:
         passes = numbers(pass_at, "--pass_at")
         summary = run(

@@ -76,7 +76,6 @@ def main(
     check_defined(config.sampler)
     require_writable(directory, "--output")
     console = Console()
-    report = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
     policy = load_policy(config, workdir, **flags)
     rows = task_rows(config.task, policy.task, "train", count=config.task.train_rows, seed=config.seed)[:prompts]
     asked = encoded_rows(config, policy.task, policy.tokenizer, rows)
@@ -94,14 +93,14 @@ def main(
     rewarded = roll_out(spec, policy.base, policy.lora, key, asked)
     table = measure(
         policy.model, policy.base, params, rewarded.batch, key, chosen,
-        draws=draws, distances=lengths, chunk=config.model.vocab_chunk, report=report,
+        draws=draws, distances=lengths, chunk=config.model.vocab_chunk, report=console.text,
     )  # fmt: skip
     table |= {"source": policy.source, "reward": float(np.mean(rewarded.rewards))}
     if enumerated:
-        table["enumerated"] = compare_to_optimum(report=report)
+        table["enumerated"] = compare_to_optimum(report=console.text)
     meter_report.write(directory, table)
-    report(meter_report.markdown(table, console.width))
-    report(f"wrote {directory}")
+    console.text(meter_report.markdown(table, console.width if console.is_terminal else None))
+    console.text(f"wrote {directory}")
 
 
 def checked(methods: str | None, prompts: int, draws: int, distances: str) -> tuple[list[str], tuple[float, ...]]:

@@ -18,6 +18,7 @@ new mask token, in `WORKDIR/adapted`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -44,11 +45,11 @@ from gdsd_jax.telemetry.metrics import MetricWriter
 from gdsd_jax.telemetry.plots import plot_curves
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.telemetry.trackers import require_trackers
-from gdsd_jax.training.checkpoint import Checkpoints
+from gdsd_jax.training.checkpoint import Checkpoints, require_savable
 from gdsd_jax.training.cursor import Cursor
 from gdsd_jax.training.demonstrations import encoded_demonstrations, of_file, rows_of
 from gdsd_jax.training.optimizer import make_optimizer, require_optimizer
-from gdsd_jax.training.setup import Setup, encoded_rows, evaluated_task, load_setup, task_rows
+from gdsd_jax.training.setup import Setup, encoded_rows, evaluated_task, load_setup, resolve_task, task_rows
 from gdsd_jax.training.state import policy, start_state
 from gdsd_jax.training.supervised import make_held_out_loss, make_sft_update
 
@@ -94,7 +95,8 @@ def train_and_export(config: TrainConfig, workdir: Path, log_every: int) -> None
     accuracy = make_accuracy(config, setup) if config.sft.until else None
     held_out_loss = make_held_out_loss(config, setup, apart, piece, frozen) if len(apart.tokens) else None
 
-    checkpoints = Checkpoints(workdir / "sft", own_settings(config), state)
+    data = hashlib.sha256(b"".join(x.tobytes() for x in shown)).hexdigest()[:16]
+    checkpoints = Checkpoints(workdir / "sft", own_settings(config), state, data)
     first = checkpoints.latest or 0
     if first:
         state, _ = checkpoints.restore()
@@ -160,6 +162,7 @@ def prepared(config: TrainConfig, workdir: Path) -> TrainConfig:
     if (workdir / "run.json").exists():
         raise UserError(f"{workdir} holds a run of gdsd_jax.train: choose another --workdir")
     require_settings(config)
+    require_savable(workdir)
     # The export needs the weights as they are stored, not in 8 bits.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
     return adapted(config, workdir / "adapted")
@@ -243,7 +246,7 @@ def embedded_start(config: TrainConfig) -> None:
     if not config.tiny.family:
         return
     record = checkpoint.parent / "start.json"
-    if record.is_file():
+    if record.is_file() and begun(checkpoint.parent):
         require_same_start(config, record)
     if checkpoint.exists():
         remove_leftovers(checkpoint.parent)
@@ -255,8 +258,14 @@ def embedded_start(config: TrainConfig) -> None:
     require_settings(config)
     if config.sft.path is not None:
         of_file(config.sft)
+    require_rows(config)
     init = checkpoint.parent / "init"
     with hosts.first_only(Lock, checkpoint.parent):
+        if hosts.first() and record.is_file() and not begun(checkpoint.parent):
+            # An attempt that trained nothing binds nobody to its settings.
+            for path in (init, checkpoint.parent / "sft"):
+                shutil.rmtree(path, ignore_errors=True)
+            record.unlink()
         if hosts.first() and not init.exists():
             write_json(record, start_settings(config))
             tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
@@ -264,6 +273,24 @@ def embedded_start(config: TrainConfig) -> None:
     run(dataclasses.replace(config, checkpoint=str(init)), checkpoint.parent)
     if hosts.any_process(asked_to_stop()):
         raise SystemExit(exit_code())
+
+
+def begun(directory: Path) -> bool:
+    """Returns whether the training of a start in `directory` has saved anything."""
+    return (directory / "merged").exists() or any((directory / "sft" / "checkpoints").glob("[0-9]*"))
+
+
+def require_rows(config: TrainConfig) -> None:
+    """Raises UserError if the rows of training or of evaluation are not valid, or the task's prompt does not fit them.
+
+    The run would find this out only after its start is made.
+    """
+    task, evaluated, watched = resolve_task(config), evaluated_task(config), config.evaluation
+    trained_on = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
+    watched_on = task_rows(config.task, evaluated, watched.split, count=watched.count)
+    for kind, row in ((task, trained_on[0]), (evaluated, watched_on[0])):
+        kind.messages(row)
+        kind.answer(row)
 
 
 def start_settings(config: TrainConfig) -> dict[str, Any]:

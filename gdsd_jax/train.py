@@ -33,6 +33,7 @@ from gdsd_jax.runtime.signals import StopSignal, exit_code
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.runtime.transfer import fetch
 from gdsd_jax.sft import embedded_start
+from gdsd_jax.tasks.data import rows_digest
 from gdsd_jax.telemetry.metrics import MetricWriter
 from gdsd_jax.telemetry.planned import beside_plan, planned_sizes, read_plan
 from gdsd_jax.telemetry.plots import plot_curves
@@ -40,7 +41,7 @@ from gdsd_jax.telemetry.profile import Profile, phase
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.telemetry.warnings import precursors
 from gdsd_jax.training.between import after_iteration
-from gdsd_jax.training.checkpoint import Best, Checkpoints
+from gdsd_jax.training.checkpoint import Best, Checkpoints, require_savable
 from gdsd_jax.training.cursor import Cursor, moved, prompts_ahead, remembering, window
 from gdsd_jax.training.divergence import diverged, is_finite
 from gdsd_jax.training.dry_run import shrink
@@ -75,6 +76,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     """Runs (or resumes) the whole training and returns the final state."""
 
     # ------------------------------------------------------------------------------------------ set-up
+    require_savable(workdir)
     config = with_first_schedule(config, workdir)
     method = checked_parts(config)
     config = fitted_to_devices(config, method, planned_sizes(workdir))
@@ -108,7 +110,7 @@ def train(config: TrainConfig, workdir: Path) -> TrainState:
     )
     evaluate, best_metric = make_evaluation(config, setup)
 
-    checkpoints = Checkpoints(workdir, config, state)
+    checkpoints = Checkpoints(workdir, config, state, rows_digest(rows))
     cursor = Cursor()
     if checkpoints.latest is not None:
         state, cursor = checkpoints.restore()
@@ -264,6 +266,7 @@ def main(config: TrainConfig, workdir: Path | None) -> None:
     """Makes the start of an embedded model if it is missing, and trains; a dry run makes one small iteration."""
     if not config.dry_run:
         # What does not fit together fails here, before the start is trained.
+        require_savable(workdir)
         checked_parts(config)
         embedded_start(config)
         state = train(config, workdir)

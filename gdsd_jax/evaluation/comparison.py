@@ -5,6 +5,7 @@ A comparison (`gdsd_jax.compare`) has one run for each method and seed.
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from collections.abc import Sequence
@@ -13,18 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from gdsd_jax.config import TrainConfig, greedy_sampler
+from gdsd_jax.config import TrainConfig, greedy_sampler, to_dict
 from gdsd_jax.evaluation import reports
 from gdsd_jax.evaluation.comparison_figure import draw
+from gdsd_jax.evaluation.run import evaluated_rows
 from gdsd_jax.evaluation.statistics import interval
 from gdsd_jax.runtime.files import read_object, replacing, understood, write_json, write_text
+from gdsd_jax.tasks.data import rows_digest
 from gdsd_jax.telemetry.metrics import read_metrics
+from gdsd_jax.training.setup import evaluated_task
 
 TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
 # A rank needs at least so many pairs of runs, and a wider interval than this: accuracies are counts of puzzles, so that
 # a few differences may all be equal, and then their interval has no width.
 FEWEST_PAIRS, NARROWEST = 3, 1e-9
 WIDTH = 80  # columns of the Markdown
+_ITEMS: dict[str, str] = {}  # digests of the test rows, by the settings that choose them
 
 
 def state_of(run: TrainConfig, directory: Path) -> str:
@@ -45,7 +50,8 @@ def test_result(run: TrainConfig, directory: Path) -> dict[str, Any] | None:
 def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[str, Any] | None:
     """Returns the metrics of the evaluation in `directory`, or None if there is none, or it is unfinished or unfit.
 
-    An evaluation fits if its number of steps is the config's and its summary has the values of `expected`.
+    An evaluation fits if the config would evaluate in the same number of steps, on the same rows, with the same prompt
+    and grader, and its summary has the values of `expected`.
 
     Raises:
       UserError: the summary cannot be read, or a metric is not finite.
@@ -57,10 +63,24 @@ def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[s
     summary = read_object(path, "remove it")
     with understood(path, "remove it"):
         result = summary["results"][0]
-        fits = result["steps"] == greedy_sampler(config).steps and all(summary.get(k) == v for k, v in expected.items())
+        protocol = {"evaluation_prompt": config.evaluation.evaluation_prompt, "grader": config.task.grader}
+        fits = (
+            result["steps"] == greedy_sampler(config).steps
+            and all(summary.get(name) == value for name, value in expected.items())
+            and all(summary.get(name, value) == value for name, value in protocol.items())
+            and result.get("items") in (None, _test_items(config))
+        )
         if not all(np.isfinite([value["mean"], value["error"]]).all() for value in result["metrics"].values()):
             raise ValueError("a metric is not a number")
         return result["metrics"] if fits else None
+
+
+def _test_items(config: TrainConfig) -> str:
+    """Returns the digest of the test rows on which a run of this config is evaluated; they are read once."""
+    key = json.dumps([to_dict(config.task), config.evaluation.evaluation_prompt], sort_keys=True)
+    if key not in _ITEMS:
+        _ITEMS[key] = rows_digest(evaluated_rows(config.task, evaluated_task(config), "test", None))
+    return _ITEMS[key]
 
 
 def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any]) -> dict[str, Any] | None:

@@ -239,6 +239,11 @@ def measure(
     reference = make("exact_pg")
     trajectory = jax.jit(reference.method.masks)(key, batch)
     ascent = -reference.gradient(params, batch, trajectory)
+    if not np.any(ascent):
+        raise UserError(
+            "the exact gradient is 0, because the rewards in each group are equal: raise --prompts, or give a "
+            "checkpoint that solves some of the prompts"
+        )
     report("exact gradient")
     line = line_along(ascent, params, lambda p: truth_of(p) - truth)
     moved = {d: line.at(line.length(d)) for d in distances}

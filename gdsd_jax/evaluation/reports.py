@@ -133,9 +133,15 @@ def compare_evaluations(directory: Path, other: Path) -> str:
 
     Raises:
       UserError: one of the two is not a finished evaluation; they have no task and length in common; or their rows
-        differ.
+        or graders differ.
     """
     summaries = [_read(place) for place in (directory, other)]
+    graders = [summary.get("grader") for summary in summaries]
+    if None not in graders and graders[0] != graders[1]:
+        raise UserError(
+            f"{directory} was judged by the grader {graders[0]!r} and {other} by {graders[1]!r}: evaluate one of them "
+            "anew with the other's config.task.grader"
+        )
     values = []
     for place, summary in zip((directory, other), summaries, strict=True):
         with understood(place / SUMMARY, "evaluate anew"):

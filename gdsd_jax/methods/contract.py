@@ -187,6 +187,10 @@ def traced_losses(trace: Trace, method: Method, batch: Batch, scores: Scores) ->
         for name, value in [*returned[0].items(), *returned[1].items()]:
             good = getattr(value, "shape", None) == (trace.rows,)
             trace.expect(good, "objective", f"one value per row, [{trace.rows}], as {name!r}", value)
+        for name, value in returned[0].items():
+            # Integers have no gradient, and only half of a complex number's would be used.
+            good = jnp.issubdtype(value.dtype, jnp.floating)
+            trace.expect(good, "objective", f"floating-point values as {name!r}, a component of the loss", value)
     return returned
 
 

@@ -70,6 +70,9 @@ def run(main: Callable[[], Any]) -> None:
         if getattr(sys, name) is None:
             # It was closed. A file opened later must not get its number, to which libraries write.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    # Figures are written to files. A notebook sets this variable for a backend that draws in its page, which other
+    # processes may lack, and Matplotlib refuses to start without it.
+    os.environ.pop("MPLBACKEND", None)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character shows a replacement.
         if hasattr(stream, "reconfigure"):

@@ -118,6 +118,11 @@ def public_rows(
     return draw(rows, count, seed if split == "train" else 0, name[0])
 
 
+def rows_digest(rows: list[Row]) -> str:
+    """Returns a digest of rows, which tells whether two runs or evaluations had the same."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def draw(rows: list[Row], count: int | None, seed: int, place: object) -> list[Row]:
     """Returns `count` of the rows, drawn without replacement, in their order; all rows if `count` is None.
 

@@ -1,7 +1,9 @@
 """Defines `Task`: rows of data, a prompt, reward components and evaluation metrics in one value."""
 
 import dataclasses
+import json
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +104,7 @@ class Task:
     token_score: Callable[[list[str], Row], Sequence[float]] | None = None
 
     def __post_init__(self):
+        _require_valid(self)
         own = Grader(self.score, self.measure, self.limits)
         for grader in (own, *self.graders.values()):
             for function in (grader.score, grader.measure) if grader.limits is not None else ():
@@ -133,8 +136,8 @@ class Task:
         if count is not None and count < 1:
             raise UserError(f"count must be at least 1, got {count}")
         if path is None:
-            return self.source(split, count, seed)
-        rows = self.read(Path(path))
+            return _plain_rows(self.name, self.source(split, count, seed))
+        rows = _plain_rows(self.name, self.read(Path(path)))
         if divided and self.held_out is not None:
             rows = [row for row in rows if self.held_out(row) == (split == "validation")]
             if not rows:
@@ -166,8 +169,12 @@ class Task:
         """Returns the evaluation metrics of each completion for its row; they are NaN if `measure` raises.
 
         An answer that cannot be judged within the limits counts 0. A warning is logged in both cases.
+
+        Raises UserError if a metric is infinite.
         """
-        return self._each(self.measure, self.metrics_named, completions, rows)
+        found = self._each(self.measure, self.metrics_named, completions, rows)
+        require_finite(found, self, "metric")
+        return found
 
     def _each(
         self,
@@ -211,6 +218,50 @@ class Task:
             return list(map(outcome, completions, rows))
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(outcome, completions, rows))
+
+
+def _require_valid(task: Task) -> None:
+    """Raises UserError if fields of a task that a user wrote have values with which no run can end."""
+    weights = dict(task.weights) if isinstance(task.weights, Mapping) else {}
+    numbers = [value for value in weights.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if not weights or len(numbers) < len(weights) or not all(map(math.isfinite, numbers)):
+        given = f"{task.weights!r:.100}"
+        raise UserError(f"task {task.name}: weights must give a finite number to each reward, they are {given}")
+    if not task.metrics_named or isinstance(task.metrics_named, str):
+        raise UserError(f"task {task.name}: metrics_named must name at least one metric, it is {task.metrics_named!r}")
+    if not isinstance(task.threads, int) or task.threads < 1:
+        raise UserError(f"task {task.name}: threads must be at least 1, it is {task.threads!r:.100}")
+
+
+def _plain_rows(name: str, rows: Any) -> list[Row]:
+    """Returns rows of a task; raises UserError unless they are a list of mappings, and JSON can hold them."""
+    if not (isinstance(rows, (list, tuple)) and rows and all(isinstance(row, dict) for row in rows)):
+        kind = f"a {type(rows).__name__}" if rows or rows is None else "no row"
+        raise UserError(f"task {name} gives {kind} where rows are needed: return a list of at least one mapping")
+    try:
+        json.dumps(rows)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"the rows of task {name} must hold texts, numbers, lists and mappings only, so that files can keep them "
+            f"({error}): change the task's source or read"
+        ) from None
+    return list(rows)
+
+
+def require_finite(columns: Scores, task: Task, kind: str) -> None:
+    """Raises UserError if a value is infinite; NaN is allowed, where a function failed.
+
+    Args:
+      kind: "reward" for values of the task's `score`, "metric" for those of its `measure`.
+    """
+    function = {"reward": "score", "metric": "measure"}[kind]
+    for name, values in columns.items():
+        infinite = np.isinf(values)
+        if infinite.any():
+            raise UserError(
+                f"the {kind} {name} of the task {task.name} is {values[infinite][0]} for {infinite.sum()} of "
+                f"{len(values)} completions, and must be finite: change the task's {function}"
+            )
 
 
 def weighted_sum(components: Scores, weights: Mapping[str, float]) -> Float32[np.ndarray, "B"]:

@@ -60,6 +60,18 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
+def require_savable(workdir: Path) -> None:
+    """Raises UserError if checkpoints could not be saved below a path, although other files could.
+
+    Orbax takes a bracket for the beginning of a pattern, and TensorStore a backslash for a slash.
+    """
+    found = next((character for character in "[\\" if character in str(workdir.absolute())), None)
+    if found is not None:
+        raise UserError(
+            f"{workdir.absolute()} contains {found}, and checkpoints cannot be saved there: choose another --workdir"
+        )
+
+
 class _Saver:
     """Saves arrays and a few plain values, with checksums by which a reader notices any change of either.
 
@@ -145,13 +157,14 @@ class Checkpoints:
 
     Args:
       state: a state of the run, which defines the shapes and the placement of a restored state.
+      data: a digest of the training rows, which the record of the run keeps.
 
     Raises:
-      UserError: another job trains in the workdir, the workdir belongs to another config or base, or the disk has no
-        room for `keep + 1` checkpoints.
+      UserError: another job trains in the workdir, the workdir belongs to another config, base or training rows, or the
+        disk has no room for `keep + 1` checkpoints.
     """
 
-    def __init__(self, workdir: Path, config: TrainConfig, state: TrainState):
+    def __init__(self, workdir: Path, config: TrainConfig, state: TrainState, data: str | None = None):
         self._workdir, self._template = workdir, jax.eval_shape(to_save, state)
         places = jax.tree.map(lambda x: x.sharding, saved_parts(state))
         self._template = jax.tree.map(lambda x, place: x.update(sharding=place), self._template, places)
@@ -166,7 +179,7 @@ class Checkpoints:
             self._lock = Lock(workdir)
         try:
             if hosts.first():
-                self.note = keep_record(workdir, config)
+                self.note = keep_record(workdir, config, data)
             self._saver = _Saver(workdir / "checkpoints", config.keep)
         except BaseException:
             self._release()

@@ -49,23 +49,33 @@ def read_record(workdir: Path) -> dict[str, Any]:
     return record
 
 
-def keep_record(workdir: Path, config: TrainConfig) -> str | None:
+def keep_record(workdir: Path, config: TrainConfig, data: str | None = None) -> str | None:
     """Writes the record of a new run, or compares the record of an old run with the config that resumes it.
+
+    Args:
+      data: a digest of the training rows, since a run goes on at a place in them; None, here or in the record, is not
+        compared.
 
     Returns:
       A line for the user if the run continues with other rounding than before, else None.
 
     Raises:
-      UserError: the workdir belongs to a run with another config or base, or to another kind of run.
+      UserError: the workdir belongs to a run with another config, base or training rows, or to another kind of run.
     """
     if record_path(workdir).exists():
         require_same_run(workdir, config)
+        if data is not None and read_record(workdir).get("data", data) != data:
+            raise UserError(
+                f"{workdir} belongs to a run on other training rows: restore their file (config.task.train_path or "
+                "config.sft.path), or choose another --workdir"
+            )
         return _within_rounding(workdir, config)
     metrics = workdir / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size:
         raise UserError(f"{workdir} holds metrics of another kind of run: choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     record = {"config": to_dict(config), "base": hub.fingerprint(config.checkpoint)}
+    record |= {} if data is None else {"data": data}
     write_text(record_path(workdir), json.dumps(record, indent=1) + "\n")
     return None
 

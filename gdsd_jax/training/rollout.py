@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from gdsd_jax.runtime import hosts
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import constrain
 from gdsd_jax.runtime.transfer import fetch, put
-from gdsd_jax.tasks.task import Task, weighted_sum
+from gdsd_jax.tasks.task import Task, require_finite, weighted_sum
 from gdsd_jax.telemetry.profile import phase
 
 # Begins the names of those columns of a judgement that are metrics of the task instead of components of its reward.
@@ -152,7 +152,7 @@ def roll_out(
         seconds["reward"] += time.perf_counter() - sampled
     completions, seen = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     judgements = concatenated(judged)
-    require_finite(judgements.components, spec.task)
+    require_finite(judgements.components, spec.task, "reward")
     rewards = weighted_sum(judgements.components, spec.task.weights)
     rollout, mask = parts[0] if len(parts) == 1 else _joined(parts)
     batch = make_batch(spec, rollout, mask, seen, rewards, judgements)
@@ -245,17 +245,6 @@ def sample_in_parts(
 def _joined(parts: list[Any]) -> Any:
     """Concatenates the rows of all parts in their order, and spreads the result over the mesh."""
     return jax.tree.map(lambda *arrays: constrain(jnp.concatenate(arrays), ("rows", "tokens")), *parts)
-
-
-def require_finite(components: Mapping[str, np.ndarray], task: Task) -> None:
-    """Raises UserError, which names the reward, if one is infinite; NaN is allowed where a reward function failed."""
-    for name, values in components.items():
-        infinite = np.isinf(values)
-        if infinite.any():
-            raise UserError(
-                f"the reward {name} of the task {task.name} is {values[infinite][0]} for {infinite.sum()} of "
-                f"{len(values)} completions, and must be finite: change the task's score"
-            )
 
 
 def token_rewards(

@@ -23,7 +23,9 @@ from gdsd_jax.methods import METHODS as METHODS_OF_LIBRARY
 from gdsd_jax.runtime import signals
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import write_json
+from gdsd_jax.tasks.data import rows_digest
 from gdsd_jax.telemetry.metrics import read_metrics
+from gdsd_jax.training.setup import evaluated_task
 
 METHODS, SEEDS = ("gdsd", "wd1"), (42, 43)
 FLAGS = ("--methods", ",".join(METHODS), "--seeds", 2, "--metric", "cells")
@@ -189,6 +191,22 @@ def test_the_start_is_evaluated_anew_only_if_its_content_changed(config, tmp_pat
     for run_config, base in ((config, "content"), (config, "content"), (moved, "content"), (moved, "other")):
         assert compare.evaluated_start(run_config, base, tmp_path)["cells"]["mean"] == 0.5
     assert evaluated == [config.checkpoint, "moved"]
+
+
+def test_an_evaluation_by_another_protocol_is_not_taken(config, tmp_path):
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, eval_path=str(tmp_path / "rows.csv")))
+    (tmp_path / "rows.csv").write_text("Puzzle,Solution\n0003130200300401,4213134221343421\n")
+    entry = {"steps": greedy_sampler(config).steps, "metrics": {"cells": {"mean": 0.5, "error": 0.1}}}
+    rows = evaluated_task(config).rows("test", path=tmp_path / "rows.csv")
+    summary = {"evaluation_prompt": False, "grader": "robust", "results": [entry | {"items": rows_digest(rows)}]}
+    write_json(tmp_path / "evaluation.json", summary)
+    other_prompt = dataclasses.replace(config.evaluation, evaluation_prompt=True)
+    assert comparison.read_result(config, tmp_path) == entry["metrics"]
+    assert comparison.read_result(dataclasses.replace(config, evaluation=other_prompt), tmp_path) is None
+    write_json(tmp_path / "evaluation.json", summary | {"grader": "public"})
+    assert comparison.read_result(config, tmp_path) is None
+    write_json(tmp_path / "evaluation.json", summary | {"results": [entry | {"items": "others"}]})
+    assert comparison.read_result(config, tmp_path) is None
 
 
 def test_other_errors_of_a_run_end_the_bench(config, tmp_path, monkeypatch):

@@ -143,6 +143,24 @@ def test_brackets_in_names_are_shown_as_they_are():
     assert all(text in shown for text in ("[b]rows[/x].jsonl", "right [strict]", "a[/b]"))
 
 
+def test_evaluations_by_different_graders_are_not_compared(tmp_path):
+    for grader in ("robust", "public"):
+        entry = {"task": "t", "completion_length": 4, "items": "i", "metrics": {"right": {"mean": 1.0, "error": 0.0}}}
+        (tmp_path / grader).mkdir()
+        reports.write_json(tmp_path / grader / reports.SUMMARY, {"grader": grader, "results": [entry]})
+    with pytest.raises(UserError, match="'robust' and .* by 'public': evaluate one of them anew"):
+        reports.compare_evaluations(tmp_path / "robust", tmp_path / "public")
+
+
+def test_a_table_is_divided_on_terminals_only(monkeypatch):
+    for options, lines in (({}, 1), ({"force_terminal": True}, 2)):
+        console = Console(width=20, file=io.StringIO(), **options)
+        console.text("| a | [b]table[/b] of 30 columns |")
+        assert len(console.file.getvalue().splitlines()) == lines
+    monkeypatch.setenv("COLUMNS", "0")
+    assert Console(file=io.StringIO()).width == 80
+
+
 def test_the_directory_is_reserved_until_its_files_are_complete(base, tmp_path, monkeypatch):
     def write(*arguments, original=reports.write):
         with pytest.raises(UserError, match="in use by process"):

@@ -64,6 +64,19 @@ def test_rollouts_of_which_none_can_be_replayed_are_refused(monkeypatch):
         probe.measure(enumerated.TOY, None, None, Batch(None, None, None), None, [], draws=1, distances=(0.1,), chunk=8)
 
 
+@pytest.mark.slow
+def test_rollouts_that_are_all_rewarded_alike_are_refused(toy):
+    rollout = enumerated.sample(
+        enumerated.TOY, toy.base, None, jnp.zeros((4, 1), jnp.int32), None, jax.random.key(1), toy.sampler
+    )
+    batch = Batch(rollout.tokens, None, jnp.ones((4, 4)), jnp.ones(4), None, rollout.commit_step, rollout.confidence,
+                  group_size=2, sampler=toy.sampler)  # fmt: skip
+    with pytest.raises(UserError, match="the rewards in each group are equal: raise --prompts"):
+        probe.measure(
+            enumerated.TOY, toy.base, toy.base, batch, jax.random.key(2), ["gdsd"], draws=1, distances=(0.1,), chunk=64
+        )
+
+
 @pytest.fixture(scope="module")
 def toy():
     return enumerated.make_toy("low_confidence", trained=False, seed=0)

@@ -391,6 +391,12 @@ BROKEN = {
     "objective must return ({component of the loss: value}, {metric: value})": {
         "objective": lambda new, constants: (new.guided[:, 0], {})
     },
+    "floating-point values as 'objective', a component of the loss, it returned int32[4]": {
+        "objective": lambda new, constants: ({"objective": jnp.round(new.guided[:, 0]).astype(jnp.int32)}, {})
+    },
+    "a component of the loss, it returned complex64[4]": {
+        "objective": lambda new, constants: ({"objective": new.guided[:, 0] * 1j}, {})
+    },
     "as 'spread'": {"objective": lambda new, constants: ({"objective": new.guided[:, 0]}, {"spread": new.guided})},
     "unknown read 'logits'": {"reads": ("logits",)},
     "old is 'sometimes'": {"old": "sometimes"},

@@ -238,6 +238,17 @@ def test_a_console_that_nobody_reads():
         Console(file=Gone()).print("text")
 
 
+def test_the_backend_of_a_notebook_stops_no_figure(monkeypatch, tmp_path):
+    monkeypatch.setenv("MPLBACKEND", "module://absent.backend")
+
+    def draw():
+        code = "from matplotlib.figure import Figure; Figure().savefig('a.png')"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+    front.run(draw)
+    assert (tmp_path / "a.png").exists()
+
+
 def test_the_garbage_collector_runs_again_while_a_command_runs():
     running = []
     gc.disable()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 import itertools
 import json
 import logging
@@ -206,6 +207,46 @@ def test_own_task_that_raises_costs_only_its_item(tmp_path, monkeypatch, caplog)
         resolve("my_sudoku_task:NOT_A_TASK")
     with pytest.raises(UserError, match="cannot be imported"):
         resolve("my_sudoku_task:MISSING")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights": {}}, "weights must give a finite number to each reward, they are {}"),
+        ({"weights": {"even": "1"}}, "weights must give a finite number"),
+        ({"weights": {"even": float("nan")}}, "weights must give a finite number"),
+        ({"metrics_named": ()}, "metrics_named must name at least one metric"),
+        ({"threads": -1}, "threads must be at least 1, it is -1"),
+    ],
+)
+def test_own_task_with_which_no_run_can_end_is_refused(changes, said):
+    with pytest.raises(UserError, match=f"task mine: {said}"):
+        dataclasses.replace(TASKS["sudoku"], name="mine", **changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "task mine gives no row"),
+        (None, "task mine gives a NoneType"),
+        (iter([{}]), "task mine gives a list_iterator"),
+        (["text"], "task mine gives a list"),
+        ([{"day": datetime.date(2026, 1, 1)}], "Object of type date is not JSON serializable"),
+        ([{"number": np.int64(1)}], "Object of type int64 is not JSON serializable"),
+    ],
+)
+def test_own_rows_that_no_file_can_keep_are_refused(rows, said):
+    task = dataclasses.replace(TASKS["sudoku"], name="mine", source=lambda *_: rows, read=lambda _: rows)
+    for path in (None, "rows.csv"):
+        with pytest.raises(UserError, match=said):
+            task.rows("test", path=path)
+
+
+def test_own_metric_that_is_infinite_is_named():
+    task = dataclasses.replace(TASKS["gsm8k"], measure=lambda completion, row: {"accuracy": float(completion)})
+    assert np.isnan(task.metrics(["1", "nan"], [{"answer": "1"}] * 2)["accuracy"]).tolist() == [False, True]
+    with pytest.raises(UserError, match="the metric accuracy of the task gsm8k is inf for 1 of 2 .* task's measure"):
+        task.metrics(["1", "inf"], [{"answer": "1"}] * 2)
 
 
 def test_own_task_that_would_end_the_command_costs_only_its_item(tmp_path, monkeypatch):

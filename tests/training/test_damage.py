@@ -15,7 +15,7 @@ from test_checkpoint import config
 
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.training import checkpoint, record
-from gdsd_jax.training.checkpoint import BEST, Best, Checkpoints, load_params
+from gdsd_jax.training.checkpoint import BEST, Best, Checkpoints, load_params, require_savable
 from gdsd_jax.training.cursor import Cursor
 from gdsd_jax.training.state import TrainState
 
@@ -195,6 +195,31 @@ def test_a_second_run_in_the_same_workdir(saved, tmp_path):
     with Checkpoints(workdir, config(), state(0.0)), pytest.raises(UserError, match="in use by process"):
         Checkpoints(workdir, config(), state(0.0))
     read(workdir)
+
+
+def test_other_training_rows_are_refused(tmp_path):
+    workdir = tmp_path / "run"
+    for _ in range(2):
+        with Checkpoints(workdir, config(), state(0.0), "rows"):
+            pass
+    with pytest.raises(UserError, match="on other training rows: restore their file"):
+        Checkpoints(workdir, config(), state(0.0), "other rows")
+    assert not (workdir / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "r\\b", "[x] y"])
+def test_paths_below_which_no_checkpoint_can_be_read_are_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"contains [\[\\], and checkpoints cannot be saved there"):
+        require_savable(tmp_path / name / "run")
+
+
+@pytest.mark.parametrize("name", ["a b", "é", "%d", "{}", "?", "*", "a\nb", "x]"])
+def test_other_odd_paths_hold_checkpoints(name, tmp_path):
+    workdir = tmp_path / name
+    require_savable(workdir)
+    with Checkpoints(workdir, config(), state(0.0)) as checkpoints:
+        checkpoints.save(1, state(1.0), Cursor(10))
+    assert read(workdir) == (1.0, 10)
 
 
 def test_a_full_disk_is_one_error_and_the_run_goes_on_once_there_is_room(saved, tmp_path, monkeypatch):

@@ -14,9 +14,9 @@ from gdsd_jax.hub.published import LLADA_8B
 from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.tasks import TASKS
-from gdsd_jax.tasks.task import regraded
+from gdsd_jax.tasks.task import regraded, require_finite
 from gdsd_jax.training import rollout
-from gdsd_jax.training.rollout import Prompts, RolloutSpec, completion_mask, require_finite, roll_out
+from gdsd_jax.training.rollout import Prompts, RolloutSpec, completion_mask, roll_out
 
 
 def test_a_completion_ends_with_the_first_of_several_ids():
@@ -28,9 +28,9 @@ def test_a_completion_ends_with_the_first_of_several_ids():
 def test_an_infinite_reward_is_named():
     task = dataclasses.replace(TASKS["gsm8k"], score=lambda completion, row: {"correct": float(completion)})
     finite = task.rewards(["1", "nan"], [{"answer": "1"}] * 2)
-    require_finite(finite, task)
+    require_finite(finite, task, "reward")
     with pytest.raises(UserError, match="the reward correct of the task gsm8k is inf for 1 of 2 completions"):
-        require_finite(task.rewards(["1", "inf"], [{"answer": "1"}] * 2), task)
+        require_finite(task.rewards(["1", "inf"], [{"answer": "1"}] * 2), task, "reward")
 
 
 def test_an_evaluation_shows_what_each_grader_says():

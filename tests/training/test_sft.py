@@ -118,6 +118,22 @@ def test_settings_are_tried_before_an_embedded_model_is_made(config, tmp_path):
         assert not (tmp_path / "start").exists()
 
 
+def test_an_attempt_that_trained_nothing_binds_nobody_to_its_settings(config, tmp_path, monkeypatch):
+    small = dataclasses.replace(config.tiny, family="llada", hidden_size=32, num_layers=1, num_heads=2)
+    config = dataclasses.replace(config, tiny=small, sft=dataclasses.replace(config.sft, steps=1))
+    template = dataclasses.replace(config.task, settings={"template": "{puzle}"})
+    with pytest.raises(UserError, match="puzle"):
+        sft.main(dataclasses.replace(config, task=template), tmp_path)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "make_sft_update", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            sft.main(dataclasses.replace(config, tiny=dataclasses.replace(small, hidden_size=16)), tmp_path)
+    assert (tmp_path / "start.json").exists() and (tmp_path / "init").exists()
+    sft.main(config, tmp_path)
+    assert json.loads((tmp_path / "merged/config.json").read_text())["d_model"] == 32
+
+
 def test_a_start_of_other_settings_is_not_taken_for_the_one_that_is_asked_for(config, tmp_path):
     small = dataclasses.replace(config.tiny, family="llada", hidden_size=32, num_layers=1, num_heads=2)
     config = dataclasses.replace(config, tiny=small, sft=dataclasses.replace(config.sft, steps=1))
