@@ -32,7 +32,7 @@ class OptimizerConfig:
     clip_norm: Positive = 0.2
     warmup_updates: int = 1
     schedule: str = "constant"
-    schedule_updates: int | None = None
+    schedule_updates: Count | None = None
     name: str = "optax:adamw"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -136,6 +136,7 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ("--config.group_size=many", "error: config.group_size is 'many', it must be a whole number"),
         ("--config.sampler.steps=2.5", "error: config.sampler.steps is '2.5', it must be a whole number"),
         ("--config.sampler.threshold=all", "error: config.sampler.threshold is 'all', it must be a number"),
+        ("--config.optimizer.schedule_updates=0", "schedule_updates is 0, it must be at least 1"),
         ("--config.dry_run=perhaps", "error: config.dry_run is 'perhaps', it must be true or false"),
         ("--config.settings.gdsd.foo=1", "foo"),
         ("--config.settings.gdsd.name=1", "has no setting name"),
