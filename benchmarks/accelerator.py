@@ -34,6 +34,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import one_of, parser_of, several
+
 ROOT = Path(__file__).parents[1]
 PARTS = ("product", "full", "dual", "update", "torch", "disk", "train")
 # The parts that share a process, and therefore the weights.
@@ -117,15 +119,16 @@ def line(row: dict[str, Any], peak: float | None) -> str:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measures the parts that the command line names, prints a line for each, and returns the rows of results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser = parser_of(__doc__)
+    parts = several(one_of(PARTS))
+    parser.add_argument("--parts", type=parts, default=",".join(PARTS), help="parts to measure, with commas between")
     parser.add_argument("--workdir", type=Path, required=True, help="directory for 32 GB, emptied first")
-    parser.add_argument("--attention", default="auto")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--attention", default="auto", help="value of config.model.attention")
+    parser.add_argument("--json", type=Path, help="keeps the rows")
+    parser.add_argument("--tiny", action="store_true", help="runs all of it in small, also on a CPU")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
-    wanted = flags.parts.split(",")
+    wanted = flags.parts
     if flags.inside:
         for row in together(wanted, flags.tiny, flags.attention, flags.workdir):
             print(json.dumps(row), flush=True)

@@ -15,7 +15,6 @@ computation. `--products` also measures the time of a wide matrix product with a
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import time
@@ -26,10 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.arguments import number, parser_of, several
 from gdsd_jax.denoiser import TARGETS, DenoiserConfig, init_base, init_lora, ops
 from gdsd_jax.diffusion import masking
 from gdsd_jax.diffusion.scoring import read_views
 from gdsd_jax.methods import Batch, common
+from gdsd_jax.runtime import ranges
 
 PROMPT, COMPLETION, RANK = 16, 112, 32
 
@@ -173,16 +174,16 @@ def product_seconds(rows: int, size: tuple[int, int], rank: int) -> dict[str, fl
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--layers", type=int, default=6)
-    flags.add_argument("--width", type=int, default=256)
-    flags.add_argument("--rows", type=int, default=32)
-    flags.add_argument("--rate", type=float, default=3e-6)
-    flags.add_argument("--updates", default="1,8,24,64")
-    flags.add_argument("--products", action="store_true")
-    flags.add_argument("--merged", action="store_true")
+    flags, count = parser_of(__doc__), number(ranges.Count)
+    flags.add_argument("--layers", type=count, default=6, help="layers of the model")
+    flags.add_argument("--width", type=count, default=256, help="width of the model")
+    flags.add_argument("--rows", type=count, default=32, help="rows of tokens")
+    flags.add_argument("--rate", type=number(ranges.Positive), default=3e-6, help="learning rate of the steps")
+    flags.add_argument("--updates", type=several(count), default="1,8,24,64", help="numbers of steps, commas between")
+    flags.add_argument("--products", action="store_true", help="also measures the time of a product with an adapter")
+    flags.add_argument("--merged", action="store_true", help="merges the adapter into the weights")
     given = flags.parse_args()
-    updates = [int(count) for count in given.updates.split(",")]
+    updates = given.updates
     print(f"{jax.devices()[0].device_kind}, {given.layers} layers, width {given.width}, rate {given.rate:g}")
     work = merged_slopes if given.merged else slopes
     print("| way | " + " | ".join(f"{n} updates" for n in updates) + " |\n|" + "---|" * (len(updates) + 1), flush=True)

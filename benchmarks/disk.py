@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import number, parser_of
+from gdsd_jax.runtime import ranges
+
 WIDTH, SHARD = 2048, 10**9
 
 
@@ -94,9 +97,9 @@ def child(which: str, directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gb", type=float, default=3.0)
-    parser.add_argument("--turns", type=int, default=3)
+    parser = parser_of(__doc__)
+    parser.add_argument("--gb", type=number(ranges.Positive), default=3.0, help="size of the checkpoint")
+    parser.add_argument("--turns", type=number(ranges.Count), default=3, help="turns, of which the median is taken")
     parser.add_argument("--directory", type=Path, default=None, help="where the files go; removed afterwards")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()

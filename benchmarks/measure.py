@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -24,7 +23,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from benchmarks.arguments import number, parser_of, several
+from gdsd_jax.runtime import ranges
+from gdsd_jax.runtime.errors import UserError
 
 ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512 --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE",
@@ -83,24 +86,31 @@ class Bench(NamedTuple):
 
 def main(bench: Bench) -> None:
     """Runs the command of a bench."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"python -m {bench.module}", description=bench.description, formatter_class=raw)
-    flag = functools.partial(parser.add_argument, type=lambda text: text.split(","), metavar="A,B")
-    flag("--workloads", default=bench.workloads)
-    flag("--references", default=bench.references)
-    flag("--variants", default=bench.variants)
+    parser, count = parser_of(bench.description, f"python -m {bench.module}"), number(ranges.Count)
+
+    def flag(name: str, read: Callable[[str], Any], default: Sequence[str], text: str) -> None:
+        parser.add_argument(name, type=several(read), default=",".join(default), metavar="A,B", help=text)
+
+    flag("--workloads", str, bench.workloads, "workloads to measure")
+    flag("--references", str, bench.references, "variants with which the others are compared")
+    flag("--variants", str, bench.variants, "the other variants")
     if bench.temperatures:
-        flag("--temperatures", default=bench.temperatures)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+        flag(
+            "--temperatures",
+            number(Annotated[float, ranges.Range()]),
+            bench.temperatures,
+            "temperatures at which each workload is run",
+        )
+    parser.add_argument("--threads", type=count, default=1, help="cores to which each contestant is pinned")
+    parser.add_argument("--turns", type=count, default=3, help="turns, of which the medians are taken")
+    parser.add_argument("--json", type=Path, help="keeps the rows")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.contestant:
         serve(bench.prepare, Job(*json.loads(flags.contestant)))
         return
     rows = []
-    temperatures = [float(text) for text in flags.temperatures] if bench.temperatures else [None]
+    temperatures = flags.temperatures if bench.temperatures else [None]
     for workload, temperature in itertools.product(flags.workloads, temperatures):
         jobs = [Job(workload, variant, temperature) for variant in (*flags.references, *flags.variants)]
         rows += race(bench, jobs, flags.references, threads=flags.threads, turns=flags.turns)
@@ -160,7 +170,7 @@ class Contestant:
         """Returns the next line that the process prints, which is JSON."""
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.job} ended with exit code {self.process.wait()}; its output is above")
+            raise UserError(f"{self.job} ended with exit code {self.process.wait()}; its output is above")
         return json.loads(line)
 
     def turn(self) -> None:

@@ -8,7 +8,6 @@ share of these tokens whose most probable candidate stays the same.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.arguments import number, parser_of
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, freeze, read_config
 from gdsd_jax.denoiser import denoise
 from gdsd_jax.denoiser.quantise import quantised
+from gdsd_jax.runtime import ranges
 from gdsd_jax.training.setup import encoded_rows, resolve_task, task_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--rows", type=int, default=128)
+    parser = parser_of(__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="config file of the task")
+    parser.add_argument("--checkpoint", required=True, help="directory of the model")
+    parser.add_argument("--rows", type=number(ranges.Count), default=128, help="test rows whose answers are masked")
     flags = parser.parse_args()
     config = dataclasses.replace(freeze(TrainConfig, read_config(flags.config)), checkpoint=flags.checkpoint)
     model, base = hub.load_checkpoint(config.checkpoint, dtype="float32")

@@ -11,16 +11,17 @@ accuracy is always that of exact greedy decoding. The same command resumes an in
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
+from benchmarks.arguments import number, one_of, parser_of, several
 from gdsd_jax.compare import compare
 from gdsd_jax.config import TrainConfig, freeze, read_config
 from gdsd_jax.config.flags import enable_compilation_cache
 from gdsd_jax.evaluation.comparison import CURVES, TABLE_JSON, TABLE_MD, markdown, summarise
 from gdsd_jax.evaluation.comparison_figure import draw
+from gdsd_jax.runtime import ranges
 from gdsd_jax.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -53,13 +54,14 @@ def study(config: TrainConfig, workdir: Path, ways: list[str], seeds: int) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser = parser_of(__doc__)
+    ways = several(one_of(tuple(WAYS)))
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of all runs and of the results")
+    parser.add_argument("--seeds", type=number(ranges.Count), default=3, help="runs of each way")
+    parser.add_argument("--ways", type=ways, default=",".join(WAYS), help="ways to roll out, with commas between")
     flags = parser.parse_args()
     enable_compilation_cache()
-    print(markdown(study(base_config(), flags.workdir, flags.ways.split(","), flags.seeds)))
+    print(markdown(study(base_config(), flags.workdir, flags.ways, flags.seeds)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import grain
 import jax
@@ -39,6 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import arguments
+from benchmarks.arguments import number, several
 from gdsd_jax.config import TrainConfig, freeze, greedy_sampler, read_config
 from gdsd_jax.denoiser import init_lora
 from gdsd_jax.diffusion import SamplerConfig
@@ -48,6 +50,7 @@ from gdsd_jax.evaluation.comparison import state_of
 from gdsd_jax.evaluation.completions import Part, complete
 from gdsd_jax.evaluation.run import result
 from gdsd_jax.methods import Batch, Method
+from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.streams import Stream, stream_key, stream_of_seed
 from gdsd_jax.tasks.task import weighted_sum
 from gdsd_jax.telemetry.metrics import MetricWriter, read_metrics
@@ -72,6 +75,7 @@ from gdsd_jax.training.state import TrainState, init_state, policy
 from gdsd_jax.training.update import Before, UpdateSpec, inner_update
 
 SAMPLES, SAMPLED_ROWS, TEST_ROWS = 16, 64, 256
+WHOLE = Annotated[int, ranges.Range()]
 
 
 class Run(NamedTuple):
@@ -276,6 +280,8 @@ class Arm(NamedTuple):
         """Returns the arm that `[RUN:]METHOD=SEEDS` spells."""
         name, _, seeds = text.partition("=")
         run, colon, method = name.rpartition(":")
+        if not (method and seeds.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not [RUN:]METHOD=SEEDS, such as gdsd=5")
         return cls(run if colon else "own", method, int(seeds))
 
 
@@ -408,27 +414,32 @@ def chosen_rate(runs: Sequence[Run], metric: str) -> float | None:
 
 def parser_of(description: str) -> argparse.ArgumentParser:
     """Returns a parser of the flags that define a comparison, which making and reporting it share."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--arms", required=True, help="[RUN:]METHOD=SEEDS, with commas between")
-    parser.add_argument("--rates", required=True, help="learning rates, with commas between")
-    parser.add_argument("--tenfold", type=int, default=2)
-    parser.add_argument("--iterations", type=int, default=None)
+    parser = arguments.parser_of(description)
+    rates, whole, count = several(number(ranges.Positive)), number(WHOLE), number(ranges.Count)
+    parser.add_argument("--config", required=True, help="config file that all runs share")
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of all runs and of the report")
+    parser.add_argument(
+        "--arms", type=several(Arm.of), required=True,
+        help="methods to compare, each as [RUN:]METHOD=SEEDS: the word after the config file's colon, the method and "
+        "its number of seeds; with commas between",
+    )  # fmt: skip
+    parser.add_argument("--rates", type=rates, required=True, help="learning rates to try, with commas between")
+    parser.add_argument("--tenfold", type=whole, default=2, help="seeds that also run at ten times the chosen rate")
+    parser.add_argument("--iterations", type=count, help="iterations of each run, in place of the config's")
     return parser
 
 
 def main() -> None:
-    parser = parser_of(__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--at_once", type=int, default=1)
-    parser.add_argument("--worker", type=int, default=0)
+    parser = parser_of(__doc__)
+    seconds, count, whole = (number(kind) for kind in (ranges.Positive, ranges.Count, WHOLE))
+    parser.add_argument("--seconds", type=seconds, default="1e9", help="time after which unfinished runs stop")
+    parser.add_argument("--at_once", type=count, default=1, help="runs that share a program")
+    parser.add_argument("--worker", type=whole, default=0, help="number of the arm with which this process begins")
     flags = parser.parse_args()
-    rates = [float(rate) for rate in flags.rates.split(",")]
     deadline = time.time() + flags.seconds
     sizes = {"iterations": flags.iterations, "at_once": flags.at_once}
-    arms = [Arm.of(text) for text in flags.arms.split(",")]
-    protocol = Protocol(flags.config, flags.workdir, rates, flags.tenfold, deadline, **sizes)
+    arms = flags.arms
+    protocol = Protocol(flags.config, flags.workdir, flags.rates, flags.tenfold, deadline, **sizes)
     start = Path(protocol.config(arms[0]).checkpoint)
     if not start.exists():
         parser.error(f"{start} does not exist: python -m gdsd_jax.sft --config {flags.config} --workdir {start.parent}")

@@ -163,14 +163,13 @@ def report(protocol: Protocol, arms: Sequence[Arm], metric: str) -> str:
 
 
 def main() -> None:
-    parser = parser_of(__doc__.splitlines()[0])
-    parser.add_argument("--metric", default="cells")
+    parser = parser_of(__doc__)
+    parser.add_argument("--metric", default="cells", help="metric of the evaluations that the tables show")
     flags = parser.parse_args()
-    rates = [float(rate) for rate in flags.rates.split(",")]
     protocol = Protocol(
-        flags.config, flags.workdir, rates, flags.tenfold, math.inf, iterations=flags.iterations, at_once=1
+        flags.config, flags.workdir, flags.rates, flags.tenfold, math.inf, iterations=flags.iterations, at_once=1
     )
-    print(report(protocol, [Arm.of(text) for text in flags.arms.split(",")], flags.metric))
+    print(report(protocol, flags.arms, flags.metric))
 
 
 if __name__ == "__main__":

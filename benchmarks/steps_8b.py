@@ -12,7 +12,6 @@ of the slice's config. Nothing here has run on a TPU.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -24,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.arguments import parser_of
 from gdsd_jax import hub
 from gdsd_jax.config import TrainConfig, freeze
 from gdsd_jax.config.flags import enable_compilation_cache
@@ -160,9 +160,10 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topologies", default="v5p:2x2x4,v5e:8x8")
-    parser.add_argument("--json", type=Path)
+    parser = parser_of(__doc__)
+    text = "slices, each as CHIP:SIZE, with commas between"
+    parser.add_argument("--topologies", default="v5p:2x2x4,v5e:8x8", help=text)
+    parser.add_argument("--json", type=Path, help="keeps the rows")
     flags = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     enable_compilation_cache()

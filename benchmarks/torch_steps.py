@@ -10,7 +10,6 @@ recomputation. Prompts have no pads here, so that PyTorch needs no mask. It is t
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,7 +20,9 @@ import peft
 import torch
 import transformers
 
+from benchmarks.arguments import number, parser_of
 from benchmarks.reference import DEVICE, NAMES, propose_leanly
+from gdsd_jax.runtime import ranges
 
 # Sizes of the published model, and those of `accelerator_parts.TINY`.
 REAL = {"vocabulary": 126464, "width": 4096, "feed_forward": 12288, "layers": 32, "heads": 32, "rank": 128}
@@ -144,10 +145,10 @@ def updater(model: peft.PeftModel, tokens: torch.Tensor, prompt: int) -> Callabl
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--turns", type=int, default=3)
+    parser, count = parser_of(__doc__), number(ranges.Count)
+    parser.add_argument("--tiny", action="store_true", help="runs in small, also on a CPU")
+    parser.add_argument("--rows", type=count, help="rows of a sampler step (default: 32, or 2 with --tiny)")
+    parser.add_argument("--turns", type=count, default=3, help="turns, of which the median is taken")
     flags = parser.parse_args(argv)
     torch._dynamo.config.recompile_limit = 64
     for row in parts(flags.tiny, flags.rows or (2 if flags.tiny else 32), 2 if flags.tiny else 8, flags.turns):

@@ -220,5 +220,5 @@ def compare_to_optimum(
                 results.append({"method": label, "strategy": strategy, "trained": trained, "clip": clip} | curve)
                 kind, kls = "trained" if trained else "random", curve["kl"]
                 ends = f"KL {kls[0]:.3f} -> {kls[-1]:.3f}, least {min(kls):.3f}"
-                report(f"{strategy}, {kind}, {label}{', clip' * clip}: {ends}")
+                report(f"{kind} toy, {strategy} order, {label}{', own clip' * clip}: {ends}")
     return results

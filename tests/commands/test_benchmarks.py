@@ -1,6 +1,8 @@
 """The benches: PyTorch samples the same tokens, every bench runs, and its figures are right."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks import accelerator, adapter_slope, measure, rewards, sampler, update
+from benchmarks.arguments import number, one_of, several
+from benchmarks.side_by_side import Arm
 from benchmarks.workloads import WORKLOADS
+from gdsd_jax.runtime import ranges
 from gdsd_jax.tasks import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -118,3 +123,24 @@ def test_the_bench_for_accelerators_times_pytorch_beside_ours(tmp_path):
         "torch update",
     ]  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "said"),
+    [
+        (number(ranges.Positive), "1e-3,x", "'x' must be a number, above 0"),
+        (number(ranges.Positive), "nan", "'nan' must be"),
+        (number(ranges.Seed), "", "'' must be a whole number"),
+        (one_of(("exact", "dual")), "exat", "did you mean exact?"),
+        (Arm.of, "gdsd", "METHOD=SEEDS, such as gdsd=5"),
+    ],
+)
+def test_a_bad_value_of_a_flag_is_named(read, text, said):
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(said)):
+        several(read)(text)
+
+
+def test_ctrl_c_ends_a_bench_with_one_line():
+    script = "import sys; sys.orig_argv[1:] = ['-m', 'benchmarks.x']; import benchmarks; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
