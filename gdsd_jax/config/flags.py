@@ -11,7 +11,7 @@ import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
 from gdsd_jax.config import TrainConfig, freeze, to_dict
+from gdsd_jax.config.freeze import unknown_setting
 from gdsd_jax.config.read import neighbours, require_config
 from gdsd_jax.runtime import front, hosts
 from gdsd_jax.runtime.errors import UserError, did_you_mean
@@ -135,6 +136,8 @@ def parse(argv: list[str], options: Mapping[str, Option]) -> tuple[TrainConfig, 
     neighbours(file)
     try:
         rest = values(known)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(error.flagname, ["workdir", *options])) from None
     except (Exception, SystemExit) as error:  # a config file is a program, which may raise anything
         said = _place(error, file) or _other_kind(error, values) or f"{file}: {_reason(error)}"
         raise UserError(said) from None
@@ -211,10 +214,7 @@ def _is_free(path: list[str], text: str) -> bool:
             raise UserError(f"config.{'.'.join(path[:depth])} is a value, and has no setting {name!r}")
         hints = typing.get_type_hints(kind)
         if name not in hints:
-            where = ".".join(["config", *path[:depth]])
-            raise UserError(
-                f"unknown setting {where}.{name}: {where} knows {', '.join(hints)}{did_you_mean(name, hints)}"
-            )
+            raise UserError(unknown_setting(".".join(["config", *path[:depth]]), name, hints))
         kind = hints[name]
     return text == "None" and types.NoneType in typing.get_args(kind)
 
@@ -272,9 +272,37 @@ def _place(error: BaseException | None, file: str) -> str | None:
         if isinstance(error, SyntaxError) and error.filename == file:
             lines.append(error.lineno)
         if lines and not isinstance(error, flags.Error):
-            return f"{file}, line {lines[-1]}: {type(error).__name__}: {_first_line(error)}"
+            said = _unknown_name(error) or f"{type(error).__name__}: {_first_line(error)}"
+            return f"{file}, line {lines[-1]}: {said}"
         error = error.__context__
     return None
+
+
+def _unknown_name(error: BaseException) -> str | None:
+    """Returns what is wrong if a config file gave a value to a setting that its group of settings lacks, else None."""
+    name = re.search('Key "(.*?)" does not exist and cannot be added', str(error))
+    if name is None:
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    known = list(frame.f_locals.get("self", ()))
+    return f"unknown setting {name[1]}" + (did_you_mean(name[1], known) or f": it is none of {', '.join(known)}")
+
+
+def _unknown_flag(name: str, own: Iterable[str]) -> str:
+    """Returns the message about an unknown flag; the one meant may be a setting's, whose `config.` is missing."""
+    settings = list(_settings(TrainConfig, "config"))
+    full = next((setting for setting in settings if setting.endswith(f".{name}")), None)
+    meant = f"; did you mean --{full}?" if full else did_you_mean(f"--{name}", [f"--{n}" for n in (*own, *settings)])
+    return f"unknown flag --{name}{meant or ': --help lists all of them'}"
+
+
+def _settings(kind: Any, where: str) -> Iterator[str]:
+    """Yields the full names of all settings, those of a group before those of the groups inside it."""
+    hints = typing.get_type_hints(kind)
+    yield from (f"{where}.{name}" for name in hints)
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            yield from _settings(hint, f"{where}.{name}")
 
 
 def _other_kind(error: BaseException, values: flags.FlagValues) -> str | None:
@@ -291,6 +319,8 @@ def _other_kind(error: BaseException, values: flags.FlagValues) -> str | None:
 def _reason(error: BaseException) -> str:
     """Returns what an error says; of a traceback that absl has put into the message, what its last line says."""
     text = str(error).strip()
+    if text.endswith("has no attribute 'get_config'"):
+        return "it must define a function get_config(), which returns the config"
     if "Traceback (most recent call last)" not in text:
         return _first_line(error)
     last = textwrap.shorten(text.splitlines()[-1], 200)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -71,13 +71,16 @@ def freeze(kind: Any, values: Any, where: str = "config") -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = ranges.hints(kind)
     for name in sorted(set(values) - set(fields), key=str):
-        raise UserError(
-            f"unknown setting {where}.{name}: {where} knows {', '.join(fields)}{did_you_mean(name, fields)}"
-        )
+        raise UserError(unknown_setting(where, name, fields))
     missing = [n for n, f in fields.items() if n not in values and _required(f)]
     if missing:
         raise UserError(f"{where}.{missing[0]} is missing")
     return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def unknown_setting(where: str, name: object, known: Collection[str]) -> str:
+    """Returns the message about an unknown setting of a group: the one meant if one is spelt alike, else all."""
+    return f"unknown setting {where}.{name}" + (did_you_mean(name, known) or f": {where} knows {', '.join(known)}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -27,4 +27,6 @@ def load_plugin(name: str, setting: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a module is a program
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            reason += ", looked for in the current directory, beside the config file and in PYTHONPATH"
         raise UserError(f"{setting} {name!r} cannot be imported: {reason}") from error

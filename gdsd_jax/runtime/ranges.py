@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
 
 LARGEST_FLOAT, LARGEST_INT = 3.4028234e38, 2**31 - 1
 SMALLEST_FLOAT = 1.1754944e-38  # smaller ones become 0 on the devices, where some of them divide
@@ -128,7 +128,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 def require_one_of(value: str, allowed: Sequence[str], where: str) -> None:
     """Raises UserError, whose message begins with `where`, unless a value is one of those allowed."""
     if value not in allowed:
-        raise UserError(f"{where} {value!r:.200} is not one of {', '.join(allowed)}")
+        raise UserError(f"{where} {value!r:.200} is not one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
 
 
 def check(settings: Any, where: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -129,7 +130,13 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ("--config.foo=1", "unknown setting config.foo: config knows checkpoint"),
         ("--config.lora.foo=1", "unknown setting config.lora.foo: config.lora knows rank"),
         ("--config.seed.foo=1", "config.seed is a value"),
-        ("--config.optimizer.learnin_rate=1", "; did you mean learning_rate?"),
+        (
+            "--config.optimizer.learnin_rate=1",
+            "unknown setting config.optimizer.learnin_rate; did you mean learning_rate?",
+        ),
+        ("--iterations=3", "error: unknown flag --iterations; did you mean --config.iterations?"),
+        ("--config.method=nowhere:HUBER", "looked for in the current directory, beside the config file"),
+        ("--config.adapter_base=stric", "is not one of fingerprint, strict, any; did you mean strict?"),
         ("--config.method=gdsd_tcl", "; did you mean gdsd_tlc?"),
         ("--config.settings.espo.beat=1", "; did you mean beta?"),
         ("--config.task.name=soduku", "; did you mean sudoku?"),
@@ -238,7 +245,8 @@ def test_config_file_absent_or_broken(refused, tmp_path):
     file = tmp_path / "config.py"
     head = "from gdsd_jax import config as settings\ndef get_config():\n    config = settings.default('x')\n"
     for body, named in (
-        ("config.sampler.stepz = 3", 'line 4: AttributeError: \'Key "stepz" does not exist'),
+        ("config.sampler.stepz = 3", f"error: {file}, line 4: unknown setting stepz; did you mean steps?"),
+        ("config.lora.foo = 3", "unknown setting foo: it is none of alpha"),
         ("config = config.seed + 'x'", "line 4: TypeError"),
         ("config = (", "line 4: SyntaxError"),
         ("raise SystemExit(0)", "line 4: SystemExit"),
@@ -259,6 +267,14 @@ def test_config_file_absent_or_broken(refused, tmp_path):
         file.write_text(text)
         assert named in refused(train, f"--config={file}", "--workdir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_config_file_without_get_config(refused, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections loads all files as one module
+    file = tmp_path / "config.py"
+    file.write_text("config = 3\n")
+    said = refused(train, f"--config={file}", "--workdir", tmp_path / "run")
+    assert said.strip() == f"error: {file}: it must define a function get_config(), which returns the config"
 
 
 def test_workdir_that_is_a_flag_or_a_checkpoint(config_file, base, refused):
