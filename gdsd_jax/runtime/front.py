@@ -41,7 +41,7 @@ HELP = {"--help", "-help", "-h"}  # any of them among the arguments makes a comm
 # Errors that come from a disk or a path, wherever they occur.
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
-    errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
+    errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO,
 }  # fmt: skip
 # Files that install the packages of an optional part; requirements.txt installs every other one.
 _OPTIONAL_PARTS = {
@@ -147,6 +147,8 @@ def fault_of_the_user(error: BaseException) -> str | None:
         return str(error)
     if disk_is_full(error):
         return f"the disk is full ({first_line(error)}): make room, then give the same command again to go on"
+    if _reports(error, errno.EFBIG):
+        return f"a file would be too large ({first_line(error)}): raise the limit (ulimit -f), or change the path"
     if isinstance(error, OSError) and (error.errno in _DISK_ERRORS or error.filename is not None):
         return f"{error}: change the path, or make it readable and writable"
     if isinstance(error, MemoryError):
@@ -185,9 +187,13 @@ def _missing(error: ImportError) -> str | None:
 
 def disk_is_full(error: BaseException) -> bool:
     """Returns whether an error, or one that led to it, says that a disk is full."""
+    return _reports(error, errno.ENOSPC, errno.EDQUOT)
+
+
+def _reports(error: BaseException, *codes: int) -> bool:
+    """Returns whether an error, or one that led to it, has one of these codes or its text."""
     return any(
-        (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT))
-        or any(text in str(cause) for text in ("No space left on device", "Disk quota exceeded"))
+        (isinstance(cause, OSError) and cause.errno in codes) or any(os.strerror(code) in str(cause) for code in codes)
         for cause in causes(error)
     )
 

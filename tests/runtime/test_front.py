@@ -55,6 +55,8 @@ def missing(name: str) -> ModuleNotFoundError:
         (PackageError("needs x"), 2, "error: needs x"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
         (caused(ValueError("saving failed"), OSError(errno.ENOSPC, "No space left on device")), 2, "disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a.json"), 2, "'a.json'): make room"),
+        (OSError(errno.EFBIG, "File too large", "a.json"), 2, "'a.json'): raise the limit (ulimit -f)"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"), 2, "a.json"),
         (MemoryError(), 2, "memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 2, "config.microbatch_rows"),
