@@ -63,7 +63,18 @@ def column(place: str, record: Row, *names: str) -> Any:
     for name in names:
         if record.get(name) is not None:
             return record[name]
-    raise UserError(f"{place}: a row needs {' or '.join(names)}, it has {', '.join(map(str, record)) or 'nothing'}")
+    raise UserError(_lacking(place, record, " or ".join(names)))
+
+
+def require_columns(place: str, record: Row, *names: str) -> None:
+    """Raises UserError, naming the place and all columns that are absent, unless the record has all of these."""
+    absent = [name for name in names if record.get(name) is None]
+    if absent:
+        raise UserError(_lacking(place, record, " and ".join(absent)))
+
+
+def _lacking(place: str, record: Row, needed: str) -> str:
+    return f"{place}: a row needs {needed}, it has {', '.join(map(str, record)) or 'nothing'}"
 
 
 def text_of(place: str, record: Row, *names: str) -> str:

@@ -129,6 +129,7 @@ def _canonical(number: str) -> str:
 
 
 def _row(place: str, record: Row) -> Row:
+    data.require_columns(place, record, "question", "answer")
     solution, hashes, answer = text_of(place, record, "answer").rpartition("####")
     answer = answer.strip().replace(",", "")
     if not answer:

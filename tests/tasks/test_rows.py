@@ -72,6 +72,9 @@ def test_a_row_without_its_column_is_named(tmp_path, kind):
     path = write(tmp_path / f"rows.{kind}", [{"question": "Two?", "number": "2"}])
     with pytest.raises(UserError, match=r"(row|line) 1: a row needs answer, it has question, number"):
         TASKS["gsm8k"].rows(path=path)
+    path = write(tmp_path / f"others.{kind}", [{"text": "Two?", "number": "2"}])
+    with pytest.raises(UserError, match="1: a row needs question and answer, it has text, number"):
+        TASKS["gsm8k"].rows(path=path)
 
 
 def test_math_columns(tmp_path):
