@@ -126,9 +126,11 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the records of `workdir/metrics.jsonl`, oldest first, without a line that is still being written.
 
     Raises:
-      UserError: there is no such file, it is empty, or it holds something other than records.
+      UserError: there is no such directory or file, it is empty, or it holds something other than records.
     """
     path = Path(workdir) / METRICS
+    if not path.parent.is_dir():
+        raise UserError(f"the directory {path.parent} does not exist: name the --workdir of a run")
     entries = [entry for _, entry in _lines(path)] if path.is_file() else []
     if not entries:
         raise UserError(f"{path} holds no metrics: name the --workdir of a run that has logged a step")

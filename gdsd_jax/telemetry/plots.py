@@ -81,6 +81,8 @@ PANELS = (
 SPREAD = "reward/std"
 # Okabe and Ito's colours, distinct for colour-blind eyes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Of the first curves of a panel, one for each colour, then of the next ones.
+LINES = ("-", "--", ":", "-.")
 
 
 def plot_curves(workdir: str | os.PathLike, only: Sequence[str] = ()) -> Path:
@@ -173,13 +175,13 @@ def _draw(
     spread: tuple[np.ndarray, np.ndarray] | None,
 ) -> None:
     for index, (name, (steps, values)) in enumerate(series.items()):
-        colour = COLOURS[index % len(COLOURS)]
+        colour, line = COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
         label = literal(name.rsplit("/", 1)[-1].replace("_", " "))
         marker = "o" if len(steps) <= 30 else None
         if panel.smooth and len(steps) > 60:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             values = _running_mean(values, 2 * (len(values) // 40) + 1)
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
+        axes.plot(steps, values, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
         if name == "reward/mean" and spread is not None:
             width = np.interp(steps, *spread)
             axes.fill_between(steps, values - width, values + width, color=colour, alpha=0.15, linewidth=0)

@@ -11,6 +11,7 @@ import pytest
 import rich.console
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from gdsd_jax.evaluation import reports
@@ -400,3 +401,14 @@ def test_nothing_to_draw_is_refused(tmp_path, record):
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         plots.main([str(tmp_path)])
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_directory_that_does_not_exist_is_said_to(tmp_path):
+    with pytest.raises(UserError, match="the directory .*shrt does not exist"):
+        read_metrics(tmp_path / "shrt")
+
+
+def test_more_curves_than_colours_differ_in_their_lines():
+    axes, points = Figure().add_subplot(), (np.arange(3.0), np.arange(3.0))
+    plots._draw(axes, plots.Panel("many", "mean"), {f"m{n}": points for n in range(16)}, None)
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 16
