@@ -13,7 +13,8 @@ from gdsd_jax.runtime import front
 
 def _hook(kind: type[BaseException], error: BaseException, frames: Any) -> None:
     """Ends a bench with one line after Ctrl-C or a bad input, as commands end; a defect shows its traceback."""
-    stopped = any(isinstance(cause, KeyboardInterrupt | BrokenPipeError) for cause in front.causes(error))
+    interrupted = any(isinstance(cause, KeyboardInterrupt) for cause in front.causes(error))
+    stopped = interrupted or isinstance(error, BrokenPipeError)
     if not stopped and front.fault_of_the_user(error) is None:
         sys.__excepthook__(kind, error, frames)
         return

@@ -12,7 +12,7 @@ from gdsd_jax.runtime.errors import UserError
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def parser_of(description: str, program: str | None = None) -> argparse.ArgumentParser:

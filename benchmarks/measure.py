@@ -175,13 +175,15 @@ class Contestant:
 
     def turn(self) -> None:
         """Lets the process make one turn, and keeps the measurements."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `_read` says that the process has ended
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         self.turns.append(self._read())
 
     def close(self) -> None:
         """Ends the process."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def median(self, name: str) -> float:

@@ -185,6 +185,10 @@ def evaluated_start(config: TrainConfig, base: str, output: Path) -> dict[str, A
     if found is None:
         evaluate.run(config, checkpoint=config.checkpoint, lengths=_length(config), output=output)
         found = read_result(config, output)
+    if found is None:
+        raise UserError(
+            f"task {config.task.name} has other test rows at each reading: let its source depend only on its arguments"
+        )
     return found
 
 

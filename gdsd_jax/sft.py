@@ -235,12 +235,15 @@ def adapted(config: TrainConfig, directory: Path) -> TrainConfig:
     return dataclasses.replace(config, checkpoint=str(directory))
 
 
-def embedded_start(config: TrainConfig) -> None:
+def embedded_start(config: TrainConfig, *, alone: bool = False) -> None:
     """Makes the checkpoint of a config that embeds a tiny model, unless it exists; does nothing for other configs.
 
+    Args:
+      alone: no run follows, so that rows which only a run needs are not looked at.
+
     Raises:
-      UserError: the checkpoint is not named "merged", the name that `run` gives it; it was made with other settings;
-        or the settings or the file of demonstrations are not valid.
+      UserError: the checkpoint is not named "merged", the name that `run` gives it, or its path cannot hold
+        checkpoints; it was made with other settings; or the settings, the demonstrations or the rows are not valid.
     """
     checkpoint = Path(config.checkpoint)
     if not config.tiny.family:
@@ -255,10 +258,9 @@ def embedded_start(config: TrainConfig) -> None:
         raise UserError(
             f"config.checkpoint {checkpoint} must end in /merged: the embedded model is written there on first use"
         )
+    require_savable(checkpoint.parent, "--workdir" if alone else "config.checkpoint")
     require_settings(config)
-    if config.sft.path is not None:
-        of_file(config.sft)
-    require_rows(config)
+    require_rows(config, alone)
     init = checkpoint.parent / "init"
     with hosts.first_only(Lock, checkpoint.parent):
         if hosts.first() and record.is_file() and not begun(checkpoint.parent):
@@ -270,6 +272,8 @@ def embedded_start(config: TrainConfig) -> None:
             write_json(record, start_settings(config))
             tiny.build(init, seed=config.sft.seed, **dataclasses.asdict(config.tiny))
     hosts.wait()
+    if record.is_file():
+        require_same_start(config, record)  # another command may have made the model anew in the meantime
     run(dataclasses.replace(config, checkpoint=str(init)), checkpoint.parent)
     if hosts.any_process(asked_to_stop()):
         raise SystemExit(exit_code())
@@ -277,20 +281,28 @@ def embedded_start(config: TrainConfig) -> None:
 
 def begun(directory: Path) -> bool:
     """Returns whether the training of a start in `directory` has saved anything."""
-    return (directory / "merged").exists() or any((directory / "sft" / "checkpoints").glob("[0-9]*"))
+    return (directory / "merged").exists() or any(
+        path.name.isdigit() for path in (directory / "sft" / "checkpoints").glob("*")
+    )
 
 
-def require_rows(config: TrainConfig) -> None:
-    """Raises UserError if the rows of training or of evaluation are not valid, or the task's prompt does not fit them.
+def require_rows(config: TrainConfig, alone: bool) -> None:
+    """Raises UserError if demonstrations or rows are not valid, or the task's templates do not fit them.
 
-    The run would find this out only after its start is made.
+    The run that follows, unless the start is made `alone`, would find this out only after its start is made.
     """
-    task, evaluated, watched = resolve_task(config), evaluated_task(config), config.evaluation
-    trained_on = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)
-    watched_on = task_rows(config.task, evaluated, watched.split, count=watched.count)
-    for kind, row in ((task, trained_on[0]), (evaluated, watched_on[0])):
-        kind.messages(row)
-        kind.answer(row)
+    shown = config.sft.path is not None
+    if shown:
+        of_file(config.sft)
+    if not shown or not alone:
+        task = resolve_task(config)
+        row = task_rows(config.task, task, "train", count=config.task.train_rows, seed=config.seed)[0]
+        task.messages(row)
+        if not shown:
+            task.answer(row)
+    if not alone:
+        task, watched = evaluated_task(config), config.evaluation
+        task.messages(task_rows(config.task, task, watched.split, count=watched.count)[0])
 
 
 def start_settings(config: TrainConfig) -> dict[str, Any]:
@@ -318,7 +330,7 @@ def main(config: TrainConfig, workdir: Path) -> None:
     """Trains the start of a config in `workdir`; for a config that embeds a tiny model, makes this model first."""
     if config.tiny.family:
         config = dataclasses.replace(config, checkpoint=str(workdir / "merged"))
-        embedded_start(config)
+        embedded_start(config, alone=True)
     else:
         run(config, workdir)
     if hosts.first():

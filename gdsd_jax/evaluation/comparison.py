@@ -17,19 +17,19 @@ import numpy as np
 from gdsd_jax.config import TrainConfig, greedy_sampler, to_dict
 from gdsd_jax.evaluation import reports
 from gdsd_jax.evaluation.comparison_figure import draw
-from gdsd_jax.evaluation.run import evaluated_rows
 from gdsd_jax.evaluation.statistics import interval
+from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.files import read_object, replacing, understood, write_json, write_text
 from gdsd_jax.tasks.data import rows_digest
 from gdsd_jax.telemetry.metrics import read_metrics
-from gdsd_jax.training.setup import evaluated_task
+from gdsd_jax.training.setup import evaluated_task, task_rows
 
 TABLE_JSON, TABLE_MD, CURVES = "table.json", "table.md", "curves.png"
 # A rank needs at least so many pairs of runs, and a wider interval than this: accuracies are counts of puzzles, so that
 # a few differences may all be equal, and then their interval has no width.
 FEWEST_PAIRS, NARROWEST = 3, 1e-9
 WIDTH = 80  # columns of the Markdown
-_ITEMS: dict[str, str] = {}  # digests of the test rows, by the settings that choose them
+_ROWS: dict[str, str | None] = {}  # digests of test rows that were read once, by the settings that choose them
 
 
 def state_of(run: TrainConfig, directory: Path) -> str:
@@ -68,19 +68,27 @@ def read_result(config: TrainConfig, directory: Path, **expected: Any) -> dict[s
             result["steps"] == greedy_sampler(config).steps
             and all(summary.get(name) == value for name, value in expected.items())
             and all(summary.get(name, value) == value for name, value in protocol.items())
-            and result.get("items") in (None, _test_items(config))
+            and _same_rows(config, result)
         )
         if not all(np.isfinite([value["mean"], value["error"]]).all() for value in result["metrics"].values()):
             raise ValueError("a metric is not a number")
         return result["metrics"] if fits else None
 
 
-def _test_items(config: TrainConfig) -> str:
-    """Returns the digest of the test rows on which a run of this config is evaluated; they are read once."""
-    key = json.dumps([to_dict(config.task), config.evaluation.evaluation_prompt], sort_keys=True)
-    if key not in _ITEMS:
-        _ITEMS[key] = rows_digest(evaluated_rows(config.task, evaluated_task(config), "test", None))
-    return _ITEMS[key]
+def _same_rows(config: TrainConfig, result: dict[str, Any]) -> bool:
+    """Returns whether an evaluation had the test rows that the config names now, or these cannot be read now."""
+    if result.get("items") is None:
+        return True
+    count = result["count"]
+    key = json.dumps([to_dict(config.task), config.evaluation.evaluation_prompt, count], sort_keys=True)
+    if key not in _ROWS:
+        task = evaluated_task(config)
+        try:
+            enough = len(task_rows(config.task, task, "test")) >= count
+            _ROWS[key] = rows_digest(task_rows(config.task, task, "test", count=count)) if enough else "too few"
+        except UserError:
+            _ROWS[key] = None
+    return _ROWS[key] in (None, result["items"])
 
 
 def outcome(run: TrainConfig, directory: Path, metric: str, start: dict[str, Any]) -> dict[str, Any] | None:

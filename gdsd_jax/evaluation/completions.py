@@ -18,7 +18,7 @@ from gdsd_jax.hub.tokenizer import Tokenizer
 from gdsd_jax.methods import Batch, common
 from gdsd_jax.runtime.hosts import share_out
 from gdsd_jax.runtime.transfer import fetch, put
-from gdsd_jax.tasks.task import Task, regraded
+from gdsd_jax.tasks.task import Task, regraded, require_finite
 from gdsd_jax.training.rollout import Prompts
 
 _split = jax.jit(jax.random.split, static_argnums=1)
@@ -107,9 +107,14 @@ def judge(task: Task, rows: list[dict], batches: list[Completed]) -> dict[str, n
     """Returns the metrics of completions, one per row, as arrays `[B]` by name; NaN counts as 0.
 
     Every process measures a share of the rows and receives the results of the others.
+
+    Raises:
+      UserError: a metric is infinite.
     """
     texts = [text for batch in batches for text in batch.texts]
-    values = {name: np.nan_to_num(value) for name, value in share_out(task.metrics, texts, rows).items()}
+    found = share_out(task.metrics, texts, rows)
+    require_finite(found, task, "metric")
+    values = {name: np.nan_to_num(value) for name, value in found.items()}
     if batches[0].kl is not None:
         values["kl"] = np.concatenate([np.asarray(batch.kl, np.float32) for batch in batches])
     return values

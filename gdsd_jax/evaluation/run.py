@@ -26,7 +26,7 @@ from gdsd_jax.runtime.files import Lock, replacing, require_regular, understood
 from gdsd_jax.runtime.ranges import Count
 from gdsd_jax.runtime.streams import Stream, stream_of_seed
 from gdsd_jax.runtime.transfer import checksum, fetch
-from gdsd_jax.tasks import Task, resolve
+from gdsd_jax.tasks import resolve
 from gdsd_jax.tasks.data import rows_digest
 from gdsd_jax.telemetry.progress import Progress
 from gdsd_jax.training.rollout import Prompts, encode_prompts
@@ -180,7 +180,9 @@ def plan(
         prompt = config.evaluation.evaluation_prompt
         task = evaluated_task(config) if own else resolve(name, evaluation=prompt, grader=config.task.grader)
         files = config.task if own and not file else TaskConfig(validation_path=file, train_path=file, eval_path=file)
-        rows = evaluated_rows(files, task, split, count)
+        rows = task_rows(files, task, split, count=count)
+        if count is None and task.evaluation_rows is not None and len(rows) > task.evaluation_rows:
+            rows = task_rows(files, task, split, count=task.evaluation_rows)
         prompts = encode_prompts(
             task, policy.tokenizer, rows, buckets=config.prompt_buckets, overlong=config.overlong_prompts
         )
@@ -190,14 +192,6 @@ def plan(
         prompts = Prompts(*repeated, [row for row in rows for _ in range(samples)])
         for sampler in samplers:
             yield Part(task, files.path(split) or split, rows, prompts, sampler)
-
-
-def evaluated_rows(files: TaskConfig, task: Task, split: str, count: int | None) -> list[dict]:
-    """Returns the rows of an evaluation; without a count, as many as the papers report on."""
-    rows = task_rows(files, task, split, count=count)
-    if count is None and task.evaluation_rows is not None and len(rows) > task.evaluation_rows:
-        rows = task_rows(files, task, split, count=task.evaluation_rows)
-    return rows
 
 
 def completions(config: TrainConfig, policy: Policy, parts: list[Part], output: Path) -> dict[str, list[Completed]]:

@@ -248,6 +248,10 @@ class Tokenizer:
         """Returns the text of one whole sequence for display; special tokens are shown if `special`."""
         return self._texts([np.asarray(ids).tolist()], skip=not special)[0]
 
+    def decode_each(self, ids: Sequence[int]) -> list[str]:
+        """Returns the text of each single token, special tokens included."""
+        return self._texts([[token] for token in ids], skip=False)
+
     def _before_end(self, ids: list[int]) -> list[int]:
         ends = {self.eos_token_id, *self.end_token_ids}
         return ids[: next((index for index, token in enumerate(ids) if token in ends), None)]
@@ -279,7 +283,7 @@ def load_tokenizer(directory: str | os.PathLike, overrides: Mapping[str, Any] | 
     file = directory / "tokenizer_config.json"
     declared = read_json(file, MOST_JSON_BYTES).get("tokenizer_class") if file.is_file() else None
     try:
-        with panics_refused(directory, *_UNREADABLE), on_disk(directory, _FILES) as folder:
+        with on_disk(directory, _FILES) as folder, panics_refused(directory, *_UNREADABLE):
             if isinstance(declared, str) and declared in _EQUIVALENT:
                 tokenizer = getattr(transformers, _EQUIVALENT[declared]).from_pretrained(folder, local_files_only=True)
             else:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gdsd_jax.runtime import stderr
 from gdsd_jax.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -204,7 +205,8 @@ def first_line(error: BaseException) -> str:
 
 
 def say(text: str) -> None:
-    """Prints one line on stderr, and ignores it if nobody reads stderr any more."""
+    """Prints one line on stderr, also where it is held back, and ignores it if nobody reads stderr any more."""
+    stderr.release()
     with contextlib.suppress(OSError):
         print(" ".join(text.split()), file=sys.stderr, flush=True)
 

@@ -131,7 +131,11 @@ def public_rows(
 
 def rows_digest(rows: list[Row]) -> str:
     """Returns a digest of rows, which tells whether two runs or evaluations had the same."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(b"[")
+    for number, row in enumerate(rows):
+        digest.update(b", " * (number > 0) + json.dumps(row, sort_keys=True).encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:16]
 
 
 def draw(rows: list[Row], count: int | None, seed: int, place: object) -> list[Row]:

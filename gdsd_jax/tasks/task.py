@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -136,13 +137,13 @@ class Task:
         if count is not None and count < 1:
             raise UserError(f"count must be at least 1, got {count}")
         if path is None:
-            return _plain_rows(self.name, self.source(split, count, seed))
-        rows = _plain_rows(self.name, self.read(Path(path)))
+            return _plain(self.name, _some(self.name, self.source(split, count, seed)))
+        rows = _some(self.name, self.read(Path(path)))
         if divided and self.held_out is not None:
             rows = [row for row in rows if self.held_out(row) == (split == "validation")]
             if not rows:
                 raise UserError(f"{path} leaves no row for {split}: give other rows as config.task.validation_path")
-        return draw(rows, count, seed, path)
+        return _plain(self.name, draw(rows, count, seed, path))
 
     def messages(self, row: Row) -> list[dict]:
         """Returns the chat messages of the prompt; `assistant_prefix` follows them when they are rendered."""
@@ -169,12 +170,8 @@ class Task:
         """Returns the evaluation metrics of each completion for its row; they are NaN if `measure` raises.
 
         An answer that cannot be judged within the limits counts 0. A warning is logged in both cases.
-
-        Raises UserError if a metric is infinite.
         """
-        found = self._each(self.measure, self.metrics_named, completions, rows)
-        require_finite(found, self, "metric")
-        return found
+        return self._each(self.measure, self.metrics_named, completions, rows)
 
     def _each(
         self,
@@ -223,29 +220,38 @@ class Task:
 def _require_valid(task: Task) -> None:
     """Raises UserError if fields of a task that a user wrote have values with which no run can end."""
     weights = dict(task.weights) if isinstance(task.weights, Mapping) else {}
-    numbers = [value for value in weights.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if not weights or len(numbers) < len(weights) or not all(map(math.isfinite, numbers)):
+    if not weights or not all(isinstance(value, Real) and math.isfinite(value) for value in weights.values()):
         given = f"{task.weights!r:.100}"
         raise UserError(f"task {task.name}: weights must give a finite number to each reward, they are {given}")
     if not task.metrics_named or isinstance(task.metrics_named, str):
         raise UserError(f"task {task.name}: metrics_named must name at least one metric, it is {task.metrics_named!r}")
-    if not isinstance(task.threads, int) or task.threads < 1:
+    if not isinstance(task.threads, Integral) or task.threads < 1:
         raise UserError(f"task {task.name}: threads must be at least 1, it is {task.threads!r:.100}")
 
 
-def _plain_rows(name: str, rows: Any) -> list[Row]:
-    """Returns rows of a task; raises UserError unless they are a list of mappings, and JSON can hold them."""
-    if not (isinstance(rows, (list, tuple)) and rows and all(isinstance(row, dict) for row in rows)):
-        kind = f"a {type(rows).__name__}" if rows or rows is None else "no row"
-        raise UserError(f"task {name} gives {kind} where rows are needed: return a list of at least one mapping")
-    try:
-        json.dumps(rows)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"the rows of task {name} must hold texts, numbers, lists and mappings only, so that files can keep them "
-            f"({error}): change the task's source or read"
-        ) from None
-    return list(rows)
+def _some(name: str, rows: Any) -> list[Row]:
+    """Returns what a task gives for its rows; raises UserError unless it is a list of mappings."""
+    if isinstance(rows, (list, tuple)):
+        others = [type(row).__name__ for row in rows if not isinstance(row, dict)]
+        if rows and not others:
+            return list(rows)
+        kind = f"a {others[0]} as a row" if rows else "no row"
+    else:
+        kind = f"a {type(rows).__name__}"
+    raise UserError(f"task {name} gives {kind}: let its source and read return a list of at least one dict")
+
+
+def _plain(name: str, rows: list[Row]) -> list[Row]:
+    """Returns the rows of a task; raises UserError unless JSON can hold them."""
+    for row in rows:
+        try:
+            json.dumps(row, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"the rows of task {name} must hold texts, numbers, lists and mappings only, so that files can keep "
+                f"them ({error}): change the task's source or read"
+            ) from None
+    return rows
 
 
 def require_finite(columns: Scores, task: Task, kind: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import re
 import shutil
 import time
 import types
@@ -60,15 +61,15 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
-def require_savable(workdir: Path) -> None:
+def require_savable(workdir: Path, setting: str = "--workdir") -> None:
     """Raises UserError if checkpoints could not be saved below a path, although other files could.
 
-    Orbax takes a bracket for the beginning of a pattern, and TensorStore a backslash for a slash.
+    Orbax takes a pair of brackets for a pattern, and TensorStore a backslash for a slash.
     """
-    found = next((character for character in "[\\" if character in str(workdir.absolute())), None)
+    found = re.search(r"\[.+\]|\\", str(workdir.absolute()))
     if found is not None:
         raise UserError(
-            f"{workdir.absolute()} contains {found}, and checkpoints cannot be saved there: choose another --workdir"
+            f"{workdir.absolute()} contains {found[0]}, and checkpoints cannot be saved there: choose another {setting}"
         )
 
 

@@ -66,8 +66,8 @@ def keep_record(workdir: Path, config: TrainConfig, data: str | None = None) -> 
         require_same_run(workdir, config)
         if data is not None and read_record(workdir).get("data", data) != data:
             raise UserError(
-                f"{workdir} belongs to a run on other training rows: restore their file (config.task.train_path or "
-                "config.sft.path), or choose another --workdir"
+                f"{workdir} belongs to a run on other training rows: restore the file, task or tokenizer that gave "
+                "them, or choose another --workdir"
             )
         return _within_rounding(workdir, config)
     metrics = workdir / "metrics.jsonl"

@@ -175,6 +175,8 @@ def judge(spec: RolloutSpec, completions: np.ndarray, seen: np.ndarray, rows: li
     found = hosts.share_out(columns, completions, rows, group_size=spec.group_size)
     components = {name: value for name, value in found.items() if not name.startswith(VERDICT)}
     verdicts = {name.removeprefix(VERDICT): value for name, value in found.items() if name.startswith(VERDICT)}
+    # All processes have all values here, so that all of them refuse the same.
+    require_finite(verdicts, task, "metric")
     by_token = None
     if task.token_score is not None:
         by_token = token_rewards(task, spec.tokenizer, completions, seen, rows, group_size=spec.group_size)
@@ -264,7 +266,7 @@ def token_rewards(
         table = np.zeros((len(rows), length), np.float32)
         for index, row in enumerate(rows):
             ids = pairs[index, 0, : int(pairs[index, 1].sum())]
-            values = np.asarray(task.token_score([tokenizer.decode_one([token]) for token in ids], row), np.float32)
+            values = np.asarray(task.token_score(tokenizer.decode_each(ids.tolist()), row), np.float32)
             if values.shape != ids.shape or not np.isfinite(values).all():
                 raise UserError(
                     f"token_score of task {task.name} must give a finite reward to each of {len(ids)} tokens: "

@@ -110,7 +110,11 @@ def resolve_task(config: TrainConfig, *, evaluation: bool = False) -> Task:
     """Returns the config's task; in a dry run its rows are a few worked examples, unless the config names a file."""
     tasks.require_settings(config.task.settings)
     task = tasks.resolve(config.task.name, evaluation=evaluation, grader=config.task.grader, **config.task.settings)
-    return dataclasses.replace(task, source=lambda *_: list(task.examples)) if config.dry_run else task
+    if not config.dry_run:
+        return task
+    if not task.examples and config.task.train_path is None:
+        raise UserError(f"task {task.name} has no examples for a dry run: add some, or set config.task.train_path")
+    return dataclasses.replace(task, source=lambda *_: list(task.examples))
 
 
 def evaluated_task(config: TrainConfig) -> Task:

@@ -198,15 +198,24 @@ def test_an_evaluation_by_another_protocol_is_not_taken(config, tmp_path):
     (tmp_path / "rows.csv").write_text("Puzzle,Solution\n0003130200300401,4213134221343421\n")
     entry = {"steps": greedy_sampler(config).steps, "metrics": {"cells": {"mean": 0.5, "error": 0.1}}}
     rows = evaluated_task(config).rows("test", path=tmp_path / "rows.csv")
-    summary = {"evaluation_prompt": False, "grader": "robust", "results": [entry | {"items": rows_digest(rows)}]}
+    summary = {
+        "evaluation_prompt": False,
+        "grader": "robust",
+        "results": [entry | {"items": rows_digest(rows), "count": 1}],
+    }
     write_json(tmp_path / "evaluation.json", summary)
     other_prompt = dataclasses.replace(config.evaluation, evaluation_prompt=True)
     assert comparison.read_result(config, tmp_path) == entry["metrics"]
     assert comparison.read_result(dataclasses.replace(config, evaluation=other_prompt), tmp_path) is None
     write_json(tmp_path / "evaluation.json", summary | {"grader": "public"})
     assert comparison.read_result(config, tmp_path) is None
-    write_json(tmp_path / "evaluation.json", summary | {"results": [entry | {"items": "others"}]})
+    write_json(tmp_path / "evaluation.json", summary | {"results": [entry | {"items": "others", "count": 1}]})
     assert comparison.read_result(config, tmp_path) is None
+    fewer = {"items": rows_digest(rows), "count": 2}
+    write_json(tmp_path / "evaluation.json", summary | {"results": [entry | fewer]})
+    assert comparison.read_result(config, tmp_path) is None
+    gone = dataclasses.replace(config, task=dataclasses.replace(config.task, eval_path="gone.csv"))
+    assert comparison.read_result(gone, tmp_path) == entry["metrics"]
 
 
 def test_other_errors_of_a_run_end_the_bench(config, tmp_path, monkeypatch):

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from gdsd_jax import hub
 from gdsd_jax.hub import templates, tiny
 from gdsd_jax.hub.panics import panics_refused
+from gdsd_jax.runtime import front
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.stderr import held_back
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +369,15 @@ def test_what_is_written_to_stderr_beside_the_tokenizer_appears(capfd):
         raise KeyError
     os.write(2, b"fourth\n")
     assert capfd.readouterr().err == "first\nsecond\nthird\nfourth\n"
+
+
+def test_a_command_that_ends_while_stderr_is_held_back_says_why(capfd):
+    with held_back():
+        os.write(2, b"before\n")
+        with held_back():  # as in a signal handler
+            front.say("the reason")
+        assert capfd.readouterr().err == "before\nthe reason\n"
+    assert not capfd.readouterr().err
 
 
 def test_a_closed_stderr_stops_no_tokenizer(copy):

@@ -102,8 +102,8 @@ def test_token_rewards():
         def __init__(self):
             pass
 
-        def decode_one(self, ids):
-            return str(ids[0]) if ids[0] else " "
+        def decode_each(self, ids):
+            return [str(token) if token else " " for token in ids]
 
     completions = np.array([[1, 2, 0, 3, 9], [1, 0, 3, 3, 9], [4, 4, 4, 4, 9], [1, 2, 3, 4, 9]])
     seen = np.ones((ROWS, LENGTH), np.float32)
@@ -128,8 +128,8 @@ def test_token_rewards_of_another_number():
         def __init__(self):
             pass
 
-        def decode_one(self, ids):
-            return "a"
+        def decode_each(self, ids):
+            return ["a"] * len(ids)
 
     with pytest.raises(UserError, match="must give a finite reward to each of 5 tokens: it gave 1 values"):
         token_rewards(task, Letters(), np.ones((1, 5), int), np.ones((1, 5), np.float32), [{}], group_size=1)

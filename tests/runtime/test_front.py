@@ -241,7 +241,7 @@ def test_a_console_that_nobody_reads():
 
 
 def test_the_backend_of_a_notebook_stops_no_figure(monkeypatch, tmp_path):
-    monkeypatch.setenv("MPLBACKEND", "module://absent.backend")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
 
     def draw():
         code = "from matplotlib.figure import Figure; Figure().savefig('a.png')"

@@ -230,7 +230,8 @@ def test_own_task_with_which_no_run_can_end_is_refused(changes, said):
         ([], "task mine gives no row"),
         (None, "task mine gives a NoneType"),
         (iter([{}]), "task mine gives a list_iterator"),
-        (["text"], "task mine gives a list"),
+        (["text"], "task mine gives a str as a row"),
+        ([{None: 1, "a": 2}], "'<' not supported"),
         ([{"day": datetime.date(2026, 1, 1)}], "Object of type date is not JSON serializable"),
         ([{"number": np.int64(1)}], "Object of type int64 is not JSON serializable"),
     ],
@@ -242,11 +243,11 @@ def test_own_rows_that_no_file_can_keep_are_refused(rows, said):
             task.rows("test", path=path)
 
 
-def test_own_metric_that_is_infinite_is_named():
-    task = dataclasses.replace(TASKS["gsm8k"], measure=lambda completion, row: {"accuracy": float(completion)})
-    assert np.isnan(task.metrics(["1", "nan"], [{"answer": "1"}] * 2)["accuracy"]).tolist() == [False, True]
-    with pytest.raises(UserError, match="the metric accuracy of the task gsm8k is inf for 1 of 2 .* task's measure"):
-        task.metrics(["1", "inf"], [{"answer": "1"}] * 2)
+def test_numbers_of_numpy_and_tuples_of_rows_are_taken():
+    rows = ({"puzzle": "1"}, {"puzzle": "2"})
+    weights = {"cells_correct": np.float32(0.5), "other": np.int64(1)}
+    task = dataclasses.replace(TASKS["sudoku"], weights=weights, threads=np.int64(2), source=lambda *_: rows)
+    assert task.rows("test") == list(rows)
 
 
 def test_own_task_that_would_end_the_command_costs_only_its_item(tmp_path, monkeypatch):

@@ -202,18 +202,18 @@ def test_other_training_rows_are_refused(tmp_path):
     for _ in range(2):
         with Checkpoints(workdir, config(), state(0.0), "rows"):
             pass
-    with pytest.raises(UserError, match="on other training rows: restore their file"):
+    with pytest.raises(UserError, match="on other training rows: restore the file"):
         Checkpoints(workdir, config(), state(0.0), "other rows")
     assert not (workdir / ".lock").exists()
 
 
 @pytest.mark.parametrize("name", ["run[1]", "r\\b", "[x] y"])
 def test_paths_below_which_no_checkpoint_can_be_read_are_refused(name, tmp_path):
-    with pytest.raises(UserError, match=r"contains [\[\\], and checkpoints cannot be saved there"):
+    with pytest.raises(UserError, match=r"contains (\[.\]|\\), and checkpoints cannot be saved there"):
         require_savable(tmp_path / name / "run")
 
 
-@pytest.mark.parametrize("name", ["a b", "é", "%d", "{}", "?", "*", "a\nb", "x]"])
+@pytest.mark.parametrize("name", ["a b", "é", "%d", "{}", "?", "*", "a\nb", "x]", "a[b"])
 def test_other_odd_paths_hold_checkpoints(name, tmp_path):
     workdir = tmp_path / name
     require_savable(workdir)

@@ -25,6 +25,14 @@ def test_a_completion_ends_with_the_first_of_several_ids():
     np.testing.assert_array_equal(completion_mask(completions, 9), [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
 
 
+def test_an_infinite_metric_is_named():
+    task = dataclasses.replace(TASKS["gsm8k"], measure=lambda completion, row: {"accuracy": float(completion)})
+    task = dataclasses.replace(task, graders={})
+    assert judge_by_all(task, [{}] * 2, [Completed(["1", "nan"], None)])["accuracy"].tolist() == [1.0, 0.0]
+    with pytest.raises(UserError, match="the metric accuracy of the task gsm8k is inf for 1 of 2 .* task's measure"):
+        judge_by_all(task, [{}] * 2, [Completed(["1", "inf"], None)])
+
+
 def test_an_infinite_reward_is_named():
     task = dataclasses.replace(TASKS["gsm8k"], score=lambda completion, row: {"correct": float(completion)})
     finite = task.rewards(["1", "nan"], [{"answer": "1"}] * 2)

@@ -134,6 +134,34 @@ def test_an_attempt_that_trained_nothing_binds_nobody_to_its_settings(config, tm
     assert json.loads((tmp_path / "merged/config.json").read_text())["d_model"] == 32
 
 
+def test_a_start_from_chats_needs_no_rows_of_a_task(config, tmp_path):
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    chats = dataclasses.replace(config.sft, careless=0.0, path=str(tmp_path / "chats.jsonl"))
+    task = dataclasses.replace(config.task, train_path=str(tmp_path / "absent.csv"))
+    config = dataclasses.replace(config, sft=chats, task=task)
+    sft.require_rows(config, alone=True)
+    with pytest.raises(UserError, match=r"absent\.csv"):
+        sft.require_rows(config, alone=False)
+
+
+def test_a_start_that_another_command_made_anew_is_not_trained_on(config, tmp_path, monkeypatch):
+    small = dataclasses.replace(config.tiny, family="llada", hidden_size=32, num_layers=1, num_heads=2)
+    config = dataclasses.replace(config, tiny=small, sft=dataclasses.replace(config.sft, steps=1))
+    other = dataclasses.replace(config, tiny=dataclasses.replace(small, hidden_size=16))
+    wait = sft.hosts.wait
+    monkeypatch.setattr(sft, "run", lambda *_: pytest.fail("trained"))
+
+    def meanwhile():
+        monkeypatch.setattr(sft.hosts, "wait", wait)
+        with pytest.raises(pytest.fail.Exception):
+            sft.main(other, tmp_path)
+
+    monkeypatch.setattr(sft.hosts, "wait", meanwhile)
+    with pytest.raises(UserError, match=r"made with config\.tiny\.hidden_size=16"):
+        sft.main(config, tmp_path)
+
+
 def test_a_start_of_other_settings_is_not_taken_for_the_one_that_is_asked_for(config, tmp_path):
     small = dataclasses.replace(config.tiny, family="llada", hidden_size=32, num_layers=1, num_heads=2)
     config = dataclasses.replace(config, tiny=small, sft=dataclasses.replace(config.sft, steps=1))
