@@ -87,7 +87,7 @@ def memory() -> dict[str, float]:
 
 
 def make(sizes: Sizes, attention: str) -> Shapes:
-    """Draws the weights: normal kernels of standard deviation `in^-0.5`, and an adapter that is not zero."""
+    """Draws the weights: normal matrices of standard deviation `in^-0.5`, and an adapter that is not zero."""
     tokenizer = tiny.make_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
     model = dataclasses.replace(LLADA_8B, **sizes.model | ids, dtype="bfloat16", remat="full", attention=attention)

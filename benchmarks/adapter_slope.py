@@ -108,13 +108,13 @@ def trained(layers: int, width: int, rows: int, updates: Sequence[int], rate: fl
 def merged(base: Any, lora: Any, dtype: Any) -> Any:
     """Returns the weights that an export writes: the sum in float32, rounded once to `dtype`."""
 
-    def one(name: str, kernel: jax.Array) -> jax.Array:
+    def one(name: str, weight: jax.Array) -> jax.Array:
         factors = lora.weights["layers"][name]
-        product = jnp.einsum("nir,nro->nio", factors["a"], factors["b"], precision="highest")
-        return (kernel.astype(jnp.float32) + lora.alpha / lora.rank * product).astype(dtype)
+        product = jnp.einsum("nir,nro->noi", factors["a"], factors["b"], precision="highest")
+        return (weight.astype(jnp.float32) + lora.alpha / lora.rank * product).astype(dtype)
 
     layers = {
-        name: tree | {"kernel": one(name, tree["kernel"])} if name in lora.targets else tree
+        name: tree | {"weight": one(name, tree["weight"])} if name in lora.targets else tree
         for name, tree in base["layers"].items()
     }
     return base | {"layers": layers}

@@ -5,8 +5,8 @@ then works only in its turns: A B A B, so that changes of the machine's load aff
 turns with their spread, half the distance of the quartiles. CPU seconds count all threads and all processes that the
 contestant started. The peak of resident memory is that of the contestant's process, with weights and compilation.
 
-`ENVIRONMENT` makes XLA use 512-bit vectors where the CPU has them, as PyTorch's libraries do by default, and multiply
-with Eigen. The caller's environment overrides it, and overrides the settings of a bench.
+`ENVIRONMENT` makes XLA use 512-bit vectors where the CPU has them, as PyTorch's libraries do by default. The caller's
+environment overrides it, and overrides the settings of a bench.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
 
 ENVIRONMENT = {
-    "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512 --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE",
+    "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 

@@ -45,7 +45,7 @@ def build(shape: Workload) -> transformers.LlamaForCausalLM:
         tensors[f"{block}.input_layernorm.weight"] = ours["layers"]["attn_norm"][n]
         tensors[f"{block}.post_attention_layernorm.weight"] = ours["layers"]["mlp_norm"][n]
         for name, theirs in NAMES.items():
-            tensors[f"{block}.{theirs}.weight"] = ours["layers"][name]["kernel"][n].T
+            tensors[f"{block}.{theirs}.weight"] = ours["layers"][name]["weight"][n]
     model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     for module in model.modules():
         if hasattr(module, "is_causal"):

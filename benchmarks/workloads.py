@@ -36,15 +36,15 @@ WORKLOADS = {
 
 
 def weights(shape: Workload) -> dict:
-    """Draws float32 base parameters in our layout: kernels `[in, out]`, with the layers stacked on a leading axis."""
+    """Draws float32 base parameters in our layout: matrices `[out, in]`, with the layers stacked on a leading axis."""
     draws = np.random.default_rng(0)
     d, f, n = shape.width, shape.feed_forward, shape.layers
-    sizes = dict.fromkeys("qkvo", (d, d)) | {"gate": (d, f), "up": (d, f), "down": (f, d)}
+    sizes = dict.fromkeys("qkvo", (d, d)) | {"gate": (f, d), "up": (f, d), "down": (d, f)}
 
     def normal(size: tuple[int, ...], scale: float) -> np.ndarray:
         return draws.standard_normal(size, np.float32) * np.float32(scale)
 
-    layers = {name: {"kernel": normal((n, *size), size[0] ** -0.5)} for name, size in sizes.items()}
+    layers = {name: {"weight": normal((n, *size), size[1] ** -0.5)} for name, size in sizes.items()}
     norms = {name: np.ones((n, d), np.float32) for name in ("attn_norm", "mlp_norm")}
     tables = {name: normal((shape.vocabulary, d), scale) for name, scale in (("embedding", 1.0), ("head", d**-0.5))}
     return {"layers": layers | norms, "final_norm": np.ones(d, np.float32)} | tables

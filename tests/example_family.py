@@ -12,12 +12,12 @@ ROWS = (
     Row("head.weight", ("head",), "VD"),
     Row("h.{n}.ln_1.weight", ("layers", "attn_norm"), "D"),
     Row("h.{n}.ln_2.weight", ("layers", "mlp_norm"), "D"),
-    *(Row(f"h.{{n}}.attn.{x}.weight", ("layers", x, "kernel"), f"{axis}D") for x, axis in PROJECTIONS.items()),
+    *(Row(f"h.{{n}}.attn.{x}.weight", ("layers", x, "weight"), f"{axis}D") for x, axis in PROJECTIONS.items()),
     *(Row(f"h.{{n}}.attn.{x}.bias", ("layers", x, "bias"), axis) for x, axis in PROJECTIONS.items()),
-    Row("h.{n}.attn.out.weight", ("layers", "o", "kernel"), "DQ"),
-    Row("h.{n}.mlp.w1.weight", ("layers", "gate", "kernel"), "FD"),
-    Row("h.{n}.mlp.w2.weight", ("layers", "down", "kernel"), "DF"),
-    Row("h.{n}.mlp.w3.weight", ("layers", "up", "kernel"), "FD"),
+    Row("h.{n}.attn.out.weight", ("layers", "o", "weight"), "DQ"),
+    Row("h.{n}.mlp.w1.weight", ("layers", "gate", "weight"), "FD"),
+    Row("h.{n}.mlp.w2.weight", ("layers", "down", "weight"), "DF"),
+    Row("h.{n}.mlp.w3.weight", ("layers", "up", "weight"), "FD"),
 )
 # Key of config.json -> field of DenoiserConfig.
 KEYS = {

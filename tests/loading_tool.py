@@ -93,7 +93,7 @@ def differing(config, base, tensors):
         stored = tensors[name]
         dtype = FLOATS[stored.dtype]
         flat = np.fromfile(stored.file, dtype, stored.size // dtype.itemsize, offset=stored.begin)
-        whole = flat.reshape(stored.shape).T if slot.transposed else flat.reshape(stored.shape)
+        whole = flat.reshape(stored.shape)
         for shard in names.at(base, slot.path).addressable_shards:
             index, data = shard.index, np.asarray(shard.data)
             if slot.layer is not None:

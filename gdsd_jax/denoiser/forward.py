@@ -295,11 +295,8 @@ def window_pass(
 
 def logits_from_hidden(config: DenoiserConfig, base: Any, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Computes float32 logits over the whole vocabulary."""
-    if "head_columns" in base:
-        equation, head = "...d,dv->...v", base["head_columns"]
-    else:
-        equation, head = "...d,vd->...v", head_weights(config, base).astype(hidden.dtype)
-    return jnp.einsum(equation, hidden, head, precision=precision_of(config), preferred_element_type=jnp.float32)
+    head = head_weights(config, base).astype(hidden.dtype)
+    return ops.product(hidden, head, precision_of(config), jnp.float32)
 
 
 def denoise(

@@ -1,6 +1,6 @@
 """Low-rank adapters as data: a policy is the frozen base with one adapter, or the base alone.
 
-    y = x W + (alpha / rank) * dropout(x) A B                                                       (arXiv 2106.09685)
+    y = x W^T + (alpha / rank) * dropout(x) A B                                                     (arXiv 2106.09685)
 
 A fresh adapter has `A ~ U(-1/sqrt(in), 1/sqrt(in))` and `B = 0`, so that it changes nothing.
 """

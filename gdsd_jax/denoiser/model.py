@@ -23,15 +23,16 @@ from gdsd_jax.denoiser.lora import LoRA, target_shapes
 from gdsd_jax.denoiser.quantise import quantised
 from gdsd_jax.runtime.sharding import constrain, gathered
 
-# Logical names of the two axes of each matrix. `logical_axes` gives them to the code that places parameters on a mesh.
-KERNEL_AXES = {
-    "q": ("embed", "heads"),
-    "k": ("embed", "kv_heads"),
-    "v": ("embed", "kv_heads"),
-    "o": ("heads", "embed"),
-    "gate": ("embed", "mlp"),
-    "up": ("embed", "mlp"),
-    "down": ("mlp", "embed"),
+# Logical names of the output and the input axis of each matrix. `logical_axes` gives them to the code that places
+# parameters on a mesh.
+WEIGHT_AXES = {
+    "q": ("heads", "embed"),
+    "k": ("kv_heads", "embed"),
+    "v": ("kv_heads", "embed"),
+    "o": ("embed", "heads"),
+    "gate": ("mlp", "embed"),
+    "up": ("mlp", "embed"),
+    "down": ("embed", "mlp"),
 }
 RESIDUAL_AXES = ("rows", "tokens", "residual")
 
@@ -73,21 +74,27 @@ class Context(NamedTuple):
     texts: Array | None = None
 
 
-def adapter_axes(into: str, out: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Returns the logical axis names of an adapter's A and B, for a kernel with the axes `into` and `out`."""
+def adapter_axes(out: str, into: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Returns the logical axis names of an adapter's A and B, for a matrix with the axes `out` and `into`."""
     rank = lambda other: "lora_rank" if other == "embed" else "lora_rank_split"  # noqa: E731
     return (into, rank(into)), (rank(out), out)
 
 
-class Linear(nn.Module):
-    """Computes `x W (+ b)`, plus `(x A) B` if the `lora` collection has an adapter for this module.
+def _normal(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
+    """Draws a matrix `[out, in]` of standard deviation `in^-0.5`."""
+    return nn.initializers.normal(shape[1] ** -0.5)(key, shape[::-1], dtype).T
 
-    If that collection has the matrix `joined` (see `prepared`), one product computes both. With weights in 8 bits, the
-    parameter `kernel` is int8, and the parameter `scale` holds a float32 factor for each output channel.
+
+class Linear(nn.Module):
+    """Computes `x W^T (+ b)`, plus `(x A) B` if the `lora` collection has an adapter for this module.
+
+    The parameter `weight` is `[out, in]`, as checkpoints store it, so that no host turns it. If the `lora` collection
+    has the matrix `joined` (see `prepared`), one product computes both terms. With weights in 8 bits, `weight` is int8,
+    and the parameter `scale` holds a float32 factor for each output channel.
     """
 
     config: DenoiserConfig
-    features: tuple[int, int]
+    shape: tuple[int, int]
     axes: tuple[str, str]
     bias: bool = False
     adapter: LoRA | None = None
@@ -96,21 +103,21 @@ class Linear(nn.Module):
     def __call__(self, x: Array, dropout: bool) -> Array:
         dtype, precision = jnp.dtype(self.config.dtype), precision_of(self.config)
         small = self.config.weights == "int8"
-        init = nn.initializers.zeros_init() if small else nn.initializers.normal(self.features[0] ** -0.5)
-        kernel_init = nn.with_logical_partitioning(init, self.axes)
-        kernel = self.param("kernel", kernel_init, self.features, jnp.int8 if small else jnp.float32)
-        kernel, addends = gathered(kernel if small else kernel.astype(dtype), self.axes), []
+        out, out_axis = self.shape[:1], self.axes[:1]
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init() if small else _normal, self.axes)
+        weight = self.param("weight", init, self.shape, jnp.int8 if small else jnp.float32)
+        weight, addends = gathered(weight if small else weight.astype(dtype), self.axes), []
         if small:
-            scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), self.axes[1:])
-            kernel = kernel, gathered(self.param("scale", scale_init, self.features[1:], jnp.float32), self.axes[1:])
+            scale_init = nn.with_logical_partitioning(nn.initializers.ones_init(), out_axis)
+            weight = weight, gathered(self.param("scale", scale_init, out, jnp.float32), out_axis)
         if self.bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            addends.append(self.param("bias", bias_init, self.features[1:], jnp.float32).astype(dtype))
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), out_axis)
+            addends.append(self.param("bias", bias_init, out, jnp.float32).astype(dtype))
         if self.has_variable("lora", "joined"):
-            a, kernel = (self.get_variable("lora", name) for name in ("a", "joined"))
+            a, weight = (self.get_variable("lora", name) for name in ("a", "joined"))
             x = jnp.concatenate([x, jnp.dot(x, a, precision=precision)], axis=-1)
             if not addends:
-                return jnp.dot(x, kernel, precision=precision)
+                return ops.product(x, weight, precision)
         elif self.adapter is not None and self.has_variable("lora", "a"):
             seen = x
             if dropout and self.adapter.dropout:
@@ -120,13 +127,13 @@ class Linear(nn.Module):
             a, b = map(gathered, factors, adapter_axes(*self.axes))
             addends.append(ops.low_rank(seen, a, b, precision))
         # remat="dots" keeps this rounded sum, which in bfloat16 takes half the memory of the float32 product inside.
-        return checkpoint_name(ops.product_plus(x, kernel, tuple(addends), precision), "product")
+        return checkpoint_name(ops.product_plus(x, weight, tuple(addends), precision), "product")
 
 
 def linear_of(config: DenoiserConfig, name: str, adapter: LoRA | None) -> Linear:
     """Builds the module for one of the seven matrices of a layer."""
     bias = config.qkv_bias and name in ("q", "k", "v")
-    return Linear(config, target_shapes(config)[name], KERNEL_AXES[name], bias, adapter, name=name)
+    return Linear(config, target_shapes(config)[name][::-1], WEIGHT_AXES[name], bias, adapter, name=name)
 
 
 class Layer(nn.Module):
@@ -168,7 +175,7 @@ class Layer(nn.Module):
         def heads(name: str, inputs: Array) -> Array:
             flat = linear(name, inputs) if known is None else known[name]
             split = flat.reshape(*inputs.shape[:2], -1, c.head_dim)
-            split = constrain(split, ("rows", "tokens", KERNEL_AXES[name][1], "head_dim"))
+            split = constrain(split, ("rows", "tokens", WEIGHT_AXES[name][0], "head_dim"))
             return norm(f"{name}_norm", split) if c.qk_norm and name != "v" else split
 
         with jax.named_scope("attention"):
@@ -299,9 +306,9 @@ def _init(config: DenoiserConfig, key: jax.Array) -> Any:
 
 
 def init_base(config: DenoiserConfig, key: jax.Array) -> dict:
-    """Draws random float32 base parameters: normal kernels of standard deviation `in^-0.5`, norms of one.
+    """Draws random float32 base parameters: normal matrices of standard deviation `in^-0.5`, norms of one.
 
-    With weights in 8 bits, the kernels are the same draws, rounded.
+    With weights in 8 bits, the matrices are the same draws, rounded.
     """
     drawn = dataclasses.replace(config, weights="stored")
     round_ = quantised if config.weights == "int8" else lambda base: base
@@ -312,6 +319,6 @@ def logical_axes(config: DenoiserConfig, lora: LoRA | None = None) -> Any:
     """Returns the logical axis names of every parameter, as tuples in the structure of the base (or of the adapter)."""
     if lora is not None:
         stacked = lambda factors: {name: ("layers", *axes) for name, axes in zip("ab", factors, strict=True)}  # noqa: E731
-        return {"layers": {target: stacked(adapter_axes(*KERNEL_AXES[target])) for target in lora.targets}}
+        return {"layers": {target: stacked(adapter_axes(*WEIGHT_AXES[target])) for target in lora.targets}}
     boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))

@@ -74,24 +74,32 @@ def over_rows(x: Float[Array, "*B I"], y: Float[Array, "*B O"], precision: jax.l
     )
 
 
+def product(
+    x: Float[Array, "*B I"], w: Float[Array, "O I"], precision: jax.lax.Precision, dtype: Any = None
+) -> Float[Array, "*B O"]:
+    """Computes `x W^T`, in the dtype of `x` or another one."""
+    return jnp.einsum("...i,oi->...o", x, w, precision=precision, preferred_element_type=dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product_plus(
     x: Float[Array, "*B I"],
-    w: Float[Array, "I O"] | tuple[Int8[Array, "I O"], Float[Array, " O"]],
+    w: Float[Array, "O I"] | tuple[Int8[Array, "O I"], Float[Array, " O"]],
     addends: tuple[Array, ...],
     precision: jax.lax.Precision,
 ) -> Float[Array, "*B O"]:
-    """Computes `x W` plus the addends (broadcast to its shape), summed in float32 and rounded once to the dtype of `x`.
+    """Computes `x W^T` plus the addends (broadcast to its shape), summed in float32, rounded once to the dtype of `x`.
 
     A matrix in 8 bits comes with the scales of its output channels, which multiply the float32 product; it gets no
     gradient.
 
-    If `x W` were rounded first, bfloat16 would lose every addend below half a unit in the last place of `x W`, and an
-    adapter early in its training would change nothing. A sum that is rounded once keeps such an addend on average. The
-    addends have the dtype of `x`, so that a GPU adds them inside the float32 product. Gradients have the dtype of `x`.
+    If `x W^T` were rounded first, bfloat16 would lose every addend below half a unit in the last place of `x W^T`, and
+    an adapter early in its training would change nothing. A sum that is rounded once keeps such an addend on average.
+    The addends have the dtype of `x`, so that a GPU adds them inside the float32 product. Gradients have the dtype of
+    `x`.
     """
     matrix, scale = w if isinstance(w, tuple) else (w, None)
-    y = jnp.dot(x, matrix.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    y = product(x, matrix.astype(x.dtype), precision, jnp.float32)
     y = y if scale is None else y * scale
     return sum((addend.astype(jnp.float32) for addend in addends), y).astype(x.dtype)
 
@@ -108,9 +116,9 @@ def _product_plus_backward(precision: jax.lax.Precision, saved: tuple, g: Array)
         matrix, scale = w
         scaled = (g.astype(jnp.float32) * scale).astype(g.dtype)
         frozen = np.zeros(matrix.shape, jax.dtypes.float0), jnp.zeros_like(scale)
-        return jnp.dot(scaled, matrix.T.astype(g.dtype), precision=precision), frozen, of_addends
-    of_w = over_rows(x, g, precision).astype(w.dtype)
-    return jnp.dot(g, w.T, precision=precision), of_w, of_addends
+        return jnp.dot(scaled, matrix.astype(g.dtype), precision=precision), frozen, of_addends
+    of_w = over_rows(g, x, precision).astype(w.dtype)
+    return jnp.dot(g, w, precision=precision), of_w, of_addends
 
 
 product_plus.defvjp(_product_plus_forward, _product_plus_backward)

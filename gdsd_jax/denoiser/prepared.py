@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from gdsd_jax.denoiser import attention, ops
 from gdsd_jax.denoiser.config import DenoiserConfig
 from gdsd_jax.denoiser.lora import LoRA
-from gdsd_jax.denoiser.model import embed, head_weights, linear_of
+from gdsd_jax.denoiser.model import embed, linear_of
 from gdsd_jax.runtime.sharding import alone, pieces
 
 # Layers are unstacked on a GPU only if this copy of them takes at most this share of its memory.
@@ -49,9 +49,9 @@ def repeated(
 ) -> tuple[Any, LoRA | None]:
     """Prepares parameters for repeated passes: unstacks layers, and precomputes what depends on parameters alone.
 
-    Where all layers are unrolled, the result also has the head with the vocabulary as its last axis, with which a CPU
-    multiplies up to a third faster. If the vocabulary is smaller than `tokens`, it also has the first layer's queries,
-    keys and values of every entry of the vocabulary. Where layers are not unrolled, the parameters are unchanged.
+    Where all layers are unrolled and the vocabulary is smaller than `tokens`, the result also has the first layer's
+    queries, keys and values of every entry of the vocabulary. Where layers are not unrolled, the parameters are
+    unchanged.
 
     Args:
       tokens: the number of tokens that all passes compute together.
@@ -63,12 +63,7 @@ def repeated(
         base, lora = _split(config, base, lora)
         return base, lora if config.weights == "int8" or not alone() else _joined(config, base, lora)
     base, lora = unstacked(config, base, lora)
-    if config.layer_unroll < config.num_layers:
-        return base, lora
-    # Without the barrier, the compiler would move the transposition back into every product.
-    head = jax.lax.optimization_barrier(head_weights(config, base).astype(config.dtype).T)
-    base = base | {"head_columns": head}
-    if config.vocab_size < tokens and config.num_layers > 1:
+    if config.layer_unroll >= config.num_layers > 1 and config.vocab_size < tokens:
         base = base | {"first_projections": _first_projections(config, base, lora)}
     return base, lora
 
@@ -99,20 +94,20 @@ def _memory() -> float:
 
 
 def _joined(config: DenoiserConfig, base: Any, lora: LoRA | None) -> LoRA | None:
-    """Returns the adapter with each matrix W stacked on the adapter's scaled B, as one matrix `joined` `[I + r, O]`.
+    """Returns the adapter with each matrix W beside the adapter's scaled B, as one matrix `joined` `[O, I + r]`.
 
-    `x W + (x A) B` is then one product, whose float32 sum is rounded once and never stored.
+    `x W^T + (x A) B` is then one product, whose float32 sum is rounded once and never stored.
     """
     if lora is None:
         return None
 
-    def join(kernel: Array, factors: dict[str, Array]) -> dict[str, Array]:
+    def join(weight: Array, factors: dict[str, Array]) -> dict[str, Array]:
         b = lora.alpha / lora.rank * factors["b"]
-        parts = [part.astype(config.dtype) for part in (kernel, b)]
-        return {"a": factors["a"].astype(config.dtype), "joined": jnp.concatenate(parts)}
+        parts = [part.astype(config.dtype) for part in (weight, b.T)]
+        return {"a": factors["a"].astype(config.dtype), "joined": jnp.concatenate(parts, axis=1)}
 
     layers = tuple(
-        {name: join(own[name]["kernel"], factors) for name, factors in adapter.items()}
+        {name: join(own[name]["weight"], factors) for name, factors in adapter.items()}
         for own, adapter in zip(base["layers"], lora.weights["layers"], strict=True)
     )
     return lora.replace(weights=lora.weights | {"layers": layers})

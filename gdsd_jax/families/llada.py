@@ -19,12 +19,12 @@ ROWS = (
     Row("model.transformer.ff_out.weight", ("head",), "VD"),
     Row(BLOCK + "attn_norm.weight", ("layers", "attn_norm"), "D"),
     Row(BLOCK + "ff_norm.weight", ("layers", "mlp_norm"), "D"),
-    *(Row(f"{BLOCK}{x}_proj.weight", ("layers", x, "kernel"), f"{out}D") for x, out in PROJECTIONS.items()),
+    *(Row(f"{BLOCK}{x}_proj.weight", ("layers", x, "weight"), f"{out}D") for x, out in PROJECTIONS.items()),
     *(Row(f"{BLOCK}{x}_proj.bias", ("layers", x, "bias"), out) for x, out in PROJECTIONS.items()),
-    Row(BLOCK + "attn_out.weight", ("layers", "o", "kernel"), "DQ"),
-    Row(BLOCK + "ff_proj.weight", ("layers", "gate", "kernel"), "FD"),
-    Row(BLOCK + "up_proj.weight", ("layers", "up", "kernel"), "FD"),
-    Row(BLOCK + "ff_out.weight", ("layers", "down", "kernel"), "DF"),
+    Row(BLOCK + "attn_out.weight", ("layers", "o", "weight"), "DQ"),
+    Row(BLOCK + "ff_proj.weight", ("layers", "gate", "weight"), "FD"),
+    Row(BLOCK + "up_proj.weight", ("layers", "up", "weight"), "FD"),
+    Row(BLOCK + "ff_out.weight", ("layers", "down", "weight"), "DF"),
 )
 
 # Options with the only values that are computed here, of which the first is written.

@@ -1,8 +1,7 @@
 """Moves stored tensors from files to devices: reads them in blocks, every byte once, and stacks the layers there.
 
-An accelerator receives a tensor as it is stored, transposes it and puts it into its stack. Where the devices are this
-machine's CPUs, blocks go from the file through a small buffer into the memory that the devices then use, which is
-written once.
+An accelerator receives a tensor as it is stored and puts it into its stack. Where the devices are this machine's CPUs,
+blocks go from the file straight into the memory that the devices then use.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from gdsd_jax.hub import names, tiles
+from gdsd_jax.hub import names
 from gdsd_jax.hub.files import FLOATS, Reader, Stored, in_bucket
 from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.runtime.errors import UserError
@@ -55,7 +54,7 @@ def _blocks(boxes: Iterable[Box], stored: Stored) -> Iterator[Box]:
     """
     width, itemsize = stored.matrix[1], FLOATS[stored.dtype].itemsize
     size = BLOCK_BYTES if in_bucket(stored.file) else LOCAL_BLOCK_BYTES
-    limit = max(tiles.COLUMN_BYTES // itemsize, size // (width * itemsize))
+    limit = max(1, size // (width * itemsize))
     edges = sorted({edge for box in boxes for edge in box.rows})
     for first, last in zip(edges, edges[1:], strict=False):
         spans = sorted(box.columns for box in boxes if box.rows[0] <= first and last <= box.rows[1])
@@ -91,10 +90,18 @@ def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader,
         require_finite(data, stored.name, stored.file)
         for spans, part in targets:
             if part is not straight:
-                tiles.copy(data[_within(spans, block)], part)
+                _copy(data[_within(spans, block)], part)
 
     for _ in pool.map(read, _blocks(pieces, stored)):
         pass
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copies a matrix to a target of the same shape, in the target's dtype."""
+    if source.dtype == target.dtype:
+        # NumPy copies integers faster than bfloat16, which it has from an extension.
+        source, target = (array.view(f"u{array.itemsize}") for array in (source, target))
+    target[:] = source
 
 
 def _buffer(shape: Iterable[int], dtype: np.dtype) -> np.ndarray:
@@ -121,22 +128,13 @@ def _within(spans: Iterable[tuple[int, int]], box: Box) -> tuple[slice, slice]:
     return tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(spans, box, strict=True))
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="turned")
-def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array, *, turned: bool) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer.T if turned else layer, index, 0)
-
-
-@functools.partial(jax.jit, static_argnames="sharding")
-def _turned(array: jax.Array, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
-    turned = array.swapaxes(-1, -2)
-    return turned if sharding is None else jax.lax.with_sharding_constraint(turned, sharding)
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
 class Loader(NamedTuple):
-    """Reads parameters, each given by its stored tensors in the order of the layers and by the slot of one of them.
-
-    Kernels are stored transposed.
-    """
+    """Reads parameters, each given by its stored tensors in the order of the layers and by the slot of one of them."""
 
     dtype: np.dtype | None
     reader: Reader
@@ -150,31 +148,26 @@ class Loader(NamedTuple):
         stack = np.empty((len(layers), rows, columns), dtype)
         for stored, piece in zip(layers, stack, strict=True):
             fill_boxes(stored, {Box((0, rows), (0, columns)): piece}, self.reader, self.pool)
-        stack = stack.reshape(*([] if slot.layer is None else [len(layers)]), *slot.shape)
-        return _turned(jax.device_put(stack)) if slot.transposed else jax.device_put(stack)
+        return jax.device_put(stack.reshape(*([] if slot.layer is None else [len(layers)]), *slot.shape))
 
     def spread(self, layers: list[Stored], slot: names.Slot, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
         """Reads a parameter and shards it over a mesh by its logical axes."""
-        dtype, shape = self._dtype(layers, slot), slot.shape[::-1] if slot.transposed else slot.shape
-        place, turned = named_sharding(mesh, axes[-len(shape) :], shape), slot.transposed
+        dtype, shape = self._dtype(layers, slot), slot.shape
+        place = named_sharding(mesh, axes[-len(shape) :], shape)
         if _on_cpus(mesh.devices.flat[0]):
             spec = place.spec if slot.layer is None else P(None, *place.spec)
             return self._in_place(layers, slot, NamedSharding(mesh, spec), dtype)
-        # The shape that is sent and its sharding: those of the stored tensor, which the devices transpose afterwards.
-        sent, goes = (slot.shape, NamedSharding(mesh, P(*place.spec[::-1]))) if turned else (shape, place)
-        held = goes.addressable_devices_indices_map(sent).values()
+        held = place.addressable_devices_indices_map(shape).values()
 
         def send(stored: Stored) -> jax.Array:
-            pieces = self._pieces(stored, dtype, held, sent)
-            return jax.make_array_from_callback(sent, goes, pieces)
+            return jax.make_array_from_callback(shape, place, self._pieces(stored, dtype, held, shape))
 
         if slot.layer is None:
-            array = send(layers[0])
-            return _turned(array, place) if turned else array
+            return send(layers[0])
         stack, before = jnp.zeros((len(layers), *shape), dtype, device=NamedSharding(mesh, P(None, *place.spec))), None
         for layer, stored in enumerate(layers):
             array = send(stored)
-            stack = _set_layer(stack, array, np.int32(layer), turned=turned)
+            stack = _set_layer(stack, array, np.int32(layer))
             if before is not None:
                 # At most one earlier layer is still on its way to the devices while this one is read.
                 before.block_until_ready()
@@ -183,8 +176,7 @@ class Loader(NamedTuple):
 
     def _in_place(self, layers: list[Stored], slot: names.Slot, place: Sharding, dtype: np.dtype) -> jax.Array:
         """Reads a parameter into memory of this host, and hands that memory to the CPU devices."""
-        one = slot.shape[::-1] if slot.transposed else slot.shape
-        shape = one if slot.layer is None else (len(layers), *one)
+        shape = slot.shape if slot.layer is None else (len(layers), *slot.shape)
         spans = {
             device: tuple(piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
             for device, index in place.addressable_devices_indices_map(shape).items()
@@ -194,8 +186,8 @@ class Loader(NamedTuple):
             pieces = {}
             for span, part in parts.items():
                 inner, target = (span, part) if slot.layer is None else (span[1:], part[number])
-                box = Box(*(inner[::-1] if slot.transposed else inner), *[(0, 1)] * (2 - len(inner)))
-                pieces[box] = target.T if slot.transposed else target.reshape(len(target), -1)
+                box = Box(*inner, *[(0, 1)] * (2 - len(inner)))
+                pieces[box] = target.reshape(len(target), -1)
             fill_boxes(stored, pieces, self.reader, self.pool)
         arrays = [jax.device_put(parts[span], device, may_alias=True) for device, span in spans.items()]
         return jax.make_array_from_single_device_arrays(shape, place, arrays)

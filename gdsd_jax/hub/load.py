@@ -48,7 +48,7 @@ from gdsd_jax.runtime.sharding import automatic
 BASE_FINGERPRINT = "base_fingerprint"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
-# PEFT options, with the values under which an adapter is plainly W + (alpha / r) A B on whole layers.
+# PEFT options, with the values under which an adapter is plainly W + (alpha / r) (A B)^T on whole layers.
 _PLAIN_LORA = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -116,11 +116,11 @@ def load_checkpoint(
         what its own devices hold. Its axes become Auto axes. None puts the parameters on the default device.
       reader: counts the bytes that are read; None makes a new one.
       overrides: as for `read_config`.
-      weights: "int8" rounds the kernels on the devices, parameter by parameter, see `gdsd_jax.denoiser.quantise`; the
-        devices never hold more than one of them in two dtypes.
+      weights: "int8" rounds the matrices of the layers on the devices, parameter by parameter, see
+        `gdsd_jax.denoiser.quantise`; the devices never hold more than one of them in two dtypes.
 
     Returns:
-      The configuration and the base: a nested dictionary of arrays, kernels `[N, in, out]`.
+      The configuration and the base: a nested dictionary of arrays, the matrices of the layers `[N, out, in]`.
 
     Raises:
       UserError: a dtype that is no float type; an absent, truncated or corrupt file; an index that disagrees with its
@@ -146,7 +146,7 @@ def load_checkpoint(
                 parameter = loader.whole(layers, slot)
             else:
                 parameter = loader.spread(layers, slot, names.at(axes, path), mesh)
-            if weights == "int8" and slot.transposed:
+            if weights == "int8" and slot.product:
                 parameter, scale = quantise_layers(parameter)
                 # The parameter must be gone before the next one is read.
                 jax.block_until_ready(parameter)

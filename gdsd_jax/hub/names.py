@@ -1,7 +1,7 @@
 """Translates between tensor names of a Hugging Face checkpoint and places in our parameters, by the family's table.
 
-PyTorch's `Linear` stores `[out, in]`; our kernels are `[N, in, out]`, with the layers on the first axis. So a stored
-tensor of a layer is one layer of a parameter, transposed if the parameter is a kernel.
+A stored tensor of a layer is one layer of a parameter, whose first axis is the layers: a matrix is `[out, in]` on disk,
+as PyTorch's `Linear` has it, and `[N, out, in]` in our parameters.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def transposed(self) -> bool:
-        return self.path[-1] == "kernel"
+    def product(self) -> bool:
+        """Tells whether this is a matrix of a layer, which may have an adapter, and may be held in 8 bits."""
+        return self.path[-1] == "weight"
 
 
 def slots(config: DenoiserConfig) -> dict[str, Slot]:
@@ -72,8 +73,8 @@ def put(tree: dict, path: Sequence[str], value: Any) -> None:
 
 
 def module(config: DenoiserConfig, target: str, layer: int | str = "{n}") -> str:
-    """Returns the name of the PyTorch module that holds the kernel of an adapter target (our name) in a layer."""
-    path = ("layers", target, "kernel")
+    """Returns the name of the PyTorch module that holds the matrix of an adapter target (our name) in a layer."""
+    path = ("layers", target, "weight")
     return next(row.name for row in family_of(config).rows if row.path == path).removesuffix(".weight").format(n=layer)
 
 

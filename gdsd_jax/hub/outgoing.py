@@ -1,6 +1,6 @@
 """Writes parameters into safetensors files, one tensor at a time.
 
-The devices pick a layer, merge the adapter into it and transpose it; the host receives what is written to the file.
+The devices pick a layer and merge the adapter into it; the host receives what is written to the file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 
 from gdsd_jax.denoiser import DenoiserConfig, LoRA
 from gdsd_jax.denoiser.lora import target_shapes
-from gdsd_jax.hub import names, tiles
+from gdsd_jax.hub import names
 from gdsd_jax.hub.files import FLOATS
 from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.runtime.errors import UserError
 
-_PIECE_BYTES = 2 << 20  # about what is transposed, checked and written at a time
+_PIECE_BYTES = 2 << 20  # about what is checked and written at a time
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 
 
@@ -67,42 +67,27 @@ def _pick(stack: jax.Array, layer: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, dtype: np.dtype) -> jax.Array:
-    """Computes `W + scale * A B` in float32 and rounds it once, to `dtype`."""
+    """Computes `W + scale * (A B)^T` in float32 and rounds it once, to `dtype`."""
     a, b = (factor.astype(jnp.float32) for factor in (a, b))
-    delta = jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    delta = jnp.einsum("ir,ro->oi", a, b, precision=jax.lax.Precision.HIGHEST)
     return (w.astype(jnp.float32) + scale * delta).astype(dtype)
 
 
 def turned(array: Any) -> np.ndarray:
-    """Returns the transpose of a matrix in host memory.
-
-    Accelerators transpose what they hold; of any other array this is a view, which `bands` transposes piece by piece.
-    """
-    if isinstance(array, jax.Array) and not _on_cpu(array):
+    """Returns the transpose of a matrix in host memory; devices transpose what they hold."""
+    if isinstance(array, jax.Array):
         return _host(jnp.swapaxes(array, 0, 1))
-    return _host(array).T
+    return np.ascontiguousarray(array.T)
 
 
 def _on_cpu(array: jax.Array) -> bool:
     return next(iter(array.devices())).platform == "cpu"
 
 
-def bands(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields an array in contiguous pieces, in the order of its entries; a piece is valid until the next is asked for.
-
-    A view of a transposed matrix is turned tile by tile in a buffer that stays in the processor's cache.
-    """
-    if array.flags.c_contiguous:
-        flat, step = array.reshape(-1), _PIECE_BYTES // array.itemsize
-        yield from (flat[at : at + step] for at in range(0, flat.size, step))
-        return
-    rows, columns = array.shape
-    step = max(tiles.ROW_BYTES // array.itemsize, _PIECE_BYTES // max(1, columns * array.itemsize))
-    buffer = np.empty((min(rows, step), columns), array.dtype)
-    for row in range(0, rows, step):
-        piece = buffer[: min(step, rows - row)]
-        tiles.copy(array[row : row + step], piece)
-        yield piece
+def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields an array in flat pieces, in the order of its entries; each stays in the processor's cache."""
+    flat, step = array.reshape(-1), _PIECE_BYTES // array.itemsize
+    yield from (flat[at : at + step] for at in range(0, flat.size, step))
 
 
 def checkpoint_tensors(
@@ -120,15 +105,14 @@ def checkpoint_tensors(
     for name in sorted(slots):
         slot = slots[name]
         array = names.at(base, slot.path)
-        matrix = slot.shape[::-1] if slot.transposed else slot.shape
-        wanted = matrix if slot.layer is None else (config.num_layers, *matrix)
+        wanted = slot.shape if slot.layer is None else (config.num_layers, *slot.shape)
         if tuple(array.shape) != wanted:
             raise UserError(f"parameter {'/'.join(slot.path)} has shape {tuple(array.shape)}, not {wanted}")
         held = np.dtype(array.dtype)
         target = dtype or held
         if target not in _CODES:
             raise UserError(f"parameter {'/'.join(slot.path)} cannot be stored as {target}: give dtype='bfloat16'")
-        factors = lora.weights["layers"].get(slot.path[1]) if lora is not None and slot.transposed else None
+        factors = lora.weights["layers"].get(slot.path[1]) if lora is not None and slot.product else None
 
         def fetch(array=array, slot=slot, factors=factors, target=target) -> np.ndarray:
             tensor = layer_of(array, slot.layer)
@@ -137,7 +121,7 @@ def checkpoint_tensors(
                 tensor = _merged(tensor, a, b, np.float32(lora.alpha / lora.rank), dtype=target)
             elif tensor.dtype != target:
                 tensor = tensor.astype(target)
-            return turned(tensor) if slot.transposed else _host(tensor)
+            return _host(tensor)
 
         tensors[name] = Outgoing(target, slot.shape, fetch)
     return tensors
@@ -172,9 +156,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Outgoing], metadata: Map
                 before, ahead = ahead, name and (name, pool.submit(tensors[name].fetch))
                 if before:
                     data = before[1].result()
-                    for piece in bands(data):
+                    for piece in _pieces(data):
                         require_finite(piece, before[0], "what is exported")
-                        file.write(piece.reshape(-1).view(np.uint8).data)
+                        file.write(piece.view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -160,7 +160,7 @@ def export_checkpoint(
 ) -> None:
     """Writes a checkpoint directory with the family's tensor names.
 
-    An adapter is merged in as `W + (alpha / r) A B`, computed in float32.
+    An adapter is merged in as `W + (alpha / r) (A B)^T`, computed in float32.
 
     Without `lora`, `training` and a change of dtype this is a copy: tensors and `config.json` are those of the source,
     byte for byte. Otherwise `config.json` keeps every key of the source, except that a recorded dtype is set to that of

@@ -121,7 +121,7 @@ class Sizes(NamedTuple):
         c, m = self.config, self.model
         base = m.num_layers * self._layer * self._stored + self._tables * self._width
         # Optimizers may tell parameters apart by their names and axes.
-        matrix = {"layers": {"gate": {"kernel": jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)}}}
+        matrix = {"layers": {"gate": {"weight": jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)}}}
         moments = jax.eval_shape(make_optimizer(c.optimizer, 1)[0].init, matrix)
         copies = sum(x.size for x in jax.tree.leaves(moments)) // 1024
         return base / (self.place.fsdp * self.place.tensor) + 4 * self._trained * (1 + copies)

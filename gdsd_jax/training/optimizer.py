@@ -43,7 +43,7 @@ def require_optimizer(config: OptimizerConfig, setting: str = "config.optimizer"
     optimizer, _ = make_optimizer(config, 1, setting)
     if not config.settings:
         return
-    params = {"layers": {"q": {"kernel": jnp.ones((1, 2, 2))}}, "final_norm": jnp.ones(2)}
+    params = {"layers": {"q": {"weight": jnp.ones((1, 2, 2))}}, "final_norm": jnp.ones(2)}
 
     @jax.jit
     def updated(params: Any) -> Any:

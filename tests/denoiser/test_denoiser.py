@@ -29,6 +29,7 @@ from gdsd_jax.denoiser import (
 )
 from gdsd_jax.denoiser.forward import real_tokens, run
 from gdsd_jax.denoiser.prepared import repeated, unstacked
+from gdsd_jax.denoiser.quantise import quantised
 from gdsd_jax.families import read_config
 from gdsd_jax.runtime.errors import UserError
 
@@ -196,13 +197,13 @@ def test_fresh_adapter_changes_nothing(small):
     assert all(not np.any(pair["b"]) for pair in fresh.weights["layers"].values())
 
 
-def test_adapter_equals_merged_kernel(small):
+def test_adapter_equals_merged_matrix(small):
     base, tokens, _, lora = small
     scale = lora.alpha / lora.rank
     layers = dict(base["layers"])
     for name, pair in lora.weights["layers"].items():
-        product = np.einsum("nir,nro->nio", *(np.asarray(pair[x], np.float64) for x in "ab"))
-        layers[name] = layers[name] | {"kernel": (layers[name]["kernel"] + scale * product).astype(np.float32)}
+        product = np.einsum("nir,nro->noi", *(np.asarray(pair[x], np.float64) for x in "ab"))
+        layers[name] = layers[name] | {"weight": (layers[name]["weight"] + scale * product).astype(np.float32)}
     adapted = compiled(CONFIG, base, lora, tokens)
     merged = compiled(CONFIG, base | {"layers": layers}, None, tokens)
     np.testing.assert_allclose(adapted, merged, atol=2e-5)
@@ -274,13 +275,19 @@ def test_remat_changes_nothing(small, dropping, unroll):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, gradient)
 
 
-def test_parameters_that_are_prepared_twice_stay_as_the_caller_had_them(small):
-    base, _, _, lora = small
-    config = dataclasses.replace(CONFIG, layer_unroll=CONFIG.num_layers)
+@pytest.mark.parametrize("weights", ["stored", "int8"])
+def test_parameters_that_are_prepared_twice_stay_as_the_caller_had_them(small, weights):
+    """Preparing changes neither the caller's parameters nor what the denoiser computes, once or twice."""
+    base, tokens, _, lora = small
+    base = quantised(base) if weights == "int8" else base
+    config = dataclasses.replace(CONFIG, layer_unroll=CONFIG.num_layers, weights=weights)
     apart, _ = unstacked(config, base, lora)
     names = set(apart)
-    assert "head_columns" in repeated(config, apart, lora, tokens=1)[0]
-    assert set(apart) == names
+    once = repeated(config, apart, lora, tokens=10**6)
+    assert "first_projections" in once[0] and set(apart) == names
+    expected = compiled(config, base, lora, tokens)
+    for prepared in (once, repeated(config, *once, tokens=10**6)):
+        np.testing.assert_allclose(compiled(config, *prepared, tokens), expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -337,12 +344,14 @@ def test_low_rank_product_has_the_gradient_of_the_plain_one():
 def test_bfloat16_keeps_a_change_far_below_its_rounding(name):
     """Rounded apart, a change below half a unit in the last place of the base's product is lost in every entry."""
     config = dataclasses.replace(CONFIG, hidden_size=128)
-    base = {"kernel": jax.random.normal(jax.random.key(0), model.target_shapes(config)[name]).astype(jnp.bfloat16)}
-    base |= {"bias": jnp.ones(base["kernel"].shape[1])} if name == "q" else {}
+    base = {
+        "weight": jax.random.normal(jax.random.key(0), model.target_shapes(config)[name][::-1]).astype(jnp.bfloat16)
+    }
+    base |= {"bias": jnp.ones(base["weight"].shape[0])} if name == "q" else {}
     x = jax.random.normal(jax.random.key(1), (8192, 128)).astype(jnp.bfloat16)
     lora = init_lora(config, jax.random.key(2), rank=8, alpha=16.0, targets=(name,))
     moved = {"a": lora.weights["layers"][name]["a"][0]}
-    moved["b"] = 1e-4 * jax.random.normal(jax.random.key(3), (8, base["kernel"].shape[1]))
+    moved["b"] = 1e-4 * jax.random.normal(jax.random.key(3), (8, base["weight"].shape[0]))
 
     def change(dtype):
         linear = model.linear_of(dataclasses.replace(config, dtype=dtype), name, lora.replace(weights=None))
@@ -358,10 +367,10 @@ def test_bfloat16_keeps_a_change_far_below_its_rounding(name):
 def test_product_with_addends_has_the_gradient_of_the_plain_one():
     draws = np.random.default_rng(0)
     x, w, bias, low, g = (
-        jnp.asarray(draws.standard_normal(s), jnp.float32) for s in ((2, 5, 6), (6, 4), (4,), (2, 5, 4), (2, 5, 4))
+        jnp.asarray(draws.standard_normal(s), jnp.float32) for s in ((2, 5, 6), (4, 6), (4,), (2, 5, 4), (2, 5, 4))
     )
     highest = jax.lax.Precision.HIGHEST
-    plain, pull_back = jax.vjp(lambda x, w, bias, low: jnp.dot(x, w, precision=highest) + bias + low, x, w, bias, low)
+    plain, pull_back = jax.vjp(lambda x, w, bias, low: jnp.dot(x, w.T, precision=highest) + bias + low, x, w, bias, low)
     ours, our_pull_back = jax.vjp(lambda x, w, *addends: ops.product_plus(x, w, addends, highest), x, w, bias, low)
     np.testing.assert_allclose(ours, plain, rtol=1e-6)
     for one, other in zip(our_pull_back(g), pull_back(g), strict=True):

@@ -28,8 +28,8 @@ STORED = DenoiserConfig(
 SMALL = dataclasses.replace(STORED, weights="int8")
 
 
-def dequantise(kernel, scale):
-    return kernel.astype(jnp.float32) * scale[..., None, :]
+def dequantise(weight, scale):
+    return weight.astype(jnp.float32) * scale[..., None]
 
 
 def widened(base):
@@ -38,20 +38,20 @@ def widened(base):
     for name, module in base["layers"].items():
         if isinstance(module, dict):
             module = {key: value for key, value in module.items() if key != "scale"} | {
-                "kernel": dequantise(module["kernel"], module["scale"])
+                "weight": dequantise(module["weight"], module["scale"])
             }
         made[name] = module
     return base | {"layers": made}
 
 
 def test_entries_are_off_by_half_a_scale_at_most():
-    kernel = jax.random.normal(jax.random.key(0), (3, 16, 5)) * jnp.arange(5)
-    small, scale = quantise(kernel)
+    weight = jax.random.normal(jax.random.key(0), (3, 5, 16)) * jnp.arange(5)[:, None]
+    small, scale = quantise(weight)
     assert small.dtype == jnp.int8 and scale.shape == (3, 5) and scale.dtype == jnp.float32
-    assert jnp.all(jnp.abs(dequantise(small, scale) - kernel) <= scale[:, None] * 0.5001)
+    assert jnp.all(jnp.abs(dequantise(small, scale) - weight) <= scale[..., None] * 0.5001)
     # The largest entry of a channel is exact, and a channel of zeros stays one.
-    np.testing.assert_array_equal(jnp.max(jnp.abs(small), axis=1)[:, 1:], LARGEST)
-    np.testing.assert_array_equal(small[..., 0], 0)
+    np.testing.assert_array_equal(jnp.max(jnp.abs(small), axis=2)[:, 1:], LARGEST)
+    np.testing.assert_array_equal(small[:, 0], 0)
     again, same = quantise(dequantise(small, scale))
     np.testing.assert_array_equal(again, small)
     np.testing.assert_allclose(same, scale, rtol=1e-6)
@@ -75,7 +75,7 @@ def test_layers_and_gradients_are_those_of_the_rounded_matrices():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), of_one, of_two)
 
 
-def test_loaded_kernels_are_rounded_and_nothing_else(tmp_path):
+def test_loaded_matrices_are_rounded_and_nothing_else(tmp_path):
     base = init_base(STORED, jax.random.key(0))
     hub.export_checkpoint(tmp_path / "base", STORED, base)
     for mesh in (None, make_mesh(MeshConfig(), jax.devices()[:1])):
@@ -115,7 +115,7 @@ alone = jax.device_get(run(lora, base))
 for sizes in ((1, 8, 1), (2, 2, 2)):
     mesh = make_mesh(MeshConfig(*sizes))
     placed = jax.device_put(base, shardings(mesh, logical_axes(SMALL), base))
-    assert len(placed["layers"]["q"]["kernel"].sharding.device_set) == 8
+    assert len(placed["layers"]["q"]["weight"].sharding.device_set) == 8
     with jax.set_mesh(mesh):
         spread = jax.device_get(run(lora, placed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), alone, spread)
@@ -148,9 +148,9 @@ def test_a_run_resumes_bit_by_bit_and_merges_onto_the_stored_weights(tmp_path):
     lora = hub.load_adapter(whole / "out" / "adapter", model)
     _, merged = hub.load_checkpoint(whole / "out" / "merged")
     scale = lora.alpha / lora.rank
-    for name, kernel in ((name, base["layers"][name]["kernel"]) for name in TARGETS):
+    for name, weight in ((name, base["layers"][name]["weight"]) for name in TARGETS):
         factors = lora.weights["layers"].get(name)
-        added = 0 if factors is None else scale * np.asarray(factors["a"]) @ np.asarray(factors["b"])
-        np.testing.assert_allclose(merged["layers"][name]["kernel"], kernel + added, atol=1e-6)
+        added = 0 if factors is None else scale * (np.asarray(factors["a"]) @ np.asarray(factors["b"])).swapaxes(1, 2)
+        np.testing.assert_allclose(merged["layers"][name]["weight"], weight + added, atol=1e-6)
     changed = [float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(lora.weights)]
     assert min(changed) > 0

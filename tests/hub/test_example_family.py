@@ -40,7 +40,7 @@ def test_one_file_makes_a_family(family, tmp_path):
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("base", "again")]
     assert files[0] == files[1]
     stored = load_file(tmp_path / "base" / "model.safetensors")
-    np.testing.assert_array_equal(base["layers"]["down"]["kernel"][1], stored["h.1.mlp.w2.weight"].T)
+    np.testing.assert_array_equal(base["layers"]["down"]["weight"][1], stored["h.1.mlp.w2.weight"])
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"activation": "gelu"}))
     with pytest.raises(UserError, match="activation"):

@@ -44,7 +44,7 @@ def torch_model(config, base):
         path, _, kind = name.rpartition(".")
         held = names.at(base, slot.path)
         held = np.asarray(held if slot.layer is None else held[slot.layer])
-        weight = torch.tensor(held.T if slot.transposed else held)
+        weight = torch.tensor(held)
         if kind == "bias":
             root.get_submodule(path).bias.data = weight
             continue

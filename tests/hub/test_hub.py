@@ -94,8 +94,7 @@ def test_names_are_one_to_one_and_cover_the_parameters(family, layers, qkv_bias,
     assert by_path.keys() == shapes.keys()
     for path, tensors in by_path.items():
         slot = slots[tensors[0]]
-        matrix = slot.shape[::-1] if slot.transposed else slot.shape
-        assert shapes[path] == (matrix if slot.layer is None else (layers, *matrix))
+        assert shapes[path] == (slot.shape if slot.layer is None else (layers, *slot.shape))
         assert [slots[name].layer for name in tensors] == ([None] if slot.layer is None else list(range(layers)))
 
 
@@ -118,7 +117,7 @@ def test_load_keeps_every_number_and_dtype(checkpoint):
         held = names.at(base, slot.path)
         layer = held if slot.layer is None else held[slot.layer]
         assert held.dtype == tensor.dtype
-        np.testing.assert_array_equal(np.asarray(layer), tensor.T if slot.transposed else tensor)
+        np.testing.assert_array_equal(np.asarray(layer), tensor)
 
 
 def test_parameters_on_a_mesh_of_jax_have_axes_that_need_no_further_statements():
@@ -425,10 +424,10 @@ def test_merge_into_bfloat16_rounds_once(tmp_path):
         factors = lora.weights["layers"][target]
         for layer in range(config.num_layers):
             name = f"{names.module(config, target, layer)}.weight"
-            exact = np.asarray(base["layers"][target]["kernel"][layer], np.float64)
-            exact = exact + 2.0 * np.asarray(factors["a"][layer], np.float64) @ np.asarray(factors["b"][layer])
+            exact = np.asarray(base["layers"][target]["weight"][layer], np.float64)
+            exact = exact + 2.0 * (np.asarray(factors["a"][layer], np.float64) @ np.asarray(factors["b"][layer])).T
             assert merged[name].dtype == ml_dtypes.bfloat16
-            np.testing.assert_allclose(merged[name].T.astype(np.float64), exact, rtol=2.0**-8, atol=1e-6)
+            np.testing.assert_allclose(merged[name].astype(np.float64), exact, rtol=2.0**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize(

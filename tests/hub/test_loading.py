@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdsd_jax import hub
-from gdsd_jax.hub import files, incoming, outgoing, tiles, tiny
+from gdsd_jax.hub import files, incoming, tiny
 from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
@@ -82,7 +82,7 @@ def scratch(tmp_path_factory):
 @given(data=st.data())
 @settings(max_examples=60)
 def test_boxes_of_a_tensor(scratch, data):
-    """Boxes, overlapping or apart, of either dtype, in rows or turned: right content, and no byte is read twice."""
+    """Boxes, overlapping or apart, of either dtype: right content, and no byte is read twice."""
     rows, columns = data.draw(st.integers(1, 9), "rows"), data.draw(st.integers(1, 9), "columns")
     code = data.draw(st.sampled_from(sorted(files.FLOATS)), "stored")
     whole = np.arange(rows * columns).astype(files.FLOATS[code]).reshape(rows, columns)
@@ -91,34 +91,17 @@ def test_boxes_of_a_tensor(scratch, data):
     )
     boxes = data.draw(st.sets(st.builds(incoming.Box, span(rows), span(columns)), min_size=1, max_size=5))
     dtype = files.FLOATS[data.draw(st.sampled_from(sorted(files.FLOATS)), "held")]
-    turned = data.draw(st.booleans())
-    sizes = {box: [end - begin for begin, end in box] for box in boxes}
-    pieces = {box: np.zeros(size[::-1], dtype).T if turned else np.zeros(size, dtype) for box, size in sizes.items()}
+    pieces = {box: np.zeros([end - begin for begin, end in box], dtype) for box in boxes}
     (scratch / "tensor").write_bytes(b"abc" + whole.tobytes())
     stored = files.Stored(epath.Path(scratch / "tensor"), code, whole.shape, 3, whole.nbytes)
     reader, covered = files.Reader(), np.zeros_like(whole, bool)
     with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
         patch.setattr(incoming, "LOCAL_BLOCK_BYTES", data.draw(st.sampled_from((1, 50, 1000))))
-        for side in ("COLUMN_BYTES", "ROW_BYTES"):
-            patch.setattr(tiles, side, data.draw(st.sampled_from((8, 16, 1024))))
         incoming.fill_boxes(stored, pieces, reader, pool)
     for ((r0, r1), (c0, c1)), piece in pieces.items():
         np.testing.assert_array_equal(piece, whole[r0:r1, c0:c1])
         covered[r0:r1, c0:c1] = True
     assert reader.bytes_read == whole.itemsize * covered.sum()
-
-
-@pytest.mark.parametrize("code", sorted(files.FLOATS))
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (1, 700), (700, 1), (512, 256), (513, 257), (1025, 70), (31, 999)])
-def test_tiles_copy_every_entry(code, shape):
-    """Shapes that are no multiples of a tile, in any combination of rows and columns: the target has the same bits."""
-    dtype = files.FLOATS[code]
-    bits = np.random.default_rng(0).integers(0, 1 << 16, shape).astype(f"u{dtype.itemsize}")
-    for source in (bits, np.asfortranarray(bits), np.repeat(bits, 2, 0)[::2]):
-        for target in (np.zeros(shape, dtype), np.zeros(shape[::-1], dtype).T, np.zeros((shape[1], 2000), dtype).T):
-            target = target[: shape[0]]
-            tiles.copy(source.view(dtype), target)
-            np.testing.assert_array_equal(target.view(bits.dtype), bits)
 
 
 @pytest.mark.parametrize("code", sorted(files.FLOATS))
@@ -141,16 +124,13 @@ def test_only_infinities_and_nan_are_refused(code):
                     require_finite(view, "a", "b")
 
 
-def test_what_cpus_load_is_not_copied_and_may_be_turned_back(small):
-    """A CPU device uses the memory that was read into, and an export turns views of it piece by piece."""
+def test_what_cpus_load_is_not_copied(small):
+    """A CPU device uses the memory that was read into."""
     config, base = hub.load_checkpoint(small)
     for path, leaf in jax.tree.leaves_with_path(base):
         assert leaf.unsafe_buffer_pointer() % 64 == 0, path  # what XLA asks for
-    view = np.asarray(base["layers"]["gate"]["kernel"])
-    assert view.ctypes.data == base["layers"]["gate"]["kernel"].unsafe_buffer_pointer()
-    for array in (view[0], view[0].T, view[0, :131, :7].T, np.arange(5.0), np.zeros((0, 3)).T):
-        pieces = [piece.reshape(-1).copy() for piece in outgoing.bands(array)]
-        np.testing.assert_array_equal(np.concatenate([*pieces, np.zeros(0, array.dtype)]), array.reshape(-1))
+    view = np.asarray(base["layers"]["gate"]["weight"])
+    assert view.ctypes.data == base["layers"]["gate"]["weight"].unsafe_buffer_pointer()
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(small, tmp_path):

@@ -193,8 +193,7 @@ def test_scores_losses_and_gradients(family, name):
     def stored(name: str) -> np.ndarray:
         slot = slots[name]
         value = names.at(gradient, slot.path)
-        value = value if slot.layer is None else value[slot.layer]
-        return np.asarray(value.T if slot.transposed else value)
+        return np.asarray(value if slot.layer is None else value[slot.layer])
 
     for name_, norm in case["per_parameter_grad_norm"].items():
         np.testing.assert_allclose(np.linalg.norm(stored(name_)), norm, atol=tolerance, err_msg=name_)

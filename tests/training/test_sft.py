@@ -193,7 +193,7 @@ def test_micro_batches_and_adapter(config, whole, tmp_path):
     trained(config, tmp_path / "adapter", adapter=True)
     start, adapted = leaves(config.checkpoint), leaves(tmp_path / "adapter/merged")
     moved = {name for name in start if not np.array_equal(start[name], adapted[name])}
-    assert moved == {f"layers/{target}/kernel" for target in config.lora.targets}
+    assert moved == {f"layers/{target}/weight" for target in config.lora.targets}
 
 
 def test_chats_from_a_file_with_a_held_out_share(config, tmp_path):

@@ -351,9 +351,9 @@ def test_any_optimizer_of_optax(name):
 def test_muon_takes_each_layer_as_a_matrix():
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_updates=0, name="optax.contrib:muon"), 10)
     g = np.random.default_rng(0).standard_normal((2, 6, 6)).astype(np.float32)
-    tree = lambda x: {"layers": {"q": {"kernel": jnp.asarray(x)}}}  # noqa: E731
+    tree = lambda x: {"layers": {"q": {"weight": jnp.asarray(x)}}}  # noqa: E731
     changes, _ = optimizer.update(tree(g), optimizer.init(tree(g)), tree(0 * g))
-    for change, gradient in zip(changes["layers"]["q"]["kernel"], g, strict=True):
+    for change, gradient in zip(changes["layers"]["q"]["weight"], g, strict=True):
         left, _, right = np.linalg.svd(gradient)
         # An orthogonal matrix, up to what five Newton-Schulz steps leave.
         cosine = -np.sum(change * (left @ right)) / np.linalg.norm(change) / np.sqrt(6)
@@ -383,7 +383,7 @@ def test_weight_decay_spares_norms_and_biases():
     }
     still = {name for name, change in moved.items() if change == 0}
     assert still == {name for name in moved if name.endswith(("norm", "bias"))}
-    assert {"embedding", "head", "layers/q/kernel"} <= set(moved) - still and {"final_norm", "layers/q/bias"} <= still
+    assert {"embedding", "head", "layers/q/weight"} <= set(moved) - still and {"final_norm", "layers/q/bias"} <= still
 
 
 def test_unknown_schedule():
