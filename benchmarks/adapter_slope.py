@@ -40,12 +40,12 @@ PROMPT, COMPLETION, RANK = 16, 112, 32
 
 def _apart(x: jax.Array, w: jax.Array, addends: tuple, precision: Any) -> jax.Array:
     """Rounds the base's product before the addends are added."""
-    return sum(addends, jnp.dot(x, w, precision=precision))
+    return sum(addends, ops.product(x, w, precision))
 
 
 def _addend_first(x: jax.Array, w: jax.Array, addends: tuple, precision: Any) -> jax.Array:
     """Computes the addends first: the compiler may then start the sum of the wide product with them, as cuBLAS can."""
-    return sum(jax.lax.optimization_barrier(addends), jnp.dot(x, w, precision=precision))
+    return sum(jax.lax.optimization_barrier(addends), ops.product(x, w, precision))
 
 
 # The first is the library's own; the others replace it while they are measured.
@@ -161,9 +161,9 @@ def seconds(work: Callable[[], Any], turns: int = 20) -> float:
 
 
 def product_seconds(rows: int, size: tuple[int, int], rank: int) -> dict[str, float]:
-    """Returns the seconds of `x W` with an adapter of `rank`, by way."""
+    """Returns the seconds of `x W^T` with an adapter of `rank`, by way."""
     draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape, jnp.bfloat16)  # noqa: E731
-    x, w, a, b = draw(0, rows, size[0]), draw(1, *size), draw(2, size[0], rank), draw(3, rank, size[1])
+    x, w, a, b = draw(0, rows, size[0]), draw(1, *size[::-1]), draw(2, size[0], rank), draw(3, rank, size[1])
     plain = jax.lax.Precision.DEFAULT
 
     def timed(way: Callable) -> float:

@@ -81,7 +81,10 @@ def adapter_axes(out: str, into: str) -> tuple[tuple[str, str], tuple[str, str]]
 
 
 def _normal(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
-    """Draws a matrix `[out, in]` of standard deviation `in^-0.5`."""
+    """Draws a matrix `[out, in]` of standard deviation `in^-0.5`.
+
+    It is drawn as `[in, out]`, so that a seed gives the numbers that it has always given.
+    """
     return nn.initializers.normal(shape[1] ** -0.5)(key, shape[::-1], dtype).T
 
 

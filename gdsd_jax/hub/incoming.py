@@ -1,7 +1,8 @@
 """Moves stored tensors from files to devices: reads them in blocks, every byte once, and stacks the layers there.
 
 An accelerator receives a tensor as it is stored and puts it into its stack. Where the devices are this machine's CPUs,
-blocks go from the file straight into the memory that the devices then use.
+blocks go from the file straight into the memory that the devices then use, or through a small buffer if the dtype
+changes or several devices share a block.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 def base_shapes(model: DenoiserConfig) -> Any:
-    """Returns the shapes of a base, with the dtype of published checkpoints, or with kernels in 8 bits."""
+    """Returns the shapes of a base, with the dtype of published checkpoints, or with the layers' matrices in 8 bits."""
 
     def make() -> Any:
         drawn = init_base(dataclasses.replace(model, weights="stored"), jax.random.key(0))

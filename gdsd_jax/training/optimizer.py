@@ -139,9 +139,15 @@ def matrices(params: Any) -> Any:
     """Returns for every parameter the axes that Muon orthogonalises, or None for tables and vectors, which Adam trains.
 
     The first axis of a stacked matrix numbers the layers, each of which has a matrix of its own (Muon: Jordan et al.
-    2024, https://kellerjordan.github.io/posts/muon).
+    2024, https://kellerjordan.github.io/posts/muon). A weight is `[out, in]`, the factors of an adapter `[in, out]`.
     """
     from optax.contrib import MuonDimensionNumbers
 
-    axes = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return _by_path(lambda names, x: axes if "layers" in names and x.ndim == 3 else None, params)
+    weight, factor = (MuonDimensionNumbers(reduction_axis=i, output_axis=3 - i) for i in (2, 1))
+
+    def axes(names: list[str], x: Any) -> MuonDimensionNumbers | None:
+        if "layers" not in names or x.ndim != 3:
+            return None
+        return weight if names[-1] == "weight" else factor
+
+    return _by_path(axes, params)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -144,3 +146,12 @@ def test_ctrl_c_ends_a_bench_with_one_line():
     script = "import sys; sys.orig_argv[1:] = ['-m', 'benchmarks.x']; import benchmarks; raise KeyboardInterrupt"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_ways_of_adding_an_adapter_agree():
+    """Every way computes the same product of a matrix that is not square, up to rounding."""
+    draws = np.random.default_rng(0)
+    x, w, addend = (jnp.asarray(draws.standard_normal(size), jnp.float32) for size in ((5, 6), (4, 6), (5, 4)))
+    for way in adapter_slope.WAYS.values():
+        np.testing.assert_allclose(way(x, w, (addend,), jax.lax.Precision.HIGHEST), x @ w.T + addend, atol=1e-5)
+    assert set(adapter_slope.product_seconds(8, (16, 32), 2)) == set(adapter_slope.WAYS)

@@ -31,7 +31,7 @@ uncached = jax.jit(denoise, static_argnums=0)
 
 @functools.cache
 def base():
-    # Larger kernels, so that the distributions are far from even.
+    # Larger matrices, so that the distributions are far from even.
     return jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, init_base(CONFIG, jax.random.key(0)))
 
 

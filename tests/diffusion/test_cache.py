@@ -133,14 +133,14 @@ def test_unrolled_layers_roll_out_as_the_scan_does(kind, config):
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "kind"), [(TINY, "dual"), (SHIFTED, "dual"), (TINY, "prefix")])
 def test_layers_apart_over_one_cache_roll_out_as_the_scan_does(monkeypatch, config, kind):
-    """On an NVIDIA GPU: each layer's matrices with the adapter below them, and windows written into the cache."""
+    """On an NVIDIA GPU: each layer's matrices with the adapter beside them, and windows written into the cache."""
     monkeypatch.setattr(attention, "IMPLEMENTATION", "xla")
     run = settings(cache=kind, refresh_every=3, temperature=1.0)
     config = dataclasses.replace(config, num_layers=2)
     lora, fused = random_adapter(config), dataclasses.replace(config, attention="cudnn")
     base, adapter = prepared.repeated(fused, random_base(config), lora, 1, cached=True)
     assert len(base["layers"]) == len(adapter.weights["layers"]) == 2
-    assert {name: own["joined"].shape[0] for name, own in adapter.weights["layers"][1].items()} == {
+    assert {name: own["joined"].shape[1] for name, own in adapter.weights["layers"][1].items()} == {
         "q": 18, "k": 18, "v": 18, "down": 18,
     }  # fmt: skip
     same(roll_out(run, fused, lora), roll_out(run, config, lora))

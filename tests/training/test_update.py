@@ -348,6 +348,25 @@ def test_any_optimizer_of_optax(name):
     assert all(0 < np.abs(change).max() < 10 for change in jax.tree.leaves(changes))
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "fan_in", "fan_out"),
+    [
+        (("up", "weight"), (2, 16, 4), 4, 16),
+        (("down", "weight"), (2, 4, 16), 16, 4),
+        (("up", "a"), (2, 16, 4), 16, 4),
+        (("up", "b"), (2, 4, 16), 4, 16),
+    ],
+)
+def test_muon_scales_a_step_by_inputs_and_outputs(path, shape, fan_in, fan_out):
+    """The singular values of a step are `max(1, out / in)^0.5`, whichever axis has the inputs."""
+    optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_updates=0, name="optax.contrib:muon"), 10)
+    g = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    tree = lambda x: {"layers": {path[0]: {path[1]: x}}}  # noqa: E731
+    changes, _ = optimizer.update(tree(g), optimizer.init(tree(g)), tree(0 * g))
+    sizes = np.linalg.svd(np.asarray(changes["layers"][path[0]][path[1]]), compute_uv=False)
+    np.testing.assert_allclose(sizes, max(1, fan_out / fan_in) ** 0.5, rtol=0.35)
+
+
 def test_muon_takes_each_layer_as_a_matrix():
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_updates=0, name="optax.contrib:muon"), 10)
     g = np.random.default_rng(0).standard_normal((2, 6, 6)).astype(np.float32)
