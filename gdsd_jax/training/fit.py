@@ -37,7 +37,7 @@ FILL = 0.85
 ENOUGH_TOKENS = 8192
 # Fitted to the table of plans (docs/pods_plan.json), as the factors below are: copies of a step's logits, without and
 # with top-p or top-k; of all keys and values; and of the head, where it is gathered over many devices.
-LOGITS, CUT_LOGITS, CACHES, HEADS_OF_MANY, MANY = 3.2, 5.0, 1.9, 2.4, 32
+LOGITS, CUT_LOGITS, CACHES, HEADS_OF_MANY, MANY = 3.2, 5.0, 1.9, 2.53, 32
 # What the backward pass keeps of a layer: copies of its input, and of the outputs of its products.
 KEPT, KEPT_OUTPUTS = 1.65, 1.2
 # From the fastest to the one that needs the least memory.
@@ -155,7 +155,7 @@ class Sizes(NamedTuple):
         positions = s.block_length if s.forbid_mask and s.blocks > 1 else s.completion_length
         logits = 4 * local * m.vocab_size * (positions // slices_of(positions, local * m.vocab_size)) / tensor
         drawn = head + (LOGITS if s.top_p is None and s.top_k is None else CUT_LOGITS) * logits
-        drawn += 4 * 4 * local * positions * m.hidden_size + (layers / 2 if self._stored == 1 else 0)
+        drawn += 4 * 4 * local * positions * m.hidden_size + (layers if self._stored == 1 else 0)
         working = max(layer, drawn, HEADS_OF_MANY * head if self.place.fsdp > MANY else 0)
         if s.cache != "none" or blocks:
             cache = 2 * m.num_layers * self._tokens * m.num_kv_heads * m.head_dim * self._width / tensor
