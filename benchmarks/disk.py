@@ -115,7 +115,8 @@ def main() -> None:
         for _ in range(flags.turns):
             for which, results in found.items():
                 command = [sys.executable, "-m", "benchmarks.disk", "--child", which, str(folder / "checkpoint")]
-                # What the contestant before has left to be written would otherwise take time from this one.
+                # Otherwise the first contestant pays for writing the checkpoint to the disk, and each later one for
+                # what the contestant before it left unwritten.
                 os.sync()
                 printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 results.append(json.loads(printed.splitlines()[-1]))

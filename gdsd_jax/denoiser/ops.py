@@ -62,15 +62,15 @@ def rotate(x: Float[Array, "B T H K"], tables: tuple[Array, Array]) -> Float[Arr
     return (halves * cos + halves[..., ::-1, :] * sin).astype(x.dtype).reshape(x.shape)
 
 
-def over_rows(x: Float[Array, "*B I"], y: Float[Array, "*B O"], precision: jax.lax.Precision) -> Float[Array, "I O"]:
+def over_rows(x: Float[Array, "*B M"], y: Float[Array, "*B N"], precision: jax.lax.Precision) -> Float[Array, "M N"]:
     """Computes `x^T y`, summed over all leading axes, in float32.
 
     Where rows are split over devices, the devices' partial sums are added in float32 too.
     """
-    product = functools.partial(jnp.einsum, "...i,...o->io", precision=precision, preferred_element_type=jnp.float32)
+    summed = functools.partial(jnp.einsum, "...m,...n->mn", precision=precision, preferred_element_type=jnp.float32)
     # On a CPU, XLA lacks this product of bfloat16 for some layouts, and would widen the factors anyway.
     return jax.lax.platform_dependent(
-        x, y, cpu=lambda x, y: product(x.astype(jnp.float32), y.astype(jnp.float32)), default=product
+        x, y, cpu=lambda x, y: summed(x.astype(jnp.float32), y.astype(jnp.float32)), default=summed
     )
 
 

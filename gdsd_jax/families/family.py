@@ -6,8 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from gdsd_jax.denoiser import DenoiserConfig
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.denoiser import TARGETS, DenoiserConfig
+from gdsd_jax.runtime.errors import UserError, did_you_mean
+
+# The places of all parameters, and of those that only some families have.
+_ALWAYS = {"embedding", "final_norm", "layers/attn_norm", "layers/mlp_norm", *(f"layers/{x}/weight" for x in TARGETS)}
+_SOMETIMES = {"head", "layers/q_norm", "layers/k_norm", *(f"layers/{x}/bias" for x in "qkv")}
 
 
 class Row(NamedTuple):
@@ -56,6 +60,17 @@ class Family:
     sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     published: Mapping[str, DenoiserConfig] = dataclasses.field(default_factory=dict)
     autoregressive: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless the name table has all parameters of a denoiser, and nothing else."""
+        places = {"/".join(row.path) for row in self.rows}
+        for place in sorted(places - _ALWAYS - _SOMETIMES):
+            raise ValueError(
+                f"family {self.name!r}: no parameter of the denoiser is called {place}"
+                + did_you_mean(place, _ALWAYS | _SOMETIMES)
+            )
+        if _ALWAYS - places:
+            raise ValueError(f"family {self.name!r}: the name table lacks {', '.join(sorted(_ALWAYS - places))}")
 
 
 def refuse(hf: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:

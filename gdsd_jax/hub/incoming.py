@@ -83,9 +83,7 @@ def fill_boxes(stored: Stored, pieces: Mapping[Box, np.ndarray], reader: Reader,
                 targets.append((Box(*spans), piece[_within(spans, box)]))
         # The block is read straight into a target that takes all of it in the stored dtype, if there is one.
         dtype = FLOATS[stored.dtype]
-        by_rows = lambda part: part.dtype == dtype and part.strides[-1] == dtype.itemsize  # noqa: E731
-        fits = (part for spans, part in targets if spans == block and by_rows(part))
-        straight = next(fits, None)
+        straight = next((part for spans, part in targets if spans == block and part.dtype == dtype), None)
         out = _buffer([end - begin for begin, end in block], dtype) if straight is None else straight
         data = reader.block(stored, *block, out=out)
         require_finite(data, stored.name, stored.file)

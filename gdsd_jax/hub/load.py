@@ -146,7 +146,7 @@ def load_checkpoint(
                 parameter = loader.whole(layers, slot)
             else:
                 parameter = loader.spread(layers, slot, names.at(axes, path), mesh)
-            if weights == "int8" and slot.product:
+            if weights == "int8" and slot.is_matrix:
                 parameter, scale = quantise_layers(parameter)
                 # The parameter must be gone before the next one is read.
                 jax.block_until_ready(parameter)

@@ -23,7 +23,7 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def product(self) -> bool:
+    def is_matrix(self) -> bool:
         """Tells whether this is a matrix of a layer, which may have an adapter, and may be held in 8 bits."""
         return self.path[-1] == "weight"
 

@@ -112,7 +112,7 @@ def checkpoint_tensors(
         target = dtype or held
         if target not in _CODES:
             raise UserError(f"parameter {'/'.join(slot.path)} cannot be stored as {target}: give dtype='bfloat16'")
-        factors = lora.weights["layers"].get(slot.path[1]) if lora is not None and slot.product else None
+        factors = lora.weights["layers"].get(slot.path[1]) if lora is not None and slot.is_matrix else None
 
         def fetch(array=array, slot=slot, factors=factors, target=target) -> np.ndarray:
             tensor = layer_of(array, slot.layer)

@@ -1,5 +1,6 @@
 """The example of docs/new_family.md: one short file, by which a checkpoint is made, read, exported and sampled from."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def test_one_file_makes_a_family(family, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"activation": "gelu"}))
     with pytest.raises(UserError, match="activation"):
         hub.load_checkpoint(tmp_path / "base")
+
+
+def test_a_table_that_is_not_of_the_denoiser_is_refused():
+    """A name from another version, one too many, and one too few."""
+    (family,) = example_family.FAMILIES
+    query = next(row for row in family.rows if row.path == ("layers", "q", "weight"))
+    others = [row for row in family.rows if row is not query]
+    with pytest.raises(ValueError, match=r"'example': no parameter .* layers/q/kernel; did you mean layers/q/weight\?"):
+        dataclasses.replace(family, rows=(*others, query._replace(path=("layers", "q", "kernel"))))
+    with pytest.raises(ValueError, match="no parameter .* pooler"):
+        dataclasses.replace(family, rows=(*family.rows, query._replace(path=("pooler",))))
+    with pytest.raises(ValueError, match=r"'example': the name table lacks layers/q/weight$"):
+        dataclasses.replace(family, rows=tuple(others))
 
 
 @pytest.mark.slow

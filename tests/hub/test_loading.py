@@ -18,9 +18,10 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from gdsd_jax import hub
-from gdsd_jax.hub import files, incoming, tiny
+from gdsd_jax.hub import files, incoming, outgoing, tiny
 from gdsd_jax.hub.finite import require_finite
 from gdsd_jax.runtime.errors import UserError
 from gdsd_jax.runtime.sharding import MeshConfig, make_mesh
@@ -102,6 +103,22 @@ def test_boxes_of_a_tensor(scratch, data):
         np.testing.assert_array_equal(piece, whole[r0:r1, c0:c1])
         covered[r0:r1, c0:c1] = True
     assert reader.bytes_read == whole.itemsize * covered.sum()
+
+
+@pytest.mark.parametrize("code", sorted(files.FLOATS))
+def test_files_hold_what_they_are_given(scratch, code):
+    """Arrays shorter and longer than the pieces that are written at a time, empty ones, and views of other arrays."""
+    dtype = files.FLOATS[code]
+    long = (np.arange(2 * outgoing._PIECE_BYTES // dtype.itemsize + 3) % 97).astype(dtype)
+    square = long[:600].reshape(20, 30)
+    arrays = {"long": long, "one": long[5:6], "none": square[:0], "turned": square.T, "cut": square[2:, 3:7]}
+    tensors = {name: outgoing.Outgoing(dtype, array.shape, lambda a=array: a) for name, array in arrays.items()}
+    outgoing.write_safetensors(scratch / "arrays", tensors, {"a": "b"})
+    found = load_file(scratch / "arrays")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == dtype
+        np.testing.assert_array_equal(found[name], array)
 
 
 @pytest.mark.parametrize("code", sorted(files.FLOATS))
