@@ -5,6 +5,9 @@ then works only in its turns: A B A B, so that changes of the machine's load aff
 turns with their spread, half the distance of the quartiles. CPU seconds count all threads and all processes that the
 contestant started. The peak of resident memory is that of the contestant's process, with weights and compilation.
 
+With `--against DIR`, the variants of another checkout of this project take turns with those of this one. They run with
+the `ENVIRONMENT` of their own bench.
+
 `ENVIRONMENT` makes XLA use 512-bit vectors where the CPU has them, as PyTorch's libraries do by default. The caller's
 environment overrides it, and overrides the settings of a bench.
 """
@@ -33,6 +36,16 @@ ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
+
+
+class Checkout(NamedTuple):
+    """A tree of this project, and the environment in which its benches run."""
+
+    root: Path
+    environment: Mapping[str, str]
+
+
+HERE = Checkout(Path(__file__).parents[1], ENVIRONMENT)
 
 
 class Job(NamedTuple):
@@ -104,6 +117,9 @@ def main(bench: Bench) -> None:
     parser.add_argument("--threads", type=count, default=1, help="cores to which each contestant is pinned")
     parser.add_argument("--turns", type=count, default=3, help="turns, of which the medians are taken")
     parser.add_argument("--json", type=Path, help="keeps the rows")
+    parser.add_argument(
+        "--against", type=checkout, metavar="DIR", help="another checkout, whose variants take turns too"
+    )
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.contestant:
@@ -113,11 +129,21 @@ def main(bench: Bench) -> None:
     temperatures = flags.temperatures if bench.temperatures else [None]
     for workload, temperature in itertools.product(flags.workloads, temperatures):
         jobs = [Job(workload, variant, temperature) for variant in (*flags.references, *flags.variants)]
-        rows += race(bench, jobs, flags.references, threads=flags.threads, turns=flags.turns)
+        rows += race(bench, jobs, flags.references, threads=flags.threads, turns=flags.turns, against=flags.against)
         # Earlier measurements are kept when a later workload fails.
         if flags.json:
             flags.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
+
+
+def checkout(text: str) -> Checkout:
+    """Reads the flag `--against`."""
+    root = Path(text).absolute()
+    if not (root / "benchmarks" / "measure.py").is_file():
+        raise argparse.ArgumentTypeError(f"{text} is no checkout of this project: it has no benchmarks/measure.py")
+    program = "import json; from benchmarks import measure; print(json.dumps(measure.ENVIRONMENT))"
+    printed = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    return Checkout(root, json.loads(printed.stdout))
 
 
 def cpu_seconds() -> float:
@@ -154,15 +180,17 @@ def serve(prepare: Callable[[Job], Contest], job: Job) -> None:
 class Contestant:
     """The process of a contestant, which works on demand."""
 
-    def __init__(self, bench: Bench, job: Job, threads: int) -> None:
+    def __init__(self, bench: Bench, job: Job, threads: int, tree: Checkout | None = None) -> None:
         cores = sorted(os.sched_getaffinity(0))[:threads]
-        environment = ENVIRONMENT | bench.environment | os.environ | {"OMP_NUM_THREADS": str(threads)}
+        root, environment = tree or HERE
+        environment = environment | bench.environment | os.environ | {"OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", bench.module, "--contestant", json.dumps(job)]
         self.job, self.turns = job, []
+        self.variant = job.variant if tree is None else f"{job.variant} of {root.name}"
         # The cores are set before Python starts, because XLA and PyTorch count them when they make their threads.
         self.process = subprocess.Popen(
             ["taskset", "-c", ",".join(map(str, cores)), *command],
-            cwd=Path(__file__).parents[1], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.setup = self._read()
 
@@ -199,12 +227,25 @@ class Contestant:
         return (high - low) / 2
 
 
-def race(bench: Bench, jobs: Sequence[Job], references: Sequence[str], *, threads: int, turns: int) -> list[dict]:
-    """Lets the contestants take turns, and returns their rows, each compared with the fastest of the references."""
+def race(
+    bench: Bench,
+    jobs: Sequence[Job],
+    references: Sequence[str],
+    *,
+    threads: int,
+    turns: int,
+    against: Checkout | None = None,
+) -> list[dict]:
+    """Lets the contestants take turns, and returns their rows, each compared with the fastest of the references.
+
+    With `against`, each variant that is no reference has a second contestant, in that checkout.
+    """
     contestants: list[Contestant] = []
     try:
         for job in jobs:
             contestants.append(Contestant(bench, job, threads))
+            if against is not None and job.variant not in references:
+                contestants.append(Contestant(bench, job, threads, against))
         for _ in range(turns):
             for contestant in contestants:
                 contestant.turn()
@@ -221,7 +262,7 @@ def row(contestant: Contestant, reference: Contestant) -> dict:
     median, spread, job = contestant.median, contestant.spread, contestant.job
     return {
         "workload": job.label,
-        "variant": job.variant,
+        "variant": contestant.variant,
         "cpu_seconds": median("cpu_seconds"),
         "cpu_spread": spread("cpu_seconds"),
         "wall_seconds": median("wall_seconds"),

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,27 @@ def test_a_bench_reports_every_contestant(tmp_path, bench, workload, flags, coun
         assert row["cpu_seconds"] > 0 and row["wall_seconds"] > 0 and row["peak_rss_bytes"] > 1e7
         assert row["ratio"] == pytest.approx(row["reference_cpu_seconds"] / row["cpu_seconds"])
     assert {row["reference_cpu_seconds"] for row in rows} == {rows[0]["cpu_seconds"]}
+
+
+@pytest.mark.slow
+def test_variants_of_another_checkout_take_turns_too(tmp_path):
+    """They run in its directory, with the environment of its benches; the reference is of this checkout alone."""
+    before = tmp_path / "before"
+    shutil.copytree(ROOT / "benchmarks", before / "benchmarks")
+    (before / "gdsd_jax").symlink_to(ROOT / "gdsd_jax")
+    with (before / "benchmarks" / "measure.py").open("a") as file:
+        file.write("\nENVIRONMENT['LATE'] = 'yes'\n")
+    bench = before / "benchmarks" / "load.py"
+    asserted = "import os\nimport tempfile\nassert os.environ['LATE'] == 'yes'\n"
+    bench.write_text(bench.read_text().replace("import tempfile\n", asserted))
+    command = ["-m", "benchmarks.load", "--workloads=tiny", "--turns=2", f"--against={before}"]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"^\| tiny \| (.+?) \|", run.stdout, re.M) == ["torch", "load", "load of before"]
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no checkout of this project"):
+        measure.checkout(str(tmp_path))
 
 
 @pytest.mark.slow
