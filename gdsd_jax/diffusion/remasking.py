@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.errors import UserError, did_you_mean
 
 CACHES = ("none", "prefix", "dual")
 LOWEST = jnp.finfo(jnp.float32).min
@@ -168,9 +168,8 @@ class SamplerConfig:
     end_think_power: float = 2.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "suppress", tuple(self.suppress))
-        object.__setattr__(self, "suppress_confidence", tuple(self.suppress_confidence))
-        object.__setattr__(self, "end_think", tuple(self.end_think))
+        for name in ("suppress", "suppress_confidence", "end_think"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for wrong, message in (
             (self.completion_length < 1, f"completion_length is {self.completion_length}; it must be at least 1"),
             (self.block_length < 1, f"block_length is {self.block_length}; it must be at least 1"),
@@ -184,7 +183,8 @@ class SamplerConfig:
             ),
             (
                 self.strategy not in STRATEGIES,
-                f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}",
+                f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}"
+                + did_you_mean(self.strategy, STRATEGIES),
             ),
             (not ((t := self.temperature) == 0 or t >= 1e-30), f"temperature is {t}; it must be 0 or at least 1e-30"),
             (

@@ -467,6 +467,7 @@ def test_does_not_stop_before_every_row_has_ended(flat):
         ({"completion_length": 0}, "completion_length"),
         ({"steps": 0}, "steps"),
         ({"strategy": "greedy"}, "strategy"),
+        ({"strategy": "low_confidenc"}, r"; did you mean low_confidence\?$"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
