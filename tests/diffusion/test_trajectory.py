@@ -346,7 +346,7 @@ def test_shards_change_nothing():
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["devices"] == 8 and found["finite"] and found["largest_gradient"] > 1e-2
-    assert found["log_prob"] < 1e-5 and found["gradient"] < 1e-5
+    assert found["log_prob"] < 1e-5 and found["gradient"] < 5e-6
 
 
 def test_what_the_rollout_records_is_what_the_views_read(policy):
