@@ -6,7 +6,7 @@ turns with their spread, half the distance of the quartiles. CPU seconds count a
 contestant started. The peak of resident memory is that of the contestant's process, with weights and compilation.
 
 With `--against DIR`, the variants of another checkout of this project take turns with those of this one. They run with
-the `ENVIRONMENT` of their own bench.
+that checkout's `ENVIRONMENT`.
 
 `ENVIRONMENT` makes XLA use 512-bit vectors where the CPU has them, as PyTorch's libraries do by default. The caller's
 environment overrides it, and overrides the settings of a bench.
@@ -28,9 +28,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from benchmarks.arguments import number, parser_of, several
+from benchmarks.arguments import number, one_of, parser_of, several
+from benchmarks.workloads import WORKLOADS
 from gdsd_jax.runtime import ranges
 from gdsd_jax.runtime.errors import UserError
+from gdsd_jax.runtime.files import require_writable
 
 ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512",
@@ -83,6 +85,7 @@ class Bench(NamedTuple):
     references: variants that the others are compared with: the one of them with the fewest CPU seconds.
     variants: the other variants.
     workloads: workloads of a run without `--workloads`.
+    known: all workloads.
     temperatures: temperatures at which each workload is run; empty if it has none.
     environment: environment variables of all contestants, beside `ENVIRONMENT`.
     """
@@ -93,6 +96,7 @@ class Bench(NamedTuple):
     references: Sequence[str]
     variants: Sequence[str]
     workloads: Sequence[str] = ("W1", "W2")
+    known: Sequence[str] = tuple(WORKLOADS)
     temperatures: Sequence[str] = ()
     environment: Mapping[str, str] = {}
 
@@ -104,9 +108,10 @@ def main(bench: Bench) -> None:
     def flag(name: str, read: Callable[[str], Any], default: Sequence[str], text: str) -> None:
         parser.add_argument(name, type=several(read), default=",".join(default), metavar="A,B", help=text)
 
-    flag("--workloads", str, bench.workloads, "workloads to measure")
-    flag("--references", str, bench.references, "variants with which the others are compared")
-    flag("--variants", str, bench.variants, "the other variants")
+    variant = one_of((*bench.references, *bench.variants))
+    flag("--workloads", one_of(bench.known), bench.workloads, f"workloads to measure, out of {', '.join(bench.known)}")
+    flag("--references", variant, bench.references, "variants with which the others are compared")
+    flag("--variants", variant, bench.variants, "the other variants")
     if bench.temperatures:
         flag(
             "--temperatures",
@@ -125,6 +130,13 @@ def main(bench: Bench) -> None:
     if flags.contestant:
         serve(bench.prepare, Job(*json.loads(flags.contestant)))
         return
+    if twice := sorted({*flags.references} & {*flags.variants}):
+        parser.error(f"{twice[0]} is both a reference and a variant: take it out of --references or --variants")
+    if flags.json:
+        try:
+            require_writable(flags.json, "--json", file=True)
+        except UserError as error:
+            parser.error(str(error))
     rows = []
     temperatures = flags.temperatures if bench.temperatures else [None]
     for workload, temperature in itertools.product(flags.workloads, temperatures):
@@ -142,8 +154,11 @@ def checkout(text: str) -> Checkout:
     if not (root / "benchmarks" / "measure.py").is_file():
         raise argparse.ArgumentTypeError(f"{text} is no checkout of this project: it has no benchmarks/measure.py")
     program = "import json; from benchmarks import measure; print(json.dumps(measure.ENVIRONMENT))"
-    printed = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, stdout=subprocess.PIPE, text=True)
-    return Checkout(root, json.loads(printed.stdout))
+    run = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    if run.returncode:
+        reason = run.stderr.strip().rpartition("\n")[2]
+        raise argparse.ArgumentTypeError(f"the benches of {text} cannot be imported here: {reason}")
+    return Checkout(root, json.loads(run.stdout))
 
 
 def cpu_seconds() -> float:
@@ -198,7 +213,9 @@ class Contestant:
         """Returns the next line that the process prints, which is JSON."""
         line = self.process.stdout.readline()
         if not line:
-            raise UserError(f"{self.job} ended with exit code {self.process.wait()}; its output is above")
+            raise UserError(
+                f"{self.variant} ended on {self.job.label} with exit code {self.process.wait()}; its output is above"
+            )
         return json.loads(line)
 
     def turn(self) -> None:

@@ -12,7 +12,6 @@ docs/formats.md.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,9 +70,7 @@ def run(
         for path in paths.values():
             refuse_existing(path, "--output")
     require_writable(output, "--output")
-    # Adapters are merged into the stored weights, also if the run used them in 8 bits.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
-    policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best)
+    policy = load_policy(config, workdir, checkpoint=checkpoint, adapter=adapter, best=best, merging=True)
     if policy.lora is None and "adapter" in paths:
         raise UserError("there is no adapter to export, because all parameters were trained: use --format merged")
     training = None if policy.iteration is None else training_facts(workdir, policy.iteration)

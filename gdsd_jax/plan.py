@@ -65,16 +65,17 @@ def parse_mesh(text: str, default: MeshConfig) -> MeshConfig:
     return dataclasses.replace(default, **sizes)
 
 
-def suggestion(config: TrainConfig, topology: Slice, *, quick: bool = False) -> TrainConfig:
+def suggestion(config: TrainConfig, topology: Slice, *, quick: bool = False, sampler: bool = True) -> TrainConfig:
     """Returns the config with the mesh and sizes that `search` finds, and prints each trial.
 
     Args:
       quick: whether the trials are compiled without machine code.
+      sampler: whether the rollout has to fit too, or the update alone.
 
     Raises:
       UserError: no mesh fits.
     """
-    devices = chips.devices(topology)
+    devices, fitting = chips.devices(topology), []
 
     def compiled(config: TrainConfig, name: str) -> dict[str, Any]:
         program = make_plan(config, make_mesh(config.mesh, devices)).programs[name]
@@ -83,13 +84,15 @@ def suggestion(config: TrainConfig, topology: Slice, *, quick: bool = False) -> 
     def tried(config: TrainConfig, name: str, report: dict[str, Any]) -> None:
         verdict = "fits" if report["fits"] else "does not fit"
         print(f"{name} with {_overrides(config)}: {gib(report['peak_bytes'])} GiB, {verdict}", flush=True)
+        if report["fits"]:
+            fitting.append((name, config))
 
-    found = search_sizes(config, topology.chips, compiled, tried, compilations=COMPILATIONS)
+    found = search_sizes(config, topology.chips, compiled, tried, compilations=COMPILATIONS, sampler=sampler)
     if found is None:
-        raise UserError(
-            f"no mesh of {topology.name} holds an update: take a larger slice, or a smaller config.lora.rank"
-        )
-    print(f"suggestion: {_overrides(found)}\n")
+        less = "a smaller config.lora.rank" if config.lora.rank else "adapters (config.lora.rank)"
+        raise UserError(f"no mesh of {topology.name} holds an update: take a larger slice, or {less}")
+    fits = ("sampler" if sampler else "update", found) in fitting
+    print(f"{'suggestion' if fits else 'nearest, not known to fit'}: {_overrides(found)}\n")
     return found
 
 
@@ -126,7 +129,7 @@ def main(
     if mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(mesh, config.mesh))
     if search:
-        config = suggestion(config, where, quick=quick)
+        config = suggestion(config, where, quick=quick, sampler="sampler" in wanted)
     report = report_of(config, where, wanted, top=top, quick=quick)
     print(table(report))
     if json:

@@ -86,7 +86,10 @@ class DenoiserConfig:
         if self.dtype not in COMPUTE_DTYPES:
             raise UserError(f"compute dtype {self.dtype!r} is not one of {COMPUTE_DTYPES}: change config.model.dtype")
         if self.remat not in REMAT_POLICIES:
-            raise UserError(f"remat policy {self.remat!r} is not one of {REMAT_POLICIES}: change config.model.remat")
+            known = ", ".join(REMAT_POLICIES)
+            raise UserError(
+                f"remat policy {self.remat!r} is not one of {known}: set config.model.remat to one of them, or to auto"
+            )
         if self.weights not in WEIGHTS:
             raise UserError(f"weights {self.weights!r} is not one of {WEIGHTS}: change config.model.weights")
         if self.attention not in ATTENTION:

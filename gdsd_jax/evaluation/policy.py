@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ def load_policy(
     checkpoint: str | None = None,
     adapter: str | None = None,
     best: bool = False,
+    merging: bool = False,
 ) -> Policy:
     """Loads the policy that the flags name: a checkpoint with or without an adapter, or else the state of a run.
 
@@ -59,6 +61,8 @@ def load_policy(
       checkpoint: a Hugging Face directory.
       adapter: a PEFT directory.
       best: whether to load the checkpoint that did best in the run's evaluations instead of the newest one.
+      merging: whether the base is read as it is stored, also if the config or the run has it in 8 bits, so that an
+        adapter can be merged into it.
 
     Raises:
       UserError: no model is named; the run trained another base or other adapters; a directory does not load; or
@@ -75,6 +79,10 @@ def load_policy(
     if best and not from_run:
         raise UserError("--best chooses among a run's checkpoints: give --workdir without --checkpoint and --adapter")
     record = _run_record(config, workdir) if from_run else None
+    if merging:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="stored"))
+    elif record is not None:
+        _note_weights(config, workdir, record)
     model, base, tokenizer, task = load_setup(config)
     stored = jax.tree.map(lambda x: x.dtype, base)
     lora, iteration = None, None
@@ -126,6 +134,13 @@ def _run_record(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     if record["base"] != hub.fingerprint(config.checkpoint):
         raise UserError(f"{workdir} was trained from another base than {config.checkpoint}: change config.checkpoint")
     return record
+
+
+def _note_weights(config: TrainConfig, workdir: Path, record: Mapping[str, Any]) -> None:
+    """Says so if the run had its base in 8 bits and `config` does not, or the other way round."""
+    trained = record["config"].get("model", {}).get("weights", "stored")
+    if trained != config.model.weights:
+        front.say(f"note: {workdir} was trained with config.model.weights={trained}, not {config.model.weights}")
 
 
 # The flags that become arguments of `load_policy`.

@@ -136,6 +136,10 @@ def test_damaged_checkpoint(damage, named, base, config_file, refused, tmp_path)
         ),
         ("--iterations=3", "error: unknown flag --iterations; did you mean --config.iterations?"),
         ("--config.method=nowhere:HUBER", "looked for in the current directory, beside the config file"),
+        (
+            "--config.model.remat=lots",
+            "is not one of none, full, dots: set config.model.remat to one of them, or to auto",
+        ),
         ("--config.adapter_base=stric", "is not one of fingerprint, strict, any; did you mean strict?"),
         ("--config.method=gdsd_tcl", "; did you mean gdsd_tlc?"),
         ("--config.settings.espo.beat=1", "; did you mean beta?"),

@@ -80,6 +80,29 @@ def test_variants_of_another_checkout_take_turns_too(tmp_path):
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
     with pytest.raises(argparse.ArgumentTypeError, match="is no checkout of this project"):
         measure.checkout(str(tmp_path))
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "measure.py").write_text("import no_such_module\n")
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be imported here: .*'no_such_module'"):
+        measure.checkout(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workloads=W3"], "'W3' is not one of W1, W2, 8B, tiny"),
+        (["--variants=updat"], "did you mean update?"),
+        (["--references=jax"], "'jax' is not one of torch, torch.compile, torch.lean, update"),
+        (["--variants=torch,update"], "torch is both a reference and a variant"),
+        (["--json=/proc/none/rows.json"], "--json"),
+    ],
+)
+def test_bad_flags_of_a_bench_are_refused_before_it_measures(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["update", *flags])
+    monkeypatch.setattr(measure, "race", None)
+    with pytest.raises(SystemExit) as left:
+        measure.main(update.BENCH)
+    assert left.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_run import build, command
 
-from gdsd_jax import export, hub, train
+from gdsd_jax import evaluate, export, hub, train
 from gdsd_jax.config import LoRAConfig, TrainConfig, default, freeze
 from gdsd_jax.denoiser import TARGETS, DenoiserConfig, denoise, init_base, init_lora, logical_axes
 from gdsd_jax.denoiser.quantise import LARGEST, quantise, quantised
@@ -133,7 +133,7 @@ def test_eight_devices_compute_what_one_does():
 
 
 @pytest.mark.slow
-def test_a_run_resumes_bit_by_bit_and_merges_onto_the_stored_weights(tmp_path):
+def test_a_run_resumes_bit_by_bit_and_merges_onto_the_stored_weights(tmp_path, capsys):
     file = build(tmp_path)
     run = ["--config", file, "--config.model.weights=int8"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -142,6 +142,11 @@ def test_a_run_resumes_bit_by_bit_and_merges_onto_the_stored_weights(tmp_path):
         command(train, *run, "--workdir", parts, f"--config.iterations={iterations}")
     for workdir in (whole, parts):
         command(export, *run, "--workdir", workdir, "--output", workdir / "out")
+    assert "note:" not in capsys.readouterr().err
+    command(evaluate, *run[:2], "--workdir", whole, "--count", 2)
+    assert "was trained with config.model.weights=int8, not stored" in capsys.readouterr().err
+    command(evaluate, *run, "--workdir", whole, "--count", 2)
+    assert "note:" not in capsys.readouterr().err
     files = [workdir / "out" / "adapter" / "adapter_model.safetensors" for workdir in (whole, parts)]
     assert files[0].read_bytes() == files[1].read_bytes()
     model, base = hub.load_checkpoint(tmp_path / "base")
