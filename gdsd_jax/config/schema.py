@@ -104,8 +104,8 @@ class EvalConfig:
       steps: denoising steps of a completion of the rollout's length; other lengths take steps in proportion. None: one
         step for every two tokens.
       evaluation_prompt: whether to use the task's evaluation prompt instead of its training prompt.
-      batch_rows: completions sampled at a time; raise it to what the memory holds. At temperature 0 the
-        results do not depend on it.
+      batch_rows: completions sampled at a time; raise it to what the memory holds. At temperature 0 the results do not
+        depend on it, except `kl`, whose masks are drawn for each batch.
       lengths: completion lengths of `gdsd_jax.evaluate`. Evaluations during training use the rollout's length.
       every: iterations between evaluations during training; 0: only at the end.
       split: split on which the run is evaluated during training.

@@ -23,7 +23,9 @@ class Rollout(NamedTuple):
 
     tokens: [B, P+L] int32, prompt and completion.
     commit_step: [B, L] int32, the last step that wrote the position, counted from 0 over all blocks. If no step did, it
-        is `blocks.step_limit`, which is the number of steps unless blocks may take more.
+        is `blocks.step_limit`, which is the number of steps unless blocks may take more. Where rows need different
+        numbers of steps for a block, those at which a row waits for others are not counted: rows do not depend on each
+        other.
     confidence: [B, L] float32, the committed token's softmax probability at that step, under the logits without noise,
         temperature, top_p and top_k (but after guidance, `suppress` and `forbid_mask`); -inf if no step wrote it.
     log_prob: [B, L] float32, the log-probability in nats with which the committed token was drawn, after temperature,
@@ -47,6 +49,7 @@ class State(NamedTuple):
     confidence: Array  # [B, L]
     recorded: tuple[Array, ...]  # log_prob and entropy [B, L], or nothing
     started: Array  # [B], the number of masked tokens at the start of the block
+    waited: Array  # [B], the number of steps at which the row had nothing left to write in a block of others
     step: Array  # scalar, the number of steps taken
     block: Array  # scalar
     step_in_block: Array  # scalar
@@ -92,6 +95,7 @@ def beginning(config: DenoiserConfig, settings: SamplerConfig, tokens: Array, li
         jnp.where(masked, limit, -1).astype(jnp.int32),
         jnp.full(shape, -jnp.inf, jnp.float32),
         (jnp.zeros(shape),) * (2 if settings.record else 0),
+        jnp.zeros(len(tokens), jnp.int32),
         jnp.zeros(len(tokens), jnp.int32),
         zero,
         zero,
@@ -189,6 +193,9 @@ def commit(
         tokens = write(state.tokens, token, prompt_length)
         done = state.step_in_block == settings.steps_per_block - 1
         scheduled = settings.threshold is None and settings.factor is None
+        waits = jnp.zeros(len(tokens), bool)
+        if span is not None or not scheduled:
+            waits = (state.step_in_block > 0) & ~jnp.any(eligible, axis=1)
         if scheduled and strategy.plan is not None:
             lengths = jnp.asarray((commit_plan(settings) > 0).sum(axis=1))
             done = state.step_in_block + 1 >= jnp.max(lengths[started])
@@ -200,10 +207,11 @@ def commit(
             done |= ~jnp.any(masked & (jnp.arange(settings.completion_length) < block_end))
         return State(
             tokens,
-            write(state.commit_step, state.step),
+            write(state.commit_step, (state.step - state.waited)[:, None]),
             write(state.confidence, confidence),
             tuple(map(write, state.recorded, recorded)),
             started,
+            state.waited + waits,
             state.step + 1,
             state.block + done,
             jnp.where(done, 0, state.step_in_block + 1),

@@ -88,12 +88,12 @@ def test_the_call_for_cudnn_writes_the_same(monkeypatch, settings, shifted):
     np.testing.assert_allclose(fused.confidence, plain.confidence, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_rows_do_not_depend_on_their_neighbours():
-    """A row alone, without its pads, writes what it writes beside rows with longer prompts."""
+    """A row alone, without its pads, writes what it writes beside rows with longer prompts, and in the same steps."""
     together = sample(CONFIG, base(), None, PROMPTS, REAL, jax.random.key(3), STATIC)
     alone = sample(CONFIG, base(), None, PROMPTS[1:2, 2:], None, jax.random.key(3), STATIC)
     np.testing.assert_array_equal(together.tokens[1, PROMPT:], alone.tokens[0, -LENGTH:])
+    np.testing.assert_array_equal(together.commit_step[1], alone.commit_step[0])
 
 
 @pytest.mark.slow

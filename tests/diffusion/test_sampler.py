@@ -513,7 +513,7 @@ def test_bad_inputs_are_named(base):
     ],
 )
 def test_a_rollout_in_parts_draws_the_same_tokens(base, changes):
-    """Every draw is the row's own, also where a threshold lets other rows take more steps."""
+    """Every draw is the row's own, and so is the number of each step, also where other rows take more steps."""
     run, base = settings(**{"steps": 8} | changes), base | {"head": base["head"] / 15}
     prompts, numbers = jnp.arange(1, 13).reshape(4, 3) % 11, np.arange(4, dtype=np.int32)
 
@@ -521,9 +521,9 @@ def test_a_rollout_in_parts_draws_the_same_tokens(base, changes):
         parts = np.split(numbers, 4 // rows)
         key = jax.random.key(3)
         found = [sample(TINY, base, None, prompts[part], None, key, run, part) for part in parts]
-        return np.concatenate([part.tokens for part in found])
+        return np.concatenate([np.concatenate([part.tokens, part.commit_step], axis=1) for part in found])
 
     whole = sampled(4)
-    assert len(np.unique(whole[:, 3:], axis=0)) > 2
+    assert len(np.unique(whole[:, 3 : prompts.shape[1] + run.completion_length], axis=0)) > 2
     for rows in (2, 1):
         np.testing.assert_array_equal(sampled(rows), whole)
