@@ -93,7 +93,11 @@ def test_rows_do_not_depend_on_their_neighbours():
     together = sample(CONFIG, base(), None, PROMPTS, REAL, jax.random.key(3), STATIC)
     alone = sample(CONFIG, base(), None, PROMPTS[1:2, 2:], None, jax.random.key(3), STATIC)
     np.testing.assert_array_equal(together.tokens[1, PROMPT:], alone.tokens[0, -LENGTH:])
-    np.testing.assert_array_equal(together.commit_step[1], alone.commit_step[0])
+    for number in range(len(PROMPTS)):
+        own, numbers = slice(number, number + 1), np.array([number], np.int32)
+        alone = sample(CONFIG, base(), None, PROMPTS[own], REAL[own], jax.random.key(3), STATIC, numbers)
+        np.testing.assert_array_equal(together.tokens[own], alone.tokens)
+        np.testing.assert_array_equal(together.commit_step[own], alone.commit_step)
 
 
 @pytest.mark.slow
