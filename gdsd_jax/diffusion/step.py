@@ -49,7 +49,7 @@ class State(NamedTuple):
     confidence: Array  # [B, L]
     recorded: tuple[Array, ...]  # log_prob and entropy [B, L], or nothing
     started: Array  # [B], the number of masked tokens at the start of the block
-    waited: Array  # [B], the number of steps at which the row had nothing left to write in a block of others
+    waited: Array  # [B], the number of steps at which the row only waited for others
     step: Array  # scalar, the number of steps taken
     block: Array  # scalar
     step_in_block: Array  # scalar

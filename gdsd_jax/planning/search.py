@@ -130,10 +130,7 @@ def _multiples(total: int, unit: int) -> list[int]:
 
 
 def _microbatches(config: TrainConfig, mesh: MeshConfig) -> list[int]:
-    """Returns the micro-batches that spread over the mesh, of whole groups if there are such; `meshes` gives no other.
-
-    They are in ascending order.
-    """
+    """Returns the micro-batches that spread over the mesh, in ascending order; only whole groups if there are such."""
     total = config.update_rows or config.prompts_per_iteration * config.group_size
     shards = mesh.data * mesh.fsdp
     return _multiples(total, math.lcm(shards, config.group_size)) or _multiples(total, shards)
